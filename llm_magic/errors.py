@@ -1,0 +1,63 @@
+"""Errors a person can act on: one line that says what is wrong, one that says what to do next.
+
+IPython asks an exception for ``_render_traceback_`` before it formats a traceback, so none of
+these ever shows our own stack to the user.
+"""
+
+from __future__ import annotations
+
+
+class LLMMagicError(Exception):
+    """Base of every error that llm_magic raises on purpose.
+
+    Parameters
+    ----------
+    message
+        What is wrong, in one line.
+    next_step
+        What to do about it, in one line; a command where there is one.
+    """
+
+    def __init__(self, message: str, next_step: str = "") -> None:
+        super().__init__(message, next_step)
+        self.message = _one_line(message)
+        self.next_step = _one_line(next_step)
+
+    def __str__(self) -> str:
+        return f"{self.message}\n{self.next_step}" if self.next_step else self.message
+
+    def _render_traceback_(self) -> list[str]:
+        lines = [f"{type(self).__name__}: {self.message}"]
+        return [*lines, f"  → {self.next_step}"] if self.next_step else lines
+
+
+class OptionError(LLMMagicError):
+    """A command or an option that does not exist, or has a value it cannot take."""
+
+
+class SourceError(LLMMagicError):
+    """A model source that cannot be found, read or trusted."""
+
+
+class PlanError(LLMMagicError):
+    """A placement that does not fit, or does not cover the model."""
+
+
+class SessionError(LLMMagicError):
+    """The session is not in a state that allows the command: no model, busy, unknown name."""
+
+
+class PromptError(LLMMagicError):
+    """A prompt that is empty, too long, or asks for a value that is not there."""
+
+
+class EngineError(LLMMagicError):
+    """A loaded model failed while it worked."""
+
+
+class PluginError(LLMMagicError):
+    """A plugin that registers something invalid or twice."""
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

@@ -1,0 +1,114 @@
+"""What passes between a session and an engine: the request, the steps of its answer, its end."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+FinishReason = Literal["stop", "length", "stopped", "interrupted", "error"]
+PhaseName = Literal["importing", "reading", "planning", "loading", "converting", "prefill", "generating"]
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation; ``role`` is ``"system"``, ``"user"`` or ``"assistant"``."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen. ``None`` leaves a value to the model's own generation config.
+
+    A temperature of 0 is greedy. ``stop`` is handled by the session, for every backend alike.
+    ``extra`` goes to the backend as it is (``--param KEY VALUE``).
+    """
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    max_new_tokens: int = 512
+    stop: tuple[str, ...] = ()
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What an engine is asked to answer.
+
+    Attributes
+    ----------
+    messages
+        The conversation, the newest message last.
+    use_template
+        Whether the chat template renders it; otherwise the contents are joined as plain text.
+    continue_last
+        Whether the last (assistant) message is to be continued instead of answered.
+    chat
+        Key under which the engine may keep the KV cache for the next turn; empty: keep nothing.
+    """
+
+    messages: tuple[Message, ...]
+    sampling: Sampling = Sampling()
+    use_template: bool = True
+    continue_last: bool = False
+    chat: str = ""
+
+
+@dataclass(frozen=True)
+class RenderedPrompt:
+    """The final text of a request and its length in tokens (``--dry-run`` shows both)."""
+
+    text: str
+    tokens: int
+
+
+@dataclass(frozen=True)
+class PhaseEvent:
+    """Progress of a phase: ``done`` of ``total`` ``unit``s (``"tensors"``, ``"layers"``, ``"bytes"``)."""
+
+    phase: PhaseName
+    done: int = 0
+    total: int = 0
+    unit: str = ""
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class TokenEvent:
+    """Text that became final with the latest tokens; may be empty in the middle of a character."""
+
+    text: str
+    tokens: int = 1
+
+
+@dataclass(frozen=True)
+class Finish:
+    """How an engine's answer ended.
+
+    Attributes
+    ----------
+    reason
+        ``"stop"`` (end token), ``"length"``, or ``"stopped"`` when the stop flag was seen.
+    prompt_tokens, cached_tokens, generated_tokens
+        Length of the prompt, how much of it came from the KV cache, length of the answer.
+    prefill_s, decode_s
+        Seconds to the first token, and from the first to the last one.
+    """
+
+    reason: FinishReason
+    prompt_tokens: int
+    cached_tokens: int
+    generated_tokens: int
+    prefill_s: float
+    decode_s: float
+
+
+StopFlag = threading.Event
+Emit = Callable[[PhaseEvent | TokenEvent], None]
+Progress = Callable[[PhaseEvent], None]

@@ -1,0 +1,120 @@
+"""The whole plugin surface, on one screen. Built-ins enter by the same hooks (entry-point group ``llm_magic``)."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import pluggy
+
+from llm_magic.events import Emit, Finish, Progress, RenderedPrompt, Request, StopFlag
+from llm_magic.machine import Machine
+from llm_magic.model import ModelLayout, ModelSpec
+from llm_magic.plan import MemoryBudget, Plan, Workload
+
+if TYPE_CHECKING:
+    from llm_magic.result import Generation
+    from llm_magic.session import Session
+
+hookspec = pluggy.HookspecMarker("llm_magic")
+hookimpl = pluggy.HookimplMarker("llm_magic")
+
+
+class Engine(Protocol):
+    """A loaded model."""
+
+    model: Any  # what ``llm.model`` hands out: the torch module, where there is one
+
+    def render(self, request: Request) -> RenderedPrompt:
+        """The final prompt, without running the model."""
+
+    def generate(self, request: Request, emit: Emit, stop: StopFlag) -> Finish:
+        """Answer, on the calling thread; look at ``stop`` before every block and token."""
+
+    def memory(self) -> Mapping[str, Mapping[str, int]]:
+        """Device -> purpose (``"weights"``, ``"kv_cache"``, …) -> bytes, as it is now."""
+
+    def forget(self, chat: str) -> None:
+        """Drop the KV cache kept under this chat's key."""
+
+    def close(self) -> None:
+        """Give everything back: memory, hooks, files. Safe to call twice."""
+
+
+class Backend(Protocol):
+    """Loads models of some kind."""
+
+    name: str
+
+    def accepts(self, spec: ModelSpec) -> float:
+        """0 (cannot load it) to 1 (made for it); cheap, without imports or network."""
+
+    def layout(self, spec: ModelSpec, progress: Progress) -> ModelLayout:
+        """What is in the model, read from config and headers only."""
+
+    def load(self, spec: ModelSpec, plan: Plan, progress: Progress) -> Engine:
+        """Load it as planned. An exception raised by ``progress`` cancels the load cleanly."""
+
+
+@dataclass(frozen=True)
+class Planner:
+    """A placement policy: ``--device-map NAME``.
+
+    ``place`` returns block name -> device name. Bytes, forecast and checks are made from its
+    answer by one code for all planners, so no planner can promise what does not fit.
+    """
+
+    name: str
+    help: str
+    place: Callable[[ModelLayout, MemoryBudget, Machine, Workload], Mapping[str, str]]
+
+
+@dataclass(frozen=True)
+class Command:
+    """``%llm NAME``. What ``run`` returns is displayed; ``None`` shows nothing.
+
+    ``add_arguments`` fills an argparse parser. An argument completes from its ``choices``, or
+    from the kind named in its attribute ``completes``: ``"model"`` (loaded), ``"source"``,
+    ``"device"``, ``"block"``, ``"chat"``, ``"file"``, ``"command"``, ``"setting"``.
+    """
+
+    name: str
+    help: str
+    run: Callable[[Session, argparse.Namespace], object]
+    add_arguments: Callable[[argparse.ArgumentParser], None] = lambda parser: None
+    examples: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Format:
+    """``-f NAME``: a finished answer -> a MIME bundle that is safe to save in a notebook."""
+
+    name: str
+    help: str
+    bundle: Callable[[Generation], Mapping[str, Any]]
+
+
+class Hooks:
+    """Implement any of these in a module and name it under the entry-point group ``llm_magic``."""
+
+    @hookspec
+    def register_backends(self, register: Callable[[Backend], None]) -> None:
+        """Call ``register`` with each backend."""
+
+    @hookspec
+    def register_planners(self, register: Callable[[Planner], None]) -> None:
+        """Call ``register`` with each placement policy."""
+
+    @hookspec
+    def register_commands(self, register: Callable[[Command], None]) -> None:
+        """Call ``register`` with each ``%llm`` command."""
+
+    @hookspec
+    def register_formats(self, register: Callable[[Format], None]) -> None:
+        """Call ``register`` with each ``-f`` format."""
+
+    @hookspec
+    def session_event(self, session: Session, event: object) -> None:
+        """Observe what the session does; what is returned or raised changes nothing."""

@@ -1,0 +1,103 @@
+"""What there is to run on: devices, what is free on them now, and how fast bytes move between them.
+
+The nouns, and their JSON form for ``--machine FILE``. ``probe.py`` fills them from this machine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+DeviceKind = Literal["gpu", "cpu", "disk", "npu"]
+
+
+@dataclass(frozen=True)
+class Device:
+    """A place for bytes, and maybe for work.
+
+    Attributes
+    ----------
+    id
+        ``"cuda:0"``, ``"mps"``, ``"xpu:0"``, ``"npu:0"``, ``"cpu"`` (the RAM) or ``"disk"``.
+    name
+        What it is sold as (``"RTX 4090"``), or the mount's kind for a disk (``"NVMe SSD"``).
+    total_bytes, free_bytes
+        What it has, and what a new allocation may take now.
+    read_bytes_per_s
+        How fast its own processor reads it; for a disk, sequential reads. 0 when unknown.
+    flops
+        Dense bf16 operations per second, for the prefill forecast. 0 when unknown.
+    unified
+        Whether GPU and CPU share this memory, so that "offloading to RAM" frees nothing.
+    measured_on
+        ISO date on which the speed was measured; empty when it is an assumption.
+    """
+
+    id: str
+    kind: DeviceKind
+    name: str
+    total_bytes: int
+    free_bytes: int
+    read_bytes_per_s: float = 0.0
+    flops: float = 0.0
+    unified: bool = False
+    measured_on: str = ""
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes in use, by this and by other processes."""
+        return max(0, self.total_bytes - self.free_bytes)
+
+
+@dataclass(frozen=True)
+class Link:
+    """How bytes go from one device to another.
+
+    ``measured_on`` is an ISO date, or empty when the bandwidth is assumed.
+    """
+
+    source: str
+    target: str
+    bytes_per_s: float
+    name: str = ""
+    measured_on: str = ""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Devices and links. ``described`` is True when it came from a file, not from this computer."""
+
+    name: str
+    devices: tuple[Device, ...]
+    links: tuple[Link, ...] = ()
+    described: bool = False
+
+    @cached_property
+    def gpus(self) -> tuple[Device, ...]:
+        """GPUs in the order in which they are filled."""
+        return tuple(device for device in self.devices if device.kind == "gpu")
+
+    def device(self, device_id: str) -> Device:
+        """The device with this id.
+
+        Raises
+        ------
+        KeyError
+            When the machine has none.
+        """
+        return next((d for d in self.devices if d.id == device_id), None) or _missing(device_id)
+
+    def has(self, device_id: str) -> bool:
+        """Whether there is a device with this id."""
+        return any(device.id == device_id for device in self.devices)
+
+    def bytes_per_s(self, source: str, target: str) -> float:
+        """Bandwidth from ``source`` to ``target``; 0 when no link says."""
+        if source == target:
+            return self.device(source).read_bytes_per_s
+        return next((k.bytes_per_s for k in self.links if (k.source, k.target) == (source, target)), 0.0)
+
+
+def _missing(device_id: str) -> Device:
+    raise KeyError(device_id)

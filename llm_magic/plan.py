@@ -1,0 +1,164 @@
+"""Where every block lives and what that costs: the nouns of a placement.
+
+``planner.py`` makes plans; backends load them; views show them. Nothing here computes a placement.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from llm_magic.machine import Machine
+from llm_magic.model import Block, ModelLayout
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What the model will be asked to do, which decides everything beside the weights.
+
+    Attributes
+    ----------
+    context_length
+        Tokens of prompt and answer together that the KV cache is planned for.
+    batch
+        Sequences at a time.
+    prefill_tokens
+        Tokens of one prefill pass, for the activation peak and the prefill forecast.
+    """
+
+    context_length: int
+    batch: int = 1
+    prefill_tokens: int = 512
+
+    def cache_bytes(self, block: Block) -> int:
+        """KV cache or state bytes of ``block``."""
+        return self.batch * block.cache.bytes_for(self.context_length)
+
+
+@dataclass(frozen=True)
+class MemoryBudget:
+    """How many bytes a plan may use on each device.
+
+    ``limits`` is Accelerate's ``max_memory`` with devices as names; ``reserve`` is what was kept
+    back from the free bytes to get there (the driver's context, fragmentation, other programs).
+    ``explicit`` holds the devices whose limit the user gave.
+    """
+
+    limits: Mapping[str, int]
+    reserve: Mapping[str, int] = field(default_factory=dict)
+    explicit: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Placement:
+    """One block: the device where its weights live, and the one where it computes."""
+
+    block: Block
+    home: str
+    compute: str
+
+    @property
+    def is_offloaded(self) -> bool:
+        """Whether the weights travel before they are used."""
+        return self.home != self.compute
+
+
+@dataclass(frozen=True)
+class DeviceUse:
+    """Bytes of one device by purpose.
+
+    ``slots`` is the room in which offloaded blocks arrive; ``activations`` the peak of hidden
+    states and logits; ``other`` what this and other processes hold already; ``limit`` the budget.
+    """
+
+    device: str
+    total: int
+    limit: int
+    weights: int = 0
+    buffers: int = 0
+    kv_cache: int = 0
+    activations: int = 0
+    slots: int = 0
+    reserve: int = 0
+    other: int = 0
+
+    @property
+    def planned(self) -> int:
+        """Bytes that this plan will take, to hold against ``limit``."""
+        return self.weights + self.buffers + self.kv_cache + self.activations + self.slots
+
+    @property
+    def spare(self) -> int:
+        """Bytes of the limit that stay free; negative when the plan does not fit."""
+        return self.limit - self.planned
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Predicted speed, from bytes moved and measured bandwidths.
+
+    Attributes
+    ----------
+    decode_tps, prefill_tps
+        Tokens per second; 0 when a needed bandwidth is unknown.
+    bound_by
+        The tier that takes the most time, as people say it (``"disk, 0.8 GB/s"``).
+    bytes_per_token
+        ``(source, target) -> bytes`` that move or are read for one decoded token.
+    """
+
+    decode_tps: float
+    prefill_tps: float
+    bound_by: str
+    bytes_per_token: Mapping[tuple[str, str], int]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked placement of a model on a machine.
+
+    ``policy`` is the planner's name or the file that the map came from; ``problems`` says why it
+    does not fit, in sentences, and is empty when it does.
+    """
+
+    source: str
+    layout: ModelLayout
+    machine: Machine
+    workload: Workload
+    budget: MemoryBudget
+    policy: str
+    placements: tuple[Placement, ...]
+    uses: tuple[DeviceUse, ...]
+    forecast: Forecast
+    warnings: tuple[str, ...] = ()
+    problems: tuple[str, ...] = ()
+    options: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def fits(self) -> bool:
+        """Whether every device has room for what is planned on it."""
+        return not self.problems
+
+    @cached_property
+    def device_map(self) -> dict[str, str]:
+        """Block name -> device name, in model order."""
+        return {placement.block.name: placement.home for placement in self.placements}
+
+    @cached_property
+    def offloaded(self) -> tuple[Placement, ...]:
+        """Placements whose weights travel."""
+        return tuple(p for p in self.placements if p.is_offloaded)
+
+    def use(self, device: str) -> DeviceUse:
+        """Bytes by purpose of one device.
+
+        Raises
+        ------
+        KeyError
+            When the plan does not know the device.
+        """
+        for use in self.uses:
+            if use.device == device:
+                return use
+        raise KeyError(device)

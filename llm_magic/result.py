@@ -1,0 +1,111 @@
+"""A finished answer: ``Generation`` is a ``str`` that remembers how it was made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from llm_magic.events import FinishReason
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """How an answer was made: what the footer under it says.
+
+    Attributes
+    ----------
+    model
+        Name under which the model was loaded.
+    prompt_tokens, cached_tokens, generated_tokens
+        Length of the prompt, how much of it the KV cache held already, length of the answer.
+    prompt_tps, generation_tps
+        Tokens per second of prefill and decode; 0 when there were too few to measure.
+    first_token_s, total_s
+        Seconds from the request to the first token and to the end.
+    placement
+        Where the weights were, as people say it (``"60 % RAM · 40 % disk"``).
+    bound_by
+        The tier that bounded the speed (``"disk, 0.8 GB/s"``).
+    seed
+        Seed of the sampling; ``None`` when it was greedy.
+    """
+
+    model: str = ""
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    prompt_tps: float = 0.0
+    generation_tps: float = 0.0
+    first_token_s: float = 0.0
+    total_s: float = 0.0
+    placement: str = ""
+    bound_by: str = ""
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class Turn:
+    """The question of an answer: what was sent, and how."""
+
+    prompt: str = ""
+    system: str = ""
+    chat: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Generation(str):
+    """The text of an answer, with everything else about it beside.
+
+    It is a ``str``: it prints, slices, joins and compares like one. Slices and other derived
+    strings are plain ``str``.
+
+    Attributes
+    ----------
+    finish_reason
+        ``"stop"``, ``"length"``, ``"stopped"`` (Stop button), ``"interrupted"`` or ``"error"``.
+    footprint
+        Tokens, speeds and placement.
+    turn
+        The prompt and its options.
+    format
+        Name of the format in which it displays itself.
+    """
+
+    __slots__ = ("finish_reason", "footprint", "format", "turn")
+
+    finish_reason: FinishReason
+    footprint: Footprint
+    turn: Turn
+    format: str
+
+    def __new__(
+        cls,
+        text: str = "",
+        finish_reason: FinishReason = "stop",
+        footprint: Footprint | None = None,
+        turn: Turn | None = None,
+        format: str = "markdown",  # noqa: A002 - the name of the option
+    ) -> Generation:
+        self = super().__new__(cls, text)
+        self.finish_reason = finish_reason
+        self.footprint = footprint or Footprint()
+        self.turn = turn or Turn()
+        self.format = format
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Generation, (str(self), self.finish_reason, self.footprint, self.turn, self.format)
+
+    @property
+    def text(self) -> str:
+        """The answer as a plain ``str``."""
+        return str(self)
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether the answer was cut short, by a person, an error or the token limit."""
+        return self.finish_reason != "stop"
+
+    def __str__(self) -> str:
+        return str.__str__(self)
