@@ -83,7 +83,7 @@ class Command:
     name: str
     help: str
     run: Callable[[Session, argparse.Namespace], object]
-    add_arguments: Callable[[argparse.ArgumentParser], None] = lambda parser: None
+    add_arguments: Callable[[argparse.ArgumentParser], None] = lambda _parser: None
     examples: tuple[str, ...] = ()
 
 

@@ -68,16 +68,16 @@ class Generation(str):
         Tokens, speeds and placement.
     turn
         The prompt and its options.
-    format
+    display_format
         Name of the format in which it displays itself.
     """
 
-    __slots__ = ("finish_reason", "footprint", "format", "turn")
+    __slots__ = ("display_format", "finish_reason", "footprint", "turn")
 
     finish_reason: FinishReason
     footprint: Footprint
     turn: Turn
-    format: str
+    display_format: str
 
     def __new__(
         cls,
@@ -85,17 +85,17 @@ class Generation(str):
         finish_reason: FinishReason = "stop",
         footprint: Footprint | None = None,
         turn: Turn | None = None,
-        format: str = "markdown",  # noqa: A002 - the name of the option
+        display_format: str = "markdown",
     ) -> Generation:
         self = super().__new__(cls, text)
         self.finish_reason = finish_reason
         self.footprint = footprint or Footprint()
         self.turn = turn or Turn()
-        self.format = format
+        self.display_format = display_format
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Generation, (str(self), self.finish_reason, self.footprint, self.turn, self.format)
+        return Generation, (str(self), self.finish_reason, self.footprint, self.turn, self.display_format)
 
     @property
     def text(self) -> str:
