@@ -1,0 +1,28 @@
+"""Where llm_magic keeps what it makes: converted models and measurements, saved chats."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import platformdirs
+
+
+def cache_folder() -> Path:
+    """Folder for what can be made again; ``LLM_MAGIC_CACHE`` overrides it. It may not exist yet."""
+    return Path(os.environ.get("LLM_MAGIC_CACHE") or platformdirs.user_cache_dir("llm-magic", appauthor=False))
+
+
+def data_folder() -> Path:
+    """Folder for what a person saved; ``LLM_MAGIC_DATA`` overrides it. It may not exist yet."""
+    return Path(os.environ.get("LLM_MAGIC_DATA") or platformdirs.user_data_dir("llm-magic", appauthor=False))
+
+
+def display_path(path: Path) -> str:
+    """A path that is fit to be saved in a notebook: relative to the working folder or the home, else its name."""
+    for base, prefix in ((Path.cwd(), ""), (Path.home(), "~/")):
+        try:
+            return prefix + path.resolve().relative_to(base.resolve()).as_posix()
+        except ValueError:
+            continue
+    return path.name
