@@ -1,0 +1,37 @@
+"""``Report``: one thing to show, as text for a terminal and as static HTML for a notebook."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+
+class _Printer(Protocol):
+    """The part of IPython's pretty printer that is used here."""
+
+    def text(self, text: str) -> None: ...
+
+
+@dataclass(frozen=True, repr=False)
+class Report:
+    """What a command shows.
+
+    ``html`` is static: inline styles only, no script, nothing fetched, every value escaped by the
+    view that made it. A front end without HTML, and a saved notebook read as text, show ``text``.
+    """
+
+    text: str
+    html: str = ""
+
+    def __repr__(self) -> str:
+        return self.text
+
+    def __str__(self) -> str:
+        return self.text
+
+    def _repr_pretty_(self, printer: _Printer, cycle: bool) -> None:  # noqa: ARG002 (IPython's signature)
+        printer.text(self.text)
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:  # noqa: ARG002
+        bundle = {"text/plain": self.text}
+        return bundle | {"text/html": self.html} if self.html else bundle
