@@ -1,0 +1,87 @@
+"""Defaults of prompts and loads: what ``%llm set`` and ``%config LLMMagic`` change."""
+
+from __future__ import annotations
+
+from traitlets import Bool, Float, Int, TraitError, Unicode, validate
+from traitlets.config import Configurable
+
+from llm_magic.errors import OptionError
+
+
+class Settings(Configurable):
+    """Defaults that a cell's own options override."""
+
+    temperature = Float(
+        None,
+        allow_none=True,
+        min=0.0,
+        max=10.0,
+        help="Sampling temperature; 0 is greedy, none leaves it to the model.",
+    ).tag(config=True)
+    top_p = Float(
+        None,
+        allow_none=True,
+        min=0.0,
+        max=1.0,
+        help="Nucleus sampling: keep the likeliest tokens up to this probability.",
+    ).tag(config=True)
+    top_k = Int(None, allow_none=True, min=0, help="Sample among this many likeliest tokens.").tag(
+        config=True
+    )
+    min_p = Float(
+        None, allow_none=True, min=0.0, max=1.0, help="Drop tokens below this share of the likeliest one."
+    ).tag(config=True)
+    seed = Int(
+        None,
+        allow_none=True,
+        min=0,
+        help="Seed of the sampling; none draws one for each answer and records it.",
+    ).tag(config=True)
+    max_new_tokens = Int(512, min=1, help="Longest answer in tokens.").tag(config=True)
+    system = Unicode("", help="System prompt of new chats and single prompts.").tag(config=True)
+    format = Unicode("markdown", help="How answers are shown: markdown, text, code, json, html or math.").tag(
+        config=True
+    )
+    ctx_size = Int(
+        8192,
+        min=16,
+        help="Tokens of context to plan for when --ctx-size is not given (at most what the model has).",
+    ).tag(config=True)
+    history = Bool(True, help="Whether prompt cells continue the current chat.").tag(config=True)
+
+    @validate("temperature", "top_p", "min_p")
+    def _not_nan(self, proposal: dict[str, object]) -> object:
+        value = proposal["value"]
+        if isinstance(value, float) and value != value:  # NaN passes every range check
+            raise TraitError("nan is not a number to sample with")
+        return value
+
+
+def setting_names() -> list[str]:
+    """Names that ``%llm set`` takes."""
+    return sorted(Settings.class_own_trait_names(config=True))
+
+
+def change_setting(settings: Settings, name: str, text: str) -> object:
+    """Set one default from what a person typed; ``none`` clears it. Returns the new value.
+
+    Raises
+    ------
+    OptionError
+        When there is no such setting, or the value is out of its range.
+    """
+    import difflib
+
+    if name not in setting_names():
+        close = difflib.get_close_matches(name, setting_names(), n=1)
+        raise OptionError(
+            f"There is no setting {name!r}.",
+            f"Did you mean {close[0]}?" if close else f"Known: {', '.join(setting_names())}.",
+        )
+    trait = Settings.class_traits()[name]
+    try:
+        value = None if text.lower() == "none" else trait.from_string(text)
+        setattr(settings, name, value)
+    except (TraitError, ValueError):
+        raise OptionError(f"{text!r} is no value for {name}.", f"{name}: {trait.help}") from None
+    return getattr(settings, name)
