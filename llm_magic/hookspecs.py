@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import pluggy
 
 from llm_magic.events import Emit, Finish, Progress, RenderedPrompt, Request, StopFlag
-from llm_magic.machine import Machine
+from llm_magic.machine import Device, Link, Machine
 from llm_magic.model import ModelLayout, ModelSpec
 from llm_magic.plan import MemoryBudget, Plan, Workload
 
@@ -56,6 +56,14 @@ class Backend(Protocol):
 
     def load(self, spec: ModelSpec, plan: Plan, progress: Progress) -> Engine:
         """Load it as planned. An exception raised by ``progress`` cancels the load cleanly."""
+
+
+@runtime_checkable
+class FindsAccelerators(Protocol):
+    """What a backend may have beside: it knows devices that the machine probe cannot see without it."""
+
+    def accelerators(self, measure: bool) -> tuple[tuple[Device, ...], tuple[Link, ...]]:
+        """GPUs this backend can use, with their links; ``measure`` times them anew."""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+import math
+
 from traitlets import Bool, Float, Int, TraitError, Unicode, validate
 from traitlets.config import Configurable
 
@@ -52,7 +55,7 @@ class Settings(Configurable):
     @validate("temperature", "top_p", "min_p")
     def _not_nan(self, proposal: dict[str, object]) -> object:
         value = proposal["value"]
-        if isinstance(value, float) and value != value:  # NaN passes every range check
+        if isinstance(value, float) and math.isnan(value):  # NaN passes every range check
             raise TraitError("nan is not a number to sample with")
         return value
 
@@ -70,8 +73,6 @@ def change_setting(settings: Settings, name: str, text: str) -> object:
     OptionError
         When there is no such setting, or the value is out of its range.
     """
-    import difflib
-
     if name not in setting_names():
         close = difflib.get_close_matches(name, setting_names(), n=1)
         raise OptionError(

@@ -1,0 +1,92 @@
+"""An answer while it comes: its text so far, its phase and its clock."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+
+from llm_magic.events import Emit, Finish, PhaseEvent, Request, StopFlag, TokenEvent
+from llm_magic.stop_strings import StopStrings
+from llm_magic.terminal import TextSanitizer
+
+
+class Answer:
+    """What a live view shows.
+
+    Attributes
+    ----------
+    text
+        The answer so far; with ``beginning``, what it continues.
+    phase
+        The newest phase event, or ``None`` before the first.
+    tokens
+        Tokens generated so far.
+    first_token_s
+        Seconds to the first token; ``None`` before it.
+    """
+
+    def __init__(self, beginning: str = "", stop: Callable[[], None] = lambda: None) -> None:
+        self.text = beginning
+        self.phase: PhaseEvent | None = None
+        self.tokens = 0
+        self.first_token_s: float | None = None
+        self.stop = stop
+        self._started = time.perf_counter()
+        self._last_token = self._started
+
+    def take(self, events: Iterable[object]) -> None:
+        """Add a batch of events."""
+        for event in events:
+            if isinstance(event, PhaseEvent):
+                self.phase = event
+            elif isinstance(event, TokenEvent):
+                self._take_token(event)
+
+    def _take_token(self, event: TokenEvent) -> None:
+        self.text += event.text
+        self.tokens += event.tokens
+        self._last_token = time.perf_counter()
+        if self.first_token_s is None and event.tokens:
+            self.first_token_s = self._last_token - self._started
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds since the answer was asked for."""
+        return time.perf_counter() - self._started
+
+    @property
+    def generation_tps(self) -> float:
+        """Tokens per second after the first one; 0 before there are two."""
+        if self.first_token_s is None or self.tokens < 2:
+            return 0.0
+        span = self._last_token - self._started - self.first_token_s
+        return (self.tokens - 1) / span if span > 0 else 0.0
+
+
+def generate_clean(
+    generate: Callable[[Request, Emit, StopFlag], Finish],
+    request: Request,
+    put: Callable[[object], None],
+    stop: StopFlag,
+) -> tuple[Finish, bool]:
+    """Run an engine so that only harmless, final text comes out.
+
+    Control characters are dropped and stop strings end the answer here, on the worker's side, so
+    that the engine stops at once.
+
+    Returns
+    -------
+    finish, found_stop_string
+    """
+    sanitizer, stops = TextSanitizer(), StopStrings(request.sampling.stop)
+
+    def emit(event: PhaseEvent | TokenEvent) -> None:
+        if isinstance(event, TokenEvent):
+            event = TokenEvent(stops.feed(sanitizer.feed(event.text)), event.tokens)
+            if stops.found:
+                stop.set()
+        put(event)
+
+    finish = generate(request, emit, stop)
+    put(TokenEvent(stops.feed(sanitizer.flush()) + stops.flush(), 0))
+    return finish, stops.found

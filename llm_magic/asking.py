@@ -1,0 +1,141 @@
+"""From a prompt and its options to a request, from a running engine to a ``Generation``."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+
+from llm_magic.answer import Answer
+from llm_magic.chat import Chat
+from llm_magic.errors import EngineError, LLMMagicError, OptionError, PromptError, SessionError
+from llm_magic.events import Finish, FinishReason, Message, Request, Sampling
+from llm_magic.options import AskOptions
+from llm_magic.result import Footprint
+from llm_magic.settings import Settings
+from llm_magic.worker import Worker
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a followed answer ended; ``error`` is what the caller must raise once the text is kept."""
+
+    finish: Finish | None
+    reason: FinishReason
+    error: BaseException | None = None
+
+
+def build_request(text: str, options: AskOptions, chat: Chat | None, settings: Settings) -> Request:
+    """The request that a prompt makes in a conversation.
+
+    Raises
+    ------
+    PromptError
+        When the prompt is empty.
+    OptionError, SessionError
+        When ``--continue`` has a prompt, or nothing to continue.
+    """
+    history = list(chat.messages) if chat else []
+    if options.continue_last:
+        _check_can_continue(text, history)
+    elif text.strip():
+        history.append(Message("user", text))
+    else:
+        raise PromptError("The prompt is empty.", "Write it under the %%llm line.")
+    system = options.system
+    if system is None:
+        system = (chat.system if chat else "") or settings.system
+    if system:
+        history.insert(0, Message("system", system))
+    return Request(
+        tuple(history),
+        _sampling(options, settings),
+        options.use_template,
+        options.continue_last,
+        chat.name if chat else "",
+    )
+
+
+def system_of(request: Request) -> str:
+    """The system prompt of a request; empty when it has none."""
+    return next((m.content for m in request.messages if m.role == "system"), "")
+
+
+def follow(
+    worker: Worker[tuple[Finish, bool]], answer: Answer, show: Callable[[Answer], None], model: str
+) -> Ending:
+    """Take an answer in as it comes; ends with the worker, whatever happens.
+
+    An interrupt (Ctrl-C, ■) stops the worker and keeps the text that came; it is in the ending's
+    ``error``, as is what the engine raised.
+    """
+    try:
+        for batch in worker.batches():
+            answer.take(batch)
+            show(answer)
+        finish, found_stop_string = worker.result()
+        return Ending(finish, "stop" if found_stop_string else finish.reason)
+    except KeyboardInterrupt as interrupt:
+        worker.stop()
+        return Ending(_drain(worker, answer), "interrupted", interrupt)
+    except LLMMagicError as error:
+        return Ending(None, "error", error)
+    except Exception as error:
+        plain = EngineError(
+            f"{model} failed: {type(error).__name__}: {error}", f"%llm unload {model}, then load it again."
+        )
+        plain.__cause__ = error
+        return Ending(None, "error", plain)
+
+
+def make_footprint(answer: Answer, ending: Ending, request: Request) -> Footprint:
+    """Tokens and speeds of an answer, from the engine's own account where there is one."""
+    seed = None if request.sampling.temperature == 0 else request.sampling.seed
+    first_token_s = answer.first_token_s or 0.0
+    finish = ending.finish
+    if finish is None:
+        return Footprint(
+            generated_tokens=answer.tokens,
+            generation_tps=answer.generation_tps,
+            first_token_s=first_token_s,
+            total_s=answer.elapsed_s,
+            seed=seed,
+        )
+    return Footprint(
+        prompt_tokens=finish.prompt_tokens,
+        cached_tokens=finish.cached_tokens,
+        generated_tokens=finish.generated_tokens,
+        prompt_tps=_rate(finish.prompt_tokens - finish.cached_tokens, finish.prefill_s),
+        generation_tps=_rate(finish.generated_tokens - 1, finish.decode_s),
+        first_token_s=first_token_s,
+        total_s=answer.elapsed_s,
+        seed=seed,
+    )
+
+
+def _check_can_continue(text: str, history: list[Message]) -> None:
+    if text.strip():
+        raise OptionError("--continue goes on with the last answer and takes no prompt.", "Empty the cell.")
+    if not history or history[-1].role != "assistant":
+        raise SessionError("There is no answer to continue in this chat.", "Ask something first.")
+
+
+def _sampling(options: AskOptions, settings: Settings) -> Sampling:
+    names = ("temperature", "top_p", "top_k", "min_p", "seed", "max_new_tokens")
+    values = {name: getattr(settings, name) for name in names} | dict(options.sampling)
+    if values["seed"] is None:
+        values["seed"] = random.randrange(2**31)  # noqa: S311 - drawn to be repeatable, not to be secret
+    return Sampling(**values)
+
+
+def _drain(worker: Worker[tuple[Finish, bool]], answer: Answer) -> Finish | None:
+    with suppress(Exception):  # the interrupt is what the user hears of, whatever the engine says now
+        for batch in worker.batches():
+            answer.take(batch)
+        return worker.result()[0]
+    return None
+
+
+def _rate(count: int, seconds: float) -> float:
+    return count / seconds if count > 0 and seconds > 0 else 0.0

@@ -1,0 +1,166 @@
+"""Named conversations, and the folder where a person may save them."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from llm_magic.errors import SessionError
+from llm_magic.events import Message
+from llm_magic.folders import data_folder
+
+_NAME = re.compile(r"[\w][\w .-]{0,63}")
+
+
+@dataclass
+class Chat:
+    """One conversation: the system prompt it began with, and its turns."""
+
+    name: str
+    system: str = ""
+    messages: list[Message] = field(default_factory=list)
+
+    @property
+    def turns(self) -> int:
+        """Number of answers in it."""
+        return sum(message.role == "assistant" for message in self.messages)
+
+
+class Chats:
+    """The conversations of a session, by name."""
+
+    def __init__(self) -> None:
+        self.current = Chat("default")
+        self._chats: dict[str, Chat] = {"default": self.current}
+
+    def names(self) -> list[str]:
+        """Names of the conversations in memory."""
+        return list(self._chats)
+
+    def find(self, name: str) -> Chat | None:
+        """The conversation with this name, in memory or saved; ``None`` when there is none.
+
+        Raises
+        ------
+        SessionError
+            When it is saved in a file that is damaged.
+        """
+        if name in self._chats:
+            return self._chats[name]
+        return read_chat(name) if name in saved_chats() else None
+
+    def keep(self, chat: Chat, make_current: bool = True) -> None:
+        """Take a conversation in, in place of one of the same name."""
+        if make_current or self.current.name == chat.name:
+            self.current = chat
+        self._chats[chat.name] = chat
+
+    def new(self, name: str = "") -> Chat:
+        """Start an empty conversation and make it the current one.
+
+        Raises
+        ------
+        SessionError
+            When a conversation of this name exists already.
+        """
+        if self.find(name) is not None:
+            raise SessionError(
+                f"There is a chat {name!r} already.", f"%llm chat use {name} · %llm chat delete {name}"
+            )
+        self.keep(Chat(check_chat_name(name or self.free_name())))
+        return self.current
+
+    def use(self, name: str) -> Chat:
+        """Make a conversation the current one.
+
+        Raises
+        ------
+        SessionError
+            When there is no such conversation.
+        """
+        chat = self.find(name)
+        if chat is None:
+            raise _unknown(name)
+        self.keep(chat)
+        return chat
+
+    def delete(self, name: str) -> None:
+        """Forget a conversation, in memory and on disk.
+
+        Raises
+        ------
+        SessionError
+            When there is no such conversation.
+        """
+        if name not in self._chats and name not in saved_chats():
+            raise _unknown(name)
+        self._chats.pop(name, None)
+        _file(name).unlink(missing_ok=True)
+        if self.current.name == name:
+            self.current = self._chats.setdefault("default", Chat("default"))
+
+    def free_name(self) -> str:
+        """A name that no conversation has yet."""
+        taken = {*self._chats, *saved_chats()}
+        return next(f"chat-{n}" for n in range(1, len(taken) + 2) if f"chat-{n}" not in taken)
+
+
+def save_chat(chat: Chat, name: str = "") -> str:
+    """Write a conversation to its file, readable by its owner alone; returns the name it was saved under."""
+    name = name or chat.name
+    file = _file(name)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    turns = [{"role": m.role, "content": m.content} for m in chat.messages]
+    text = json.dumps({"system": chat.system, "messages": turns}, ensure_ascii=False, indent=1)
+    file.touch(mode=0o600)
+    file.write_text(text, encoding="utf-8")
+    return name
+
+
+def read_chat(name: str) -> Chat:
+    """A saved conversation.
+
+    Raises
+    ------
+    SessionError
+        When there is none, or its file is damaged.
+    """
+    try:
+        data = json.loads(_file(name).read_text(encoding="utf-8"))
+        messages = [Message(str(m["role"]), str(m["content"])) for m in data["messages"]]
+        return Chat(name, str(data.get("system", "")), messages)
+    except FileNotFoundError:
+        raise _unknown(name) from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise SessionError(f"The saved chat {name!r} is damaged.", f"%llm chat delete {name}") from None
+
+
+def saved_chats() -> list[str]:
+    """Names of the saved conversations."""
+    return sorted(file.stem for file in (data_folder() / "chats").glob("*.json"))
+
+
+def _unknown(name: str) -> SessionError:
+    return SessionError(f"There is no chat {name!r}.", f"%llm chat list · %llm chat new {name}")
+
+
+def check_chat_name(name: str) -> str:
+    """The name itself, when it can be a file name.
+
+    Raises
+    ------
+    SessionError
+        When it cannot.
+    """
+    if not _NAME.fullmatch(name):
+        raise SessionError(
+            f"{name!r} cannot name a chat.", "Use letters, digits, spaces, dots, '-' and '_', at most 64."
+        )
+    return name
+
+
+def _file(name: str) -> Path:
+    check_chat_name(name)
+    return data_folder() / "chats" / f"{name}.json"

@@ -1,0 +1,40 @@
+"""What a person may choose for a load and for a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """Options that ``%llm load`` and ``%llm plan`` share.
+
+    ``device_map`` is the name of a planner or a ``.json`` file; ``max_memory`` bytes by device;
+    ``machine`` a file that describes another machine, to plan for.
+    """
+
+    device_map: str = "auto"
+    max_memory: Mapping[str, int] = field(default_factory=dict)
+    ctx_size: int | None = None
+    offload_folder: str = ""
+    machine: str = ""
+
+
+@dataclass(frozen=True)
+class AskOptions:
+    """Options of one prompt. ``None`` and ``""`` stand for the session's default.
+
+    ``sampling`` holds what the user gave: fields of ``Sampling`` by name.
+    """
+
+    model: str = ""
+    system: str | None = None
+    chat: str = ""
+    new: bool = False
+    history: bool | None = None
+    continue_last: bool = False
+    use_template: bool = True
+    output_format: str = ""
+    sampling: Mapping[str, Any] = field(default_factory=dict)

@@ -1,0 +1,61 @@
+"""What a session needs from whoever shows things: two live views. ``display.py`` has the real ones."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+from llm_magic.events import PhaseEvent
+
+if TYPE_CHECKING:
+    from llm_magic.answer import Answer
+    from llm_magic.result import Generation
+
+
+class ProgressView(Protocol):
+    """A live line or bar."""
+
+    def update(self, event: PhaseEvent | None) -> None:
+        """Show the newest progress; ``None`` when nothing happened for a moment."""
+
+    def close(self) -> None:
+        """Take the bar away."""
+
+
+class AnswerView(Protocol):
+    """An answer as it comes."""
+
+    def update(self, answer: Answer) -> None:
+        """Show the answer so far."""
+
+    def close(self, generation: Generation) -> None:
+        """Replace the live view by what stays."""
+
+
+class Screen(Protocol):
+    """Makes live views."""
+
+    def progress(self, title: str) -> ProgressView:
+        """A view of a load or a download."""
+
+    def answer(self, output_format: str) -> AnswerView:
+        """A view of an answer that is about to come."""
+
+
+class SilentScreen:
+    """Shows nothing: plain Python, tests, ``--no-stream`` while the answer comes."""
+
+    def progress(self, title: str) -> ProgressView:  # noqa: ARG002 - part of the protocol
+        """A view that shows nothing."""
+        return _Nothing()
+
+    def answer(self, output_format: str) -> AnswerView:  # noqa: ARG002 - part of the protocol
+        """A view that shows nothing."""
+        return _Nothing()
+
+
+class _Nothing:
+    def update(self, _: object) -> None:
+        pass
+
+    def close(self, _: object = None) -> None:
+        pass

@@ -1,0 +1,397 @@
+"""The one mutable object: loaded models, chats, defaults, past answers, and the lock around them."""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+from llm_magic.answer import Answer, generate_clean
+from llm_magic.asking import Ending, build_request, follow, make_footprint, system_of
+from llm_magic.chat import Chat, Chats, check_chat_name
+from llm_magic.errors import LLMMagicError, OptionError, PlanError, SessionError
+from llm_magic.events import Message, PhaseEvent, Progress, RenderedPrompt, Request, StopFlag
+from llm_magic.folders import cache_folder
+from llm_magic.hookspecs import Backend, Engine, FindsAccelerators, Planner
+from llm_magic.machine import Device, Link, Machine
+from llm_magic.memory import FreeMemory
+from llm_magic.model import ModelSpec
+from llm_magic.notebook import Notebook
+from llm_magic.options import AskOptions, LoadOptions
+from llm_magic.plan import Plan, Workload
+from llm_magic.planner import make_plan, read_device_map
+from llm_magic.plugins import Plugins, pick
+from llm_magic.probe import probe_machine, read_machine
+from llm_magic.result import Footprint, Generation, Turn
+from llm_magic.screen import AnswerView, Screen, SilentScreen
+from llm_magic.settings import Settings
+from llm_magic.views.map import placement_words
+from llm_magic.worker import Cancelled, Worker
+
+Result = TypeVar("Result")
+DEFAULTS = AskOptions()
+
+
+@dataclass
+class LoadedModel:
+    """A model in memory, the name it goes by, and how fast its last answer was."""
+
+    name: str
+    spec: ModelSpec
+    options: LoadOptions
+    plan: Plan
+    engine: Engine
+    load_s: float
+    last: Footprint | None = None
+
+
+@dataclass(frozen=True)
+class Unloaded:
+    """What an unload gave back: bytes by device, and the variables that still hold the model."""
+
+    name: str
+    freed: Mapping[str, int]
+    held_by: tuple[str, ...] = ()
+
+
+class Session:
+    """Everything that changes while a notebook works with models.
+
+    Parameters
+    ----------
+    plugins, settings, screen, notebook
+        What the session works with; each has a default that needs no notebook.
+    """
+
+    def __init__(
+        self,
+        plugins: Plugins | None = None,
+        settings: Settings | None = None,
+        screen: Screen | None = None,
+        notebook: Notebook | None = None,
+    ) -> None:
+        self.plugins = plugins or Plugins()
+        self.settings = settings or Settings()
+        self.screen: Screen = screen or SilentScreen()
+        self.notebook = notebook or Notebook()
+        self.models: dict[str, LoadedModel] = {}
+        self.current = ""
+        self.chats = Chats()
+        self.log: list[Generation] = []
+        self.aliases: dict[str, str] = {}
+        self._lock = threading.Lock()
+
+    # Models
+
+    def model(self, name: str = "") -> LoadedModel:
+        """The loaded model of this name; the current one without a name.
+
+        Raises
+        ------
+        SessionError
+            When nothing is loaded.
+        OptionError
+            When no loaded model has this name.
+        """
+        if not self.models:
+            raise SessionError(
+                "No model is loaded.", "%llm load starter, or any hub id, folder or .gguf file."
+            )
+        return pick(self.models, name or self.current, "loaded model")
+
+    def machine(self, measure: bool = False) -> Machine:
+        """The machine we are on: what it has, what is free now, and how fast bytes move."""
+        folder = cache_folder()
+        folder.mkdir(parents=True, exist_ok=True)
+        return probe_machine(self._accelerators, measure=measure, disk_folder=folder)
+
+    def plan(self, spec: ModelSpec, options: LoadOptions, progress: Progress = lambda _: None) -> Plan:
+        """Place a model without loading it.
+
+        Raises
+        ------
+        LLMMagicError
+            When the source, the options or the device map are invalid. A plan that does not fit
+            is returned, with its ``problems``.
+        """
+        spec = replace(spec, source=self.aliases.get(spec.source, spec.source))
+        backend = self.plugins.backend_for(spec)
+        progress(PhaseEvent("reading"))
+        layout = backend.layout(spec, progress)
+        progress(PhaseEvent("planning"))
+        machine = read_machine(Path(options.machine)) if options.machine else self.machine()
+        context = options.ctx_size or self._default_context(layout.context_length)
+        placement: Planner | Mapping[str, str]
+        if options.device_map.lower().endswith(".json"):
+            placement = read_device_map(Path(options.device_map), layout, machine)
+        else:
+            placement = pick(self.plugins.planners, options.device_map, "placement policy")
+        return make_plan(
+            layout,
+            machine,
+            Workload(context),
+            placement=placement,
+            policy=Path(options.device_map).name,
+            max_memory=options.max_memory,
+            source=spec.source,
+            options=_backend_options(spec, options),
+        )
+
+    def load(self, spec: ModelSpec, options: LoadOptions, name: str = "") -> LoadedModel:
+        """Plan and load a model, make it the current one, and give it a name.
+
+        Loading the same source with the same options again keeps the model that is there. A model
+        of the same name is unloaded once the new one is loaded.
+
+        Raises
+        ------
+        LLMMagicError
+            When it cannot be loaded; what was loaded before stays.
+        KeyboardInterrupt
+            When the user interrupts; what was read so far is given back.
+        """
+        if options.machine:
+            raise OptionError(
+                "A described machine can only be planned for.", "Add --dry-run, or leave --machine out."
+            )
+        spec = replace(spec, source=self.aliases.get(spec.source, spec.source))
+        name = _check_model_name(name or _model_name(spec.source))
+        same = self.models.get(name)
+        if same and (same.spec, same.options) == (spec, options):
+            self.current = name
+            return same
+        backend = self.plugins.backend_for(spec)
+        loaded = self._on_worker(f"Loading {name}", lambda p: self._load(backend, spec, options, name, p))
+        if same:
+            self.unload(name)
+        self.models[name] = loaded
+        self.current = name
+        self.plugins.notify(self, loaded)
+        return loaded
+
+    def unload(self, name: str = "") -> Unloaded:
+        """Close a model and give its memory back; its chats stay.
+
+        Raises
+        ------
+        SessionError
+            When nothing is loaded, or the model is busy.
+        """
+        model = self.model(name)
+        with self._exclusive():
+            before = FreeMemory.now(self._accelerators)
+            del self.models[model.name]
+            torch_module = model.engine.model
+            self.notebook.drop_references(torch_module)
+            held_by = tuple(self.notebook.names_of(torch_module)) if torch_module is not None else ()
+            del torch_module
+            model.engine.close()
+            freed = FreeMemory.now(self._accelerators).gained_since(before)
+        if self.current == model.name:
+            self.current = next(reversed(self.models), "")
+        unloaded = Unloaded(model.name, freed, held_by)
+        self.plugins.notify(self, unloaded)
+        return unloaded
+
+    def use(self, name: str) -> LoadedModel:
+        """Make a loaded model the current one."""
+        model = self.model(name)
+        self.current = model.name
+        return model
+
+    def run(self, title: str, job: Callable[[Progress], Result]) -> Result:
+        """Run a job that reports progress (a download, a measurement), showing it; interruptible."""
+        return self._on_worker(title, job)
+
+    def close(self) -> None:
+        """Unload everything."""
+        for name in list(self.models):
+            self.unload(name)
+
+    # Prompts
+
+    def ask(self, text: str, options: AskOptions = DEFAULTS, view: AnswerView | None = None) -> Generation:
+        """Answer a prompt with a loaded model, showing it in ``view`` as it comes.
+
+        Returns
+        -------
+        Generation
+            Also appended to ``log``; its turn is added to the chat.
+
+        Raises
+        ------
+        LLMMagicError
+            When the prompt or an option is invalid, or the engine fails. The chat stays as it was.
+        KeyboardInterrupt
+            After the partial answer was kept in ``log`` and in the chat.
+        """
+        model = self.model(options.model)
+        output_format = pick(
+            self.plugins.formats, options.output_format or self.settings.format, "format"
+        ).name
+        chat = self._chat(options)
+        request = build_request(text, options, chat, self.settings)
+        beginning = request.messages[-1].content if request.continue_last else ""
+        self._acquire()
+        worker = Worker(
+            lambda put, stop: generate_clean(model.engine.generate, request, put, stop), self._lock.release
+        )
+        answer = Answer(beginning, worker.stop)
+        view = view or self.screen.answer(output_format)
+        view.update(answer)
+        ending = follow(worker, answer, view.update, model.name)
+        generation = self._generation(model, answer, ending, request, output_format)
+        self._keep(generation, chat, request, options)
+        view.close(generation)
+        if ending.error is not None:
+            raise ending.error
+        return generation
+
+    def render(self, text: str, options: AskOptions = DEFAULTS) -> RenderedPrompt:
+        """The final prompt that ``ask`` would send, without running the model."""
+        model = self.model(options.model)
+        return model.engine.render(build_request(text, options, self._chat(options), self.settings))
+
+    def forget_chat(self, chat: str) -> None:
+        """Drop the KV caches that engines keep for a chat."""
+        for model in self.models.values():
+            model.engine.forget(chat)
+
+    # Inside
+
+    def _accelerators(self, measure: bool) -> tuple[tuple[Device, ...], tuple[Link, ...]]:
+        devices: dict[str, Device] = {}
+        links: dict[tuple[str, str], Link] = {}
+        for backend in self.plugins.backends.values():
+            if isinstance(backend, FindsAccelerators):
+                found, found_links = backend.accelerators(measure)
+                devices |= {d.id: d for d in found if d.id not in devices}
+                links |= {(k.source, k.target): k for k in found_links}
+        return tuple(devices.values()), tuple(links.values())
+
+    def _default_context(self, context_length: int) -> int:
+        wanted = self.settings.ctx_size
+        return min(wanted, context_length) if context_length else wanted
+
+    def _load(
+        self, backend: Backend, spec: ModelSpec, options: LoadOptions, name: str, progress: Progress
+    ) -> LoadedModel:
+        started = time.perf_counter()
+        plan = self.plan(spec, options, progress)
+        if not plan.fits:
+            raise PlanError(plan.problems[0], _what_would_fit(plan, self.models))
+        engine = backend.load(spec, plan, progress)
+        return LoadedModel(name, spec, options, plan, engine, time.perf_counter() - started)
+
+    @contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        self._acquire()
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+    def _on_worker(self, title: str, job: Callable[[Progress], Result]) -> Result:
+        self._acquire()
+        view = self.screen.progress(title)
+        worker = Worker(lambda emit, stop: job(_stoppable(emit, stop)), self._lock.release)
+        try:
+            for batch in worker.batches():
+                for event in batch or [None]:
+                    view.update(event if isinstance(event, PhaseEvent) else None)
+        except KeyboardInterrupt:
+            worker.stop()
+            with suppress(LLMMagicError, Cancelled):
+                worker.result()
+            raise
+        finally:
+            view.close()
+        return worker.result()
+
+    def _acquire(self) -> None:
+        if not self._lock.acquire(blocking=False):
+            raise SessionError(
+                "A model is still at work.", "Wait for it, or interrupt it first (■ or Ctrl-C)."
+            )
+
+    def _chat(self, options: AskOptions) -> Chat | None:
+        wanted = options.chat or options.new or options.continue_last
+        if options.history is False and wanted:
+            raise OptionError(
+                "--no-history goes with neither --chat, --new nor --continue.", "Leave one out."
+            )
+        if not wanted and not (self.settings.history if options.history is None else options.history):
+            return None
+        if options.new:
+            return Chat(check_chat_name(options.chat or self.chats.free_name()))
+        if options.chat:
+            return self.chats.find(options.chat) or Chat(check_chat_name(options.chat))
+        return self.chats.current
+
+    def _generation(
+        self, model: LoadedModel, answer: Answer, ending: Ending, request: Request, output_format: str
+    ) -> Generation:
+        footprint = replace(
+            make_footprint(answer, ending, request),
+            model=model.name,
+            placement=placement_words(model.plan),
+            bound_by=model.plan.forecast.bound_by,
+        )
+        if footprint.generation_tps:
+            model.last = footprint
+        question = next((m.content for m in reversed(request.messages) if m.role == "user"), "")
+        turn = Turn(question, system_of(request), request.chat, asdict(request.sampling))
+        return Generation(answer.text, ending.reason, footprint, turn, output_format)
+
+    def _keep(self, generation: Generation, chat: Chat | None, request: Request, options: AskOptions) -> None:
+        if generation.finish_reason == "error" and not generation:
+            return
+        self.log.append(generation)
+        self.plugins.notify(self, generation)
+        if chat is None or generation.finish_reason == "error":
+            return
+        messages = [m for m in request.messages if m.role != "system"]
+        if request.continue_last:
+            messages.pop()
+        if generation or not generation.is_partial:
+            chat.messages[:] = [*messages, Message("assistant", generation.text)]
+            chat.system = system_of(request)
+            self.chats.keep(chat, make_current=not options.chat)
+
+
+def _stoppable(emit: Callable[[object], None], stop: StopFlag) -> Progress:
+    def progress(event: PhaseEvent) -> None:
+        if stop.is_set():
+            raise Cancelled
+        emit(event)
+
+    return progress
+
+
+def _backend_options(spec: ModelSpec, options: LoadOptions) -> dict[str, str]:
+    values = {"offload_folder": options.offload_folder, "dtype": spec.dtype, "revision": spec.revision or ""}
+    return {name: value for name, value in values.items() if value}
+
+
+def _what_would_fit(plan: Plan, loaded: Mapping[str, LoadedModel]) -> str:
+    if len(plan.problems) > 1:
+        return plan.problems[1]
+    if loaded:
+        return f"%llm unload {next(iter(loaded))} gives memory back; %llm plan shows every byte."
+    return "%llm plan shows every byte; a smaller --ctx-size, --dtype or model would fit."
+
+
+def _model_name(source: str) -> str:
+    name = source.rstrip("/\\").replace("\\", "/").rsplit("/", 1)[-1]
+    return re.sub(r"[^\w.-]+", "-", name.removesuffix(".gguf")) or "model"
+
+
+def _check_model_name(name: str) -> str:
+    if not re.fullmatch(r"[\w][\w.:-]{0,99}", name):
+        raise OptionError(f"{name!r} cannot name a model.", "Use letters, digits, dots, '-' and '_'.")
+    return name
