@@ -1,0 +1,209 @@
+"""A real Jupyter server and a real browser, both private to the test session."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import nbformat
+from playwright.sync_api import Browser, BrowserContext, Page, Route
+
+App = Literal["lab", "notebook"]
+REPOSITORY = Path(__file__).parents[2]
+# What a browser may do on its own: nothing. Debian's chromium runs as root only without its sandbox.
+CHROMIUM_FLAGS = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+START_S = 90.0
+
+
+def chromium_path() -> str | None:
+    """The system's Chromium, if there is one."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    return next((path for path in map(shutil.which, names) if path), None)
+
+
+class Server:
+    """JupyterLab and Notebook 7 on a free loopback port, with folders and a token of their own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.token = secrets.token_hex(16)
+        self.notebooks = folder / "notebooks"
+        self._log = folder / "server.log"
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port: int = probe.getsockname()[1]
+        self._process = self._start(folder)
+        self._wait()
+
+    @property
+    def origin(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def url(self, app: App, notebook: str) -> str:
+        place = {"lab": "lab/tree", "notebook": "notebooks"}[app]
+        return f"{self.origin}/{place}/{notebook}?token={self.token}"
+
+    def stop(self) -> None:
+        """End the server, which ends its kernels."""
+        self._process.terminate()
+        try:
+            self._process.wait(20)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def _start(self, folder: Path) -> subprocess.Popen[bytes]:
+        for name in ("home", "config", "data", "runtime", "ipython", "workspaces", "settings"):
+            (folder / name).mkdir()
+        self.notebooks.mkdir()
+        news = folder / "settings" / "@jupyterlab" / "apputils-extension"
+        news.mkdir(parents=True)
+        quiet = {"fetchNews": "false", "checkForUpdates": False, "doNotDisturbMode": True}
+        (news / "notification.jupyterlab-settings").write_text(json.dumps(quiet))
+        command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root"]
+        command += ["--ServerApp.ip=127.0.0.1", f"--ServerApp.port={self.port}", "--ServerApp.port_retries=0"]
+        command += [f"--ServerApp.root_dir={self.notebooks}", f"--IdentityProvider.token={self.token}"]
+        command += ["--LabApp.expose_app_in_browser=True", "--JupyterNotebookApp.expose_app_in_browser=True"]
+        environment = os.environ | {
+            "HOME": str(folder / "home"),
+            "JUPYTER_CONFIG_DIR": str(folder / "config"),
+            "JUPYTER_DATA_DIR": str(folder / "data"),
+            "JUPYTER_RUNTIME_DIR": str(folder / "runtime"),
+            "IPYTHONDIR": str(folder / "ipython"),
+            "JUPYTERLAB_WORKSPACES_DIR": str(folder / "workspaces"),
+            "JUPYTERLAB_SETTINGS_DIR": str(folder / "settings"),
+            "PYTHONPATH": str(REPOSITORY),  # so that cells can import the tests' payloads
+        }
+        with self._log.open("wb") as log:
+            return subprocess.Popen(
+                command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
+            )
+
+    def _wait(self) -> None:
+        deadline = time.monotonic() + START_S
+        while time.monotonic() < deadline and self._process.poll() is None:
+            try:
+                with urllib.request.urlopen(f"{self.origin}/api/status?token={self.token}", timeout=5):
+                    return
+            except (urllib.error.URLError, ConnectionError):
+                time.sleep(0.1)  # polling a process that is starting, not waiting for a result
+        self.stop()
+        raise RuntimeError(f"Jupyter did not start:\n{self._log.read_text()[-4000:]}")
+
+
+@dataclass
+class Traffic:
+    """What a page did that model output must never make it do."""
+
+    foreign_requests: list[str] = field(default_factory=list)
+    images: list[str] = field(default_factory=list)
+    dialogs: list[str] = field(default_factory=list)
+    popups: list[str] = field(default_factory=list)
+
+
+class Notebook:
+    """One notebook, open in JupyterLab or Notebook 7, with its kernel connected."""
+
+    def __init__(self, server: Server, browser: Browser, app: App, name: str, *, dark: bool = False) -> None:
+        self.server = server
+        self.name = name
+        self.traffic = Traffic()
+        self._context: BrowserContext = browser.new_context(viewport={"width": 1280, "height": 1600})
+        self._context.route("**/*", self._guard)
+        self.page: Page = self._context.new_page()
+        self._context.on("page", lambda page: self.traffic.popups.append(page.url))
+        self.page.on("dialog", self._dismiss)
+        self.page.goto(server.url(app, name))
+        self._wait_for_kernel()
+        if dark:
+            self.set_theme("JupyterLab Dark")
+
+    def close(self) -> None:
+        self.page.evaluate("() => jupyterapp.shell.currentWidget.context.sessionContext.shutdown()")
+        self._context.close()
+
+    def run_all(self) -> None:
+        """Run every cell and wait for the end of the last one; a cell that fails stops the rest."""
+        command = "() => jupyterapp.commands.execute('notebook:run-all-cells')"
+        self.page.evaluate(command)
+        self.page.wait_for_function(
+            "() => jupyterapp.shell.currentWidget.context.sessionContext.kernelDisplayStatus === 'idle'"
+        )
+
+    def save(self) -> nbformat.NotebookNode:
+        """Save in the browser, and read what the server wrote."""
+        self.page.evaluate("() => jupyterapp.shell.currentWidget.context.save()")
+        return nbformat.read(self.server.notebooks / self.name, as_version=4)
+
+    def set_theme(self, name: str) -> None:
+        self.page.evaluate(
+            "name => jupyterapp.commands.execute('apputils:change-theme', {theme: name})", name
+        )
+        is_light = "false" if "Dark" in name else "true"
+        self.page.wait_for_selector(f"body[data-jp-theme-light='{is_light}']")
+
+    def output(self, cell: int) -> Any:
+        """Locator of the rendered outputs of a cell."""
+        return self.page.locator(".jp-Notebook .jp-Cell").nth(cell).locator(".jp-OutputArea")
+
+    def screenshot(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.page.screenshot(path=path)
+
+    def _wait_for_kernel(self) -> None:
+        # "idle" comes before the websocket is up, and what is run then is lost.
+        self.page.wait_for_function(
+            """() => {
+                const context = globalThis.jupyterapp?.shell.currentWidget?.context;
+                const session = context?.isReady && context.sessionContext;
+                return session?.isReady && session.session?.kernel?.connectionStatus === 'connected';
+            }""",
+            timeout=START_S * 1000,
+        )
+        self.page.evaluate(
+            """async () => {
+                const session = jupyterapp.shell.currentWidget.context.sessionContext;
+                await session.ready;
+                await session.session.kernel.info;
+            }"""
+        )
+
+    def _guard(self, route: Route) -> None:
+        request = route.request
+        if not request.url.startswith((self.server.origin, "data:", "blob:")):
+            self.traffic.foreign_requests.append(request.url)
+            route.abort()
+            return
+        if request.resource_type in {"image", "media"} and "/static/" not in request.url:
+            self.traffic.images.append(request.url)
+        route.continue_()
+
+    def _dismiss(self, dialog: Any) -> None:
+        self.traffic.dialogs.append(dialog.message)
+        dialog.dismiss()
+
+
+def write_notebook(path: Path, cells: Sequence[str]) -> None:
+    """A notebook of code cells without outputs."""
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in cells])
+    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(notebook, path)
