@@ -109,3 +109,13 @@ class Generation(str):
 
     def __str__(self) -> str:
         return str.__str__(self)
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:  # noqa: ARG002
+        from llm_magic.formats import bundle
+
+        return bundle(self)
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:  # noqa: ARG002 (IPython's signature)
+        # Inside of a list or a dict it is one string among others.
+        nested = len(getattr(printer, "stack", ())) > 1
+        printer.text(repr(self) if nested else self._repr_mimebundle_()["text/plain"])

@@ -148,7 +148,7 @@ def _image_link(match: re.Match[str]) -> str:
 
 
 def _disarm_math(clean: str) -> str:
-    """Put an element between ``\\`` and the name of an unsafe command, outside of code.
+    """Put an element between a backslash and the name of an unsafe command, outside of code.
 
     MathJax joins no text across an element, so the formula that holds the command is shown as its
     source. Readers see the same characters.
