@@ -1,11 +1,11 @@
 """What there is to run on: devices, what is free on them now, and how fast bytes move between them.
 
-The nouns, and their JSON form for ``--machine FILE``. ``probe.py`` fills them from this machine.
+The nouns only. ``probe.py`` fills them from this machine, ``machine_file.py`` from a description.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
@@ -32,6 +32,15 @@ class Device:
         Whether GPU and CPU share this memory, so that "offloading to RAM" frees nothing.
     measured_on
         ISO date on which the speed was measured; empty when it is an assumption.
+    other_bytes
+        Of the bytes in use, what other processes hold, a second kernel on the same GPU for one.
+    assumed
+        Which of ``"total"``, ``"free"``, ``"read"`` and ``"flops"`` are assumptions.
+    method
+        How the speed was measured, or where an assumption comes from, in a few words.
+    uuid
+        The hardware's own identity, by which the driver's tools know it. Never shown or saved
+        in a notebook.
     """
 
     id: str
@@ -43,6 +52,10 @@ class Device:
     flops: float = 0.0
     unified: bool = False
     measured_on: str = ""
+    other_bytes: int = 0
+    assumed: tuple[str, ...] = ()
+    method: str = ""
+    uuid: str = field(default="", compare=False, repr=False)
 
     @property
     def used_bytes(self) -> int:
@@ -54,7 +67,8 @@ class Device:
 class Link:
     """How bytes go from one device to another.
 
-    ``measured_on`` is an ISO date, or empty when the bandwidth is assumed.
+    ``measured_on`` is an ISO date, or empty when nobody measured: then ``assumed`` tells a guess
+    from what a machine file says.
     """
 
     source: str
@@ -62,6 +76,7 @@ class Link:
     bytes_per_s: float
     name: str = ""
     measured_on: str = ""
+    assumed: bool = False
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,216 @@
+"""Accelerators as torch sees them: CUDA, ROCm, XPU and MPS, what is free on them, how fast they are.
+
+Speeds are measured with the operations that a model uses. Reading is a bf16 matrix-vector product,
+the work of decoding; operations are a bf16 matrix product over 256 tokens, the work of prefill;
+links are copies through pinned memory. All of it takes about half a second for the CPU and less
+for a GPU, whose first use loads the driver's libraries besides.
+"""
+
+from __future__ import annotations
+
+import datetime
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from llm_magic.host.memory import host_memory
+from llm_magic.host.processors import cpu_name
+from llm_magic.host.speed import best_of
+from llm_magic.machine import Device, Link
+from llm_magic.units import MIB
+
+if TYPE_CHECKING:
+    import torch
+
+_COPY_BYTES = 64 * MIB
+_CPU_BUDGET_S, _GPU_BUDGET_S, _LINK_BUDGET_S = 0.25, 0.1, 0.05
+_COLUMNS = 8192  # of the matrices: as wide as the layers of a model of 30B parameters or more
+_PREFILL_TOKENS = 256
+_TOO_LITTLE_BYTES = 32 * MIB
+
+
+def accelerators(measure: bool) -> tuple[tuple[Device, ...], tuple[Link, ...]]:
+    """GPUs and the links between them and the CPU; nothing where torch cannot be imported.
+
+    Parameters
+    ----------
+    measure
+        Measure speeds and links. A device ``cpu`` then carries the CPU's speed, and no memory.
+        A speed that cannot be measured (memory full, busy) is 0, and its link is left out.
+    """
+    try:
+        import torch
+    except (ImportError, OSError):  # missing, or its libraries do not load
+        return (), ()
+    with _quiet():
+        devices = (*_cuda(torch), *_xpu(torch), *_mps(torch))
+        if not measure:
+            return devices, ()
+        measured = tuple(_measured(torch, device, _GPU_BUDGET_S) for device in devices)
+        links = tuple(_links(torch, [d.id for d in devices if not d.unified]))
+        cpu = Device("cpu", "cpu", cpu_name(), 0, host_memory().free)
+        cpu = _measured(torch, cpu, _CPU_BUDGET_S)
+        _give_back(torch, devices)
+        return (*measured, cpu), links
+
+
+# --- What there is
+
+
+def _cuda(torch: Any) -> Iterator[Device]:
+    """CUDA and ROCm, which torch calls by the same name."""
+    if not torch.cuda.is_available():
+        return
+    for index in range(torch.cuda.device_count()):
+        facts = torch.cuda.get_device_properties(index)
+        try:
+            free, total = torch.cuda.mem_get_info(index)
+        except RuntimeError:  # lost or held exclusively by another process: there, but with no room
+            free, total = 0, facts.total_memory
+        own = torch.cuda.memory_reserved(index)
+        device = _gpu(f"cuda:{index}", facts.name, total, free, own, bool(getattr(facts, "is_integrated", 0)))
+        uuid = str(getattr(facts, "uuid", ""))
+        yield replace(device, uuid=uuid if uuid.startswith(("GPU-", "MIG-")) or not uuid else f"GPU-{uuid}")
+
+
+def _xpu(torch: Any) -> Iterator[Device]:
+    if not torch.xpu.is_available():
+        return
+    for index in range(torch.xpu.device_count()):
+        facts = torch.xpu.get_device_properties(index)
+        total = facts.total_memory
+        own = torch.xpu.memory_reserved(index)
+        try:
+            free, _ = torch.xpu.mem_get_info(index)
+        except RuntimeError:  # some drivers do not tell: count what this process holds
+            free = total - own
+        yield _gpu(
+            f"xpu:{index}", facts.name, total, free, own, bool(getattr(facts, "is_integrated_gpu", False))
+        )
+
+
+def _mps(torch: Any) -> Iterator[Device]:
+    if not torch.backends.mps.is_available():
+        return
+    total, own = torch.mps.recommended_max_memory(), torch.mps.driver_allocated_memory()
+    yield _gpu("mps", f"{cpu_name()} GPU", total, total - own, own, True)
+
+
+def _gpu(device_id: str, name: str, total: int, free: int, own: int, unified: bool) -> Device:
+    """A GPU of which this process holds ``own`` bytes. Unified memory is not freer than the RAM it is."""
+    if unified:
+        free = min(free, host_memory().free)
+    free = max(0, min(free, total))
+    return Device(
+        device_id, "gpu", name, total, free, unified=unified, other_bytes=max(0, total - free - own)
+    )
+
+
+# --- How fast it is
+
+
+def _measured(torch: Any, device: Device, budget_s: float) -> Device:
+    """``device`` with its read speed and operations; unchanged when it has no room to measure in."""
+    size = min(256 * MIB if device.id == "cpu" else 1024 * MIB, device.free_bytes // 4)
+    if size < _TOO_LITTLE_BYTES:
+        return device
+    try:
+        with torch.inference_mode():
+            read, flops = _read_speed(torch, device.id, size, budget_s), _flops(torch, device.id, budget_s)
+    except RuntimeError:  # out of memory, or no bf16 there
+        return device
+    threads = f", {torch.get_num_threads()} threads" if device.id == "cpu" else ""
+    return replace(
+        device,
+        read_bytes_per_s=read,
+        flops=flops,
+        measured_on=_today(),
+        method=f"bf16 matrix products{threads}",
+    )
+
+
+def _read_speed(torch: Any, device_id: str, size: int, budget_s: float) -> float:
+    """Bytes per second of a matrix-vector product. Ones, because pages of zeros may all be the same page."""
+    rows = size // (2 * _COLUMNS)
+    weight = torch.ones(rows, _COLUMNS, dtype=torch.bfloat16, device=device_id)
+    vector = torch.ones(1, _COLUMNS, dtype=torch.bfloat16, device=device_id)
+    seconds = best_of(
+        _finished(torch, device_id, lambda: torch.nn.functional.linear(vector, weight)), budget_s
+    )
+    return float(weight.nbytes / seconds)
+
+
+def _flops(torch: Any, device_id: str, budget_s: float) -> float:
+    """Operations per second of a matrix product over the tokens of one prefill pass."""
+    tokens, width = (_PREFILL_TOKENS, 2048) if device_id == "cpu" else (2048, 4096)
+    weight = torch.ones(width, width, dtype=torch.bfloat16, device=device_id)
+    states = torch.ones(tokens, width, dtype=torch.bfloat16, device=device_id)
+    seconds = best_of(
+        _finished(torch, device_id, lambda: torch.nn.functional.linear(states, weight)), budget_s
+    )
+    return 2 * tokens * width * width / seconds
+
+
+def _links(torch: Any, gpu_ids: list[str]) -> Iterator[Link]:
+    """Both directions between the CPU and each GPU, and between each two GPUs."""
+    for gpu in gpu_ids:
+        yield from _measured_link(torch, "cpu", gpu)
+        yield from _measured_link(torch, gpu, "cpu")
+        for other in gpu_ids:
+            if other != gpu:
+                yield from _measured_link(torch, gpu, other)
+
+
+def _measured_link(torch: Any, source: str, target: str) -> Iterator[Link]:
+    try:
+        seconds = _copy_seconds(torch, source, target)
+    except RuntimeError:  # out of memory: the link is assumed instead
+        return
+    name = "pinned copies" if "cpu" in (source, target) else "device copies"
+    yield Link(source, target, _COPY_BYTES / seconds, name, _today())
+
+
+def _copy_seconds(torch: Any, source: str, target: str) -> float:
+    def buffer(device_id: str) -> torch.Tensor:
+        tensor: torch.Tensor = torch.ones(_COPY_BYTES, dtype=torch.uint8, device=device_id)
+        return tensor.pin_memory() if device_id == "cpu" else tensor
+
+    here, there = buffer(source), buffer(target)
+    gpu = target if source == "cpu" else source
+    return best_of(_finished(torch, gpu, lambda: there.copy_(here, non_blocking=True)), _LINK_BUDGET_S)
+
+
+def _finished(torch: Any, device_id: str, work: Callable[[], object]) -> Callable[[], object]:
+    """``work`` that returns when the device is done with it."""
+    family = device_id.partition(":")[0]
+    if family == "cpu":
+        return work
+    module = getattr(torch, family)
+
+    def run() -> None:
+        work()
+        module.synchronize() if family == "mps" else module.synchronize(device_id)
+
+    return run
+
+
+def _give_back(torch: Any, devices: tuple[Device, ...]) -> None:
+    """Return what measuring took, pinned memory too, which torch would keep for later."""
+    for family in {device.id.partition(":")[0] for device in devices}:
+        getattr(torch, family).empty_cache()
+    if devices and hasattr(torch.accelerator, "empty_host_cache"):
+        torch.accelerator.empty_host_cache()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No warnings about drivers that are too old: such a GPU is simply not there, and doctor tells why."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _today() -> str:
+    return datetime.date.today().isoformat()

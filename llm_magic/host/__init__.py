@@ -1,0 +1,1 @@
+"""What this computer is and has, found without torch: memory, disks, processors, the NVIDIA driver's view."""

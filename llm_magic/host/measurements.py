@@ -1,0 +1,150 @@
+"""What was measured on a computer, kept in the cache folder so that it is measured once.
+
+One file for all: a home folder that several computers share holds an entry for each, under a
+fingerprint of the hardware and of what uses it. A file that cannot be read counts as empty.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from llm_magic.errors import LLMMagicError
+from llm_magic.host.processors import cpu_cores, cpu_name
+from llm_magic.machine import Machine
+from llm_magic.machine_file import machine_from_json, machine_to_json
+
+ROOT = Path("/")
+VERSION = 1
+_MACHINES_KEPT = 16
+_VISIBILITY = (
+    "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES",
+    "ZE_AFFINITY_MASK", "ONEAPI_DEVICE_SELECTOR",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class DiskSpeed:
+    """Kind and read speed of one disk; ``measured_on`` is an ISO date, empty when it was not measured."""
+
+    name: str
+    read_bytes_per_s: float = 0.0
+    measured_on: str = ""
+    method: str = ""
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """One computer: everything but its disks as a `Machine`, and its disks by `disk_key`."""
+
+    machine: Machine
+    disks: Mapping[str, DiskSpeed] = field(default_factory=dict)
+
+
+def fingerprint(gpu_uuids: tuple[str, ...] = (), root: Path = ROOT) -> str:
+    """Changes with the CPU, the RAM, the GPUs, which of them are visible, and the version of torch."""
+    parts = [platform.system(), platform.machine(), cpu_name(root), str(cpu_cores())]
+    parts += [str(round(psutil.virtual_memory().total / 2**30)), _version("torch")]
+    parts += [*sorted(gpu_uuids), *_linux_gpus(root)]
+    parts += [f"{name}={os.environ.get(name, '')}" for name in _VISIBILITY]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def load_measurements(path: Path, key: str) -> Measurements | None:
+    """What is kept under ``key``; ``None`` when there is nothing, or nothing readable."""
+    entry = _read(path).get(key)
+    if not isinstance(entry, dict):
+        return None
+    try:
+        machine = _with_uuids(machine_from_json(entry["machine"]), entry["uuids"])
+        disks = {str(disk): DiskSpeed(**facts) for disk, facts in entry["disks"].items()}
+    except (LLMMagicError, KeyError, TypeError, ValueError, AttributeError):
+        return None
+    return Measurements(_without_disks(machine), disks)
+
+
+def save_measurements(path: Path, key: str, measurements: Measurements) -> None:
+    """Keep ``measurements`` under ``key``, beside what is there of other computers.
+
+    The file is replaced as a whole, so that a reader never sees half of it. A cache folder that
+    cannot be written is no error: then the next session measures again.
+    """
+    machines = {other: entry for other, entry in _read(path).items() if other != key}
+    for oldest in list(machines)[: max(0, len(machines) + 1 - _MACHINES_KEPT)]:
+        del machines[oldest]
+    machines[key] = {
+        "machine": machine_to_json(measurements.machine),
+        "uuids": {device.id: device.uuid for device in measurements.machine.devices if device.uuid},
+        "disks": {disk: vars(speed) for disk, speed in measurements.disks.items()},
+    }
+    with contextlib.suppress(OSError):
+        _write(path, json.dumps({"version": VERSION, "machines": machines}, indent=1))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    if not isinstance(data, dict) or data.get("version") != VERSION:
+        return {}
+    machines = data.get("machines")
+    return machines if isinstance(machines, dict) else {}
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)  # 0600
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(name, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+        raise
+
+
+def _with_uuids(machine: Machine, uuids: Mapping[str, str]) -> Machine:
+    devices = tuple(replace(device, uuid=str(uuids.get(device.id, ""))) for device in machine.devices)
+    return replace(machine, devices=devices)
+
+
+def _without_disks(machine: Machine) -> Machine:
+    """A machine file always has a disk; here disks are kept beside the machine."""
+    devices = tuple(device for device in machine.devices if device.kind != "disk")
+    return replace(machine, devices=devices, links=tuple(k for k in machine.links if k.source != "disk"))
+
+
+def _linux_gpus(root: Path) -> list[str]:
+    """Display and compute cards as the kernel and the NVIDIA driver list them."""
+    cards = sorted((root / "sys/class/drm").glob("card[0-9]*/device"))
+    found = [f"{_text(card / 'vendor')}:{_text(card / 'device')}" for card in cards]
+    nvidia = sorted((root / "proc/driver/nvidia/gpus").glob("*/information"))
+    lines = [line for path in nvidia for line in _text(path).splitlines()]
+    return found + [line for line in lines if line.startswith(("Model", "GPU UUID"))]
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return ""
