@@ -119,7 +119,7 @@ class Plan:
     """A checked placement of a model on a machine.
 
     ``policy`` is the planner's name or the file that the map came from; ``problems`` says why it
-    does not fit, in sentences, and is empty when it does.
+    does not fit, in sentences, and is empty when it does; ``remedies`` says what would fit.
     """
 
     source: str
@@ -133,6 +133,7 @@ class Plan:
     forecast: Forecast
     warnings: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
+    remedies: tuple[str, ...] = ()
     options: Mapping[str, str] = field(default_factory=dict)
 
     @property

@@ -1,0 +1,159 @@
+"""What is wrong with a plan (problems), what a person should know about it (warnings), in sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from llm_magic.budget import reserve_bytes, usable_bytes
+from llm_magic.costs import activation_bytes, streamed_bytes, unified_pool
+from llm_magic.plan import DeviceUse, Plan, Workload
+from llm_magic.units import format_bandwidth, format_bytes
+
+_PURPOSES = (
+    ("weights", "weights"),
+    ("kv_cache", "KV cache"),
+    ("activations", "activations"),
+    ("slots", "room for offloaded blocks"),
+    ("buffers", "buffers"),
+)
+_LITTLE_SPARE = 0.05  # of a RAM: below it other programs start to swap
+_FOREIGN_SHARE = 0.1  # of a GPU's memory: held by others, worth a word
+
+
+def problems(plan: Plan) -> tuple[str, ...]:
+    """Why the plan does not fit; empty when it does."""
+    return (*map(_shortage, [use for use in plan.uses if use.spare < 0]), *_pool_shortage(plan))
+
+
+def shortage_bytes(plan: Plan) -> int:
+    """Bytes that lack over all devices; 0 when the plan fits."""
+    return sum(max(0, -use.spare) for use in plan.uses) + max(0, _pool_excess(plan))
+
+
+def too_large_block(plan: Plan) -> str:
+    """A sentence about the largest offloaded block when no device that computes could take it alone."""
+    slots = [use for use in plan.uses if use.slots > use.limit]
+    if not slots:
+        return ""
+    block = max((p.block for p in plan.offloaded), key=lambda b: streamed_bytes(b, plan.layout))
+    size = format_bytes(streamed_bytes(block, plan.layout))
+    return f"One block of {size} ({block.label}) does not fit the {format_bytes(slots[0].limit)} of {slots[0].device}."
+
+
+def warnings(plan: Plan, max_memory: dict[str, int]) -> tuple[str, ...]:
+    """What to know before loading, most important first."""
+    return (
+        *_unused_gpu(plan),
+        *_disk(plan),
+        *_context(plan),
+        *_long_prompt(plan),
+        *_memory_in_use(plan),
+        *_capped(plan, max_memory),
+    )
+
+
+def _shortage(use: DeviceUse) -> str:
+    parts = [f"{format_bytes(getattr(use, key))} {words}" for key, words in _PURPOSES if getattr(use, key)]
+    return (
+        f"{use.device} lacks {format_bytes(-use.spare)}: {' + '.join(parts)}, "
+        f"of {format_bytes(use.limit)} that can be used."
+    )
+
+
+def _pool_excess(plan: Plan) -> int:
+    """What devices that share one memory take together beyond it; it is counted once."""
+    pool = unified_pool(plan.machine)
+    names = {device.id for device in pool}
+    users = [use for use in plan.uses if use.device in names and use.planned]
+    if len(users) < 2 or any(use.spare < 0 for use in users):
+        return 0
+    return sum(use.planned for use in users) - max(usable_bytes(device) for device in pool)
+
+
+def _pool_shortage(plan: Plan) -> Iterator[str]:
+    excess = _pool_excess(plan)
+    if excess > 0:
+        names = " and ".join(device.id for device in unified_pool(plan.machine))
+        yield f"{names} share one memory, which lacks {format_bytes(excess)} for both together."
+
+
+def _unused_gpu(plan: Plan) -> Iterator[str]:
+    gpus, used = plan.machine.gpus, {place.compute for place in plan.placements}
+    if not gpus:
+        yield "No GPU was found: the CPU computes."
+    elif not used & {gpu.id for gpu in gpus}:
+        room = max(plan.budget.limits.get(gpu.id, 0) for gpu in gpus)
+        why = (
+            "as the placement asks"
+            if plan.policy not in ("auto", "balanced", "balanced_low_0", "sequential")
+            else f"its {format_bytes(room)} cannot take the KV cache, the activations and one block"
+        )
+        yield f"{gpus[0].id} is not used, {why}: the CPU computes."
+    if unified_pool(plan.machine):
+        names = " and ".join(device.id for device in unified_pool(plan.machine))
+        yield f"{names} share one memory: moving blocks between them frees nothing; what does not fit goes to disk."
+
+
+def _disk(plan: Plan) -> Iterator[str]:
+    blocks = [place for place in plan.offloaded if place.home == "disk"]
+    if not blocks:
+        return
+    disk, size = plan.machine.device("disk"), sum(place.block.bytes for place in blocks)
+    speed = f" at {format_bandwidth(disk.read_bytes_per_s)}" if disk.read_bytes_per_s else ""
+    yield (
+        f"{_blocks(len(blocks))} of {format_bytes(size)} on disk, read again for every token{speed}: "
+        "slow, unless the system's page cache can hold them."
+    )
+    if size > max(0, disk.free_bytes - reserve_bytes(disk)):
+        yield (
+            f"The disk has {format_bytes(disk.free_bytes)} free. That is enough while blocks are read from "
+            "the model's own files, not if they must be converted."
+        )
+
+
+def _context(plan: Plan) -> Iterator[str]:
+    trained = plan.layout.context_length
+    if trained and plan.workload.context_length > trained:
+        yield (
+            f"The context of {plan.workload.context_length:,} tokens is longer than the {trained:,} "
+            "that the model was made for: answers may turn to nonsense."
+        )
+
+
+def _long_prompt(plan: Plan) -> Iterator[str]:
+    """Activations grow with the prompt; a prompt of the whole context may not fit in one pass."""
+    whole = Workload(plan.workload.context_length, plan.workload.batch, plan.workload.context_length)
+    if whole.prefill_tokens <= plan.workload.prefill_tokens:
+        return
+    more = activation_bytes(plan.layout, whole) - activation_bytes(plan.layout, plan.workload)
+    tight = [use for use in plan.uses if use.activations and 0 <= use.spare < more]
+    if tight:
+        use = min(tight, key=lambda use: use.spare)
+        tokens = plan.workload.prefill_tokens
+        longest = tokens + (whole.prefill_tokens - tokens) * use.spare // more
+        yield (
+            f"A prompt of more than about {longest:,} tokens may not fit: activations on {use.device} "
+            f"grow by {format_bytes(more)} up to the whole context, and {format_bytes(use.spare)} are spare."
+        )
+
+
+def _memory_in_use(plan: Plan) -> Iterator[str]:
+    for use in plan.uses:
+        device = plan.machine.device(use.device)
+        if device.kind == "gpu" and not device.unified and use.other > use.total * _FOREIGN_SHARE:
+            yield f"Other programs hold {format_bytes(use.other)} of {use.device}; without them more blocks fit."
+        nearly = 0 <= use.spare < use.total * _LITTLE_SPARE and use.planned
+        overflows = any(place.home == "disk" for place in plan.offloaded)  # then it is full by intent
+        if device.kind == "cpu" and nearly and not overflows and use.device not in plan.budget.explicit:
+            yield f"Only {format_bytes(use.spare)} of RAM stay spare: close other programs."
+
+
+def _capped(plan: Plan, max_memory: dict[str, int]) -> Iterator[str]:
+    for device, asked in max_memory.items():
+        limit = plan.budget.limits[device]
+        if limit < asked:
+            yield f"{device}: {format_bytes(asked)} were asked for, {format_bytes(limit)} can be used."
+
+
+def _blocks(count: int) -> str:
+    return "1 block" if count == 1 else f"{count} blocks"

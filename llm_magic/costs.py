@@ -1,0 +1,157 @@
+"""What a placement costs on every device, by purpose: weights, buffers, KV cache, activations, slots.
+
+The engine that these numbers describe is stock Accelerate: with a GPU in the map, blocks on
+``"cpu"`` and ``"disk"`` are streamed through the first GPU of the map, which also keeps their KV
+cache; a map without a GPU computes on the CPU, and blocks on ``"disk"`` arrive in RAM.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+
+from llm_magic.machine import Device, Machine
+from llm_magic.model import Block, ModelLayout
+from llm_magic.plan import DeviceUse, MemoryBudget, Placement, Workload
+
+STREAMING_SLOTS = 1
+"""Offloaded blocks that are on the computing device at a time: Accelerate brings them one by one."""
+
+SCAN_CHUNK_TOKENS = 64
+"""Tokens for which a chunked recurrent scan keeps one state (the chunk size of transformers' kernels)."""
+
+_DTYPE_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "uint8": 1}
+
+
+def dtype_bytes(dtype: str) -> int:
+    """Bytes of one element of a torch dtype; 8-bit floats take 1, names that are unknown count as 2."""
+    return 1 if dtype.startswith("float8") else _DTYPE_BYTES.get(dtype, 2)
+
+
+def activation_bytes(layout: ModelLayout, workload: Workload) -> int:
+    """Peak of what one prefill pass keeps beside weights and KV cache, on a device that computes.
+
+    With ``T`` tokens (prefill x batch), hidden size ``H``, MLP width ``I``, ``e`` bytes an element
+    and ``k`` experts a token, an eager transformers layer peaks at::
+
+        2·T·H·e                                     residual stream and its normed copy
+      + max(6·T·H·e,                                q, k, v, rotated q and k, attention output (sdpa)
+            8·T·H,                                  the norm's fp32 copy and its square
+            3·T·k·I·e + [k > 1]·T·k·H·e)            act(gate), up, their product; gathered tokens
+      + half of the largest layer's KV cache        ``torch.cat`` holds old and new keys at once
+      + 3 states for every scanned token            recurrent layers, see ``_scan_bytes``
+
+    Read off ``LlamaMLP``, ``LlamaRMSNorm``, ``DynamicLayer.update`` and ``MambaMixer.slow_forward``
+    of transformers 5. sdpa never materialises the T x T scores.
+    """
+    tokens = min(workload.prefill_tokens, workload.context_length) * workload.batch
+    row = tokens * layout.hidden_size * dtype_bytes(layout.dtype)
+    experts = max((block.active_experts for block in layout.blocks), default=0) or 1
+    gathered = experts * row if experts > 1 else 0
+    width = layout.intermediate_size or 4 * layout.hidden_size
+    mlp = 3 * tokens * experts * width * dtype_bytes(layout.dtype) + gathered
+    largest_cache = max((workload.cache_bytes(block) for block in layout.blocks), default=0)
+    peak = 2 * row + max(6 * row, 8 * tokens * layout.hidden_size, mlp)
+    return peak + largest_cache // 2 + _scan_bytes(layout, workload)
+
+
+def logits_bytes(layout: ModelLayout, workload: Workload) -> int:
+    """Logits of the last position and what sampling makes of them, on the head's device.
+
+    ``generate`` keeps one position of a prefill, in the model's dtype and copied to fp32; top-k and
+    top-p sort it (fp32 values, int64 indices) and take a softmax: B·V·(e + 4 + 4 + 8 + 4).
+    """
+    return workload.batch * layout.vocab_size * (dtype_bytes(layout.dtype) + 20)
+
+
+def placements(layout: ModelLayout, device_map: Mapping[str, str], machine: Machine) -> tuple[Placement, ...]:
+    """Homes and computing devices of all blocks, in model order."""
+    main = main_device((device_map[block.name] for block in layout.blocks), machine)
+    stores = {"cpu", "disk"} if main != "cpu" else {"disk"}
+    return tuple(
+        Placement(block, home, main if home in stores else home)
+        for block, home in ((block, device_map[block.name]) for block in layout.blocks)
+    )
+
+
+def main_device(homes: Iterable[str], machine: Machine) -> str:
+    """Where offloaded blocks compute: the first GPU of the map, or the CPU when it names none."""
+    gpus = {gpu.id for gpu in machine.gpus}
+    return next((home for home in homes if home in gpus), "cpu")
+
+
+def streamed_bytes(block: Block, layout: ModelLayout) -> int:
+    """Bytes that travel when an offloaded block runs: its tensors, and the tied one it borrows."""
+    borrowed = 0 if block.bytes else max((layout.block(name).bytes for name in block.tied_to), default=0)
+    return block.bytes + borrowed
+
+
+def placeable(machine: Machine) -> tuple[Device, ...]:
+    """The devices that a map may name, in the order in which they are filled."""
+    tiers = {"gpu": 0, "cpu": 1, "disk": 2}
+    return tuple(sorted((d for d in machine.devices if d.kind in tiers), key=lambda d: tiers[d.kind]))
+
+
+def unified_pool(machine: Machine) -> tuple[Device, ...]:
+    """The devices that share one memory; empty when every device has its own."""
+    pool = tuple(device for device in placeable(machine) if device.unified and device.kind != "disk")
+    return pool if len(pool) > 1 else ()
+
+
+def device_uses(
+    layout: ModelLayout,
+    machine: Machine,
+    budget: MemoryBudget,
+    workload: Workload,
+    placed: Sequence[Placement],
+) -> tuple[DeviceUse, ...]:
+    """Bytes by purpose of every device; the CPU of a unified memory appears only when it is used."""
+    purposes = _bytes_by_purpose(layout, workload, placed)
+    shared = {device.id for device in unified_pool(machine) if device.kind == "cpu"}
+    return tuple(
+        DeviceUse(
+            device=device.id,
+            total=device.total_bytes,
+            limit=budget.limits.get(device.id, 0),
+            reserve=budget.reserve.get(device.id, 0),
+            other=device.used_bytes,
+            **purposes[device.id],
+        )
+        for device in placeable(machine)
+        if device.id not in shared or any(purposes[device.id].values())
+    )
+
+
+def _bytes_by_purpose(
+    layout: ModelLayout, workload: Workload, placed: Sequence[Placement]
+) -> defaultdict[str, Counter[str]]:
+    purposes: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    activations = activation_bytes(layout, workload)
+    for place in placed:
+        purposes[place.home]["weights"] += place.block.bytes
+        there = purposes[place.compute]
+        there["buffers"] += place.block.buffer_bytes
+        there["kv_cache"] += workload.cache_bytes(place.block)
+        there["activations"] = activations
+        if place.is_offloaded:
+            there["slots"] = max(there["slots"], STREAMING_SLOTS * streamed_bytes(place.block, layout))
+    if placed:
+        purposes[logits_place(placed).compute]["activations"] += logits_bytes(layout, workload)
+    return purposes
+
+
+def logits_place(placed: Sequence[Placement]) -> Placement:
+    """The placement that makes the logits: the head, or the last block of a model without one."""
+    return next((place for place in reversed(placed) if place.block.kind == "head"), placed[-1])
+
+
+def _scan_bytes(layout: ModelLayout, workload: Workload) -> int:
+    """States that the scan of a recurrent layer keeps at once, three tensors of them.
+
+    The Mamba path without its own kernels materialises one state a token; linear attention works
+    in chunks.
+    """
+    state = max((block.cache.fixed_bytes for block in layout.blocks), default=0)
+    tokens = min(workload.prefill_tokens, workload.context_length)
+    states = tokens if "Mamba" in layout.architecture else -(-tokens // SCAN_CHUNK_TOKENS)
+    return 3 * workload.batch * states * state
