@@ -133,7 +133,8 @@ def _text(generation: Generation) -> Mapping[str, Any]:
 def _code(generation: Generation) -> Mapping[str, Any]:
     code = extract_code(generation)
     if not code:
-        return _with_note(generation, "There is no code in this answer.", _markdown)
+        note = "There is no code in this answer."
+        return _finished(generation, str(generation), markdown_to_html(generation), note)
     whole = f"<details><summary>Whole answer</summary>{markdown_to_html(generation)}</details>"
     language = next((name for name, _ in fences(generation) if name), "python")
     prose = "" if code.strip() == generation.strip() else whole
@@ -144,12 +145,15 @@ def _json(generation: Generation) -> Mapping[str, Any]:
     try:
         pretty = json.dumps(extract_json(generation), indent=2, ensure_ascii=False)
     except (ValueError, RecursionError) as error:
-        return _with_note(generation, f"This answer is no JSON: {error}", _text)
+        note = f"This answer is no JSON: {error}"
+        return _finished(generation, str(generation), text_to_html(generation), note)
     return _finished(generation, pretty, code_to_html(pretty, "json"))
 
 
 def _html(generation: Generation) -> Mapping[str, Any]:
     pages = [code for name, code in fences(generation) if name in ("html", "xhtml")]
+    if not pages and not re.search(r"<[A-Za-z/!]", generation):
+        return _markdown(generation)
     return _finished(generation, str(generation), clean_html("\n".join(pages) or generation))
 
 
@@ -167,19 +171,12 @@ def _as_formulas(source: str) -> str:
     return "\n\n".join(f"$$\n{p}\n$$" if re.search(r"[\\^_=]", p) else p for p in paragraphs if p)
 
 
-def _finished(generation: Generation, text: str, page: str) -> dict[str, str]:
-    footer = footer_text(generation)
-    plain = sanitize(text) + (f"\n\n{footer}" if footer else "")
-    return {"text/plain": plain, "text/html": page + footer_html(generation)}
-
-
-def _with_note(
-    generation: Generation, note: str, fallback: Callable[[Generation], Mapping[str, Any]]
-) -> dict[str, str]:
-    shown = fallback(generation)
+def _finished(generation: Generation, text: str, page: str, note: str = "") -> dict[str, str]:
+    lines = [line for line in (sanitize(note), footer_text(generation)) if line]
+    muted = f'<div style="{_MUTED}">{escape_text(note)}</div>' if note else ""
     return {
-        "text/plain": f"{shown['text/plain']}\n{sanitize(note)}",
-        "text/html": f'{shown["text/html"]}<div style="{_MUTED}">{escape_text(note)}</div>',
+        "text/plain": "\n\n".join((sanitize(text), *lines)),
+        "text/html": page + muted + footer_html(generation),
     }
 
 
