@@ -50,7 +50,7 @@ $(STAMPS)/demo: $(DECLARED) | $(BIN)/python
 
 $(STAMPS)/lab: $(DECLARED) | $(BIN)/python
 	@echo 'Installing llm-magic and JupyterLab into $(VENV): a few minutes the first time …'
-	@mkdir -p $(STAMPS) && $(INSTALL) --editable '.[lab]' && $(STARTER) && touch $@ $(STAMPS)/demo
+	@mkdir -p $(STAMPS) && $(INSTALL) --editable '.[lab]' pandas && $(STARTER) && touch $@ $(STAMPS)/demo
 
 $(STAMPS)/test: $(DECLARED) | $(BIN)/python
 	@echo 'Installing llm-magic and what its tests need into $(VENV): a few minutes the first time …'

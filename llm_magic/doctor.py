@@ -21,7 +21,6 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
 
 from llm_magic.folders import cache_folder, data_folder, display_path
-from llm_magic.plugins import PluginStatus
 from llm_magic.units import GIB, format_bytes
 
 Level = Literal["ok", "warning", "problem"]
@@ -75,13 +74,13 @@ REQUIREMENTS = (
 )
 
 
-def diagnose(plugins: Iterable[PluginStatus] = ()) -> tuple[Finding, ...]:
+def diagnose(failed_plugins: Iterable[str] = ()) -> tuple[Finding, ...]:
     """Look at everything; problems first, then warnings, then what is well.
 
     Parameters
     ----------
-    plugins
-        What the plugin manager knows; the plugins that failed are named.
+    failed_plugins
+        The plugins that did not load, each as ``"name: error"``.
     """
     findings = [
         *check_versions(installed_version),
@@ -90,7 +89,7 @@ def diagnose(plugins: Iterable[PluginStatus] = ()) -> tuple[Finding, ...]:
         check_memory(psutil.virtual_memory().available),
         *check_hub(os.environ, Path.home()),
         check_front_end(sys.modules),
-        *check_plugins(plugins),
+        *check_plugins(failed_plugins),
     ]
     order: dict[Level, int] = {"problem": 0, "warning": 1, "ok": 2}
     return tuple(sorted(findings, key=lambda finding: order[finding.level]))
@@ -229,16 +228,14 @@ def check_front_end(modules: Mapping[str, object]) -> Finding:
     return Finding("ok", "front end: a terminal")
 
 
-def check_plugins(plugins: Iterable[PluginStatus]) -> Iterator[Finding]:
+def check_plugins(failed_plugins: Iterable[str]) -> Iterator[Finding]:
     """The plugins that did not load, each with its error."""
-    for plugin in plugins:
-        if plugin.error:
-            package = plugin.package or plugin.name
-            yield Finding(
-                "problem",
-                f"The plugin {plugin.name!r} of {package} failed: {plugin.error}",
-                f"Update it or remove it: pip install --upgrade {package}",
-            )
+    for failure in failed_plugins:
+        yield Finding(
+            "problem",
+            f"A plugin failed: {failure}",
+            "Update or remove its package, which %llm plugins names; everything else works without it.",
+        )
 
 
 def _install(requirement: Requirement, *, upgrade: bool = True) -> str:
