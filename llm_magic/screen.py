@@ -17,8 +17,8 @@ class ProgressView(Protocol):
     def update(self, event: PhaseEvent | None) -> None:
         """Show the newest progress; ``None`` when nothing happened for a moment."""
 
-    def close(self) -> None:
-        """Take the bar away."""
+    def close(self, summary: str) -> None:
+        """Replace the live view by a line that may stay."""
 
 
 class AnswerView(Protocol):
@@ -57,5 +57,5 @@ class _Nothing:
     def update(self, _: object) -> None:
         pass
 
-    def close(self, _: object = None) -> None:
+    def close(self, _: object) -> None:
         pass

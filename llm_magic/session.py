@@ -30,6 +30,7 @@ from llm_magic.probe import probe_machine, read_machine
 from llm_magic.result import Footprint, Generation, Turn
 from llm_magic.screen import AnswerView, Screen, SilentScreen
 from llm_magic.settings import Settings
+from llm_magic.units import format_seconds
 from llm_magic.views.map import placement_words
 from llm_magic.worker import Cancelled, Worker
 
@@ -298,20 +299,24 @@ class Session:
 
     def _on_worker(self, title: str, job: Callable[[Progress], Result]) -> Result:
         self._acquire()
+        started = time.perf_counter()
         view = self.screen.progress(title)
         worker = Worker(lambda emit, stop: job(_stoppable(emit, stop)), self._lock.release)
+        ending = "stopped after"
         try:
             for batch in worker.batches():
                 for event in batch or [None]:
                     view.update(event if isinstance(event, PhaseEvent) else None)
+            result = worker.result()
+            ending = "done in"
         except KeyboardInterrupt:
             worker.stop()
             with suppress(LLMMagicError, Cancelled):
                 worker.result()
             raise
         finally:
-            view.close()
-        return worker.result()
+            view.close(f"{title}: {ending} {format_seconds(time.perf_counter() - started)}")
+        return result
 
     def _acquire(self) -> None:
         if not self._lock.acquire(blocking=False):

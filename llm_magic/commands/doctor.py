@@ -1,0 +1,25 @@
+"""``%llm doctor``: what is wrong with this installation, and how to mend it."""
+
+from __future__ import annotations
+
+import argparse
+
+from llm_magic.doctor import diagnose
+from llm_magic.hookspecs import Command
+from llm_magic.session import Session
+from llm_magic.views.report import Report
+from llm_magic.views.table import table_report
+
+_MARKS = {"ok": "✓", "warning": "!", "problem": "✗"}
+
+
+def _run(session: Session, _: argparse.Namespace) -> Report:
+    findings = diagnose(session.plugins.status)
+    rows = [[_MARKS[f.level], f.what, f.next_step] for f in findings]
+    problems = sum(f.level == "problem" for f in findings)
+    return table_report(
+        ("", "", "WHAT TO DO"), rows, f"{problems} problems" if problems else "No problem found."
+    )
+
+
+DOCTOR = Command("doctor", "check the installation and say how to mend it", _run, examples=("%llm doctor",))

@@ -1,0 +1,47 @@
+"""``%llm load``: place a model and load it."""
+
+from __future__ import annotations
+
+import argparse
+
+from llm_magic.commands.source_options import add_source_options, read_source_options
+from llm_magic.hookspecs import Command
+from llm_magic.session import Session
+from llm_magic.units import format_bytes, format_count, format_seconds
+from llm_magic.views.map import map_report
+from llm_magic.views.plan import plan_report
+from llm_magic.views.report import Report
+from llm_magic.views.table import line_report, stack
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_source_options(parser)
+    parser.add_argument("--as", dest="name", default="", metavar="NAME", help="name to load it under")
+    parser.add_argument("--dry-run", action="store_true", help="show the plan only")
+
+
+def _run(session: Session, found: argparse.Namespace) -> Report:
+    spec, options = read_source_options(found)
+    if found.dry_run:
+        return plan_report(session.run("Planning", lambda progress: session.plan(spec, options, progress)))
+    model = session.load(spec, options, found.name)
+    layout = model.plan.layout
+    headline = (
+        f"{model.name} is loaded ({format_seconds(model.load_s)}): {layout.name}, "
+        f"{format_count(layout.parameters)} parameters, {format_bytes(layout.bytes)} in {layout.dtype}."
+    )
+    return stack(line_report(headline), map_report(model.plan, model.engine.memory()))
+
+
+LOAD = Command(
+    "load",
+    "load a model, placed over VRAM, RAM and disk",
+    _run,
+    _add_arguments,
+    (
+        "%llm load starter",
+        "%llm load Qwen/Qwen3-8B --max-memory 0=6GiB,cpu=24GiB --as qwen",
+        "%llm load ./my-model --device-map balanced -c 16384",
+        "%llm load model.gguf --dry-run",
+    ),
+)

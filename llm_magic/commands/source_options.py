@@ -1,0 +1,58 @@
+"""The source and the options that ``load`` and ``plan`` share."""
+
+from __future__ import annotations
+
+import argparse
+
+from llm_magic.arguments import completes, memory_limits, number
+from llm_magic.model import ModelSpec
+from llm_magic.options import LoadOptions
+
+DTYPES = ("auto", "bfloat16", "float16", "float32", "bf16", "fp16", "fp32")
+_SHORT = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+def add_source_options(parser: argparse.ArgumentParser) -> None:
+    """Add them to a parser."""
+    add = parser.add_argument
+    completes(add("source", metavar="SOURCE", help="hub id, folder, .gguf file, or starter"), "source")
+    add("--backend", default="auto", metavar="NAME", help="backend to load it with")
+    add("--dtype", default="auto", choices=DTYPES, help="as the checkpoint says, or one of these")
+    completes(
+        add("--device-map", default="auto", metavar="POLICY", help="placement policy, or a .json file"),
+        "planner",
+    )
+    completes(
+        add(
+            "--max-memory", default={}, type=memory_limits, metavar="LIMITS", help="such as 0=10GiB,cpu=30GiB"
+        ),
+        "device",
+    )
+    add("-c", "--ctx-size", type=number(1, 2**31, int), metavar="N", help="tokens of context to plan for")
+    completes(
+        add("--offload-folder", default="", metavar="DIR", help="where blocks on disk may be written"), "file"
+    )
+    completes(
+        add("--machine", default="", metavar="FILE", help="plan for a described machine (.json)"), "file"
+    )
+    add("--revision", metavar="REV", help="branch, tag or commit of a hub model")
+    add("--allow-pickle", action="store_true", help="read .bin checkpoints (weights only)")
+
+
+def read_source_options(found: argparse.Namespace) -> tuple[ModelSpec, LoadOptions]:
+    """What they say."""
+    spec = ModelSpec(
+        source=found.source,
+        revision=found.revision,
+        dtype=_SHORT.get(found.dtype, found.dtype),
+        backend=found.backend,
+        allow_pickle=found.allow_pickle,
+    )
+    options = LoadOptions(
+        device_map=found.device_map,
+        max_memory=found.max_memory,
+        ctx_size=found.ctx_size,
+        offload_folder=found.offload_folder,
+        machine=found.machine,
+    )
+    return spec, options

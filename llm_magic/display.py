@@ -1,0 +1,285 @@
+"""Live views: deltas in a terminal, one display that updates itself in a notebook.
+
+A live view is never what stays: when an answer is done it is replaced by a static, safe bundle,
+which reads the same in a notebook that is opened without a kernel.
+"""
+
+from __future__ import annotations
+
+import html
+import os
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any, Literal, Protocol, TextIO
+
+from llm_magic.answer import Answer
+from llm_magic.errors import OptionError
+from llm_magic.events import PhaseEvent
+from llm_magic.formats import footer_text
+from llm_magic.hookspecs import Format
+from llm_magic.result import Generation
+from llm_magic.screen import AnswerView, ProgressView, Screen
+from llm_magic.units import format_bytes, format_rate, format_seconds
+
+UI = Literal["text", "basic"]
+_LIVE_CHARACTERS = 20_000  # of a longer answer only the end is sent while it comes
+_QUIET_S = 0.5  # how often a clock moves when nothing else does
+_PHASES = {
+    "importing": "importing libraries",
+    "reading": "reading the model's files",
+    "planning": "planning",
+    "loading": "loading",
+    "converting": "converting (once)",
+    "prefill": "reading the prompt",
+    "generating": "generating",
+}
+
+
+def choose_ui(is_notebook: bool) -> UI:
+    """``LLM_MAGIC_UI`` when it is set, otherwise what the front end can show.
+
+    Raises
+    ------
+    OptionError
+        When ``LLM_MAGIC_UI`` names no kind of display.
+    """
+    forced = os.environ.get("LLM_MAGIC_UI", "")
+    if forced == "text":
+        return "text"
+    if forced == "basic":
+        return "basic"
+    if forced:
+        raise OptionError(f"LLM_MAGIC_UI={forced!r} is no kind of display.", "Set it to text or basic.")
+    return "basic" if is_notebook else "text"
+
+
+def phase_words(event: PhaseEvent | None) -> str:
+    """A phase as people read it: ``reading the prompt, 12 of 30 layers``."""
+    if event is None:
+        return "starting"
+    words = _PHASES[event.phase]
+    if event.total:
+        amount = format_bytes if event.unit == "bytes" else str
+        unit = "" if event.unit == "bytes" else f" {event.unit}"
+        words += f", {amount(event.done)} of {amount(event.total)}{unit}"
+    return words
+
+
+class TextScreen(Screen):
+    """Terminal: deltas to the output as they come; progress on one line, and only on a TTY."""
+
+    def __init__(self, formats: Mapping[str, Format], out: TextIO | None = None) -> None:
+        self._formats = formats
+        self._out = out
+
+    def progress(self, title: str) -> ProgressView:
+        """A line that rewrites itself."""
+        return _TextProgress(title, _StatusLine(self._out or sys.stdout))
+
+    def answer(self, output_format: str) -> AnswerView:
+        """Streams text; a format that needs the whole answer is printed at the end."""
+        return _TextAnswer(self._formats[output_format], self._out or sys.stdout)
+
+
+class _StatusLine:
+    """One line of a terminal that is overwritten; silent when the output is no TTY."""
+
+    def __init__(self, out: TextIO) -> None:
+        self._out = out
+        self._is_tty = out.isatty()
+        self._shown = 0
+        self._last_s = 0.0
+
+    def show(self, text: str, force: bool = False) -> None:
+        now = time.monotonic()
+        if not self._is_tty or (not force and now - self._last_s < 0.1):
+            return
+        self._last_s = now
+        self.clear()
+        text = text[: _terminal_width() - 1]
+        self._out.write(text)
+        self._out.flush()
+        self._shown = len(text)
+
+    def clear(self) -> None:
+        if self._shown:
+            self._out.write("\r" + " " * self._shown + "\r")
+            self._out.flush()
+            self._shown = 0
+
+
+def _terminal_width() -> int:
+    import shutil
+
+    return shutil.get_terminal_size().columns
+
+
+class _TextProgress:
+    def __init__(self, title: str, line: _StatusLine) -> None:
+        self._title, self._line = title, line
+        self._event: PhaseEvent | None = None
+        self._started = time.monotonic()
+        self._line.show(f"{title} …", force=True)
+
+    def update(self, event: PhaseEvent | None) -> None:
+        self._event = event or self._event
+        bar = _text_bar(self._event)
+        clock = format_seconds(time.monotonic() - self._started)
+        self._line.show(f"{self._title} {bar}{phase_words(self._event)} · {clock}")
+
+    def close(self, summary: str) -> None:  # noqa: ARG002 - the report that follows says it
+        self._line.clear()
+
+
+def _text_bar(event: PhaseEvent | None, width: int = 20) -> str:
+    if event is None or not event.total:
+        return ""
+    full = round(width * min(1.0, event.done / event.total))
+    return "█" * full + "░" * (width - full) + " "
+
+
+class _TextAnswer:
+    def __init__(self, output_format: Format, out: TextIO) -> None:
+        self._format, self._out = output_format, out
+        self._streams = output_format.name in ("markdown", "text", "code", "math")
+        self._line = _StatusLine(out)
+        self._written = 0
+
+    def update(self, answer: Answer) -> None:
+        if not self._streams or len(answer.text) == self._written:
+            if not self._written:
+                self._line.show(f"{phase_words(answer.phase)} · {format_seconds(answer.elapsed_s)}")
+            return
+        self._line.clear()
+        self._out.write(answer.text[self._written :])
+        self._out.flush()
+        self._written = len(answer.text)
+
+    def close(self, generation: Generation) -> None:
+        self._line.clear()
+        if self._streams:
+            self._out.write(
+                generation.text[self._written :].rstrip("\n") + "\n" + footer_text(generation) + "\n"
+            )
+        else:
+            self._out.write(self._format.bundle(generation)["text/plain"] + "\n")
+        self._out.flush()
+
+
+class Display(Protocol):
+    """Shows a MIME bundle, and replaces it: ``IPython.display`` behind one ``display_id``."""
+
+    def show(self, bundle: Mapping[str, Any]) -> None:
+        """Show the first time, replace after that."""
+
+
+class NotebookDisplay:
+    """A display that replaces itself."""
+
+    def __init__(self) -> None:
+        self._handle: Any = None
+
+    def show(self, bundle: Mapping[str, Any]) -> None:
+        """Show the first time, replace after that."""
+        from IPython.display import DisplayHandle
+
+        if self._handle is None:
+            self._handle = DisplayHandle()
+            self._handle.display(dict(bundle), raw=True)
+        else:
+            self._handle.update(dict(bundle), raw=True)
+
+
+class NotebookScreen(Screen):
+    """Notebook: static HTML that is replaced about 20 times a second, and a safe bundle at the end."""
+
+    def __init__(self, formats: Mapping[str, Format]) -> None:
+        self._formats = formats
+
+    def progress(self, title: str) -> ProgressView:
+        """A bar that ends as one line."""
+        return _NotebookProgress(title, NotebookDisplay())
+
+    def answer(self, output_format: str) -> AnswerView:
+        """Escaped text while it comes; the format's bundle when it is done."""
+        return _NotebookAnswer(self._formats[output_format], NotebookDisplay())
+
+
+class _NotebookProgress:
+    def __init__(self, title: str, display: Display) -> None:
+        self._title, self._display = title, display
+        self._event: PhaseEvent | None = None
+        self._started = time.monotonic()
+        self._shown_s = 0.0
+        self._show()
+
+    def update(self, event: PhaseEvent | None) -> None:
+        changed = event is not None and (self._event is None or event.phase != self._event.phase)
+        self._event = event or self._event
+        if changed or time.monotonic() - self._shown_s > 0.1:
+            self._show()
+
+    def close(self, summary: str) -> None:
+        self._display.show({"text/plain": summary, "text/html": f"<div>{html.escape(summary)}</div>"})
+
+    def _show(self) -> None:
+        self._shown_s = time.monotonic()
+        words = f"{self._title}: {phase_words(self._event)} · {format_seconds(self._shown_s - self._started)}"
+        done = self._event.done / self._event.total if self._event and self._event.total else 0.0
+        self._display.show({"text/plain": words, "text/html": _bar_html(words, done)})
+
+
+def _bar_html(words: str, done: float) -> str:
+    return (
+        f'<div style="font-family:var(--jp-ui-font-family,sans-serif);max-width:40em">{html.escape(words)}'
+        '<div style="height:6px;border-radius:3px;overflow:hidden;margin-top:4px;'
+        'background:var(--jp-layout-color3,#bdbdbd)">'
+        f'<div style="height:6px;width:{min(1.0, done):.1%};background:var(--jp-brand-color1,#1976d2)"></div>'
+        "</div></div>"
+    )
+
+
+class _NotebookAnswer:
+    def __init__(self, output_format: Format, display: Display) -> None:
+        self._format, self._display = output_format, display
+        self._seen: tuple[int, PhaseEvent | None] = (-1, None)
+        self._shown_s = 0.0
+
+    def update(self, answer: Answer) -> None:
+        seen = (answer.tokens, answer.phase)
+        now = time.monotonic()
+        if seen == self._seen and now - self._shown_s < _QUIET_S:
+            return
+        self._seen, self._shown_s = seen, now
+        text = answer.text[-_LIVE_CHARACTERS:]
+        self._display.show({"text/plain": text, "text/html": _live_html(answer, text)})
+
+    def close(self, generation: Generation) -> None:
+        self._display.show(self._format.bundle(generation))
+
+
+def _live_html(answer: Answer, text: str) -> str:
+    status = f"{phase_words(answer.phase)} · {format_seconds(answer.elapsed_s)}"
+    if answer.generation_tps:
+        status = f"generating · {answer.tokens} tokens · {format_rate(answer.generation_tps)}"
+    cut = "… " if len(text) < len(answer.text) else ""
+    return (
+        f'<div role="log" style="white-space:pre-wrap">{cut}{html.escape(text)}</div>'
+        '<div style="color:var(--jp-ui-font-color2,#757575);font-size:85%;margin-top:.4em">'
+        f"{html.escape(status)}</div>"
+    )
+
+
+class QuietAnswer:
+    """``--no-stream``: a view that shows only the finished answer."""
+
+    def __init__(self, view: AnswerView) -> None:
+        self._view = view
+
+    def update(self, answer: Answer) -> None:
+        """Show nothing yet."""
+
+    def close(self, generation: Generation) -> None:
+        """Show it."""
+        self._view.close(generation)

@@ -1,0 +1,196 @@
+"""``%llm`` and ``%%llm``: parse, call the session, display."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from IPython.core.interactiveshell import InteractiveShell
+from IPython.core.magic import Magics, cell_magic, line_magic, magics_class, no_var_expand
+from IPython.display import display
+
+from llm_magic.arguments import HELP_FLAGS, split_words
+from llm_magic.cell import CellLine, parse_cell_line
+from llm_magic.commands.help import cell_help, command_help, command_parser
+from llm_magic.display import NotebookScreen, QuietAnswer, TextScreen, choose_ui
+from llm_magic.errors import OptionError
+from llm_magic.events import RenderedPrompt
+from llm_magic.formats import extract_code
+from llm_magic.notebook import Notebook
+from llm_magic.plugins import pick
+from llm_magic.prompt import Interpolated, interpolate
+from llm_magic.session import Session
+from llm_magic.settings import Settings
+from llm_magic.views.report import Report
+from llm_magic.views.table import line_report, stack
+
+_LAST = "_llm"
+
+
+class IPythonNotebook(Notebook):
+    """The notebook of an IPython shell."""
+
+    def __init__(self, shell: InteractiveShell) -> None:
+        super().__init__(shell.user_ns)
+        self._shell = shell
+
+    def set_next_input(self, code: str) -> bool:
+        """Put code into a new cell; the user reads it and runs it, or not."""
+        self._shell.set_next_input(code, replace=False)
+        return True
+
+    def record_error(self, result: Any) -> None:
+        """IPython's ``post_run_cell``: remember what the cell raised."""
+        error = result.error_before_exec or result.error_in_exec
+        if error is not None and result.execution_count is not None:
+            self.errors.record(result.execution_count, result.info.raw_cell, error)
+
+
+@magics_class
+class LLMMagic(Magics, Settings):
+    """Run language models over VRAM, RAM and disk. ``%llm help`` lists the commands."""
+
+    def __init__(self, shell: InteractiveShell, session: Session) -> None:
+        super().__init__(shell=shell)
+        self.session = session
+        self.notebook = IPythonNotebook(shell)
+        is_notebook = hasattr(shell, "kernel")
+        self.ui = choose_ui(is_notebook)
+        session.settings = self
+        session.notebook = self.notebook
+        formats = session.plugins.formats
+        session.screen = NotebookScreen(formats) if self.ui == "basic" else TextScreen(formats)
+
+    @no_var_expand
+    @line_magic("llm")
+    def command(self, line: str) -> None:
+        """Load, place, watch and unload language models.
+
+        Without a command, ``%llm`` shows a status card.
+
+        Examples::
+
+            %llm load starter
+            %llm load Qwen/Qwen3-8B --max-memory 0=6GiB,cpu=24GiB
+            %llm plan starter --max-memory cpu=150MiB
+            %llm map
+            %llm ps
+            %llm unload
+            %llm help
+        """
+        words = split_words(line)
+        command = pick(self.session.plugins.commands, _command_name(words), "command")
+        if any(flag in words[1:] for flag in HELP_FLAGS):
+            self._show(command_help(command))
+            return
+        found = command_parser(command).parse([self._expand(word) for word in words[1:]])
+        self._show(command.run(self.session, found))
+
+    @no_var_expand
+    @cell_magic("llm")
+    def prompt(self, line: str, cell: str) -> None:
+        """Ask a loaded model. The cell is the prompt; ``{expr}`` is replaced by its value.
+
+        The answer streams in, and stays in ``_llm``.
+
+        Examples::
+
+            %%llm
+            What is the capital of France?
+
+            %%llm answer << -t 0.2 -n 200
+            Summarise this table: {df.head(10)}
+
+            %%llm --system "You answer in JSON." -f json
+            Three colours, with their hex codes.
+
+            %%llm --continue
+        """
+        parsed = parse_cell_line(line, self._expand)
+        if parsed.help:
+            self._show(cell_help())
+            return
+        prompt = Interpolated(cell) if parsed.raw else interpolate(cell, self.notebook.lookup)
+        text = prompt.text.strip("\n")
+        if prompt.notes:
+            self._show(line_report("\n".join(prompt.notes)))
+        if parsed.dry_run:
+            self._show(_rendered_report(self.session.render(text, parsed.ask)))
+            return
+        self._ask(text, parsed)
+
+    def _ask(self, text: str, parsed: CellLine) -> None:
+        asked = len(self.session.log)
+        view = None
+        if not parsed.stream:
+            view = QuietAnswer(
+                self.session.screen.answer(parsed.ask.output_format or self.session.settings.format)
+            )
+        try:
+            self.session.ask(text, parsed.ask, view)
+        finally:
+            # Also after an interrupt or an error: what came is kept.
+            for generation in self.session.log[asked:][-1:]:
+                self.shell.user_ns[_LAST] = generation
+                if parsed.out:
+                    self.shell.user_ns[parsed.out] = generation
+        if generation.display_format == "code" and (code := extract_code(generation.text)):
+            self.notebook.set_next_input(code)
+
+    def _expand(self, word: str) -> str:
+        return interpolate(word, self.notebook.lookup).text
+
+    def _show(self, shown: object) -> None:
+        if shown is None:
+            return
+        if self.ui == "text" and isinstance(shown, Report):
+            print(shown.text)
+        else:
+            display(shown)
+
+
+def _command_name(words: list[str]) -> str:
+    if not words:
+        return "status"
+    if words[0] in HELP_FLAGS:
+        return "help"
+    if len(words) > 1 and words[0][:1].isupper():
+        raise OptionError(
+            f"There is no command {words[0]!r}.", "A prompt goes into a cell that begins with %%llm."
+        )
+    return words[0]
+
+
+def _rendered_report(prompt: RenderedPrompt) -> Report:
+    return stack(line_report(f"{prompt.tokens} tokens:"), line_report(prompt.text))
+
+
+def register(shell: InteractiveShell, session: Session) -> Callable[[], None]:
+    """Register the magics, their completion and their settings with a shell.
+
+    Returns
+    -------
+    unregister
+        Takes everything back.
+    """
+    from llm_magic.completion import make_matcher
+
+    magics = LLMMagic(shell, session)
+    shell.register_magics(magics)
+    shell.configurables.append(magics)
+    shell.events.register("post_run_cell", magics.notebook.record_error)
+    matcher = make_matcher(session)
+    shell.Completer.custom_matchers.append(matcher)
+
+    def unregister() -> None:
+        session.close()
+        shell.Completer.custom_matchers.remove(matcher)
+        shell.events.unregister("post_run_cell", magics.notebook.record_error)
+        shell.configurables.remove(magics)
+        manager = shell.magics_manager
+        manager.registry.pop(type(magics).__name__, None)
+        for kind in ("line", "cell"):
+            manager.magics[kind].pop("llm", None)
+        shell.user_ns.pop(_LAST, None)
+
+    return unregister

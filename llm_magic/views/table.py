@@ -1,0 +1,69 @@
+"""A small table: aligned text for a terminal, plain HTML for a notebook."""
+
+from __future__ import annotations
+
+import html
+import unicodedata
+from collections.abc import Sequence
+
+from llm_magic.views.report import Report
+
+_CELL = "text-align:left;padding:.25em .9em .25em 0;vertical-align:top"
+
+
+def table_report(headers: Sequence[str], rows: Sequence[Sequence[str]], note: str = "") -> Report:
+    """Rows under headers, and a line under the table."""
+    return Report(_table_text(headers, rows, note), _table_html(headers, rows, note))
+
+
+def stack(*reports: Report) -> Report:
+    """Reports one below the other."""
+    shown = [report for report in reports if report.text or report.html]
+    return Report(
+        "\n".join(report.text for report in shown),
+        "".join(report.html or line_report(report.text).html for report in shown),
+    )
+
+
+def line_report(text: str) -> Report:
+    """Lines of text as a report."""
+    lines = html.escape(text).replace("\n", "<br>")
+    return Report(
+        text, f'<div style="font-family:var(--jp-ui-font-family,sans-serif)">{lines}</div>' if text else ""
+    )
+
+
+def _table_text(headers: Sequence[str], rows: Sequence[Sequence[str]], note: str) -> str:
+    lines = [list(headers), *map(list, rows)]
+    widths = [max(_width(line[column]) for line in lines) for column in range(len(headers))]
+    text = [
+        "  ".join(
+            cell + " " * (width - _width(cell)) for cell, width in zip(line, widths, strict=True)
+        ).rstrip()
+        for line in lines
+    ]
+    return "\n".join([*text, note] if note else text)
+
+
+def _width(text: str) -> int:
+    return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+
+
+def _table_html(headers: Sequence[str], rows: Sequence[Sequence[str]], note: str) -> str:
+    head = "".join(
+        f'<th style="{_CELL};color:var(--jp-ui-font-color2,#757575)">{html.escape(h)}</th>' for h in headers
+    )
+    body = "".join(
+        "<tr>" + "".join(f'<td style="{_CELL}">{html.escape(cell)}</td>' for cell in row) + "</tr>"
+        for row in rows
+    )
+    foot = (
+        f'<div style="color:var(--jp-ui-font-color2,#757575);font-size:90%">{html.escape(note)}</div>'
+        if note
+        else ""
+    )
+    return (
+        '<div style="font-family:var(--jp-ui-font-family,sans-serif)">'
+        f'<table style="border-collapse:collapse;margin:0"><thead><tr>{head}</tr></thead>'
+        f"<tbody>{body}</tbody></table>{foot}</div>"
+    )
