@@ -1,0 +1,212 @@
+"""A GGUF file in transformers' terms: its configuration, its tokenizer, its weights by name.
+
+transformers knows how llama.cpp's keys and tensors become its own; what is here spares it the
+slow ways: no vocabulary is walked for a configuration, the table of names is made once, and
+weights are unpacked one at a time instead of all together in memory.
+"""
+
+from __future__ import annotations
+
+import struct
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from llm_magic.errors import SourceError
+from llm_magic.headers import GgufHeader, SkippedArray, TensorEntry
+
+_TOKENS = "tokenizer.ggml.tokens"
+_FILE = "model.gguf"
+
+
+def gguf_config(path: Path, header: GgufHeader) -> Any:
+    """Transformers' configuration of the model in ``path``.
+
+    transformers reads it from a copy of the header that leaves the long arrays out; the length
+    of the vocabulary is filled in afterwards, by transformers' own rule.
+
+    Raises
+    ------
+    SourceError
+        When transformers does not know the architecture, or the file lacks a key it needs.
+    """
+    from transformers import AutoConfig
+
+    with tempfile.TemporaryDirectory(prefix="llm-magic-") as folder:
+        (Path(folder) / _FILE).write_bytes(_short_header(path, header))
+        try:
+            config = AutoConfig.from_pretrained(folder, gguf_file=_FILE, local_files_only=True)
+        except (ValueError, KeyError, TypeError, IndexError, NotImplementedError) as error:
+            raise _unsupported(path, header, error) from None
+    tokens = header.count(_TOKENS)
+    if tokens and header.metadata.get(f"{header.architecture}.vocab_size") != config.vocab_size:
+        config.vocab_size = tokens
+    config.name_or_path = ""  # transformers puts the file's title there, which is no path
+    return config
+
+
+def _unsupported(path: Path, header: GgufHeader, error: Exception) -> SourceError:
+    if isinstance(error, ValueError | NotImplementedError):
+        return SourceError(
+            f"{path.name} holds the architecture {header.architecture!r}, which transformers cannot read from a GGUF.",
+            "Get the model's safetensors version, or upgrade transformers.",
+        )
+    return SourceError(
+        f"{path.name} lacks what a {header.architecture!r} model must say ({error}).",
+        "Get the file again, or another conversion of the model.",
+    )
+
+
+def _short_header(path: Path, header: GgufHeader) -> bytes:
+    """A GGUF file with the short entries of ``path``, and with tensors that have names but no bytes."""
+    keys = [key for key, value in header.metadata.items() if not isinstance(value, SkippedArray)]
+    parts = []
+    with path.open("rb") as file:
+        for key in keys:
+            begin, end = header.spans[key]
+            file.seek(begin)
+            parts.append(file.read(end - begin))
+    if _TOKENS not in keys and header.architecture in _count_only_architectures():
+        # these configurations take the vocabulary's length from the array itself
+        parts.append(_string(_TOKENS) + struct.pack("<IIQ", 9, 8, header.count(_TOKENS)))
+        parts.append(bytes(8 * header.count(_TOKENS)))
+    entries = sum(key != "" for key in keys) + (len(parts) > len(keys))
+    preamble = b"GGUF" + struct.pack("<IQQ", 3, len(header.tensors), entries)
+    tensors = [_string(tensor.name) + struct.pack("<IQIQ", 1, 0, 0, 0) for tensor in header.tensors]
+    return b"".join([preamble, *parts, *tensors]) + bytes(64)
+
+
+def _count_only_architectures() -> frozenset[str]:
+    try:
+        from transformers.integrations.gguf import GGUF_CONFIG_ARCHS
+    except ImportError:  # before transformers 5.2x every architecture was read the older way
+        return frozenset()
+    return frozenset(GGUF_CONFIG_ARCHS)
+
+
+def _string(text: str) -> bytes:
+    raw = text.encode()
+    return struct.pack("<Q", len(raw)) + raw
+
+
+def gguf_tokenizer(path: Path) -> Any:
+    """The tokenizer that the file describes, with its chat template.
+
+    Raises
+    ------
+    SourceError
+        When the kind of tokenizer is not supported.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(
+            str(path.parent), gguf_file=path.name, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # the Rust tokenizers raise bare Exception on a bad vocabulary
+        raise SourceError(
+            f"{path.name} has a tokenizer that transformers cannot build ({type(error).__name__}).",
+            "Get the model's safetensors version.",
+        ) from None
+
+
+def gguf_dtype(header: GgufHeader) -> str:
+    """The dtype in which the weights are unpacked: as stored, or bfloat16 when they are quantized."""
+    stored = {tensor.dtype for tensor in header.tensors}
+    if not stored <= {"F32", "F16", "BF16"} or "BF16" in stored:
+        return "bfloat16"
+    return "float16" if "F16" in stored else "float32"  # norms stay F32 beside F16 weights
+
+
+def iterate_weights(
+    path: Path, header: GgufHeader, skeleton: Any, dtype: Any
+) -> Iterator[tuple[str, Any, int]]:
+    """Unpack the weights in the order of the file: ``(parameter name, tensor, bytes read)``.
+
+    Peak memory is about three times the largest tensor in float32. A parameter that several
+    tensors make together (joined experts) comes when the last of them was read.
+
+    Parameters
+    ----------
+    skeleton
+        The model on the meta device.
+    dtype
+        torch dtype of the tensors.
+    """
+    import numpy as np
+    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
+
+    processor = TENSOR_PROCESSORS.get(header.architecture, TensorProcessor)(config=skeleton.config.to_dict())
+    names = map_names(header, skeleton, processor)
+    targets = {t.name: names.get(t.name) or names.get(t.name.removesuffix(".weight")) for t in header.tensors}
+    parts_left = Counter(targets.values())
+    joined: dict[str, Any] = {}
+    data = np.memmap(path, mode="r", dtype=np.uint8)
+    for tensor in header.tensors:
+        name = targets[tensor.name]
+        if name is None:
+            continue
+        alone = _process(processor, _unpack(data, tensor), tensor.name, names, joined)
+        parts_left[name] -= 1
+        if alone is not None:
+            yield name, alone.to(dtype), tensor.bytes
+        elif not parts_left[name]:
+            yield name, joined.pop(name).to(dtype), tensor.bytes
+
+
+def _unpack(data: Any, tensor: TensorEntry) -> Any:
+    import gguf
+
+    kind = gguf.GGMLQuantizationType[tensor.dtype]
+    raw = data[tensor.offset : tensor.offset + tensor.bytes]
+    rows = tensor.shape[:-1]
+    return gguf.dequantize(raw.reshape(*rows, -1) if rows else raw, kind)
+
+
+def _process(processor: Any, weights: Any, name: str, names: dict[str, str], joined: dict[str, Any]) -> Any:
+    """What transformers makes of one tensor; ``None`` when it put it into ``joined`` instead."""
+    import numpy as np
+    import torch
+
+    result = processor.process(
+        weights=weights,
+        name=name,
+        tensor_key_mapping=names,
+        parsed_parameters={"tensors": joined},
+    )
+    return None if result.name is None else torch.from_numpy(np.require(result.weights, requirements=["C", "W"]))
+
+
+def map_names(header: GgufHeader, skeleton: Any, processor: Any) -> dict[str, str]:
+    """llama.cpp's tensor names -> parameter names of ``skeleton``.
+
+    gguf's table knows the names of checkpoints. Some were saved from an inner module, so a name is
+    looked up again without its leading modules; the longest form that is known counts.
+    """
+    import gguf
+
+    architectures = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
+    layers = max((int(n.split(".")[1]) for n in header.tensor_names if n.startswith("blk.")), default=0) + 1
+    table = gguf.get_tensor_name_map(architectures[header.architecture], layers)
+    tied = skeleton.all_tied_weights_keys
+    parameters = [name for name in skeleton.state_dict() if name not in tied]
+    names: dict[str, str] = {}
+    for depth in range(max(name.count(".") for name in parameters) + 1):
+        for parameter in parameters:
+            seen = processor.preprocess_name(parameter)
+            stem, suffix = _split_suffix(seen)
+            inner = ".".join(stem.split(".")[depth:])
+            if found := inner and table.get_name(inner):
+                names.setdefault(found + suffix, parameter)
+            elif depth == 0:
+                processor.perform_fallback_tensor_mapping(names, suffix, "", seen)
+    return names
+
+
+def _split_suffix(name: str) -> tuple[str, str]:
+    for suffix in (".weight", ".bias"):
+        if name.endswith(suffix):
+            return name.removesuffix(suffix), suffix
+    return name, ""

@@ -1,0 +1,441 @@
+"""What is in a model: its blocks, bytes, ties and caches, read from its configuration alone.
+
+The model is built on the meta device, where a parameter has a shape and no bytes, and its module
+tree is cut into the blocks that are placed as a whole.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from llm_magic.backends.accelerate import gguf_model
+from llm_magic.backends.accelerate.cache_cost import cache_costs
+from llm_magic.backends.accelerate.convert import MARK, most_common_type
+from llm_magic.backends.accelerate.sources import ModelFiles, read_json, weight_headers
+from llm_magic.errors import SourceError
+from llm_magic.headers import GgufHeader, read_gguf_header
+from llm_magic.model import Block, BlockKind, ModelLayout, ModelSpec, TensorInfo
+
+_FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_LAST = re.compile(r"final|ln_f|norm_f|^norm$", re.IGNORECASE)
+
+
+def read_layout(spec: ModelSpec, files: ModelFiles) -> ModelLayout:
+    """The layout of a resolved model; no weight is read, and nothing is converted.
+
+    Raises
+    ------
+    SourceError
+        When transformers does not support the architecture, or the configuration is invalid.
+    """
+    header = read_gguf_header(files.gguf) if files.gguf and not files.weight_files else None
+    config = gguf_model.gguf_config(files.gguf, header) if files.gguf and header else load_config(files)
+    dtype = _dtype(spec, files, config, header)
+    model = build_skeleton(config, dtype)
+    blocks = _read_blocks(model, dtype)
+    return ModelLayout(
+        name=files.name,
+        architecture=type(model).__name__,
+        blocks=blocks,
+        dtype=str(dtype).removeprefix("torch."),
+        context_length=context_length(config),
+        hidden_size=_number(config, "hidden_size", "d_model", "n_embd"),
+        intermediate_size=_intermediate_size(config),
+        vocab_size=_number(config, "vocab_size"),
+        is_encoder_decoder=bool(config.is_encoder_decoder),
+        has_chat_template=_has_chat_template(files, header),
+        license=_license(files, header),
+        details=_details(config, files, header),
+    )
+
+
+# ------------------------------------------------------------------------------------ the model
+
+
+def load_config(files: ModelFiles) -> Any:
+    """Transformers' configuration of a folder.
+
+    Raises
+    ------
+    SourceError
+        When transformers does not know its ``model_type``, or a value in it is invalid.
+    """
+    from transformers import AutoConfig
+
+    raw = read_json(files.folder / "config.json")
+    model_type = raw.get("model_type")
+    try:
+        return AutoConfig.from_pretrained(str(files.folder), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # a hostile configuration can fail in any way a constructor can
+        if not isinstance(model_type, str):
+            raise SourceError(
+                "config.json does not say its model_type.", "Name a model that transformers supports."
+            ) from None
+        if not _is_known(model_type):
+            raise _unsupported(model_type) from None
+        raise SourceError(
+            f"The configuration of {files.name} ({model_type}) is invalid: {_first_line(error)}.",
+            "Download its config.json again.",
+        ) from None
+
+
+def _is_known(model_type: str) -> bool:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    return model_type in CONFIG_MAPPING_NAMES
+
+
+def _unsupported(model_type: str) -> SourceError:
+    import transformers
+
+    return SourceError(
+        f"transformers {transformers.__version__} does not support the architecture {model_type!r}.",
+        "Upgrade it (pip install -U transformers), or load a model of another architecture.",
+    )
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip() or type(error).__name__
+    return re.sub(r"(/|[A-Za-z]:\\)\S+", "…", text.splitlines()[0])[:160].rstrip(".")
+
+
+def build_skeleton(config: Any, dtype: Any) -> Any:
+    """The model of ``config`` on the meta device, its weights tied.
+
+    Raises
+    ------
+    SourceError
+        When the architecture generates no text, or the configuration builds no model.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    if type(config) not in auto._model_mapping:
+        raise SourceError(
+            f"A model of the kind {config.model_type!r} does not generate text.",
+            "Load a model for text generation (a causal language model, or an encoder-decoder).",
+        )
+    try:
+        with torch.device("meta"):
+            return auto.from_config(config, dtype=dtype, trust_remote_code=False).eval()
+    except Exception as error:  # sizes that do not fit together fail anywhere in a constructor
+        raise SourceError(
+            f"The configuration of this {config.model_type!r} model builds no model: {_first_line(error)}.",
+            "Download its config.json again.",
+        ) from None
+
+
+def _dtype(spec: ModelSpec, files: ModelFiles, config: Any, header: GgufHeader | None) -> Any:
+    """As ``from_pretrained(dtype="auto")`` decides: the configuration's, else that of the first weights."""
+    import torch
+
+    if spec.dtype != "auto":
+        dtype = getattr(torch, spec.dtype, None)
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise SourceError(
+                f"{spec.dtype!r} is not a dtype to load in.", "Use auto, bfloat16, float16 or float32."
+            )
+        return dtype
+    if header is not None:
+        return getattr(torch, gguf_model.gguf_dtype(header))
+    if isinstance(config.dtype, torch.dtype):
+        return config.dtype
+    for weights in weight_headers(files):
+        for tensor in sorted(weights.tensors, key=lambda tensor: tensor.name):
+            if tensor.dtype in _FLOATS:
+                return getattr(torch, _FLOATS[tensor.dtype])
+    return torch.float32
+
+
+# ----------------------------------------------------------------------------------- the blocks
+
+
+@dataclass
+class _Part:
+    """A module (or a bare parameter) on its way to become a block."""
+
+    name: str
+    module: Any
+    layer: int | None = None
+    tensors: tuple[tuple[str, Any], ...] = ()
+    buffer_bytes: int = 0
+
+
+def _read_blocks(model: Any, dtype: Any) -> tuple[Block, ...]:
+    layers = _layers_of(model, frozenset(model._no_split_modules or ()))
+    parts = _in_order(list(_cut(model, "", layers)))
+    own, ties = _share_out(parts)
+    kinds = [_kind(model, part) for part in parts]
+    labels = _labels(model, parts, kinds)
+    plan = _DtypePlan(model, dtype)
+    costs = cache_costs(model, [part.module for part in parts if part.layer is not None], dtype)
+    blocks = []
+    for part, kind, label in zip(parts, kinds, labels, strict=True):
+        tensors = tuple(plan.info(name, parameter) for name, parameter in own[part.name])
+        block = Block(
+            name=part.name,
+            label=label,
+            kind=kind,
+            tensors=tensors,
+            buffer_bytes=part.buffer_bytes,
+            tied_to=ties[part.name],
+        )
+        if part.layer is not None:
+            block = _with_experts(replace(block, cache=next(costs)), model.config)
+        blocks.append(block)
+    return tuple(blocks)
+
+
+def _layers_of(model: Any, classes: frozenset[str]) -> dict[int, int]:
+    """``id(module) -> number`` of every encoder or decoder layer, outermost modules only."""
+    from torch import nn
+
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)]
+    stacks = [stack for stack in lists if all(type(layer).__name__ in classes for layer in stack)]
+    if not stacks:  # a model that names no layers: its longest list is the stack
+        stacks = sorted(lists, key=len)[-1:]
+    layers = {id(layer): number for stack in stacks for number, layer in enumerate(stack)}
+    inner = {id(m) for stack in stacks for layer in stack for m in layer.modules() if m is not layer}
+    return {module: number for module, number in layers.items() if module not in inner}
+
+
+def _cut(module: Any, name: str, layers: dict[int, int]) -> Iterator[_Part]:
+    """The parts of a module in the order of its children: layers and layerless modules stay whole."""
+    if id(module) in layers or (name and not any(id(inner) in layers for inner in module.modules())):
+        tensors = tuple((f"{name}.{n}", p) for n, p in module.named_parameters(remove_duplicate=False))
+        buffers = sum(buffer.nbytes for buffer in module.buffers())
+        if tensors or buffers:
+            yield _Part(name, module, layers.get(id(module)), tensors, buffers)
+        return
+    for key, parameter in module.named_parameters(recurse=False):
+        yield _Part(_join(name, key), parameter, None, ((_join(name, key), parameter),))
+    for key, buffer in module.named_buffers(recurse=False):
+        yield _Part(_join(name, key), buffer, None, (), buffer.nbytes)
+    for key, child in module.named_children():
+        yield from _cut(child, _join(name, key), layers)
+
+
+def _join(name: str, key: str) -> str:
+    return f"{name}.{key}" if name else key
+
+
+def _in_order(parts: list[_Part]) -> list[_Part]:
+    """Parts in the order in which they run, where that is not the order of registration.
+
+    Within the module that holds a stack of layers, what has no weights (rotary tables) runs
+    before the layers, and the last norm after them.
+    """
+    for stack in {
+        part.name.rpartition(".")[0].rpartition(".")[0] for part in parts if part.layer is not None
+    }:
+        inside = [i for i, part in enumerate(parts) if not stack or part.name.startswith(f"{stack}.")]
+        first = min(i for i in inside if parts[i].layer is not None)
+        ranked = sorted(inside, key=lambda i: (_phase(parts[i], before=i < first), i))
+        moved = [parts[i] for i in ranked]
+        for i, part in zip(inside, moved, strict=True):
+            parts[i] = part
+    return parts
+
+
+def _phase(part: _Part, *, before: bool) -> int:
+    if part.layer is not None:
+        return 1
+    if not part.tensors:
+        return 0
+    last = part.name.rpartition(".")[2]
+    return 0 if before and not _LAST.search(last) else 2
+
+
+def _share_out(parts: list[_Part]) -> tuple[dict[str, list[tuple[str, Any]]], dict[str, tuple[str, ...]]]:
+    """Each parameter to the first part that holds it, and for each part the others that share with it."""
+    owners: dict[int, list[str]] = {}
+    own: dict[str, list[tuple[str, Any]]] = {part.name: [] for part in parts}
+    for part in parts:
+        for name, parameter in part.tensors:
+            holders = owners.setdefault(id(parameter), [])
+            if not holders:
+                own[part.name].append((name, parameter))
+            if part.name not in holders:
+                holders.append(part.name)
+    ties: dict[str, tuple[str, ...]] = {part.name: () for part in parts}
+    for holders in owners.values():
+        for name in holders if len(holders) > 1 else ():
+            ties[name] = tuple(dict.fromkeys((*ties[name], *(h for h in holders if h != name))))
+    return own, ties
+
+
+# ------------------------------------------------------------------------- what a block is called
+
+
+def _kind(model: Any, part: _Part) -> BlockKind:
+    from torch import nn
+
+    if part.layer is not None:
+        return "encoder" if _side(part.name) not in ("", "decoder") else "decoder"
+    if part.module is model.get_output_embeddings():
+        return "head"
+    if part.module is model.get_input_embeddings() or isinstance(part.module, nn.Embedding):
+        return "embedding"
+    return "norm" if part.tensors and "norm" in type(part.module).__name__.lower() else "other"
+
+
+def _side(name: str) -> str:
+    """``"encoder"``, ``"decoder"``, a tower's name, or nothing for a plain decoder."""
+    for step in name.split("."):
+        if step in ("encoder", "decoder"):
+            return step
+        if re.search(r"vision|visual|audio|speech", step):
+            return step
+    return ""
+
+
+def _labels(model: Any, parts: list[_Part], kinds: list[BlockKind]) -> list[str]:
+    labels: list[str] = []
+    for part, kind in zip(parts, kinds, strict=True):
+        label = _label(model, part, kind)
+        labels.append(part.name if label in labels else label)
+    return labels
+
+
+def _label(model: Any, part: _Part, kind: BlockKind) -> str:
+    side = _side(part.name) if model.config.is_encoder_decoder or kind == "encoder" else ""
+    if part.layer is not None:
+        return f"{side or 'layers'}.{part.layer}"
+    if kind == "head":
+        return "head"
+    last = part.name.rpartition(".")[2]
+    if part.module is model.get_input_embeddings() or (kind == "embedding" and side):
+        last = "embed"
+    elif kind == "norm" and _LAST.search(last):
+        last = "norm"
+    return f"{side}.{last}" if side else last
+
+
+class _DtypePlan:
+    """In which dtype each parameter will be: transformers keeps some in float32."""
+
+    def __init__(self, model: Any, dtype: Any) -> None:
+        self.patterns = model._get_dtype_plan(dtype)
+
+    def info(self, name: str, parameter: Any) -> TensorInfo:
+        dtype = parameter.dtype
+        if self.patterns and dtype.is_floating_point:
+            from transformers.core_model_loading import build_glob_alternation
+
+            found, groups, _ = build_glob_alternation(list(self.patterns))
+            if match := found.search(name):
+                dtype = self.patterns[groups[match.lastgroup]]
+        count = parameter.numel() * dtype.itemsize
+        return TensorInfo(name, tuple(parameter.shape), str(dtype).removeprefix("torch."), count)
+
+
+def _with_experts(block: Block, config: Any) -> Block:
+    tensors = [tensor for tensor in block.tensors if re.search(r"\.experts?\.", tensor.name)]
+    if not tensors:
+        return block
+    numbers = {match[1] for t in tensors if (match := re.search(r"\.experts?\.(\d+)\.", t.name))}
+    experts = len(numbers) or tensors[0].shape[0]
+    active = _number(
+        config,
+        "num_experts_per_tok",
+        "num_experts_per_token",
+        "top_k_experts",
+        "moe_topk",
+        "moe_top_k",
+        "num_selected_experts",
+    )
+    return replace(
+        block,
+        experts=experts,
+        expert_bytes=sum(tensor.bytes for tensor in tensors),
+        active_experts=min(active or experts, experts),
+    )
+
+
+# ------------------------------------------------------------------------ what the model is like
+
+
+def _number(config: Any, *names: str) -> int:
+    """The first of these settings that is a whole number; 0 when none is."""
+    for part in (config.get_text_config(decoder=True), config):
+        for name in names:
+            value = getattr(part, name, None)
+            if isinstance(value, list) and value and all(type(item) is int for item in value):
+                return max(value)
+            if type(value) is int and value > 0:
+                return value
+    return 0
+
+
+def context_length(config: Any) -> int:
+    """Longest context in tokens; 0 when the architecture has no limit or does not say."""
+    return _number(
+        config,
+        "max_position_embeddings",
+        "n_positions",
+        "max_seq_len",
+        "seq_length",
+        "max_sequence_length",
+        "n_ctx",
+    )
+
+
+def _intermediate_size(config: Any) -> int:
+    found = _number(
+        config, "intermediate_size", "d_ff", "n_inner", "ffn_dim", "ffn_hidden_size", "decoder_ffn_dim"
+    )
+    return found or 4 * _number(config, "hidden_size", "d_model", "n_embd")
+
+
+def _has_chat_template(files: ModelFiles, header: GgufHeader | None) -> bool:
+    if header is not None:
+        return "tokenizer.chat_template" in header.metadata
+    folder = files.folder
+    if (folder / "chat_template.jinja").is_file() or (folder / "chat_template.json").is_file():
+        return True
+    path = folder / "tokenizer_config.json"
+    return path.is_file() and bool(read_json(path).get("chat_template"))
+
+
+def _license(files: ModelFiles, header: GgufHeader | None) -> str:
+    if header is not None:
+        return _plain(header.metadata.get("general.license", ""))
+    if (mark := files.folder / MARK).is_file():
+        return _plain(read_json(mark).get("license", ""))
+    card = files.folder / "README.md"
+    if not card.is_file():
+        return ""
+    with card.open(encoding="utf-8", errors="replace") as file:
+        text = file.read(65_536)
+    front = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
+    found = re.search(r"^license(?:_name)?:[ \t]*([^\n#]+)", front[1], re.MULTILINE) if front else None
+    return _plain(found[1].strip().strip("'\"")) if found else ""
+
+
+def _plain(value: object) -> str:
+    """A short text of a model card, fit to be shown."""
+    return re.sub(r"[^\w .,:/()+-]", "", str(value))[:60] if isinstance(value, str) else ""
+
+
+def _details(config: Any, files: ModelFiles, header: GgufHeader | None) -> dict[str, Any]:
+    details: dict[str, Any] = {
+        "model_type": config.model_type,
+        "layers": _number(config, "num_hidden_layers", "n_layer"),
+    }
+    details["attention_heads"] = _number(config, "num_attention_heads", "n_head", "num_heads")
+    details["kv_heads"] = _number(config, "num_key_value_heads", "num_kv_heads") or details["attention_heads"]
+    details["head_dim"] = _number(config, "head_dim", "d_kv")
+    details["experts"] = _number(config, "num_experts", "num_local_experts", "n_routed_experts")
+    details["sliding_window"] = _number(config, "sliding_window")
+    quantization = getattr(config, "quantization_config", None)
+    if quantization:
+        raw = quantization if isinstance(quantization, dict) else quantization.to_dict()
+        details["quantization"] = _plain(str(raw.get("quant_method", "unknown")))
+    if files.gguf is not None:
+        found = header or read_gguf_header(files.gguf)
+        details["gguf"] = most_common_type(found)
+    return {key: value for key, value in details.items() if value}
