@@ -1,0 +1,125 @@
+"""The example notebooks run from a fresh kernel, and what is saved in them reads well without one."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import nbclient
+import nbformat
+import pytest
+from nbformat import NotebookNode
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+FIRST = EXAMPLES / "01_first_prompt.ipynb"
+# A path of somebody's computer, whatever its system; /s and the like in prose are none.
+ABSOLUTE_PATH = re.compile(
+    r"(?<![\w/.~:<])/(?:home|root|tmp|Users|var|private|usr|opt|work|mnt)/|[A-Z]:\\\\?\w"
+)
+
+
+@pytest.fixture(scope="module")
+def executed(starter_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> NotebookNode:
+    """The first notebook after a run in a real kernel, in a folder of its own."""
+    notebook = nbformat.read(FIRST, as_version=4)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+    folder = tmp_path_factory.mktemp("canary-folder")
+    nbclient.NotebookClient(
+        notebook, timeout=240, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
+    ).execute()
+    return notebook
+
+
+@pytest.fixture(params=["saved", "executed"])
+def notebook(request: pytest.FixtureRequest) -> NotebookNode:
+    """The notebook as it is in the repository, and as a fresh run leaves it."""
+    if request.param == "saved":
+        return nbformat.read(FIRST, as_version=4)
+    return request.getfixturevalue("executed")
+
+
+def test_the_model_knows_its_geography_wherever_its_layers_are(notebook: NotebookNode) -> None:
+    answers = [text_of(c) for c in notebook.cells if "capital of France" in c.source]
+    assert len(answers) == 2
+    assert all("Paris" in answer for answer in answers)
+    first_lines = [answer.strip().splitlines()[0] for answer in answers]
+    assert first_lines[0] == first_lines[1]
+    assert "disk" in answers[1]
+    assert "disk" not in answers[0]
+
+
+def test_every_cell_has_run_without_an_error(notebook: NotebookNode) -> None:
+    code = [c for c in notebook.cells if c.cell_type == "code"]
+    assert [c.execution_count for c in code] == list(range(1, len(code) + 1))
+    assert not [o for o in outputs(notebook) if o.output_type == "error" or o.get("name") == "stderr"]
+
+
+def test_every_display_reads_as_text_and_is_no_widget(notebook: NotebookNode) -> None:
+    displays = [o for o in outputs(notebook) if o.output_type in {"display_data", "execute_result"}]
+    assert displays
+    for output in displays:
+        assert output.data["text/plain"].strip()
+        assert set(output.data) <= {"text/plain", "text/html"}
+    assert "widgets" not in notebook.metadata
+
+
+def test_prompts_and_reports_say_what_they_should(notebook: NotebookNode) -> None:
+    said = {c.source: text_of(c) for c in notebook.cells if c.cell_type == "code"}
+    for source, text in said.items():
+        if source.startswith("%%llm"):
+            assert "tok/s" in text, source
+        elif source.startswith("%llm"):
+            assert text.strip(), source
+    assert "small" in said["%llm ps"]
+    assert "disk" in said["%llm plan starter --max-memory cpu=150MiB"]
+    assert "Ada" in said["%%llm --chat names --temperature 0 --max-new-tokens 40\nWhat is my name?"]
+
+
+def test_outputs_hold_nothing_of_the_computer_they_were_made_on(notebook: NotebookNode) -> None:
+    written = nbformat.writes(NotebookNode(notebook | {"cells": [without_source(c) for c in notebook.cells]}))
+    assert not ABSOLUTE_PATH.search(written)
+    assert "canary-folder" not in written
+    names = {getpass.getuser(), socket.gethostname(), Path.home().name} - {""}
+    assert not [name for name in names if re.search(rf"\b{re.escape(name)}\b", written)]
+
+
+@pytest.mark.parametrize("tool", ["papermill", "nbconvert"])
+def test_other_runners(tool: str, starter_folder: Path, tmp_path: Path) -> None:
+    """The first cells only: what differs between runners is how they start and stop a kernel."""
+    short = nbformat.read(FIRST, as_version=4)
+    short.cells = [c for c in short.cells if c.cell_type == "code"][:3]
+    source, target = tmp_path / "in.ipynb", tmp_path / "out.ipynb"
+    nbformat.write(short, source)
+    command = {
+        "papermill": ["papermill", "--no-progress-bar", "-k", "python3", str(source), str(target)],
+        "nbconvert": ["nbconvert", "--execute", "--to", "notebook", "--output", str(target), str(source)],
+    }[tool]
+    environment = os.environ | {"JUPYTER_PLATFORM_DIRS": "1", "IPYTHONDIR": str(tmp_path / "ipython")}
+    subprocess.run(
+        [sys.executable, "-m", *command], check=True, capture_output=True, env=environment, cwd=tmp_path
+    )
+    done = nbformat.read(target, as_version=4)
+    assert "Paris" in text_of(done.cells[2])
+
+
+def outputs(notebook: NotebookNode) -> Iterator[NotebookNode]:
+    for cell in notebook.cells:
+        yield from cell.get("outputs", [])
+
+
+def text_of(cell: NotebookNode) -> str:
+    """What a cell says in plain text."""
+    parts = [o["text"] if "text" in o else o["data"]["text/plain"] for o in cell.get("outputs", [])]
+    return "\n".join(parts)
+
+
+def without_source(cell: NotebookNode) -> NotebookNode:
+    return NotebookNode(cell | {"source": ""})
