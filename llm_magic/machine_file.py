@@ -8,7 +8,7 @@ as one. ``examples/machines`` has some. The smallest::
 A device has ``id`` (``cuda:0``, ``mps``, ``xpu:0``, ``npu:0``, ``cpu``, ``disk``), ``name``, ``total``,
 ``free``, ``other`` (held by other programs), ``read`` (``"1008 GB/s"``), ``flops`` (``"165 TFLOPS"``),
 ``unified``, ``measured_on``, ``method`` and ``assumed``. A link has ``from``, ``to``, ``bandwidth``,
-``name``, ``measured_on`` and ``assumed``. Sizes and speeds are texts with a unit, or plain numbers in
+``name``, ``measured_on`` and ``assumed``; its ends may be all of a family, ``cuda:*``. Sizes and speeds are texts with a unit, or plain numbers in
 bytes, bytes per second and operations per second.
 
 Assumptions
@@ -109,10 +109,7 @@ def machine_from_json(data: object, name: str = "") -> Machine:
             'The machine has no device "cpu".', 'Add its RAM, for example {"id": "cpu", "total": "32GiB"}.'
         )
     devices = _devices(dict(zip(ids, entries, strict=True)))
-    links = tuple(
-        _link(_object(entry, LINK_KEYS, f"Link {n}"), [d.id for d in devices])
-        for n, entry in enumerate(_list(fields, "links"), 1)
-    )
+    links = _links(_list(fields, "links"), [device.id for device in devices])
     return Machine(_text(fields, "name") or name or "machine", devices, with_assumed_links(devices, links))
 
 
@@ -186,9 +183,10 @@ def _cpu(entry: Mapping[str, Any]) -> Device:
 
 def _gpu(device_id: str, entry: Mapping[str, Any], cpu: Device) -> Device:
     unified = _flag(entry, "unified", device_id == "mps")
-    total, assumed = _size(entry, "total", device_id), ()
+    total = _size(entry, "total", device_id)
+    assumed = ("total",) if total is None else ()
     if total is None:
-        total, assumed = _assumed_gpu_memory(device_id, entry, cpu, unified), ("total",)
+        total = _assumed_gpu_memory(device_id, entry, cpu, unified)
     free = min(total, cpu.free_bytes) if unified else max(0, total - GPU_RESERVE_BYTES)
     return _device(device_id, entry, total, free, assumed=assumed, unified=unified)
 
@@ -287,22 +285,44 @@ def _typical_speeds(device: Device) -> tuple[float, float, str]:
 # --- Links
 
 
-def _link(entry: Mapping[str, Any], ids: list[str]) -> Link:
-    source, target = _text(entry, "from"), _text(entry, "to")
-    for end in (source, target):
-        if end not in ids:
+def _links(entries: list[Any], ids: list[str]) -> tuple[Link, ...]:
+    """Links by their ends; of two for the same ends the later one counts, so that one may except from ``cuda:*``."""
+    made: dict[tuple[str, str], Link] = {}
+    for number, value in enumerate(entries, 1):
+        entry = _object(value, LINK_KEYS, f"Link {number}")
+        sources, targets = (_link_ends(entry, key, ids) for key in ("from", "to"))
+        pairs = [(source, target) for source in sources for target in targets if source != target]
+        if not pairs:
             raise OptionError(
-                f"A link names the device {end!r}, which the machine has not.",
-                f"Its devices: {', '.join(ids)}.",
+                f"Link {number} goes from {sources[0]} to itself.",
+                'Give the device\'s own speed as its "read".',
             )
-    if source == target:
+        made |= {pair: _link(entry, *pair) for pair in pairs}
+    return tuple(made.values())
+
+
+def _link_ends(entry: Mapping[str, Any], key: str, ids: list[str]) -> list[str]:
+    """The device named, or all of a family: ``cuda:*``."""
+    end = _text(entry, key)
+    family = end.removesuffix("*")
+    ends = [
+        device_id
+        for device_id in ids
+        if device_id == end or (family.endswith(":") and end != family and device_id.startswith(family))
+    ]
+    if not ends:
         raise OptionError(
-            f"A link goes from {source} to itself.", 'Give the device\'s own speed as its "read".'
+            f"A link names the device {end!r}, which the machine does not have.",
+            f"Its devices: {', '.join(ids)}.",
         )
-    label = f"link from {source} to {target}"
+    return ends
+
+
+def _link(entry: Mapping[str, Any], source: str, target: str) -> Link:
+    label = f"the link from {source} to {target}"
     speed = _bandwidth(entry, "bandwidth", label)
     if not speed:
-        raise OptionError(f"The {label} has no bandwidth.", 'Write it like "bandwidth": "25 GB/s".')
+        raise OptionError(f"bandwidth of {label} is missing.", 'Write it like "bandwidth": "25 GB/s".')
     return Link(
         source, target, speed, _text(entry, "name"), _date(entry, label), _flag(entry, "assumed", False)
     )

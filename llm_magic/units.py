@@ -84,3 +84,11 @@ def format_count(count: float) -> str:
         if count >= factor:
             return f"{count / factor:.3g} {unit}"
     return f"{count:.0f}"
+
+
+def format_flops(operations_per_s: float) -> str:
+    """``165.2e12`` as ``"165 TFLOPS"``: dense floating-point operations per second."""
+    for unit, factor in (("PFLOPS", 1e15), ("TFLOPS", 1e12)):
+        if operations_per_s >= factor:
+            return f"{operations_per_s / factor:.3g} {unit}"
+    return f"{operations_per_s / 1e9:.0f} GFLOPS"

@@ -68,7 +68,7 @@ def load_measurements(path: Path, key: str) -> Measurements | None:
         return None
     try:
         machine = _with_uuids(machine_from_json(entry["machine"]), entry["uuids"])
-        disks = {str(disk): DiskSpeed(**facts) for disk, facts in entry["disks"].items()}
+        disks = {str(disk): _disk_speed(facts) for disk, facts in entry["disks"].items()}
     except (LLMMagicError, KeyError, TypeError, ValueError, AttributeError):
         return None
     return Measurements(_without_disks(machine), disks)
@@ -90,6 +90,14 @@ def save_measurements(path: Path, key: str, measurements: Measurements) -> None:
     }
     with contextlib.suppress(OSError):
         _write(path, json.dumps({"version": VERSION, "machines": machines}, indent=1))
+
+
+def _disk_speed(facts: Mapping[str, Any]) -> DiskSpeed:
+    speed = DiskSpeed(**facts)
+    texts = (speed.name, speed.measured_on, speed.method)
+    if not all(isinstance(text, str) for text in texts) or not 0 <= speed.read_bytes_per_s < 1e15:
+        raise ValueError("no speed of a disk")
+    return speed
 
 
 def _read(path: Path) -> dict[str, Any]:

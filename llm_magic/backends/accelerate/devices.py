@@ -70,7 +70,9 @@ def _cuda(torch: Any) -> Iterator[Device]:
         except RuntimeError:  # lost or held exclusively by another process: there, but with no room
             free, total = 0, facts.total_memory
         own = torch.cuda.memory_reserved(index)
-        device = _gpu(f"cuda:{index}", facts.name, total, free, own, bool(getattr(facts, "is_integrated", 0)))
+        device = _gpu(
+            f"cuda:{index}", facts.name, total, free, own, unified=bool(getattr(facts, "is_integrated", 0))
+        )
         uuid = str(getattr(facts, "uuid", ""))
         yield replace(device, uuid=uuid if uuid.startswith(("GPU-", "MIG-")) or not uuid else f"GPU-{uuid}")
 
@@ -87,7 +89,12 @@ def _xpu(torch: Any) -> Iterator[Device]:
         except RuntimeError:  # some drivers do not tell: count what this process holds
             free = total - own
         yield _gpu(
-            f"xpu:{index}", facts.name, total, free, own, bool(getattr(facts, "is_integrated_gpu", False))
+            f"xpu:{index}",
+            facts.name,
+            total,
+            free,
+            own,
+            unified=bool(getattr(facts, "is_integrated_gpu", False)),
         )
 
 
@@ -95,10 +102,10 @@ def _mps(torch: Any) -> Iterator[Device]:
     if not torch.backends.mps.is_available():
         return
     total, own = torch.mps.recommended_max_memory(), torch.mps.driver_allocated_memory()
-    yield _gpu("mps", f"{cpu_name()} GPU", total, total - own, own, True)
+    yield _gpu("mps", f"{cpu_name()} GPU", total, total - own, own, unified=True)
 
 
-def _gpu(device_id: str, name: str, total: int, free: int, own: int, unified: bool) -> Device:
+def _gpu(device_id: str, name: str, total: int, free: int, own: int, *, unified: bool) -> Device:
     """A GPU of which this process holds ``own`` bytes. Unified memory is not freer than the RAM it is."""
     if unified:
         free = min(free, host_memory().free)
