@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 
 from llm_magic.events import Emit, Finish, PhaseEvent, Request, StopFlag, TokenEvent
 from llm_magic.stop_strings import StopStrings
-from llm_magic.terminal import TextSanitizer
+from llm_magic.terminal import sanitize
 
 
 class Answer:
@@ -78,15 +78,15 @@ def generate_clean(
     -------
     finish, found_stop_string
     """
-    sanitizer, stops = TextSanitizer(), StopStrings(request.sampling.stop)
+    stops = StopStrings(request.sampling.stop)
 
     def emit(event: PhaseEvent | TokenEvent) -> None:
         if isinstance(event, TokenEvent):
-            event = TokenEvent(stops.feed(sanitizer.feed(event.text)), event.tokens)
+            event = TokenEvent(stops.feed(sanitize(event.text)), event.tokens)
             if stops.found:
                 stop.set()
         put(event)
 
     finish = generate(request, emit, stop)
-    put(TokenEvent(stops.feed(sanitizer.flush()) + stops.flush(), 0))
+    put(TokenEvent(stops.flush(), 0))
     return finish, stops.found

@@ -96,7 +96,7 @@ def number(low: float, high: float, kind: type[int] | type[float] = float) -> Ca
         except ValueError:
             value = math.nan
         if math.isnan(value) or not low <= value <= high:
-            bounds = f"from {low:g} to {high:g}" if math.isfinite(high) else f"of at least {low:g}"
+            bounds = f"from {low:g} to {high:g}" if high < 10**9 else f"of at least {low:g}"
             what = "a whole number" if kind is int else "a number"
             raise argparse.ArgumentTypeError(f"{text!r} is not {what} {bounds}")
         return value

@@ -14,7 +14,7 @@ from typing import TypeVar
 from llm_magic.answer import Answer, generate_clean
 from llm_magic.asking import Ending, build_request, follow, make_footprint, system_of
 from llm_magic.chat import Chat, Chats, check_chat_name
-from llm_magic.errors import LLMMagicError, OptionError, PlanError, SessionError
+from llm_magic.errors import LLMMagicError, OptionError, SessionError
 from llm_magic.events import Message, PhaseEvent, Progress, RenderedPrompt, Request, StopFlag
 from llm_magic.folders import cache_folder
 from llm_magic.hookspecs import Backend, Engine, FindsAccelerators, Planner
@@ -24,7 +24,7 @@ from llm_magic.model import ModelSpec
 from llm_magic.notebook import Notebook
 from llm_magic.options import AskOptions, LoadOptions
 from llm_magic.plan import Plan, Workload
-from llm_magic.planner import make_plan, read_device_map
+from llm_magic.planner import make_plan, read_device_map, refusal
 from llm_magic.plugins import Plugins, pick
 from llm_magic.probe import probe_machine, read_machine
 from llm_magic.result import Footprint, Generation, Turn
@@ -285,7 +285,7 @@ class Session:
         started = time.perf_counter()
         plan = self.plan(spec, options, progress)
         if not plan.fits:
-            raise PlanError(plan.problems[0], _what_would_fit(plan, self.models))
+            raise refusal(plan)
         engine = backend.load(spec, plan, progress)
         return LoadedModel(name, spec, options, plan, engine, time.perf_counter() - started)
 
@@ -381,14 +381,6 @@ def _stoppable(emit: Callable[[object], None], stop: StopFlag) -> Progress:
 def _backend_options(spec: ModelSpec, options: LoadOptions) -> dict[str, str]:
     values = {"offload_folder": options.offload_folder, "dtype": spec.dtype, "revision": spec.revision or ""}
     return {name: value for name, value in values.items() if value}
-
-
-def _what_would_fit(plan: Plan, loaded: Mapping[str, LoadedModel]) -> str:
-    if len(plan.problems) > 1:
-        return plan.problems[1]
-    if loaded:
-        return f"%llm unload {next(iter(loaded))} gives memory back; %llm plan shows every byte."
-    return "%llm plan shows every byte; a smaller --ctx-size, --dtype or model would fit."
 
 
 def _model_name(source: str) -> str:

@@ -62,7 +62,7 @@ class Settings(Configurable):
 
 def setting_names() -> list[str]:
     """Names that ``%llm set`` takes."""
-    return sorted(Settings.class_own_trait_names(config=True))
+    return sorted(Settings.class_own_traits(config=True))
 
 
 def change_setting(settings: Settings, name: str, text: str) -> object:
