@@ -54,7 +54,9 @@ def format_bytes(count: float) -> str:
 
 
 def format_bandwidth(bytes_per_s: float) -> str:
-    """``25.1e9`` as ``"25.1 GB/s"``: decimal units, as buses and disks are sold."""
+    """``25.1e9`` as ``"25.1 GB/s"``, ``1008e9`` as ``"1008 GB/s"``: decimal units, as buses and disks are sold."""
+    if bytes_per_s >= 99.95e9:
+        return f"{bytes_per_s / 1e9:.0f} GB/s"
     if bytes_per_s >= 1e9:
         return f"{bytes_per_s / 1e9:.1f} GB/s"
     return f"{bytes_per_s / 1e6:.0f} MB/s"

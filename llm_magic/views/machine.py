@@ -177,7 +177,7 @@ def _room_text(device: Device) -> tuple[str, str]:
 
 
 def _bar_text(device: Device) -> str:
-    """``███▒▒░░░``: in use here, by other programs, free."""
+    """``███▒▒░░░``: used, used by other programs, free."""
     if not device.total_bytes:
         return ""
     used = round(_BAR_CELLS * device.used_bytes / device.total_bytes)
@@ -233,15 +233,15 @@ def _devices_html(machine: Machine, kinds: tuple[str, ...]) -> str:
 
 def _card_html(device: Device) -> str:
     accent = _ACCENTS[device.kind]
-    flex = "flex:0 1 180px" if device.kind == "npu" else "flex:1 1 180px"
-    head = (
+    flex = "flex:0 1 190px" if device.kind == "npu" else "flex:1 1 190px"
+    body = _div(
         f'<span style="{_CODE}">{html.escape(device.id)}</span> '
-        f'<span style="{_MUTED}">{_TITLES[device.kind]}</span> '
+        f'<span style="{_MUTED}">{_TITLES[device.kind]}</span> &ensp;{html.escape(device.name)}',
+        "overflow-wrap:anywhere",
     )
-    body = _div(head) + _div(html.escape(device.name), "font-weight:500;overflow-wrap:anywhere")
     if device.total_bytes:
         body += _bar_html(device, accent) + _room_html(device)
-    body += _div(html.escape(" · ".join(_speeds(device))), _MUTED)
+    body += _div(" ".join(_phrase(words) for words in _speeds(device)), _MUTED)
     return _div(
         body,
         f"{flex};min-width:150px;box-sizing:border-box;border:1px solid rgba(127,127,127,.35);"
@@ -260,15 +260,20 @@ def _speeds(device: Device) -> Iterator[str]:
 
 def _room_html(device: Device) -> str:
     """Free and total in words; who holds the rest."""
-    held = f"{format_bytes(device.used_bytes)} used"
-    if device.other_bytes >= _WORTH_SAYING_BYTES:
-        held += f", {format_bytes(device.other_bytes)} of it by other programs"
     free = f"<strong>{html.escape(_free(device))}</strong> free of {html.escape(_total(device))}"
-    return _div(free) + _div(html.escape(held), _MUTED)
+    used = f"{format_bytes(device.used_bytes)} used" if device.used_bytes >= _WORTH_SAYING_BYTES else ""
+    if used and device.other_bytes >= _WORTH_SAYING_BYTES:
+        used += f", {format_bytes(device.other_bytes)} of it by other programs"
+    return _div(free + (f' &ensp;<span style="{_MUTED}">{html.escape(used)}</span>' if used else ""))
+
+
+def _phrase(words: str) -> str:
+    """Words that stay together when a line wraps."""
+    return f'<span style="white-space:nowrap;margin-right:1em">{html.escape(words)}</span>'
 
 
 def _bar_html(device: Device, accent: str) -> str:
-    """In use here solid, by other programs hatched, free empty: told apart without colour too."""
+    """Used solid, by other programs hatched, free empty: told apart without colour too."""
     other = 100 * device.other_bytes / device.total_bytes
     own = max(0.0, 100 * device.used_bytes / device.total_bytes - other)
     hatched = f"repeating-linear-gradient(135deg,{accent} 0,{accent} 3px,transparent 3px,transparent 6px)"
@@ -326,7 +331,7 @@ def _swatches() -> str:
     grey = "currentColor"
     box = "display:inline-block;width:18px;height:9px;border-radius:2px;border:1px solid rgba(127,127,127,.6);margin-right:5px"
     hatched = f"repeating-linear-gradient(135deg,{grey} 0,{grey} 2px,transparent 2px,transparent 5px)"
-    looks = ((grey, "used here"), (hatched, "used by other programs"), ("transparent", "free"))
+    looks = ((grey, "used"), (hatched, "used by other programs"), ("transparent", "free"))
     return " &ensp; ".join(f'<span style="{box};background:{look}"></span>{name}' for look, name in looks)
 
 
