@@ -1,0 +1,75 @@
+"""The transformers backend: models that transformers runs and Accelerate places.
+
+Light on purpose: torch, transformers and accelerate are imported by the functions that need them.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from llm_magic.events import PhaseEvent, Progress
+from llm_magic.hookspecs import Engine
+from llm_magic.machine import Device, Link
+from llm_magic.model import ModelLayout, ModelSpec
+from llm_magic.plan import Plan
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+class TransformersBackend:
+    """Loads hub models, folders, ``.gguf`` files and the starter through transformers and Accelerate."""
+
+    name = "transformers"
+
+    def accepts(self, spec: ModelSpec) -> float:
+        """How well it can load ``spec``: 0 to 1, from the source's look alone."""
+        if spec.source == "starter":
+            return 1.0
+        path = Path(spec.source).expanduser()
+        if path.is_dir():
+            return 0.9 if (path / "config.json").is_file() else 0.1
+        if path.suffix.lower() == ".gguf":
+            return 0.5
+        return 0.8 if _HUB_ID.fullmatch(spec.source) else 0.0
+
+    def layout(self, spec: ModelSpec, progress: Progress) -> ModelLayout:
+        """What is in the model, read from its config and headers.
+
+        Raises
+        ------
+        SourceError
+            When the source cannot be found, read or trusted.
+        """
+        from llm_magic.backends.accelerate.layout import read_layout
+        from llm_magic.backends.accelerate.sources import resolve
+
+        return read_layout(spec, resolve(spec, progress))
+
+    def load(self, spec: ModelSpec, plan: Plan, progress: Progress) -> Engine:
+        """Load it as planned.
+
+        Raises
+        ------
+        PlanError
+            When the plan does not fit, or the offload folder cannot be used.
+        SourceError
+            When the files are no model that transformers can load whole.
+        EngineError
+            When memory runs out on the way.
+        """
+        from llm_magic.backends.accelerate.sources import fetch_weights, resolve
+
+        progress(PhaseEvent("reading"))
+        files = fetch_weights(spec, resolve(spec, progress), progress)
+        progress(PhaseEvent("importing"))
+        from llm_magic.backends.accelerate.engine import TransformersEngine
+        from llm_magic.backends.accelerate.load import load
+
+        return TransformersEngine(load(files, spec, plan, progress), plan)
+
+    def accelerators(self, measure: bool) -> tuple[tuple[Device, ...], tuple[Link, ...]]:
+        """GPUs that torch can use, and the links to them."""
+        from llm_magic.backends.accelerate.devices import accelerators
+
+        return accelerators(measure)

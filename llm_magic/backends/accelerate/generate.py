@@ -1,0 +1,117 @@
+"""One answer: transformers' ``generate`` with eyes on every token and every block."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from llm_magic.backends.accelerate.detokenize import Detokenizer
+from llm_magic.backends.accelerate.prompts import TokenizedPrompt
+from llm_magic.events import Emit, PhaseEvent, StopFlag, TokenEvent
+
+
+class Stopped(Exception):  # noqa: N818 - not an error: somebody asked for it
+    """Raised inside a forward pass, or between two, when the stop flag is set."""
+
+
+@dataclass
+class Steps:
+    """The answer so far: the streamer that ``generate`` hands every sampled token to.
+
+    ``device`` is where the prompt goes. Times are ``time.perf_counter()`` values; 0 until there is
+    a token.
+    """
+
+    detokenizer: Detokenizer
+    emit: Emit
+    stop: StopFlag
+    device: Any
+    started: float = field(default_factory=time.perf_counter)
+    ids: list[int] = field(default_factory=list)
+    first_token: float = 0.0
+    last_token: float = 0.0
+    _prompt_seen: bool = False
+
+    def put(self, tokens: Any) -> None:
+        """Take what ``generate`` has sampled; its first call brings the prompt back."""
+        if not self._prompt_seen:
+            self._prompt_seen = True
+            return
+        for token in tokens.flatten().tolist():
+            self._add(token)
+        if self.stop.is_set():
+            raise Stopped
+
+    def end(self) -> None:
+        """Part of the streamer's protocol; ``flush`` does the work, however the answer ends."""
+
+    def flush(self) -> None:
+        """Hand out the text that waited for the rest of a character."""
+        text = self.detokenizer.flush()
+        if text:
+            self.emit(TokenEvent(text, 0))
+
+    def _add(self, token: int) -> None:
+        self.ids.append(token)
+        self.last_token = time.perf_counter()
+        if not self.first_token:
+            self.first_token = self.last_token
+            self.emit(PhaseEvent("generating"))
+        self.emit(TokenEvent(self.detokenizer.feed(token)))
+
+
+@contextmanager
+def watched_blocks(model: Any, blocks: Sequence[str], layers: Sequence[str], steps: Steps) -> Iterator[None]:
+    """Look at the stop flag before every block, and report the layers of the prefill.
+
+    ``layers`` are those of ``blocks`` that count as progress.
+    """
+    counted = frozenset(layers)
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(
+            _watch(steps, len(layers), name in counted, shared)
+        )
+        for shared in [[0]]
+        for name in blocks
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _watch(steps: Steps, total: int, counts: bool, done: list[int]) -> Any:
+    def before_block(_module: Any, _inputs: Any) -> None:
+        if steps.stop.is_set():
+            raise Stopped
+        if counts and not steps.first_token:
+            steps.emit(PhaseEvent("prefill", min(done[0], total), total, "layers"))
+            done[0] += 1
+
+    return before_block
+
+
+def run_generate(model: Any, config: Any, prompt: TokenizedPrompt, cache: Any, steps: Steps) -> None:
+    """Call ``model.generate`` so that ``steps`` sees every token; ``Stopped`` ends it quietly.
+
+    ``cache`` holds a prefix of the prompt, or nothing yet; ``None`` lets transformers make its own.
+    """
+    import torch
+
+    device, beginning = steps.device, prompt.beginning
+    input_ids = torch.tensor([prompt.ids], device=device)
+    inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+    if cache is not None:
+        inputs["past_key_values"] = cache
+    if beginning:
+        start = config.decoder_start_token_id
+        first = start if start is not None else config.bos_token_id
+        inputs["decoder_input_ids"] = torch.tensor([[first, *beginning]], device=device)
+    try:
+        model.generate(**inputs, generation_config=config, streamer=steps)
+    except Stopped:
+        return

@@ -1,0 +1,278 @@
+"""Load a model as its plan says: transformers reads, Accelerate places, we check and report.
+
+Offloaded weights stay behind Accelerate's own hooks, and ``hf_device_map`` stays the truth that
+other libraries can read.
+"""
+
+from __future__ import annotations
+
+import gc
+import re
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from llm_magic.backends.accelerate.offload_folder import OffloadFolder, check_tensor_names, disk_error
+from llm_magic.backends.accelerate.quiet import bars_into, quiet
+from llm_magic.errors import EngineError, LLMMagicError, PlanError, SourceError
+from llm_magic.events import PhaseEvent, Progress
+from llm_magic.host.memory import host_memory
+from llm_magic.model import ModelSpec
+from llm_magic.plan import Plan
+from llm_magic.planner import refusal
+from llm_magic.units import format_bytes
+
+if TYPE_CHECKING:
+    from llm_magic.backends.accelerate.sources import ModelFiles
+
+
+@dataclass
+class LoadedWeights:
+    """A placed model, its tokenizer, and the folder of its re-written weights (``None`` without disk)."""
+
+    model: Any
+    tokenizer: Any
+    offload_folder: OffloadFolder | None
+
+
+def load(files: ModelFiles, spec: ModelSpec, plan: Plan, progress: Progress) -> LoadedWeights:
+    """Read ``files`` into a model that is placed as ``plan`` says.
+
+    Raises
+    ------
+    PlanError
+        When the plan does not fit, or the offload folder cannot be used.
+    SourceError
+        When the files are damaged or incomplete, or the architecture is not supported.
+    EngineError
+        When memory runs out, or the libraries fail for another reason.
+    BaseException
+        Whatever ``progress`` raises to cancel; everything read so far is given back.
+    """
+    refuse_what_does_not_fit(plan)
+    _check_names(files)
+    parent = plan.options.get("offload_folder", "")
+    folder = OffloadFolder(parent) if "disk" in plan.device_map.values() else None
+    try:
+        with quiet():
+            tokenizer = _read_tokenizer(files)
+            model = _read_model(files, spec, plan, folder, progress)
+        if folder:
+            folder.protect()
+        return LoadedWeights(model, tokenizer, folder)
+    except BaseException as error:
+        # Frames of the failed call still hold the tensors that were read.
+        traceback.clear_frames(error.__traceback__)
+        if folder:
+            folder.remove()
+        release_memory()
+        if isinstance(error, LLMMagicError) or not isinstance(error, Exception):
+            raise
+        known = _explain(error, files, plan)
+        if known is None:
+            raise
+        raise known from None
+
+
+def accelerate_device_map(device_map: Mapping[str, str]) -> dict[str, int | str]:
+    """Accelerate's form of a device map: ``"cuda:1"`` becomes ``1``, other names stay."""
+    return {
+        name: int(device.removeprefix("cuda:")) if device.startswith("cuda:") else device
+        for name, device in device_map.items()
+    }
+
+
+def refuse_what_does_not_fit(plan: Plan) -> None:
+    """Refuse, before a weight is read, what would not fit in what is free now.
+
+    Raises
+    ------
+    PlanError
+        With the first problem and what to do about it.
+    """
+    if plan.machine.described:
+        raise PlanError(
+            f"The plan is for {plan.machine.name}, not for this machine.", "Plan without --machine."
+        )
+    if plan.problems:
+        raise refusal(plan)
+    for use in plan.uses:
+        free = _free_bytes(use.device)
+        if free is not None and use.planned > free:
+            raise PlanError(
+                f"{use.device} has {format_bytes(free)} free now, and the plan needs {format_bytes(use.planned)}.",
+                "Free some memory (%llm unload, other programs) and try again, which plans anew.",
+            )
+
+
+def release_memory() -> None:
+    """Hand freed memory back to the system: garbage, cached device memory, malloc's spare pages."""
+    import ctypes
+    import sys
+
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
+        if trim is not None:
+            trim(0)
+
+
+def _read_tokenizer(files: ModelFiles) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(
+            str(files.folder), local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        reason = without_paths(str(error).splitlines()[0] if str(error) else type(error).__name__)
+        raise SourceError(
+            f"The tokenizer of {files.name} cannot be read: {reason}",
+            "Download the model again, with its tokenizer.",
+        ) from None
+
+
+def _read_model(
+    files: ModelFiles, spec: ModelSpec, plan: Plan, folder: OffloadFolder | None, progress: Progress
+) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    from llm_magic.backends.accelerate.layout import load_config
+
+    def report(title: str, done: int, total: int, name: str) -> None:
+        if title == "Loading weights":
+            progress(PhaseEvent("loading", done, total, "tensors", name))
+
+    config = load_config(files)
+    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    with bars_into(report):
+        model, info = auto.from_pretrained(
+            str(files.folder),
+            config=config,
+            device_map=accelerate_device_map(plan.device_map),
+            dtype=getattr(torch, plan.layout.dtype),
+            offload_folder=str(folder.path) if folder else None,
+            use_safetensors=None if spec.allow_pickle else True,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    _refuse_incomplete(files, info)
+    _check_coverage(model, plan)
+    _place_loose_buffers(model, plan)
+    return model.eval().requires_grad_(False)
+
+
+def _check_names(files: ModelFiles) -> None:
+    from safetensors import SafetensorError, safe_open
+
+    for path in files.weight_files:
+        if path.suffix == ".safetensors":
+            try:
+                with safe_open(path, framework="pt") as tensors:
+                    check_tensor_names(list(tensors.keys()))
+            except SafetensorError:
+                raise _damaged(files.name, path.name) from None
+
+
+def _refuse_incomplete(files: ModelFiles, info: Mapping[str, Any]) -> None:
+    """Refuse what transformers would fill with random numbers."""
+    wrong = [str(name) for name in sorted(info.get("missing_keys") or ())]
+    wrong += [str(entry[0]) for entry in sorted(info.get("mismatched_keys") or ())]
+    wrong += [str(entry).splitlines()[0] for entry in info.get("error_msgs") or ()]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise SourceError(
+            f"{files.name} lacks weights that its architecture needs: {', '.join(wrong[:3])}{more}.",
+            "The checkpoint and its config.json do not belong together, or files are missing: download it again.",
+        )
+
+
+def _check_coverage(model: Any, plan: Plan) -> None:
+    """Every parameter must belong to a block of the plan, or it would sit where nobody counted it."""
+    names = tuple(plan.device_map)
+    for name, _ in model.named_parameters():
+        if not any(name == block or name.startswith(f"{block}.") for block in names):
+            raise PlanError(f"The placement does not cover {name}.", "Plan again: --device-map auto")
+    if getattr(model, "hf_device_map", None) is None:
+        model.hf_device_map = accelerate_device_map(plan.device_map)
+
+
+def _place_loose_buffers(model: Any, plan: Plan) -> None:
+    """Put buffers outside all blocks (rotary tables) where the first block computes."""
+    import torch
+
+    device = torch.device(plan.placements[0].compute)
+    blocks = tuple(plan.device_map)
+    for name, buffer in list(model.named_buffers()):
+        if any(name == block or name.startswith(f"{block}.") for block in blocks) or buffer.device == device:
+            continue
+        owner, _, leaf = name.rpartition(".")
+        model.get_submodule(owner)._buffers[leaf] = buffer.to(device)
+
+
+def _free_bytes(device: str) -> int | None:
+    """What a new allocation may take now; ``None`` where nobody can say."""
+    if device == "cpu":
+        return host_memory().free
+    if device.startswith("cuda:"):
+        import torch
+
+        free, _total = torch.cuda.mem_get_info(int(device.removeprefix("cuda:")))
+        return free
+    return None
+
+
+def _explain(error: Exception, files: ModelFiles, plan: Plan) -> LLMMagicError | None:
+    """The typed error for what a library raised; ``None`` for what is no error of a load."""
+    from safetensors import SafetensorError
+
+    text = without_paths(" ".join(str(error).split()))
+    full = disk_error(error, plan.options.get("offload_folder", ""))
+    if full is not None:
+        return full
+    if is_out_of_memory(error):
+        return EngineError(
+            f"Memory ran out while {files.name} was loading.",
+            "Leave more of it free: --max-memory (for example cpu=4GiB), a smaller -c N, or --device-map auto.",
+        )
+    if isinstance(error, SafetensorError):
+        return _damaged(files.name, text)
+    if isinstance(error, OSError):
+        return SourceError(f"{files.name} cannot be read: {text[:200]}", "Check the model's files.")
+    if "size mismatch" in text or "ignore_mismatched_sizes" in text:
+        return SourceError(
+            f"The weights of {files.name} do not have the shapes that its config.json says.",
+            "The files do not belong together: download the model again.",
+        )
+    if isinstance(error, RuntimeError | ValueError | LookupError | ImportError | AttributeError | TypeError):
+        return EngineError(f"{files.name} could not be loaded: {text[:200]}", "See %llm doctor.")
+    return None  # what ``progress`` raised to cancel goes through as it is
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on any device."""
+    import torch
+
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and any(
+        sign in text
+        for sign in ("out of memory", "not enough memory", "can't allocate memory", "Cannot allocate memory")
+    )
+
+
+def _damaged(name: str, detail: str) -> SourceError:
+    return SourceError(f"The weights of {name} are damaged: {detail[:160]}", "Download the model again.")
+
+
+def without_paths(text: str) -> str:
+    """The text with absolute paths cut to their last part, because errors are saved in notebooks."""
+    return re.sub(r"(?:[A-Za-z]:)?[/\\](?:[^\s'\"/\\:]+[/\\])+([^\s'\"/\\:]*)", r"\1", text)

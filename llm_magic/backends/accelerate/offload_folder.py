@@ -1,0 +1,111 @@
+"""A private folder for weights that are written again to be offloaded.
+
+transformers reads most offloaded weights from the model's own files; those it converts while
+loading (experts that are stacked, ``.bin`` checkpoints) it writes to a folder, one file per tensor.
+The folder is new, closed to other users, and gone when the model is.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import stat
+import tempfile
+import weakref
+from pathlib import Path
+
+from llm_magic.errors import PlanError, SourceError
+from llm_magic.folders import cache_folder, display_path
+
+
+class OffloadFolder:
+    """A fresh folder, mode 0700, that ``remove`` or the end of the process deletes.
+
+    Parameters
+    ----------
+    parent
+        Where to make it; empty for the cache folder. It is created when it does not exist.
+
+    Raises
+    ------
+    PlanError
+        When it cannot be made there.
+    """
+
+    def __init__(self, parent: str = "") -> None:
+        base = Path(parent).expanduser() if parent else cache_folder() / "offload"
+        self.path = _make_private(base)
+        self._remove = weakref.finalize(self, _remove_tree, self.path, _identity(self.path))
+
+    def protect(self) -> None:
+        """Give the files in it mode 0600 (the folder's own mode kept others out until now)."""
+        for path in self.path.iterdir():
+            if not path.is_symlink():
+                path.chmod(stat.S_IRUSR | stat.S_IWUSR)
+
+    def remove(self) -> None:
+        """Delete it with everything in it. Safe to call twice."""
+        self._remove()
+
+
+def check_tensor_names(names: list[str]) -> None:
+    """Refuse names that would leave the folder when they become file names.
+
+    Raises
+    ------
+    SourceError
+        When a name holds a slash of either kind, ``..`` or NUL.
+    """
+    for name in names:
+        if any(part in name for part in ("/", "\\", "..", "\0")):
+            raise SourceError(
+                f"A tensor of this model has an unsafe name: {name[:60]!r}.", "Do not use this file."
+            )
+
+
+def disk_error(error: BaseException, parent: str = "") -> PlanError | None:
+    """The error to show when ``error`` says that the disk is full or not writable, else ``None``."""
+    where = display_path(Path(parent).expanduser()) if parent else "the cache folder"
+    number, text = getattr(error, "errno", None), str(error)
+    full = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
+    if number in full or any(os.strerror(code) in text for code in full):
+        return PlanError(
+            f"The disk is full: no room in {where} for offloaded weights.",
+            "Free some space, or choose another place: --offload-folder DIR",
+        )
+    denied = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
+    if number in denied:
+        return PlanError(f"Nothing can be written to {where}.", "Choose another place: --offload-folder DIR")
+    return None
+
+
+def _make_private(base: Path) -> Path:
+    if base.is_symlink():
+        raise PlanError(
+            f"{display_path(base.parent)}/{base.name} is a link, which an offload folder may not be.",
+            "Give the folder itself: --offload-folder DIR",
+        )
+    try:
+        base.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix="llm-magic-", dir=base))  # mkdtemp makes it with mode 0700
+    except OSError as error:
+        raise disk_error(error, str(base)) or PlanError(
+            f"No offload folder can be made in {display_path(base)}: {error.strerror}.",
+            "Choose another place: --offload-folder DIR",
+        ) from None
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    info = path.lstat()
+    return info.st_dev, info.st_ino
+
+
+def _remove_tree(path: Path, identity: tuple[int, int]) -> None:
+    """Delete the folder that was made, and nothing that was put in its place."""
+    try:
+        same = _identity(path) == identity and not path.is_symlink()
+    except OSError:
+        return
+    if same:
+        shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,109 @@
+"""A request to the text and the token ids that the model reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from llm_magic.errors import PromptError
+from llm_magic.events import Message, Request
+
+
+@dataclass(frozen=True)
+class TokenizedPrompt:
+    """The final prompt.
+
+    Attributes
+    ----------
+    text
+        What the tokenizer got.
+    ids
+        Its tokens; for an encoder-decoder model, those of the encoder.
+    beginning
+        Tokens of the answer that is continued, for an encoder-decoder model's decoder.
+    """
+
+    text: str
+    ids: list[int]
+    beginning: tuple[int, ...] = ()
+
+
+def tokenize(request: Request, tokenizer: Any, is_encoder_decoder: bool) -> TokenizedPrompt:
+    """Render the conversation and tokenize it.
+
+    Raises
+    ------
+    PromptError
+        When it is empty, or the chat template refuses it.
+    """
+    if not request.messages or not request.messages[-1].content.strip():
+        raise PromptError("The prompt is empty.", "Write something under %%llm.")
+    if is_encoder_decoder:
+        return _for_encoder(request, tokenizer)
+    template = tokenizer.get_chat_template() if request.use_template and tokenizer.chat_template else ""
+    if template:
+        text = _render(template, request, tokenizer)
+        # The template has written the beginning-of-sequence token already.
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+    else:
+        text = _plain(request)
+        ids = tokenizer(text).input_ids
+    if not ids:
+        raise PromptError("The prompt has no tokens.", "Write something under %%llm.")
+    return TokenizedPrompt(text, list(ids))
+
+
+def _render(template: str, request: Request, tokenizer: Any) -> str:
+    from llm_magic.backends.accelerate import chat_template
+
+    variables = {**tokenizer.special_tokens_map, "tools": None, "documents": None}
+
+    def render(messages: Sequence[Message]) -> str:
+        text: str = chat_template.render(
+            template,
+            [{"role": message.role, "content": message.content} for message in messages],
+            add_generation_prompt=not request.continue_last,
+            continue_final_message=request.continue_last,
+            variables=variables,
+        )
+        return text
+
+    try:
+        return render(request.messages)
+    except PromptError:
+        merged = _system_into_user(request.messages)
+        if merged is None:
+            raise
+        return render(merged)
+
+
+def _system_into_user(messages: Sequence[Message]) -> tuple[Message, ...] | None:
+    """The same conversation for a template without a system role; ``None`` when there is nothing to merge."""
+    if len(messages) < 2 or messages[0].role != "system" or messages[1].role != "user":
+        return None
+    first = Message("user", f"{messages[0].content}\n\n{messages[1].content}")
+    return first, *messages[2:]
+
+
+def _plain(request: Request) -> str:
+    """The text for a model without a template: one message as it is, a conversation as a transcript."""
+    messages = request.messages
+    if not request.use_template:
+        return "\n".join(message.content for message in messages)
+    if len(messages) == 1:
+        return messages[0].content
+    names = {"user": "User: ", "assistant": "Assistant: "}
+    lines = [names.get(message.role, "") + message.content for message in messages]
+    return "\n".join(lines if request.continue_last else [*lines, "Assistant:"])
+
+
+def _for_encoder(request: Request, tokenizer: Any) -> TokenizedPrompt:
+    """Encoder-decoder models map one text to another: system text and the last question."""
+    messages, beginning = list(request.messages), ()
+    if request.continue_last and messages[-1].role == "assistant":
+        beginning = tuple(tokenizer(messages.pop().content, add_special_tokens=False).input_ids)
+    system = [message.content for message in messages if message.role == "system"]
+    questions = [message.content for message in messages if message.role == "user"]
+    text = "\n".join([*system, *questions[-1:]])
+    return TokenizedPrompt(text, list(tokenizer(text).input_ids), beginning)
