@@ -143,10 +143,34 @@ class Notebook:
 
     def run_all(self) -> None:
         """Run every cell and wait for the end of the last one; a cell that fails stops the rest."""
-        command = "() => jupyterapp.commands.execute('notebook:run-all-cells')"
-        self.page.evaluate(command)
+        self.page.evaluate("() => jupyterapp.commands.execute('notebook:run-all-cells')")
+
+    def start_cells(self, first: int, last: int) -> None:
+        """Queue some cells and return at once."""
+        self._select(first, last)
+        self.page.evaluate("() => { jupyterapp.commands.execute('notebook:run-cell') }")
+
+    def run_cell(self, cell: int) -> None:
+        """Run one cell and wait for its end."""
+        self._select(cell, cell)
+        self.page.evaluate("() => jupyterapp.commands.execute('notebook:run-cell')")
+
+    def interrupt(self) -> None:
+        """Press ■, and wait until the kernel has nothing to do."""
+        self.page.evaluate("() => jupyterapp.commands.execute('notebook:interrupt-kernel')")
         self.page.wait_for_function(
-            "() => jupyterapp.shell.currentWidget.context.sessionContext.kernelDisplayStatus === 'idle'"
+            "() => jupyterapp.shell.currentWidget.context.sessionContext.session.kernel.status === 'idle'"
+        )
+
+    def _select(self, first: int, last: int) -> None:
+        self.page.evaluate(
+            """([first, last]) => {
+                const notebook = jupyterapp.shell.currentWidget.content;
+                notebook.deselectAll();
+                notebook.activeCellIndex = first;
+                if (last > first) notebook.extendContiguousSelectionTo(last);
+            }""",
+            [first, last],
         )
 
     def save(self) -> nbformat.NotebookNode:

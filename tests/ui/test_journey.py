@@ -1,0 +1,92 @@
+"""The first notebook as a person meets it: opened, run, read; in light and dark, in both front ends."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.ui.conftest import OpenNotebook
+from tests.ui.jupyter import REPOSITORY, App
+
+pytestmark = pytest.mark.browser
+FIRST = REPOSITORY / "examples" / "01_first_prompt.ipynb"
+STREAMED = "%%llm --temperature 0 --max-new-tokens 60\nCount from one to fifty in words."
+
+
+@pytest.mark.parametrize(("app", "dark"), [("lab", False), ("lab", True), ("notebook", False)])
+def test_the_first_notebook(
+    open_notebook: OpenNotebook, starter_folder: Path, screenshots: Path, app: App, dark: bool
+) -> None:
+    notebook = open_notebook(FIRST, app, dark=dark)
+    notebook.page.evaluate("() => jupyterapp.commands.execute('notebook:clear-all-cell-outputs')")
+    notebook.run_all()
+    saved = notebook.save()
+    asked = [i for i, cell in enumerate(saved.cells) if "capital of France" in cell.source]
+    for cell in asked:
+        notebook.output(cell).scroll_into_view_if_needed()
+        assert "Paris" in notebook.output(cell).inner_text()
+        assert "tok/s" in notebook.output(cell).inner_text()
+        take = screenshots / f"journey-{app}-{'dark' if dark else 'light'}-{cell}.png"
+        notebook.screenshot(take)
+        assert take.stat().st_size > 10_000
+    assert not [o for cell in saved.cells for o in cell.get("outputs", []) if o.output_type == "error"]
+    assert (notebook.traffic.foreign_requests, notebook.traffic.dialogs) == ([], [])
+
+
+@pytest.mark.parametrize("app", ["lab", "notebook"])
+def test_text_appears_while_the_model_writes_and_one_static_output_stays(
+    open_notebook: OpenNotebook, starter_folder: Path, app: App
+) -> None:
+    notebook = open_notebook(["%load_ext llm_magic\n%llm load starter", STREAMED], app)
+    notebook.page.evaluate(WATCH_TEXT)
+    notebook.run_all()
+    seen = notebook.page.evaluate("() => globalThis.seenTexts")
+    growing = [text for text in seen if "generating ·" in text]
+    assert len(growing) >= 3  # states of the answer that the page showed while it came
+    (output,) = notebook.save().cells[1].outputs
+    assert set(output.data) == {"text/plain", "text/html"}
+    assert "generating ·" not in output.data["text/html"]
+    assert "tok/s" in output.data["text/plain"]
+
+
+@pytest.mark.parametrize("app", ["lab", "notebook"])
+def test_interrupt_keeps_the_text_and_stops_the_queue(
+    open_notebook: OpenNotebook, starter_folder: Path, app: App
+) -> None:
+    endless = (
+        "%%llm --temperature 0 --no-history --max-new-tokens 2000\nCount from one to a thousand in words."
+    )
+    after = "%%llm --temperature 0 --no-history\nWhat is the capital of France?"
+    notebook = open_notebook(
+        [
+            "%load_ext llm_magic\n%llm load starter",
+            endless,
+            "never = 1",
+            "print(len(_llm) > 0, _llm.finish_reason)",
+            after,
+        ],
+        app,
+    )
+    notebook.run_cell(0)
+    notebook.start_cells(1, 2)
+    notebook.output(1).get_by_text("tokens ·").wait_for()
+    notebook.interrupt()
+    assert "interrupted" in notebook.output(1).inner_text()
+    notebook.run_cell(3)
+    assert "True interrupted" in notebook.output(3).inner_text()
+    notebook.run_cell(4)
+    assert "Paris" in notebook.output(4).inner_text()
+    cells = notebook.save().cells
+    assert cells[2].execution_count is None
+    assert cells[1].outputs[0].data["text/plain"].strip()
+
+
+WATCH_TEXT = """() => {
+    globalThis.seenTexts = [];
+    new MutationObserver(() => {
+        const outputs = document.querySelectorAll('.jp-OutputArea-output');
+        const text = outputs.length ? outputs[outputs.length - 1].innerText : '';
+        if (text && globalThis.seenTexts.at(-1) !== text) globalThis.seenTexts.push(text);
+    }).observe(document.querySelector('.jp-Notebook'), { childList: true, subtree: true, characterData: true });
+}"""
