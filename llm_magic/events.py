@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 FinishReason = Literal["stop", "length", "stopped", "interrupted", "error"]
-PhaseName = Literal["importing", "reading", "planning", "loading", "converting", "prefill", "generating"]
+PhaseName = Literal[
+    "importing", "reading", "planning", "downloading", "converting", "loading", "prefill", "generating"
+]
 
 
 @dataclass(frozen=True)

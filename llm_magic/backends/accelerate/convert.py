@@ -13,6 +13,7 @@ import json
 import math
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +29,7 @@ from llm_magic.units import GIB, MIB, format_bytes
 _FORMAT = 1  # raise it when conversions are made differently
 MARK = "conversion.json"
 _SHARD_BYTES = 4 * GIB
+_STALE_S = 86_400
 _SPARE_BYTES = 64 * MIB  # tokenizer and configuration, with room to spare
 _DTYPES = {"torch.bfloat16": "BF16", "torch.float16": "F16", "torch.float32": "F32"}
 
@@ -76,7 +78,11 @@ def convert_gguf(gguf: Path, progress: Progress) -> Path:
         return target
     header = read_gguf_header(gguf)
     with _new_folder(target, gguf) as folder:
-        _save_model(gguf, header, folder, progress)
+        progress(PhaseEvent("converting", 0, 0, "bytes", gguf.name))
+        if gguf_model.needs_whole_load(header):
+            _save_loaded_model(gguf, header, folder, progress)
+        else:
+            _save_model(gguf, header, folder, progress)
         _save_tokenizer(gguf, folder)
         _write_mark(folder, gguf, header)
     return target
@@ -107,6 +113,36 @@ def _save_model(gguf: Path, header: GgufHeader, folder: Path, progress: Progress
                 f"{gguf.name} lacks {len(writer.missing)} of its model's tensors, first {min(writer.missing)}.",
                 "Get the model's safetensors version, or another conversion of it.",
             )
+
+
+def _save_loaded_model(gguf: Path, header: GgufHeader, folder: Path, progress: Progress) -> None:
+    """Let transformers load all weights and save them: for architectures whose tensors it rearranges itself."""
+    import torch
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    from llm_magic.backends.accelerate.quiet import bars_into
+
+    dtype = getattr(torch, gguf_model.gguf_dtype(header))
+    _check_space(folder, sum(math.prod(t.shape) for t in header.tensors) * dtype.itemsize, gguf)
+    with bars_into(
+        lambda _title, done, total, name: progress(PhaseEvent("converting", done, total, "tensors", name))
+    ):
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                str(gguf.parent),
+                gguf_file=gguf.name,
+                quantization_config=GgufConfig(dequantize=True),
+                dtype=dtype,
+                local_files_only=True,
+                trust_remote_code=False,
+            )
+        except (ValueError, KeyError, TypeError, RuntimeError, NotImplementedError) as error:
+            raise SourceError(
+                f"{gguf.name} cannot be read by transformers ({type(error).__name__}).",
+                "Get the model's safetensors version.",
+            ) from None
+        model.config.name_or_path = ""
+        model.save_pretrained(folder)
 
 
 def _parameter_shapes(skeleton: Any) -> dict[str, tuple[int, ...]]:
@@ -257,6 +293,7 @@ def _new_folder(target: Path, gguf: Path) -> Iterator[Path]:
     temporary = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(target)
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         yield temporary
         _publish(temporary, target)
@@ -265,6 +302,13 @@ def _new_folder(target: Path, gguf: Path) -> Iterator[Path]:
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _sweep(target: Path) -> None:
+    """Remove what conversions that were killed left behind, a day later: nobody works on it any more."""
+    for leftover in target.parent.glob(f".{target.name}.*"):
+        if time.time() - leftover.stat().st_mtime > _STALE_S:
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _publish(temporary: Path, target: Path) -> None:

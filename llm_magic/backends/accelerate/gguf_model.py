@@ -120,6 +120,11 @@ def gguf_dtype(header: GgufHeader) -> str:
     return "float16" if "F16" in stored else "float32"  # norms stay F32 beside F16 weights
 
 
+def needs_whole_load(header: GgufHeader) -> bool:
+    """Whether transformers rearranges this architecture's tensors with conversions of its newer reader."""
+    return header.architecture in _count_only_architectures()
+
+
 def iterate_weights(
     path: Path, header: GgufHeader, skeleton: Any, dtype: Any
 ) -> Iterator[tuple[str, Any, int]]:
@@ -176,7 +181,9 @@ def _process(processor: Any, weights: Any, name: str, names: dict[str, str], joi
         tensor_key_mapping=names,
         parsed_parameters={"tensors": joined},
     )
-    return None if result.name is None else torch.from_numpy(np.require(result.weights, requirements=["C", "W"]))
+    return (
+        None if result.name is None else torch.from_numpy(np.require(result.weights, requirements=["C", "W"]))
+    )
 
 
 def map_names(header: GgufHeader, skeleton: Any, processor: Any) -> dict[str, str]:

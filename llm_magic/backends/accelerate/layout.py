@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from llm_magic.backends.accelerate import gguf_model
+from llm_magic.backends.accelerate import gguf_model, hub
 from llm_magic.backends.accelerate.cache_cost import cache_costs
 from llm_magic.backends.accelerate.convert import MARK, most_common_type
 from llm_magic.backends.accelerate.sources import ModelFiles, read_json, weight_headers
@@ -144,6 +144,8 @@ def _dtype(spec: ModelSpec, files: ModelFiles, config: Any, header: GgufHeader |
         return getattr(torch, gguf_model.gguf_dtype(header))
     if isinstance(config.dtype, torch.dtype):
         return config.dtype
+    if not files.is_local and not files.weight_files and (found := hub.checkpoint_dtype(spec)):
+        return getattr(torch, found)
     for weights in weight_headers(files):
         for tensor in sorted(weights.tensors, key=lambda tensor: tensor.name):
             if tensor.dtype in _FLOATS:
@@ -365,7 +367,7 @@ def _number(config: Any, *names: str) -> int:
         for name in names:
             value = getattr(part, name, None)
             if isinstance(value, list) and value and all(type(item) is int for item in value):
-                return max(value)
+                return int(max(value))
             if type(value) is int and value > 0:
                 return value
     return 0

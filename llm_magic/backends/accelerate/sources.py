@@ -168,6 +168,20 @@ def resolve_folder(folder: Path, spec: ModelSpec) -> ModelFiles:
     """
     if not (folder / CONFIG).is_file():
         raise _no_model(folder)
+    check_folder(folder)
+    weights = _weights_of(folder, allow_pickle=spec.allow_pickle)
+    uses_pickle = bool(weights) and weights[0].suffix == ".bin"
+    return ModelFiles(folder, folder.resolve().name, weights, uses_pickle=uses_pickle)
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder whose configurations ask for code, or that holds an adapter.
+
+    Raises
+    ------
+    SourceError
+        When it does, or a configuration is no JSON object.
+    """
     if (folder / "adapter_config.json").exists():
         raise SourceError(
             f"{folder.name} holds a LoRA adapter, which is not supported.",
@@ -176,9 +190,6 @@ def resolve_folder(folder: Path, spec: ModelSpec) -> ModelFiles:
     for name in CONFIGS:
         if (folder / name).is_file():
             refuse_code(read_json(folder / name), name)
-    weights = _weights_of(folder, allow_pickle=spec.allow_pickle)
-    uses_pickle = bool(weights) and weights[0].suffix == ".bin"
-    return ModelFiles(folder, folder.resolve().name, weights, uses_pickle=uses_pickle)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -269,16 +280,7 @@ def _no_known_weights(folder: Path) -> tuple[Path, ...]:
 
 
 def _shards(folder: Path, index: str) -> tuple[Path, ...]:
-    weight_map = read_json(folder / index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise SourceError(f"{index} has no weight_map.", "Download the file again.")
-    names = sorted(set(weight_map.values()))
-    for name in names:
-        if name != Path(name).name or re.search(r"[\\/:\x00]|^\.", name):
-            raise SourceError(
-                f"{index} points outside of its folder ({name[:60]!a}).",
-                "Do not use this model; get it from its publisher.",
-            )
+    names = shard_names(folder, index)
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise SourceError(
@@ -286,6 +288,28 @@ def _shards(folder: Path, index: str) -> tuple[Path, ...]:
             "Download the missing files into the folder.",
         )
     return tuple(folder / name for name in names)
+
+
+def shard_names(folder: Path, index: str) -> list[str]:
+    """Weight files that an index names, each a plain name inside its folder.
+
+    Raises
+    ------
+    SourceError
+        When the index is malformed, or points anywhere else.
+    """
+    weight_map = read_json(folder / index).get("weight_map")
+    values = weight_map.values() if isinstance(weight_map, dict) else ()
+    if not values or not all(isinstance(name, str) for name in values):
+        raise SourceError(f"{index} has no weight_map.", "Download the file again.")
+    ending = ".bin" if index == PICKLE_INDEX else ".safetensors"
+    for name in values:
+        if not re.fullmatch(r"[\w][\w. +-]*", name) or not name.endswith(ending):
+            raise SourceError(
+                f"{index} points to {name[:60]!a}, which is no weight file of its folder.",
+                "Do not use this model; get it from its publisher.",
+            )
+    return sorted(set(values))
 
 
 def _check_index(folder: Path, files: tuple[Path, ...]) -> None:
