@@ -261,10 +261,19 @@ def _speeds(device: Device) -> Iterator[str]:
 def _room_html(device: Device) -> str:
     """Free and total in words; who holds the rest."""
     free = f"<strong>{html.escape(_free(device))}</strong> free of {html.escape(_total(device))}"
-    used = f"{format_bytes(device.used_bytes)} used" if device.used_bytes >= _WORTH_SAYING_BYTES else ""
-    if used and device.other_bytes >= _WORTH_SAYING_BYTES:
-        used += f", {format_bytes(device.other_bytes)} of it by other programs"
+    used = _used(device)
     return _div(free + (f' &ensp;<span style="{_MUTED}">{html.escape(used)}</span>' if used else ""))
+
+
+def _used(device: Device) -> str:
+    if device.used_bytes < _WORTH_SAYING_BYTES:
+        return ""
+    used, other = format_bytes(device.used_bytes), format_bytes(device.other_bytes)
+    if device.other_bytes < _WORTH_SAYING_BYTES:
+        return f"{used} used"
+    return (
+        f"{used} used by other programs" if used == other else f"{used} used, {other} of it by other programs"
+    )
 
 
 def _phrase(words: str) -> str:
