@@ -29,6 +29,7 @@ _PHASES = {
     "importing": "importing libraries",
     "reading": "reading the model's files",
     "planning": "planning",
+    "downloading": "downloading",
     "loading": "loading",
     "converting": "converting (once)",
     "prefill": "reading the prompt",
