@@ -12,6 +12,7 @@ import pytest
 # Before any library reads them: tests never reach the hub, and write nothing into a home.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads that wait for a busy core are slower than one
 _SCRATCH = tempfile.TemporaryDirectory(prefix="llm-magic-tests-", ignore_cleanup_errors=True)
 os.environ["LLM_MAGIC_CACHE"] = str(Path(_SCRATCH.name) / "cache")
 os.environ["LLM_MAGIC_DATA"] = str(Path(_SCRATCH.name) / "data")

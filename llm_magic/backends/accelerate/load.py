@@ -114,8 +114,10 @@ def release_memory() -> None:
     import torch
 
     gc.collect()
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()  # does nothing in a process that has not used CUDA
+    torch.xpu.empty_cache()
+    if torch.backends.mps.is_available():
+        torch.mps.empty_cache()
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
         if trim is not None:
@@ -231,8 +233,6 @@ def _free_bytes(device: str) -> int | None:
 
 def _explain(error: Exception, files: ModelFiles, plan: Plan) -> LLMMagicError | None:
     """The typed error for what a library raised; ``None`` for what is no error of a load."""
-    from safetensors import SafetensorError
-
     text = without_paths(" ".join(str(error).split()))
     full = disk_error(error, plan.options.get("offload_folder", ""))
     if full is not None:
@@ -242,6 +242,12 @@ def _explain(error: Exception, files: ModelFiles, plan: Plan) -> LLMMagicError |
             f"Memory ran out while {files.name} was loading.",
             "Leave more of it free: --max-memory (for example cpu=4GiB), a smaller -c N, or --device-map auto.",
         )
+    return _explain_files(error, files, text)
+
+
+def _explain_files(error: Exception, files: ModelFiles, text: str) -> LLMMagicError | None:
+    from safetensors import SafetensorError
+
     if isinstance(error, SafetensorError):
         return _damaged(files.name, text)
     if isinstance(error, OSError):
