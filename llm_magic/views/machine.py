@@ -145,7 +145,9 @@ def _notes(machine: Machine) -> Iterator[str]:
             yield f"{device.id} ({device.name}) is named only: no backend here computes on it."
     if "≈" in "".join(_assumed_texts(machine)):
         sources = sorted({d.method for d in machine.devices if d.method and "read" in d.assumed})
-        yield "≈ is assumed, not measured" + (f" ({', '.join(sources)})." if sources else ".")
+        source = f" ({', '.join(sources)})" if sources else ""
+        again = "" if machine.described else " %llm machine --measure measures."
+        yield f"≈ is assumed, not measured{source}.{again}"
 
 
 def _assumed_texts(machine: Machine) -> Iterator[str]:

@@ -1,0 +1,55 @@
+"""Devices as torch sees them here, and the CPU's speed with torch's own kernels."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from llm_magic.backends.accelerate import devices
+
+
+def test_without_measuring_there_are_only_gpus_and_no_speeds():
+    found, links = devices.accelerators(False)
+    assert links == ()
+    for device in found:
+        assert device.kind == "gpu"
+        assert 0 <= device.free_bytes <= device.total_bytes
+        assert device.read_bytes_per_s == 0
+
+
+def test_measuring_gives_the_cpu_its_speed_and_every_gpu_its_links():
+    found, links = devices.accelerators(True)
+    cpu = next(device for device in found if device.id == "cpu")
+    assert cpu.read_bytes_per_s > 1e8
+    assert cpu.flops > 1e8
+    assert cpu.measured_on
+    assert "bf16" in cpu.method
+    gpus = [device.id for device in found if device.kind == "gpu" and not device.unified]
+    assert {("cpu", gpu) for gpu in gpus} <= {(link.source, link.target) for link in links}
+
+
+def test_no_room_to_measure_in_gives_no_speed():
+    import torch
+
+    device = devices._gpu("cuda:0", "full", 100, 100, 0, unified=False)
+    assert devices._measured(torch, device, 0.0) == device
+
+
+@pytest.mark.parametrize(
+    ("total", "free", "own", "expected"),
+    [(100, 30, 20, (30, 50)), (100, 120, 0, (100, 0)), (100, -5, 100, (0, 0)), (100, 0, 0, (0, 100))],
+)
+def test_what_others_hold_is_used_but_not_ours(total, free, own, expected):
+    device = devices._gpu("cuda:0", "GPU", total, free, own, unified=False)
+    assert (device.free_bytes, device.other_bytes) == expected
+
+
+def test_no_devices_where_torch_cannot_be_imported():
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from llm_magic.backends.accelerate.devices import accelerators\n"
+        "assert accelerators(True) == ((), ())"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
