@@ -155,7 +155,7 @@ def with_assumed_links(devices: tuple[Device, ...], links: tuple[Link, ...]) -> 
     return (*links, *(link for link in assumed if (link.source, link.target) not in there))
 
 
-_SEE_EXAMPLES = "The README shows one; %llm machine shows what this computer would be."
+_SEE_EXAMPLES = 'The smallest one: {"devices": [{"id": "cpu", "total": "32GiB"}]}.'
 
 
 # --- Devices
