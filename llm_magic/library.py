@@ -51,7 +51,8 @@ def local_models(folder: Path | None = None) -> list[LocalModel]:
         A damaged file is listed too, and its detail says so.
     """
     here = folder or Path.cwd()
-    return [*_starter(), *_hub_models(), *_gguf_files(here), *_folders(here)]
+    files = [*_starter(), *_gguf_files(here)]
+    return [*files, *_conversions({file.name for file in files}), *_hub_models(), *_folders(here)]
 
 
 def pull(spec: ModelSpec, progress: Progress) -> LocalModel:
@@ -109,22 +110,52 @@ def _describe_gguf(path: Path, kind: str, source: str) -> LocalModel:
     )
 
 
+def _conversions(listed: set[str]) -> list[LocalModel]:
+    """GGUF files elsewhere that were converted once; without its file, a conversion is a folder like any other."""
+    from llm_magic.backends.accelerate.convert import MARK
+    from llm_magic.backends.accelerate.sources import read_json
+
+    found = []
+    for mark in sorted((cache_folder() / "converted").glob(f"*/{MARK}")):
+        try:
+            file = Path(str(read_json(mark).get("source", "")))
+        except SourceError:
+            continue
+        size = sum(weights.stat().st_size for weights in mark.parent.glob("*.safetensors"))
+        if not file.is_file():
+            found.append(
+                LocalModel(
+                    file.stem, "folder", size, display_path(mark.parent), "converted, its GGUF is gone"
+                )
+            )
+        elif file.stem not in listed:
+            found.append(_describe_gguf(file, "gguf", _typed(file)))
+    return found
+
+
+def _typed(file: Path) -> str:
+    """A path that works when it is typed: short where `display_path` keeps it whole."""
+    shown = display_path(file)
+    return shown if shown != file.name or file.parent == Path.cwd() else str(file)
+
+
 def _folders(folder: Path) -> list[LocalModel]:
     found = []
     for path in [folder, *_entries(folder)]:
-        if (path / "config.json").is_file():
+        if (path / "config.json").is_file() and (kind := _model_type(path)):
             weights = [*path.glob("*.safetensors"), *path.glob("pytorch_model*.bin")]
             size = sum(file.stat().st_size for file in weights)
-            detail = _model_type(path) + ("" if weights else ", configuration only")
+            detail = kind + ("" if weights else ", configuration only")
             found.append(LocalModel(path.resolve().name, "folder", size, display_path(path), detail))
     return found
 
 
 def _model_type(folder: Path) -> str:
+    """What the configuration says it is; empty for one that is not a model's."""
     from llm_magic.backends.accelerate.sources import read_json
 
     try:
-        return str(read_json(folder / "config.json").get("model_type", "unknown"))[:40]
+        return str(read_json(folder / "config.json").get("model_type", ""))[:40]
     except SourceError:
         return "damaged configuration"
 
@@ -134,9 +165,3 @@ def _entries(folder: Path) -> list[Path]:
         return sorted(folder.iterdir())
     except OSError:  # a working folder that may not be listed holds no models for us
         return []
-
-
-def converted_bytes() -> int:
-    """Bytes that conversions of GGUF files take in the cache."""
-    files = (cache_folder() / "converted").glob("*/*")
-    return sum(file.stat().st_size for file in files if file.is_file())
