@@ -33,6 +33,12 @@ CHROMIUM_FLAGS = (
     "--disable-sync",
 )
 START_S = 90.0
+# A real dialog stops the page, and with it whatever the test waits for.
+RECORD_DIALOGS = """
+globalThis.recordedDialogs = [];
+for (const name of ['alert', 'confirm', 'prompt', 'print'])
+    globalThis[name] = message => { globalThis.recordedDialogs.push(String(message)) };
+"""
 
 
 def chromium_path() -> str | None:
@@ -60,7 +66,8 @@ class Server:
 
     def url(self, app: App, notebook: str) -> str:
         place = {"lab": "lab/tree", "notebook": "notebooks"}[app]
-        return f"{self.origin}/{place}/{notebook}?token={self.token}"
+        # A new workspace: the default one opens the notebooks of earlier tests again.
+        return f"{self.origin}/{place}/{notebook}?token={self.token}&reset"
 
     def stop(self) -> None:
         """End the server, which ends its kernels."""
@@ -116,7 +123,6 @@ class Traffic:
 
     foreign_requests: list[str] = field(default_factory=list)
     images: list[str] = field(default_factory=list)
-    dialogs: list[str] = field(default_factory=list)
     popups: list[str] = field(default_factory=list)
 
 
@@ -129,9 +135,9 @@ class Notebook:
         self.traffic = Traffic()
         self._context: BrowserContext = browser.new_context(viewport={"width": 1280, "height": 1600})
         self._context.route("**/*", self._guard)
+        self._context.add_init_script(RECORD_DIALOGS)
         self.page: Page = self._context.new_page()
         self._context.on("page", lambda page: self.traffic.popups.append(page.url))
-        self.page.on("dialog", self._dismiss)
         self.page.goto(server.url(app, name))
         self._wait_for_kernel()
         if dark:
@@ -189,6 +195,10 @@ class Notebook:
         """Locator of the rendered outputs of a cell."""
         return self.page.locator(".jp-Notebook .jp-Cell").nth(cell).locator(".jp-OutputArea")
 
+    def dialogs(self) -> list[str]:
+        """What scripts of the page said through alert, confirm and prompt."""
+        return list(self.page.evaluate("() => globalThis.recordedDialogs"))
+
     def screenshot(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.page.screenshot(path=path)
@@ -196,11 +206,12 @@ class Notebook:
     def _wait_for_kernel(self) -> None:
         # "idle" comes before the websocket is up, and what is run then is lost.
         self.page.wait_for_function(
-            """() => {
+            """name => {
                 const context = globalThis.jupyterapp?.shell.currentWidget?.context;
-                const session = context?.isReady && context.sessionContext;
+                const session = context?.isReady && context.path === name && context.sessionContext;
                 return session?.isReady && session.session?.kernel?.connectionStatus === 'connected';
             }""",
+            arg=self.name,
             timeout=START_S * 1000,
         )
         self.page.evaluate(
@@ -220,10 +231,6 @@ class Notebook:
         if request.resource_type in {"image", "media"} and "/static/" not in request.url:
             self.traffic.images.append(request.url)
         route.continue_()
-
-    def _dismiss(self, dialog: Any) -> None:
-        self.traffic.dialogs.append(dialog.message)
-        dialog.dismiss()
 
 
 def write_notebook(path: Path, cells: Sequence[str]) -> None:

@@ -78,6 +78,6 @@ def test_nothing_in_an_answer_acts(open_notebook: OpenNotebook, app: App, cell: 
     assert not notebook.page.locator("[data-mime-type='application/vnd.jupyter.stderr']").count()
     assert rendered.evaluate_all(FIND_DANGER) == []
     traffic = notebook.traffic
-    assert (traffic.dialogs, traffic.foreign_requests, traffic.images, traffic.popups) == ([], [], [], [])
+    assert (notebook.dialogs(), traffic.foreign_requests, traffic.images, traffic.popups) == ([], [], [], [])
     assert not notebook.page.evaluate(f"() => Object.keys(window).filter(name => {CANARY}.test(name))")
     assert (notebook.page.title(), notebook.page.url) == (title, address)
