@@ -165,6 +165,12 @@ def _rendered_report(prompt: RenderedPrompt) -> Report:
     return stack(line_report(f"{prompt.tokens} tokens:"), line_report(prompt.text))
 
 
+def give_empty_cell_a_body(lines: list[str]) -> list[str]:
+    """An input transformer: ``%%llm --continue`` needs no prompt, but IPython refuses an empty cell."""
+    is_bare = bool(lines) and lines[0].split()[:1] == ["%%llm"] and not any(map(str.strip, lines[1:]))
+    return [lines[0].rstrip("\n") + "\n", "\n"] if is_bare else lines
+
+
 def register(shell: InteractiveShell, session: Session) -> Callable[[], None]:
     """Register the magics, their completion and their settings with a shell.
 
@@ -177,13 +183,14 @@ def register(shell: InteractiveShell, session: Session) -> Callable[[], None]:
 
     magics = LLMMagic(shell, session)
     shell.register_magics(magics)
-    shell.configurables.append(magics)
     shell.events.register("post_run_cell", magics.notebook.record_error)
     matcher = make_matcher(session)
     shell.Completer.custom_matchers.append(matcher)
+    shell.input_transformers_cleanup.insert(0, give_empty_cell_a_body)
 
     def unregister() -> None:
         session.close()
+        shell.input_transformers_cleanup.remove(give_empty_cell_a_body)
         shell.Completer.custom_matchers.remove(matcher)
         shell.events.unregister("post_run_cell", magics.notebook.record_error)
         shell.configurables.remove(magics)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint
@@ -20,11 +19,11 @@ MIB = 1 << 20
 class Reply:
     """One scripted answer: pieces of text, and what happens before a piece.
 
-    ``before[i]`` runs on the worker thread before piece ``i``; it may wait for an event or raise.
+    ``before[i](stop)`` runs on the worker thread before piece ``i``; it may wait for the stop flag or raise.
     """
 
     pieces: tuple[str, ...]
-    before: Mapping[int, Callable[[], object]] = field(default_factory=dict)
+    before: Mapping[int, Callable[[StopFlag], object]] = field(default_factory=dict)
 
 
 class FakeEngine:
@@ -45,11 +44,11 @@ class FakeEngine:
         emit(PhaseEvent("prefill", 1, 1, "layers"))
         count, reason = 0, "stop"
         for index, piece in enumerate(reply.pieces):
+            if index in reply.before:
+                reply.before[index](stop)
             if stop.is_set():
                 reason = "stopped"
                 break
-            if index in reply.before:
-                reply.before[index]()
             emit(TokenEvent(piece))
             count += 1
         tokens = self.render(request).tokens
@@ -76,9 +75,8 @@ class FakeBackend:
         self.replies: list[Reply] = []
         self.engines: list[FakeEngine] = []
         self.while_loading: Callable[[], object] = lambda: None
-        self.gate = threading.Event()
 
-    def enqueue(self, *pieces: str, before: Mapping[int, Callable[[], object]] | None = None) -> None:
+    def enqueue(self, *pieces: str, before: Mapping[int, Callable[[StopFlag], object]] | None = None) -> None:
         self.replies.append(Reply(pieces, before or {}))
 
     def accepts(self, spec: ModelSpec) -> float:
@@ -87,8 +85,10 @@ class FakeBackend:
     def layout(self, spec: ModelSpec, progress: Progress) -> ModelLayout:
         if spec.source == "fake:missing":
             raise SourceError("There is no model fake:missing.", "Give another.")
-        mebibyte = TensorInfo("w", (MIB // 2,), "bfloat16", MIB)
-        blocks = tuple(Block(f"model.layers.{i}", f"layers.{i}", "decoder", (mebibyte,)) for i in range(3))
+        blocks = tuple(
+            Block(f"model.layers.{i}", f"layers.{i}", "decoder", (_mebibyte(f"model.layers.{i}.w"),))
+            for i in range(3)
+        )
         return ModelLayout("Fake-3M", "FakeForCausalLM", blocks, "bfloat16", 2048, 64, 128, 1000)
 
     def load(self, spec: ModelSpec, plan: Plan, progress: Progress) -> FakeEngine:
@@ -97,6 +97,10 @@ class FakeBackend:
             self.while_loading()
         self.engines.append(FakeEngine(self.replies))
         return self.engines[-1]
+
+
+def _mebibyte(name: str) -> TensorInfo:
+    return TensorInfo(name, (MIB // 2,), "bfloat16", MIB)
 
 
 class _Point:

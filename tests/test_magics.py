@@ -1,0 +1,320 @@
+from __future__ import annotations
+
+import atexit
+
+import pytest
+from IPython.core.completer import provisionalcompleter
+from IPython.core.interactiveshell import InteractiveShell
+from traitlets.config import Config
+
+from llm_magic.completion import complete
+from llm_magic.magics import register
+from llm_magic.session import Session
+from tests.fake_backend import FakeBackend, plugins_with
+
+
+@pytest.fixture
+def backend() -> FakeBackend:
+    return FakeBackend()
+
+
+@pytest.fixture
+def bare_shell(monkeypatch, tmp_path):
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    monkeypatch.setenv("LLM_MAGIC_DATA", str(tmp_path / "data"))
+    shell = InteractiveShell(config=Config({"HistoryManager": {"enabled": False}}))
+    yield shell
+    atexit.unregister(shell.atexit_operations)
+    shell.atexit_operations()
+    shell.restore_sys_module_state()
+
+
+@pytest.fixture
+def session(backend) -> Session:
+    return Session(plugins_with(backend))
+
+
+@pytest.fixture
+def shell(bare_shell, session):
+    unregister = register(bare_shell, session)
+    yield bare_shell
+    unregister()
+
+
+@pytest.fixture
+def loaded(shell, session):
+    shell.run_cell("%llm load fake:a --as a")
+    assert list(session.models) == ["a"]
+    return shell
+
+
+def run(shell, cell: str) -> None:
+    result = shell.run_cell(cell)
+    result.raise_error()
+
+
+# Loading and unloading the extension
+
+
+def test_unloading_leaves_nothing_behind(bare_shell, session) -> None:
+    def traces():
+        manager = bare_shell.magics_manager
+        return (
+            sorted(manager.magics["line"]),
+            sorted(manager.magics["cell"]),
+            sorted(manager.registry),
+            len(bare_shell.configurables),
+            len(bare_shell.Completer.custom_matchers),
+            {event: list(callbacks) for event, callbacks in bare_shell.events.callbacks.items()},
+            set(bare_shell.user_ns),
+            len(bare_shell.input_transformers_cleanup),
+        )
+
+    before = traces()
+    unregister = register(bare_shell, session)
+    bare_shell.user_ns["_llm"] = "x"
+    assert "llm" in bare_shell.magics_manager.magics["cell"]
+    unregister()
+    assert traces() == before
+
+
+def test_the_extension_loads_twice_and_unloads(bare_shell) -> None:
+    run(bare_shell, "%load_ext llm_magic")
+    run(bare_shell, "%load_ext llm_magic")
+    run(bare_shell, "%unload_ext llm_magic")
+    assert "llm" not in bare_shell.magics_manager.magics["line"]
+    run(bare_shell, "%load_ext llm_magic\n%unload_ext llm_magic")
+
+
+def test_config_reads_and_changes_defaults(shell, session, capsys) -> None:
+    run(shell, "%config LLMMagic.temperature = 0.25")
+    assert session.settings.temperature == 0.25
+    run(shell, "%llm set top_k 40")
+    run(shell, "%config LLMMagic.top_k")
+    assert session.settings.top_k == 40
+    run(shell, "%config LLMMagic")
+    assert "max_new_tokens" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("what", "says"), [("%llm?", "%llm load starter"), ("%%llm?", "Summarise this table")]
+)
+def test_help_by_question_mark_has_examples(shell, what, says) -> None:
+    name = what.rstrip("?")
+    found = shell.object_inspect(name)
+    assert says in found["docstring"]
+
+
+# Cells
+
+
+def test_a_prompt_cell_streams_binds_and_ends_with_a_footer(loaded, backend, capsys) -> None:
+    backend.enqueue("Par", "is.")
+    run(loaded, "%%llm answer <<\nCapital of {country}?\n")
+    out = capsys.readouterr().out
+    assert "Paris." in out
+    assert "2 tokens" in out
+    assert loaded.user_ns["answer"] == loaded.user_ns["_llm"] == "Paris."
+    assert backend.engines[0].requests[0].messages[0].content == "Capital of {country}?"
+
+
+def test_expressions_are_replaced_unless_raw(loaded, backend) -> None:
+    backend.enqueue("x")
+    backend.enqueue("y")
+    run(loaded, "country = 'France'")
+    run(loaded, "%%llm --no-history\nCapital of {country}?\n")
+    run(loaded, "%%llm --no-history --raw\nCapital of {country}?\n")
+    asked = [request.messages[0].content for request in backend.engines[0].requests]
+    assert asked == ["Capital of France?", "Capital of {country}?"]
+
+
+def test_ipython_expands_nothing_by_itself(loaded, backend) -> None:
+    backend.enqueue("x")
+    run(loaded, "x = 'SECRET'")
+    run(loaded, "%%llm\nIt costs $x and $HOME, {not python}, {{x}}.\n")
+    content = backend.engines[0].requests[0].messages[0].content
+    assert "$x and $HOME" in content
+    assert "{not python}" in content
+
+
+def test_option_values_are_expanded(loaded, backend) -> None:
+    backend.enqueue("x")
+    run(loaded, "tone = 'Be very brief.'")
+    run(loaded, "%%llm -s {tone}\nhello\n")
+    assert backend.engines[0].requests[0].messages[0].content == "Be very brief."
+
+
+def test_code_goes_into_a_new_cell_and_is_not_run(loaded, backend, tmp_path) -> None:
+    sentinel = tmp_path / "ran"
+    code = f"open({str(sentinel)!r}, 'w')"
+    backend.enqueue(f"Here:\n```python\n{code}\n```\n")
+    run(loaded, "%%llm -f code\nwrite a file\n")
+    assert loaded.rl_next_input == code
+    assert not sentinel.exists()
+
+
+def test_no_stream_shows_the_answer_once_and_dry_run_shows_the_prompt(loaded, backend, capsys) -> None:
+    backend.enqueue("quiet answer")
+    run(loaded, "%%llm --no-stream\nhello\n")
+    assert capsys.readouterr().out.count("quiet answer") == 1
+    run(loaded, "%%llm --dry-run -s S --no-history\nhello\n")
+    out = capsys.readouterr().out
+    assert "2 tokens" in out
+    assert "<system>S\n<user>hello" in out
+
+
+def test_continue_takes_an_empty_cell(loaded, backend) -> None:
+    backend.enqueue("Once")
+    backend.enqueue(" more")
+    run(loaded, "%%llm\ntell\n")
+    run(loaded, "%%llm --continue\n")
+    assert loaded.user_ns["_llm"] == "Once more"
+
+
+def test_an_error_keeps_what_came_in_the_variable(loaded, backend) -> None:
+    def fail(stop):
+        raise RuntimeError("gone")
+
+    backend.enqueue("partial", "never", before={1: fail})
+    result = loaded.run_cell("%%llm answer <<\nhello\n")
+    assert result.error_in_exec is not None
+    assert loaded.user_ns["answer"] == "partial"
+    assert loaded.user_ns["answer"].finish_reason == "error"
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("cell", "says", "next_step"),
+    [
+        ("%llm laod starter", "no command 'laod'", "Did you mean load?"),
+        ("%llm What is the capital of France", "no command 'What'", "%%llm"),
+        ("%llm load", "arguments are required: SOURCE", "%llm load --help"),
+        ("%llm load fake:b --dtyp bf16", "no option --dtyp", "Did you mean --dtype?"),
+        ("%llm load fake:b --max-memory cpu", "not DEVICE=SIZE", ""),
+        ("%llm load fake:b --max-memory cpu=lots", "not a size", ""),
+        ("%llm load nowhere:x", "No backend can load", "starter"),
+        ("%llm use b", "no loaded model 'b'", "Known: a"),
+        ("%llm set temperature hot", "no value for temperature", ""),
+        ("%llm chat use nobody", "no chat 'nobody'", "%llm chat list"),
+        ("%llm log 7", "There is no answer 7", ""),
+        ("%llm fix", "raised an error yet", ""),
+        ("%%llm --temprature 1\nhi\n", "no option --temprature", "--temperature"),
+        ("%%llm\n\n", "prompt is empty", ""),
+    ],
+)
+def test_a_mistake_shows_two_lines_and_no_traceback(loaded, backend, capsys, cell, says, next_step) -> None:
+    if "log" in cell:
+        backend.enqueue("x")
+        run(loaded, "%%llm\nhi\n")
+    capsys.readouterr()
+    assert loaded.run_cell(cell).error_in_exec is not None
+    shown = capsys.readouterr()
+    text = (shown.out + shown.err).strip()
+    assert says in text
+    assert next_step in text
+    assert len(text.splitlines()) <= 2
+    assert "Traceback" not in text
+
+
+# Commands
+
+
+def test_fix_asks_about_the_last_error_and_offers_the_code(loaded, backend, capsys) -> None:
+    loaded.run_cell("total = 1 / 0", store_history=True)
+    backend.enqueue("You divide by zero.\n```python\ntotal = 1\n```\n")
+    run(loaded, "%llm fix")
+    asked = backend.engines[0].requests[0].messages[0].content
+    assert "total = 1 / 0" in asked
+    assert "ZeroDivisionError" in asked
+    assert loaded.rl_next_input == "total = 1"
+    assert "total" not in loaded.user_ns
+    assert "read it before you run it" in capsys.readouterr().out
+
+
+def test_err_is_there_in_prompts(loaded, backend) -> None:
+    loaded.run_cell("1 / 0", store_history=True)
+    number = loaded.execution_count - 1
+    backend.enqueue("x")
+    run(loaded, f"%%llm\nWhat is {{Err[{number}]}}\n")
+    assert "ZeroDivisionError: division by zero" in backend.engines[0].requests[0].messages[0].content
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        ("%llm", "Fake-3M"),
+        ("%llm ps", "PROCESSOR"),
+        ("%llm map", "RAM"),
+        ("%llm plan fake:b", "weights"),
+        ("%llm load fake:b --dry-run", "weights"),
+        ("%llm chat", "default"),
+        ("%llm set", "temperature"),
+        ("%llm plugins", "command"),
+        ("%llm help", "%llm load"),
+        ("%llm help load", "--max-memory"),
+        ("%llm load --help", "--max-memory"),
+        ("%%llm --help\n", "--temperature"),
+        ("%llm help %%llm", "--temperature"),
+        ("%llm log", "No answers yet"),
+        ("%llm alias big fake:b", "big"),
+        ("%llm models", "LOAD WITH"),
+        ("%llm machine", "RAM"),
+        ("%llm doctor", "torch"),
+        ("%llm reset", "forgotten"),
+    ],
+)
+def test_every_command_shows_something(loaded, capsys, command, says) -> None:
+    capsys.readouterr()
+    run(loaded, command)
+    assert says in capsys.readouterr().out
+
+
+def test_unload_says_what_came_back(loaded, capsys) -> None:
+    run(loaded, "m = 1\n%llm unload")
+    assert "a is unloaded" in capsys.readouterr().out
+    run(loaded, "%llm")
+    assert "No model is loaded" in capsys.readouterr().out
+
+
+def test_an_alias_loads_what_it_stands_for(loaded, session) -> None:
+    run(loaded, "%llm alias big fake:b")
+    run(loaded, "%llm load big")
+    assert session.model().spec.source == "fake:b"
+
+
+# Completion
+
+
+@pytest.mark.parametrize(
+    ("typed", "is_cell", "offers"),
+    [
+        ("lo", False, {"load", "log"}),
+        ("load st", False, {"starter"}),
+        ("load fake:a --dev", False, {"--device-map"}),
+        ("load fake:a --device-map ba", False, {"balanced", "balanced_low_0"}),
+        ("load fake:a --dtype bf", False, {"bf16"}),
+        ("use ", False, {"a"}),
+        ("chat sh", False, {"show"}),
+        ("set temp", False, {"temperature"}),
+        ("help pl", False, {"plan", "plugins"}),
+        ("--te", True, {"--temperature"}),
+        ("-f js", True, {"json"}),
+        ("-m ", True, {"a"}),
+        ("--chat d", True, {"default"}),
+    ],
+)
+def test_completion_offers(loaded, session, typed, is_cell, offers) -> None:
+    assert offers <= set(complete(session, typed, is_cell))
+
+
+def test_ipython_asks_our_matcher(loaded) -> None:
+    loaded.Completer.use_jedi = False
+    with provisionalcompleter():
+        for line, offered in (
+            ("%llm lo", {"%llm load", "%llm log"}),
+            ("%%llm --temp", {"%%llm --temperature"}),
+        ):
+            found = loaded.Completer.completions(line, len(line))
+            assert offered <= {line[: c.start] + c.text for c in found}

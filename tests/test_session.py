@@ -1,0 +1,329 @@
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+
+import pytest
+
+from llm_magic.errors import EngineError, OptionError, PlanError, PromptError, SessionError, SourceError
+from llm_magic.events import Message, StopFlag
+from llm_magic.model import ModelSpec
+from llm_magic.options import AskOptions, LoadOptions
+from llm_magic.session import Session
+from tests.fake_backend import MIB, FakeBackend, plugins_with
+
+FAKE = ModelSpec("fake:a")
+
+
+@pytest.fixture
+def backend() -> FakeBackend:
+    return FakeBackend()
+
+
+@pytest.fixture
+def session(backend, tmp_path, monkeypatch):
+    monkeypatch.setenv("LLM_MAGIC_DATA", str(tmp_path))
+    session = Session(plugins_with(backend))
+    session.load(FAKE, LoadOptions(), "a")
+    return session
+
+
+class View:
+    """Keeps what it was shown; ``at`` raises when the answer reaches a text."""
+
+    def __init__(self, at: dict[str, BaseException] | None = None) -> None:
+        self.texts: list[str] = []
+        self.closed = None
+        self._at = at or {}
+
+    def update(self, answer) -> None:
+        self.texts.append(answer.text)
+        if answer.text in self._at:
+            raise self._at.pop(answer.text)
+
+    def close(self, generation) -> None:
+        self.closed = generation
+
+
+class InterruptedLoad:
+    def progress(self, title):
+        return self
+
+    def update(self, event):
+        if event is not None and event.phase == "loading":
+            raise KeyboardInterrupt
+
+    def close(self, summary):
+        self.summary = summary
+
+
+def wait_for_stop(stop: StopFlag) -> None:
+    stop.wait()
+
+
+def fail(_: StopFlag) -> None:
+    raise RuntimeError("weights are gone")
+
+
+# Loading
+
+
+def test_a_model_is_loaded_under_its_name_and_becomes_the_current_one(session) -> None:
+    assert session.load(ModelSpec("fake:b"), LoadOptions()).name == "fake-b"
+    assert (list(session.models), session.current) == (["a", "fake-b"], "fake-b")
+    session.use("a")
+    assert session.model().name == "a"
+
+
+def test_loading_the_same_again_keeps_the_model(session, backend) -> None:
+    first = session.model()
+    assert session.load(FAKE, LoadOptions(), "a") is first
+    assert len(backend.engines) == 1
+
+
+def test_loading_with_other_options_replaces_the_model_and_closes_the_old_one(session, backend) -> None:
+    session.load(FAKE, LoadOptions(ctx_size=100), "a")
+    assert [engine.is_closed for engine in backend.engines] == [True, False]
+    assert session.model().plan.workload.context_length == 100
+
+
+def test_the_context_is_the_default_or_the_models_own(session) -> None:
+    assert session.model().plan.workload.context_length == 2048  # the model's, shorter than 8192
+    session.settings.ctx_size = 512
+    assert session.plan(FAKE, LoadOptions()).workload.context_length == 512
+
+
+def test_a_source_that_is_not_there_changes_nothing(session) -> None:
+    before = dict(session.models)
+    with pytest.raises(SourceError):
+        session.load(ModelSpec("fake:missing"), LoadOptions())
+    assert (session.models, session.current) == (before, "a")
+
+
+def test_what_does_not_fit_is_refused_before_loading(session, backend) -> None:
+    with pytest.raises(PlanError) as caught:
+        session.load(FAKE, LoadOptions(max_memory={"cpu": MIB // 2, "disk": 0}), "b")
+    assert caught.value.next_step
+    assert len(backend.engines) == 1
+
+
+@pytest.mark.parametrize("name", ["a b", "../x", "-x", "x" * 101])
+def test_a_name_that_could_not_be_typed_is_refused(session, name) -> None:
+    with pytest.raises(OptionError, match="cannot name a model"):
+        session.load(FAKE, LoadOptions(), name)
+
+
+def test_a_described_machine_can_only_be_planned_for(session) -> None:
+    with pytest.raises(OptionError, match="only be planned"):
+        session.load(FAKE, LoadOptions(machine="box.json"), "b")
+
+
+def test_an_unknown_policy_gets_its_closest_name(session) -> None:
+    with pytest.raises(OptionError) as caught:
+        session.plan(FAKE, LoadOptions(device_map="ballanced"))
+    assert caught.value.next_step == "Did you mean balanced?"
+
+
+def test_an_interrupted_load_leaves_the_session_as_it_was(session, backend) -> None:
+    screen, session.screen = session.screen, InterruptedLoad()
+    backend.while_loading = threading.Event().is_set
+    with pytest.raises(KeyboardInterrupt):
+        session.load(ModelSpec("fake:b"), LoadOptions())
+    assert "stopped after" in session.screen.summary
+    assert list(session.models) == ["a"]
+    session.screen = screen
+    assert session.load(ModelSpec("fake:b"), LoadOptions()).name == "fake-b"
+
+
+def test_loading_while_generating_is_refused(session, backend) -> None:
+    errors = []
+
+    def load_meanwhile(_: StopFlag) -> None:
+        try:
+            session.load(ModelSpec("fake:b"), LoadOptions())
+        except SessionError as error:
+            errors.append(error.message)
+
+    backend.enqueue("one", "two", before={1: load_meanwhile})
+    assert session.ask("go") == "onetwo"
+    assert errors == ["A model is still at work."]
+
+
+def test_unload_closes_the_engine_and_takes_the_next_model(session, backend) -> None:
+    session.load(ModelSpec("fake:b"), LoadOptions(), "b")
+    session.notebook.namespace["mine"] = backend.engines[1].model
+    unloaded = session.unload()
+    assert (unloaded.name, unloaded.held_by) == ("b", ("mine",))
+    assert backend.engines[1].is_closed
+    assert session.current == "a"
+    session.unload()
+    with pytest.raises(SessionError, match="No model is loaded"):
+        session.model()
+
+
+# Prompts
+
+
+def test_an_answer_streams_and_is_kept(session, backend) -> None:
+    backend.enqueue("Pa", "ris", ".", before={1: lambda _: None})
+    view = View()
+    answer = session.ask("Capital of France?", AskOptions(system="Be brief."), view)
+    assert answer == "Paris."
+    assert view.texts[0] == ""
+    assert view.closed is answer
+    assert (answer.finish_reason, answer.footprint.generated_tokens, answer.footprint.model) == (
+        "stop",
+        3,
+        "a",
+    )
+    assert answer.footprint.generation_tps == 2.0  # two tokens after the first, in one second
+    assert (answer.turn.prompt, answer.turn.system) == ("Capital of France?", "Be brief.")
+    assert session.log == [answer]
+
+
+def test_a_chat_goes_on_with_its_system_prompt(session, backend) -> None:
+    backend.enqueue("one")
+    backend.enqueue("two")
+    session.ask("first", AskOptions(system="S"))
+    session.ask("second")
+    assert backend.engines[0].requests[1].messages == (
+        Message("system", "S"),
+        Message("user", "first"),
+        Message("assistant", "one"),
+        Message("user", "second"),
+    )
+
+
+def test_no_history_asks_alone_and_leaves_no_trace_in_the_chat(session, backend) -> None:
+    backend.enqueue("one")
+    backend.enqueue("alone")
+    session.ask("first")
+    session.ask("second", AskOptions(history=False))
+    assert backend.engines[0].requests[1].messages == (Message("user", "second"),)
+    assert backend.engines[0].requests[1].chat == ""
+    assert session.chats.current.turns == 1
+
+
+def test_new_begins_a_conversation_and_a_named_chat_is_for_this_cell_alone(session, backend) -> None:
+    for text in ("1", "2", "3", "4"):
+        backend.enqueue(text)
+    session.ask("a")
+    session.ask("b", AskOptions(new=True))
+    assert session.chats.current.name == "chat-1"
+    session.ask("c", AskOptions(chat="side"))
+    assert session.chats.current.name == "chat-1"
+    assert session.chats.find("side").turns == 1
+    session.ask("d", AskOptions(chat="side", new=True))
+    assert session.chats.find("side").messages == [Message("user", "d"), Message("assistant", "4")]
+
+
+def test_an_answer_can_be_continued(session, backend) -> None:
+    backend.enqueue("Once upon")
+    backend.enqueue(" a time")
+    session.ask("story")
+    answer = session.ask("", AskOptions(continue_last=True))
+    assert answer == "Once upon a time"
+    assert backend.engines[0].requests[1].continue_last
+    assert session.chats.current.messages[-1] == Message("assistant", "Once upon a time")
+    assert session.chats.current.turns == 1
+
+
+def test_a_stop_string_ends_the_answer_and_is_not_in_it(session, backend) -> None:
+    backend.enqueue("one", "\nEN", "D", "two")
+    answer = session.ask("go", AskOptions(sampling={"stop": ("END",)}))
+    assert (answer, answer.finish_reason) == ("one\n", "stop")
+
+
+def test_control_characters_never_enter_an_answer(session, backend) -> None:
+    backend.enqueue("a\x1b", "]0;title\x07b", "\u202ec")
+    assert session.ask("go") == "a]0;titlebc"
+
+
+def test_defaults_and_options_make_the_sampling(session, backend) -> None:
+    backend.enqueue("x")
+    session.settings.temperature = 0.5
+    session.settings.max_new_tokens = 9
+    answer = session.ask("go", AskOptions(sampling={"max_new_tokens": 4, "extra": {"k": 1}}))
+    sampling = backend.engines[0].requests[0].sampling
+    assert (sampling.temperature, sampling.max_new_tokens, sampling.extra) == (0.5, 4, {"k": 1})
+    assert answer.footprint.seed == sampling.seed is not None
+
+
+def test_an_interrupt_keeps_the_partial_answer_and_is_raised(session, backend) -> None:
+    backend.enqueue("one ", "two ", "three", before={2: wait_for_stop})
+    view = View({"one two ": KeyboardInterrupt()})
+    with pytest.raises(KeyboardInterrupt):
+        session.ask("count", AskOptions(), view)
+    (kept,) = session.log
+    assert (kept, kept.finish_reason, view.closed) == ("one two ", "interrupted", kept)
+    assert session.chats.current.messages[-1] == Message("assistant", "one two ")
+    backend.enqueue("three")
+    assert session.ask("", AskOptions(continue_last=True)) == "one two three"
+
+
+def test_a_soft_stop_returns_the_partial_answer(session, backend) -> None:
+    class Stopping(View):
+        def update(self, answer) -> None:
+            super().update(answer)
+            if answer.text:
+                answer.stop()
+
+    backend.enqueue("one ", "two", before={1: wait_for_stop})
+    answer = session.ask("count", AskOptions(), Stopping())
+    assert (answer, answer.finish_reason) == ("one ", "stopped")
+
+
+def test_a_failing_engine_leaves_the_chat_as_it_was(session, backend) -> None:
+    backend.enqueue("fine")
+    session.ask("first")
+    before = list(session.chats.current.messages)
+    backend.enqueue("par", "tial", before={1: fail})
+    with pytest.raises(EngineError, match="weights are gone") as caught:
+        session.ask("second")
+    assert "%llm unload a" in caught.value.next_step
+    assert session.chats.current.messages == before
+    assert [(g, g.finish_reason) for g in session.log[1:]] == [("par", "error")]
+    backend.enqueue("again")
+    assert session.ask("third") == "again"
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "error"),
+    [
+        ("", {}, PromptError),
+        (" \n", {}, PromptError),
+        ("word " * 1001, {}, PromptError),
+        ("", {"continue_last": True}, SessionError),
+        ("more", {"continue_last": True}, OptionError),
+        ("x", {"model": "b"}, OptionError),
+        ("x", {"output_format": "pdf"}, OptionError),
+        ("x", {"history": False, "chat": "c"}, OptionError),
+        ("x", {"chat": "../c"}, SessionError),
+        ("", {"new": True}, PromptError),
+    ],
+)
+def test_a_prompt_that_cannot_be_asked_changes_nothing(session, backend, text, options, error) -> None:
+    backend.enqueue()
+    chats, models = session.chats.names(), dict(session.models)
+    with pytest.raises(error) as caught:
+        session.ask(text, replace(AskOptions(), **options))
+    assert caught.value.next_step
+    assert (session.chats.names(), session.chats.current.messages, session.log) == (chats, [], [])
+    assert session.models == models
+
+
+def test_without_a_model_the_next_step_is_load(backend) -> None:
+    with pytest.raises(SessionError) as caught:
+        Session(plugins_with(backend)).ask("hello")
+    assert "%llm load starter" in caught.value.next_step
+
+
+def test_a_dry_run_renders_and_keeps_nothing(session) -> None:
+    rendered = session.render("hello", AskOptions(system="S", new=True))
+    assert rendered.text == "<system>S\n<user>hello"
+    assert session.chats.names() == ["default"]
+
+
+def test_a_deleted_chat_is_forgotten_by_the_engines(session, backend) -> None:
+    session.forget_chat("default")
+    assert backend.engines[0].forgotten == ["default"]
