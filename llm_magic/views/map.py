@@ -1,0 +1,485 @@
+"""The placement map: every tier at one scale, every block in its tier, and all blocks in model order.
+
+Colour, pattern and text say the same thing, so the map reads without any one of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+
+from llm_magic.costs import unified_pool
+from llm_magic.plan import DeviceUse, Placement, Plan
+from llm_magic.units import format_bandwidth, format_bytes, format_rate
+from llm_magic.views import theme
+from llm_magic.views.report import Report
+from llm_magic.views.words import (
+    device_title,
+    headline,
+    on_device,
+    percents,
+    placement_words,
+    processor_words,
+    ranges,
+    tier_bytes,
+    verdict,
+)
+
+__all__ = ["map_report", "placement_bar", "placement_words", "processor_words"]
+
+_PURPOSES = ("slots", "kv_cache", "activations", "buffers")
+_NAMES = {
+    "slots": "slots",
+    "kv_cache": "KV cache",
+    "activations": "activations",
+    "buffers": "buffers",
+    "spare": "free",
+    "beyond": "free, beyond the limit",
+    "reserve": "kept in reserve",
+    "other": "other programs",
+}
+_GLYPHS = {
+    "weights": "█",
+    "slots": "░",
+    "kv_cache": "▓",
+    "activations": "▒",
+    "buffers": "▪",
+    "spare": "·",
+    "beyond": " ",
+    "reserve": "-",
+    "other": "/",
+}
+_WHOLE_UP_TO = 3.0  # a tier larger than this many times the largest plan is cut off
+_TEXT_CELLS = 56
+_STRIP_CELLS = 66
+_BAR_PIXELS = 660  # of the widest bar in a 1000-pixel cell, to know which labels fit
+
+Memory = Mapping[str, Mapping[str, int]]
+
+
+@dataclass(frozen=True)
+class _Tier:
+    """One bar: its device, what is planned there, and how much of it is drawn."""
+
+    use: DeviceUse
+    kind: str
+    name: str
+    blocks: tuple[Placement, ...]
+    is_whole: bool
+
+    @property
+    def parts(self) -> Iterator[tuple[str, int]]:
+        """Purpose and bytes of all that is drawn after the blocks."""
+        use = self.use
+        yield from ((purpose, getattr(use, purpose)) for purpose in _PURPOSES)
+        if not self.is_whole:
+            return
+        room = max(0, use.total - use.planned - use.reserve - use.other)
+        spare = min(room, max(0, use.spare))
+        yield from (("spare", spare), ("beyond", room - spare))
+        yield from (("reserve", use.reserve), ("other", use.other))
+
+    @property
+    def shown_bytes(self) -> int:
+        """What the bar's width stands for."""
+        return max(self.use.total, self.use.planned) if self.is_whole else max(1, self.use.planned)
+
+
+def map_report(plan: Plan, memory: Memory | None = None) -> Report:
+    """What ``%llm map`` shows.
+
+    Parameters
+    ----------
+    memory
+        Device -> purpose -> bytes as measured in a loaded model, shown beside what was planned.
+    """
+    tiers = _tiers(plan)
+    return Report(_text(plan, tiers, memory or {}), _html(plan, tiers, memory or {}))
+
+
+def placement_bar(plan: Plan) -> tuple[str, str]:
+    """One line for status cards and footers: a small bar and words, as text and as HTML."""
+    shares, words = percents(tier_bytes(plan)), placement_words(plan)
+    glyphs = {"gpu": "█", "cpu": "▓", "disk": "░"}
+    cells = percents_of(shares, 20)
+    text = "".join(glyphs[kind] * count for kind, count in cells.items())
+    names = {"gpu": "gpu", "cpu": "ram" if _computes_on_cpu(plan) else "ram-streamed", "disk": "disk"}
+    parts = "".join(
+        f'<span style="display:block;width:{share}%;{theme.fill(names[kind])}"></span>'
+        for kind, share in shares.items()
+    )
+    html = (
+        f'<span style="display:inline-flex;width:160px;height:10px;vertical-align:middle;overflow:hidden;'
+        f'border-radius:3px;margin-right:8px">{parts}</span>'
+        f'<span style="font-variant-numeric:tabular-nums">{escape(words)}</span>'
+    )
+    return f"[{text}] {words}", html
+
+
+def percents_of(shares: Mapping[str, int], cells: int) -> dict[str, int]:
+    """Shares in percent as whole cells of a bar that add up, at least one each."""
+    counts = {kind: max(1, share * cells // 100) for kind, share in shares.items()}
+    if counts:
+        counts[max(shares, key=lambda kind: shares[kind])] += cells - sum(counts.values())
+    return counts
+
+
+# --- Geometry that text and HTML share
+
+
+def _tiers(plan: Plan) -> tuple[_Tier, ...]:
+    """Tiers to draw, fastest first: all GPUs, and RAM and disk where something is planned there."""
+    largest = max(use.planned for use in plan.uses)
+    shared = {device.id for device in unified_pool(plan.machine)}
+    tiers = []
+    for use in plan.uses:
+        device = plan.machine.device(use.device)
+        if not use.planned and device.kind != "gpu":
+            continue
+        counted_above = device.kind == "cpu" and device.id in shared and len(shared & _names(plan)) > 1
+        whole = use.total <= _WHOLE_UP_TO * largest and device.kind != "disk" and not counted_above
+        blocks = tuple(place for place in plan.placements if place.home == use.device and place.block.bytes)
+        unified = ", unified memory" if device.unified else ""
+        name = f"{device.name}{unified} · {format_bytes(use.total)}"
+        tiers.append(_Tier(use, device.kind, name, blocks, whole))
+    return tuple(tiers)
+
+
+def _names(plan: Plan) -> set[str]:
+    return {use.device for use in plan.uses if use.planned}
+
+
+def _computes_on_cpu(plan: Plan) -> bool:
+    return any(place.compute == "cpu" for place in plan.placements)
+
+
+def _paint(place: Placement) -> str:
+    """Which fill a block gets: by its home, and whether its weights travel."""
+    if place.home == "cpu":
+        return "ram-streamed" if place.is_offloaded else "ram"
+    return "disk" if place.home == "disk" else "gpu"
+
+
+def _arrival(plan: Plan, tier: _Tier) -> str:
+    """What leaves this tier for every token, and over what: ``"5.4 GiB to cuda:0 for every token, 6.8 GB/s"``."""
+    moves = {
+        target: size
+        for (source, target), size in plan.forecast.bytes_per_token.items()
+        if source == tier.use.device and source != target
+    }
+    if not moves:
+        return ""
+    target, size = next(iter(moves.items()))
+    bus = plan.machine.bytes_per_s(tier.use.device, "cpu" if tier.kind == "disk" else target)
+    speed = bus or (plan.machine.device("disk").read_bytes_per_s if tier.kind == "disk" else 0)
+    over = f" · link {format_bandwidth(speed)}" if speed else ""
+    return f"{format_bytes(size)} to {device_title(target)} for every token{over}"
+
+
+def _counts(tier: _Tier, memory: Memory) -> tuple[str, str]:
+    """What is planned, and what is left or lacks; with what a loaded model uses now."""
+    use = tier.use
+    if use.spare < 0:
+        left = f"lacks {format_bytes(-use.spare)}"
+    elif tier.kind == "disk":
+        left = "read from its files"
+    else:
+        left = f"{format_bytes(use.spare)} spare"
+    now = sum(memory.get(use.device, {}).values())
+    return format_bytes(use.planned), f"{left} · now {format_bytes(now)}" if now else left
+
+
+def _strip_rows(plan: Plan) -> list[tuple[Placement, ...]]:
+    """All blocks in model order, in rows of equal length."""
+    places = plan.placements
+    rows = -(-len(places) // _STRIP_CELLS)
+    each = -(-len(places) // rows)
+    return [places[i : i + each] for i in range(0, len(places), each)]
+
+
+def _letter(plan: Plan, home: str) -> str:
+    """One sign for a home: the GPU's number, ``R`` or ``D``."""
+    if home in ("cpu", "disk"):
+        return {"cpu": "R", "disk": "D"}[home]
+    index = [gpu.id for gpu in plan.machine.gpus].index(home)
+    return str(index) if index < 10 else chr(ord("a") + index - 10)
+
+
+def _homes(plan: Plan) -> list[str]:
+    """Homes that the plan uses, fastest first."""
+    used = set(plan.device_map.values())
+    return [use.device for use in plan.uses if use.device in used]
+
+
+# --- Text
+
+
+def _text(plan: Plan, tiers: Sequence[_Tier], memory: Memory) -> str:
+    name, facts = headline(plan)
+    return "\n".join(
+        [
+            f"{name}  {facts}",
+            " · ".join([verdict(plan), *_speeds(plan)]),
+            *(f"✗ {problem}" for problem in plan.problems),
+            *(f"→ {remedy}" for remedy in plan.remedies[:1]),
+            "",
+            *_text_tiers(plan, tiers, memory),
+            "",
+            *_text_strip(plan),
+            "",
+            _text_legend(tiers),
+        ]
+    )
+
+
+def _speeds(plan: Plan) -> list[str]:
+    if not plan.forecast.decode_tps:
+        return ["forecast unknown"]
+    return [f"forecast {format_rate(plan.forecast.decode_tps)}", f"bound by {plan.forecast.bound_by}"]
+
+
+def _text_tiers(plan: Plan, tiers: Sequence[_Tier], memory: Memory) -> Iterator[str]:
+    scale = max(tier.shown_bytes for tier in tiers)
+    width = max(len(device_title(tier.use.device)) for tier in tiers)
+    for tier in tiers:
+        arrival = _arrival(plan, tier)
+        if arrival:
+            yield f"{'↑':>{width}}  {arrival}"
+        bar = _text_bar(tier, scale)
+        planned, left = _counts(tier, memory)
+        yield f"{device_title(tier.use.device):<{width}}  {bar}  {planned}, {left}  ({tier.name})"
+
+
+def _text_bar(tier: _Tier, scale: int) -> str:
+    """Cells in proportion, cut at running totals so that rounding never adds up."""
+    text, passed = "", 0
+    for purpose, size in [("weights", tier.use.weights), *tier.parts]:
+        start, passed = _cell(passed, scale), passed + size
+        text += _GLYPHS[purpose] * max(_cell(passed, scale) - start, 0)
+    edge = "]" if tier.is_whole else " …"
+    return f"[{text}{edge}".ljust(_TEXT_CELLS + 3)
+
+
+def _cell(size: int, scale: int) -> int:
+    return round(size * _TEXT_CELLS / scale)
+
+
+def _text_strip(plan: Plan) -> Iterator[str]:
+    """One sign a block in model order, then each home with the numbers of its layers."""
+    signs = {home: _letter(plan, home) for home in _homes(plan)}
+    key = ", ".join(f"{sign} {device_title(home)}" for home, sign in signs.items())
+    yield f"blocks in model order: {key}"
+    for row in _strip_rows(plan):
+        yield f"  {''.join(signs[place.home] for place in row)}"
+    for home in signs:
+        yield f"  {device_title(home)}: {', '.join(_grouped(plan, home))}"
+
+
+def _grouped(plan: Plan, home: str) -> Iterator[str]:
+    """Blocks of one home, numbered ones as ranges: ``"embed"``, ``"layers.0–9"``."""
+    families: dict[str, list[int]] = {}
+    for place in plan.placements:
+        family, _, index = place.block.label.rpartition(".")
+        if place.home == home:
+            families.setdefault(family if index.isdecimal() else place.block.label, []).extend(
+                [int(index)] if index.isdecimal() else []
+            )
+    for family, numbers in families.items():
+        yield f"{family}.{ranges(numbers)}" if numbers else family
+
+
+def _text_legend(tiers: Sequence[_Tier]) -> str:
+    shown = dict.fromkeys(purpose for tier in tiers for purpose, size in tier.parts if size)
+    names = [f"{_GLYPHS[purpose]} {_NAMES[purpose]}" for purpose in shown if purpose != "beyond"]
+    return "   ".join([f"{_GLYPHS['weights']} weights", *names])
+
+
+# --- HTML
+
+
+def _html(plan: Plan, tiers: Sequence[_Tier], memory: Memory) -> str:
+    name, facts = headline(plan)
+    chips = theme.chip(verdict(plan), theme.GOOD if plan.fits else theme.BAD)
+    chips += "".join(theme.chip(words) for words in [placement_words(plan), *_speeds(plan)])
+    scale = max(tier.shown_bytes for tier in tiers)
+    problems = "".join(
+        f'<div style="color:{theme.BAD};margin:2px 0">✗ {escape(problem)}</div>' for problem in plan.problems
+    )
+    problems += "".join(f'<div style="margin:2px 0">→ {escape(remedy)}</div>' for remedy in plan.remedies[:1])
+    rows = "".join(_html_link(plan, tier) + _html_tier(plan, tier, scale, memory) for tier in tiers)
+    return theme.frame(
+        f'{theme.title(name, facts)}<div style="margin-bottom:8px">{chips}</div>{problems}{rows}'
+        f"{_html_strip(plan)}{_html_legend(plan, tiers)}"
+    )
+
+
+def _row(left: str, middle: str, right: str) -> str:
+    return (
+        '<div style="display:flex;align-items:center;gap:12px">'
+        f'<div style="width:150px;flex-shrink:0">{left}</div>'
+        f'<div style="flex-grow:1;min-width:0">{middle}</div>'
+        f'<div style="width:132px;flex-shrink:0;text-align:right;font-variant-numeric:tabular-nums">{right}</div></div>'
+    )
+
+
+def _html_tier(plan: Plan, tier: _Tier, scale: int, memory: Memory) -> str:
+    planned, left = _counts(tier, memory)
+    lacks = theme.BAD if tier.use.spare < 0 else theme.MUTED
+    name = (
+        f"<b>{escape(device_title(tier.use.device))}</b>"
+        f'<div style="color:{theme.MUTED};font-size:12px;line-height:1.25">{escape(tier.name)}</div>'
+    )
+    counts = (
+        f'<b>{planned}</b><div style="color:{lacks};font-size:12px;line-height:1.25">{escape(left)}</div>'
+    )
+    return f'<div style="margin:2px 0">{_row(name, _html_bar(plan, tier, scale), counts)}</div>'
+
+
+def _html_bar(plan: Plan, tier: _Tier, scale: int) -> str:
+    """The blocks in model order, then everything else, in true proportion."""
+    whole = tier.shown_bytes
+    cells = [_html_block(plan, place, whole, scale) for place in tier.blocks]
+    for purpose, size in tier.parts:
+        if size:
+            cells.append(_html_part(tier, purpose, size, whole, scale))
+    edge = theme.BAD if tier.use.spare < 0 else theme.LINE
+    open_end = "" if tier.is_whole else ";border-right:2px dotted"
+    bar = (
+        f'<div style="display:flex;width:{100 * whole / scale:.3f}%;height:40px;box-sizing:border-box;min-width:4px;'
+        f'border:1px solid {edge}{open_end};border-radius:5px;overflow:hidden">{"".join(cells)}</div>'
+    )
+    if tier.is_whole:
+        return bar
+    free = plan.machine.device(tier.use.device).free_bytes
+    more = f'<span style="color:{theme.MUTED};font-size:11px;white-space:nowrap">… {format_bytes(free)} free</span>'
+    return f'<div style="display:flex;align-items:center;gap:6px">{bar}{more}</div>'
+
+
+def _html_block(plan: Plan, place: Placement, whole: int, scale: int) -> str:
+    index = place.block.label.rpartition(".")[2]
+    pixels = place.block.bytes / scale * _BAR_PIXELS
+    label = index if pixels >= 7 * len(index) + 2 else ""
+    gap = f";box-shadow:inset -1px 0 0 {theme.PAGE}" if pixels >= 4 else ""
+    return _segment(
+        100 * place.block.bytes / whole, theme.fill(_paint(place)) + gap, _tooltip(plan, place), label
+    )
+
+
+def _html_part(tier: _Tier, purpose: str, size: int, whole: int, scale: int) -> str:
+    words = {"kv_cache": "KV", "activations": "act", "slots": "slot", "spare": "free", "other": "other"}
+    fits = size / scale * _BAR_PIXELS >= 7 * len(words.get(purpose, "")) + 4
+    label = words.get(purpose, "") if fits else ""
+    fill = theme.fill("free" if purpose in ("spare", "beyond") else purpose)
+    if purpose in ("spare", "other"):
+        fill += f";color:{theme.MUTED}"
+    if purpose == "beyond":
+        fill += f";border-left:2px solid {theme.TEXT}"
+        label = "beyond the limit" if size / scale * _BAR_PIXELS > 110 else ""
+        fill += f";color:{theme.MUTED}"
+    tip = f"{_NAMES[purpose]}: {format_bytes(size)} {on_device(tier.use.device)}"
+    return _segment(100 * size / whole, fill, tip, label)
+
+
+def _segment(percent: float, fill: str, tip: str, label: str) -> str:
+    return (
+        f'<span title="{escape(tip)}" style="display:block;flex-shrink:0;width:{percent:.3f}%;color:#fff;'
+        f"font-size:10px;line-height:38px;text-align:center;overflow:hidden;white-space:nowrap;"
+        f'box-sizing:border-box;{fill}">{escape(label)}</span>'
+    )
+
+
+def _tooltip(plan: Plan, place: Placement) -> str:
+    """``"layers.19 · 950.0 MiB · bfloat16 · in RAM, streams to cuda:0 · KV cache 32.0 MiB"``."""
+    block = place.block
+    dtypes = sorted({tensor.dtype for tensor in block.tensors}) or [plan.layout.dtype]
+    where = on_device(place.home)
+    target = "the CPU" if place.compute == "cpu" else place.compute
+    does = (
+        f"streams to {target}"
+        if place.is_offloaded
+        else f"computes {'there' if place.home != 'cpu' else 'on the CPU'}"
+    )
+    cache = plan.workload.cache_bytes(block)
+    tied = f"shares tensors with {', '.join(block.tied_to)}" if block.tied_to else ""
+    facts = [
+        block.label,
+        format_bytes(block.bytes),
+        ", ".join(dtypes),
+        f"{where}, {does}",
+        *([f"{block.active_experts} of {block.experts} experts a token"] if block.experts else []),
+        *([f"KV cache {format_bytes(cache)} {on_device(place.compute)}"] if cache else []),
+        *([tied] if tied else []),
+    ]
+    return " · ".join(facts)
+
+
+def _html_link(plan: Plan, tier: _Tier) -> str:
+    arrival = _arrival(plan, tier)
+    if not arrival:
+        return ""
+    words = (
+        f'<div style="color:{theme.MUTED};font-size:12px;border-left:2px dashed {theme.LINE};padding:4px 10px;'
+        f'margin-left:24px">↑ {escape(arrival)}</div>'
+    )
+    return _row("", words, "")
+
+
+def _html_strip(plan: Plan) -> str:
+    """Every block in model order with the sign of its home, and numbers under every tenth layer."""
+    rows = _strip_rows(plan)
+    widest = len(rows[0])
+    parts = [f'<div style="color:{theme.MUTED};font-size:12px;margin:12px 0 3px">blocks in model order</div>']
+    for row in rows:
+        width = f"{100 * len(row) / widest:.3f}%"
+        cells = "".join(_html_cell(plan, place) for place in row)
+        ticks = "".join(_html_tick(place) for place in row)
+        parts.append(f'<div style="display:flex;gap:1px;width:{width}">{cells}</div>')
+        parts.append(
+            f'<div style="display:flex;gap:1px;width:{width};color:{theme.MUTED};font-size:10px;line-height:14px;'
+            f'margin-bottom:3px">{ticks}</div>'
+        )
+    return "".join(parts)
+
+
+def _html_cell(plan: Plan, place: Placement) -> str:
+    return (
+        f'<span title="{escape(_tooltip(plan, place))}" style="display:block;flex:1 1 0;min-width:0;height:24px;'
+        f"border-radius:2px;color:#fff;font-size:9px;line-height:24px;text-align:center;overflow:hidden;"
+        f'{theme.fill(_paint(place))}">{_letter(plan, place.home)}</span>'
+    )
+
+
+def _html_tick(place: Placement) -> str:
+    """A number for every tenth layer, a name for what is no layer; labels may run over their neighbours."""
+    family, _, index = place.block.label.rpartition(".")
+    text = index if family and index.isdecimal() and int(index) % 10 == 0 else ""
+    return (
+        '<span style="display:block;flex:1 1 0;min-width:0;text-align:center;white-space:nowrap">'
+        f"{escape(text)}</span>"
+    )
+
+
+def _html_legend(plan: Plan, tiers: Sequence[_Tier]) -> str:
+    paints = {
+        "gpu": "on the GPU, computes there",
+        "ram": "in RAM, computed by the CPU",
+        "ram-streamed": "in RAM, streamed",
+        "disk": "on disk, streamed",
+    }
+    used = {_paint(place) for place in plan.placements}
+    entries = [(theme.fill(paint), words) for paint, words in paints.items() if paint in used]
+    shown = dict.fromkeys(purpose for tier in tiers for purpose, size in tier.parts if size)
+    entries += [
+        (theme.fill(purpose), _NAMES[purpose]) for purpose in shown if purpose not in ("spare", "beyond")
+    ]
+    signs = " · ".join(f"{_letter(plan, home)} = {device_title(home)}" for home in _homes(plan))
+    swatch = (
+        "display:inline-block;width:13px;height:13px;border-radius:2px;vertical-align:-2px;margin-right:5px"
+    )
+    items = "".join(
+        f'<span style="margin-right:14px;white-space:nowrap"><span style="{swatch};{fill}"></span>{escape(words)}</span> '
+        for fill, words in entries
+    )
+    style = f"color:{theme.MUTED};font-size:12px;margin-top:6px;line-height:1.7"
+    return f'<div style="{style}">{items}<span style="white-space:nowrap">{escape(signs)}</span></div>'

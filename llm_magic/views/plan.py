@@ -1,0 +1,130 @@
+"""The plan as a report: whether it fits, bytes by purpose and device, how fast, what to know, the same in Python."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+
+from llm_magic.plan import DeviceUse, Plan
+from llm_magic.units import format_bytes
+from llm_magic.views import theme
+from llm_magic.views.python import python_of
+from llm_magic.views.report import Report
+from llm_magic.views.words import device_title, headline, placement_words, speed_words, verdict
+
+_PURPOSES = ("weights", "kv_cache", "activations", "slots", "buffers")
+_NAMES = {"weights": "weights", "kv_cache": "KV cache", "activations": "activations", "slots": "slots"}
+_NAMES |= {"buffers": "buffers", "planned": "planned", "limit": "of", "spare": "spare"}
+
+
+def plan_report(plan: Plan) -> Report:
+    """What ``%llm plan`` shows."""
+    return Report(_text(plan), _html(plan))
+
+
+def _text(plan: Plan) -> str:
+    name, facts = headline(plan)
+    widths = [max(map(len, column)) for column in zip(*_table(plan), strict=True)]
+    table = ["  ".join(_aligned(row, widths)).rstrip() for row in _table(plan)]
+    notes = [*(f"✗ {problem}" for problem in plan.problems), *(f"→ {remedy}" for remedy in plan.remedies)]
+    notes += [f"! {warning}" for warning in plan.warnings]
+    python = [f"    {line}".rstrip() for line in python_of(plan).splitlines()]
+    parts = [
+        [f"{name}  {facts}", f"{verdict(plan)} · placed by {plan.policy}: {placement_words(plan)}"],
+        table,
+        _forecast(plan),
+        notes,
+        ["The same with plain transformers:", *python],
+    ]
+    return "\n\n".join("\n".join(part) for part in parts if part)
+
+
+def _table(plan: Plan) -> list[list[str]]:
+    """Bytes by purpose and device, with its head; purposes that no device has are left out."""
+    columns = [key for key in _PURPOSES if any(getattr(use, key) for use in plan.uses)]
+    keys = [*columns, "planned", "limit", "spare"]
+    return [
+        ["", *(_NAMES[key] for key in keys)],
+        *([device_title(use.device), *(_cell(use, key) for key in keys)] for use in plan.uses),
+    ]
+
+
+def _cell(use: DeviceUse, key: str) -> str:
+    size: int = getattr(use, key)
+    return format_bytes(size) if size or key in ("limit", "spare", "planned") else "–"
+
+
+def _aligned(row: Sequence[str], widths: Sequence[int]) -> list[str]:
+    return [
+        cell.ljust(width) if not i else cell.rjust(width)
+        for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+    ]
+
+
+def _forecast(plan: Plan) -> list[str]:
+    moved = [
+        f"{format_bytes(size)} {device_title(source)} → {device_title(target)}"
+        for (source, target), size in plan.forecast.bytes_per_token.items()
+        if source != target
+    ]
+    read = [
+        f"{format_bytes(size)} read by {'the CPU' if source == 'cpu' else source}"
+        for (source, target), size in plan.forecast.bytes_per_token.items()
+        if source == target
+    ]
+    bound = f" · bound by {plan.forecast.bound_by}" if plan.forecast.decode_tps else ""
+    return [f"forecast   {speed_words(plan)}{bound}", f"each token {', '.join(moved + read)}"]
+
+
+def _html(plan: Plan) -> str:
+    name, facts = headline(plan)
+    chips = theme.chip(verdict(plan), theme.GOOD if plan.fits else theme.BAD)
+    chips += theme.chip(f"placed by {plan.policy}: {placement_words(plan)}")
+    forecast, moved = _forecast(plan)
+    notes = [_note("✗", problem, theme.BAD) for problem in plan.problems]
+    notes += [_note("→", remedy, theme.GOOD) for remedy in plan.remedies]
+    notes += [_note("!", warning, theme.CARE) for warning in plan.warnings]
+    speeds = "".join(_labelled(line) for line in (forecast, moved))
+    return theme.frame(
+        f'{theme.title(name, facts)}<div style="margin-bottom:6px">{chips}</div>{_html_table(plan)}'
+        f'<div style="margin:8px 0">{speeds}</div>{"".join(notes)}{_html_python(plan)}'
+    )
+
+
+def _html_table(plan: Plan) -> str:
+    head, *rows = _table(plan)
+    cell = "padding:3px 14px 3px 0;text-align:right;font-variant-numeric:tabular-nums;border:none"
+    line = f"border-top:1px solid {theme.LINE}"
+    top = "".join(f'<th style="{cell};color:{theme.MUTED};font-weight:400">{escape(c)}</th>' for c in head)
+    body = ""
+    for use, row in zip(plan.uses, rows, strict=True):
+        lacks = f";color:{theme.BAD};font-weight:600" if use.spare < 0 else ""
+        cells = [f'<th style="{cell};text-align:left;{line}">{escape(row[0])}</th>']
+        cells += [f'<td style="{cell};{line}">{escape(c)}</td>' for c in row[1:-1]]
+        cells.append(f'<td style="{cell};{line}{lacks}">{escape(row[-1])}</td>')
+        body += f'<tr style="background:none">{"".join(cells)}</tr>'
+    style = "border-collapse:collapse;margin:0;font-size:13px;border:none"
+    return f'<table style="{style}"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>'
+
+
+def _labelled(line: str) -> str:
+    label, rest = line[:10].strip(), line[10:].strip()
+    return f'<div><span style="color:{theme.MUTED}">{escape(label)}</span> {escape(rest)}</div>'
+
+
+def _note(mark: str, text: str, colour: str) -> str:
+    return (
+        f'<div style="margin:3px 0;padding-left:8px;border-left:3px solid {colour}">'
+        f"<b>{mark}</b> {escape(text)}</div>"
+    )
+
+
+def _html_python(plan: Plan) -> str:
+    code = escape(python_of(plan))
+    style = (
+        f"margin:6px 0 0;padding:8px 10px;background:{theme.CARD};font:12px/1.5 {theme.CODE};overflow-x:auto"
+    )
+    return (
+        f'<details style="margin-top:8px"><summary style="color:{theme.MUTED};cursor:pointer">'
+        f'The same with plain transformers</summary><pre style="{style};color:{theme.TEXT}">{code}</pre></details>'
+    )

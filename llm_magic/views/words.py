@@ -1,0 +1,98 @@
+"""A placement in a few words, the same in every view: shares of the tiers, names of devices."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
+from llm_magic.plan import Plan
+from llm_magic.units import format_bytes, format_rate
+
+TIERS = {"gpu": "GPU", "cpu": "RAM", "disk": "disk"}
+
+
+def tier_bytes(plan: Plan) -> dict[str, int]:
+    """Kind of device (``"gpu"``, ``"cpu"``, ``"disk"``) -> bytes of weights that live there."""
+    found = Counter[str]()
+    for place in plan.placements:
+        found[plan.machine.device(place.home).kind] += place.block.bytes
+    return {kind: found[kind] for kind in TIERS if found[kind]}
+
+
+def placement_words(plan: Plan) -> str:
+    """Where the weights live: ``"60 % RAM · 40 % disk"``."""
+    return " · ".join(f"{share} % {TIERS[kind]}" for kind, share in percents(tier_bytes(plan)).items())
+
+
+def processor_words(plan: Plan) -> str:
+    """The same as a PROCESSOR column shows it: ``"48%/52% CPU/GPU"``."""
+    names = {"disk": "disk", "cpu": "CPU", "gpu": "GPU"}
+    shares = percents(tier_bytes(plan))
+    kinds = [kind for kind in names if kind in shares]
+    return f"{'/'.join(f'{shares[k]}%' for k in kinds)} {'/'.join(names[k] for k in kinds)}"
+
+
+def percents(sizes: Mapping[str, int]) -> dict[str, int]:
+    """Whole percents that add up to 100, by largest remainder; what is there shows at least 1 %."""
+    total = sum(sizes.values())
+    if not total:
+        return {}
+    exact = {name: 100 * size / total for name, size in sizes.items()}
+    shares = {name: max(1, int(share)) for name, share in exact.items()}
+    for name in sorted(exact, key=lambda n: int(exact[n]) - exact[n]):
+        shares[name] += sum(shares.values()) < 100
+    largest = max(shares, key=lambda n: exact[n])
+    shares[largest] += 100 - sum(shares.values())
+    return shares
+
+
+def headline(plan: Plan) -> tuple[str, str]:
+    """The model's name, and what it is."""
+    layout = plan.layout
+    count = len(layout.layers)
+    experts = max((block.experts for block in layout.blocks), default=0)
+    active = max((block.active_experts for block in layout.blocks), default=0)
+    facts = [
+        layout.dtype,
+        format_bytes(layout.bytes),
+        f"{count} layer{'s' * (count != 1)}",
+        *([f"{experts} experts, {active} active"] if experts else []),
+        f"context {plan.workload.context_length:,}",
+    ]
+    return layout.name, " · ".join(facts)
+
+
+def verdict(plan: Plan) -> str:
+    """``"✓ fits, 1.1 GiB to spare on cuda:0"`` or ``"✗ does not fit"``."""
+    if not plan.fits:
+        return "✗ does not fit"
+    computing = {place.compute for place in plan.placements}
+    tight = min((use for use in plan.uses if use.device in computing), key=lambda use: use.spare)
+    return f"✓ fits, {format_bytes(tight.spare)} to spare {on_device(tight.device)}"
+
+
+def on_device(device: str) -> str:
+    """``"in RAM"``, ``"on disk"``, ``"on cuda:0"``."""
+    return {"cpu": "in RAM", "disk": "on disk"}.get(device, f"on {device}")
+
+
+def device_title(device: str) -> str:
+    """``"RAM"``, ``"Disk"``, ``"cuda:0"``."""
+    return {"cpu": "RAM", "disk": "Disk"}.get(device, device)
+
+
+def speed_words(plan: Plan) -> str:
+    """``"decode 9.8 tok/s · prefill 210 tok/s"``; ``"unknown"`` where a bandwidth is not known."""
+    rates = (("decode", plan.forecast.decode_tps), ("prefill", plan.forecast.prefill_tps))
+    return " · ".join(f"{name} {format_rate(rate) if rate else 'unknown'}" for name, rate in rates)
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """``[0, 1, 2, 5]`` as ``"0–2, 5"``."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1][1:] = [number]
+        else:
+            runs.append([number])
+    return ", ".join("–".join(map(str, run)) for run in runs)
