@@ -36,6 +36,7 @@ from llm_magic.worker import Cancelled, Worker
 
 Result = TypeVar("Result")
 DEFAULTS = AskOptions()
+_SHORTEST_CONTEXT = 1024  # tokens; below that a chat is no use
 
 
 @dataclass
@@ -126,22 +127,27 @@ class Session:
         layout = backend.layout(spec, progress)
         progress(PhaseEvent("planning"))
         machine = read_machine(Path(options.machine)) if options.machine else self.machine()
-        context = options.ctx_size or self._default_context(layout.context_length)
         placement: Planner | Mapping[str, str]
         if options.device_map.lower().endswith(".json"):
             placement = read_device_map(Path(options.device_map), layout, machine)
         else:
             placement = pick(self.plugins.planners, options.device_map, "placement policy")
-        return make_plan(
-            layout,
-            machine,
-            Workload(context),
-            placement=placement,
-            policy=Path(options.device_map).name,
-            max_memory=options.max_memory,
-            source=spec.source,
-            options=_backend_options(spec, options),
-        )
+
+        def planned(context: int) -> Plan:
+            return make_plan(
+                layout,
+                machine,
+                Workload(context),
+                placement=placement,
+                policy=Path(options.device_map).name,
+                max_memory=options.max_memory,
+                source=spec.source,
+                options=_backend_options(spec, options),
+            )
+
+        if options.ctx_size:
+            return planned(options.ctx_size)
+        return _with_longest_context(planned, self._default_context(layout.context_length))
 
     def load(self, spec: ModelSpec, options: LoadOptions, name: str = "") -> LoadedModel:
         """Plan and load a model, make it the current one, and give it a name.
@@ -376,6 +382,24 @@ def _stoppable(emit: Callable[[object], None], stop: StopFlag) -> Progress:
         emit(event)
 
     return progress
+
+
+def _with_longest_context(planned: Callable[[int], Plan], wanted: int) -> Plan:
+    """The first plan that fits, for ``wanted`` tokens of context, then half, then a quarter of them.
+
+    Nobody asked for this context length: a shorter one is better than a refusal.
+    """
+    first = plan = planned(wanted)
+    context = wanted
+    while not plan.fits and context >= 2 * _SHORTEST_CONTEXT:
+        context //= 2
+        plan = planned(context)
+    if not plan.fits:
+        return first
+    if context == wanted:
+        return plan
+    note = f"Planned for {context} tokens of context: {wanted} would not fit. -c N sets another length."
+    return replace(plan, warnings=(note, *plan.warnings))
 
 
 def _backend_options(spec: ModelSpec, options: LoadOptions) -> dict[str, str]:
