@@ -58,6 +58,7 @@ _STYLES = frozenset(
     {f"color: {colour}" for colour in _COLOURS.values()}
     | {f"text-align:{side}" for side in ("left", "center", "right")}
 )
+_MARKDOWN_LIMIT = 200_000  # characters; no answer is that long, and some patterns take quadratic time
 _HIGHLIGHT_LIMIT = 50_000  # characters; beyond it colours cost more than they tell
 
 # Commands of MathJax and KaTeX that link, style, load, or change how later formulas of the whole
@@ -82,6 +83,8 @@ def markdown_to_html(text: str) -> str:
     HTML in the Markdown is shown as text. The result holds only ``ALLOWED_TAGS`` and
     ``ALLOWED_ATTRIBUTES``, and links only to ``ALLOWED_SCHEMES``.
     """
+    if len(text) > _MARKDOWN_LIMIT:
+        return text_to_html(text)
     rendered = _markdown().render(sanitize(text))
     return _disarm_math(_cleaner(True).clean(rendered))
 
@@ -189,9 +192,18 @@ def _markdown() -> MarkdownIt:
     return parser
 
 
+@cache
+def _block_parser() -> MarkdownIt:
+    from markdown_it import MarkdownIt
+
+    parser = MarkdownIt("commonmark")
+    parser.core.ruler.enableOnly(["normalize", "block"])
+    return parser
+
+
 def fences(text: str) -> list[tuple[str, str]]:
     """``(language, code)`` of every fenced code block of a Markdown text, in order."""
-    blocks = (token for token in _markdown().parse(text) if token.type == "fence")
+    blocks = (token for token in _block_parser().parse(text) if token.type == "fence")
     return [(token.info.split()[0].lower() if token.info.split() else "", token.content) for token in blocks]
 
 
