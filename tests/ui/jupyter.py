@@ -33,11 +33,22 @@ CHROMIUM_FLAGS = (
     "--disable-sync",
 )
 START_S = 90.0
-# A real dialog stops the page, and with it whatever the test waits for.
-RECORD_DIALOGS = """
-globalThis.recordedDialogs = [];
+SETTINGS: dict[str, dict[str, Any]] = {
+    "apputils-extension/notification": {
+        "fetchNews": "false",
+        "checkForUpdates": False,
+        "doNotDisturbMode": True,
+    },
+    # Every output is in the page, however many there are and wherever it is scrolled to.
+    "notebook-extension/tracker": {"maxNumberOutputs": 10_000, "windowingMode": "none"},
+}
+# A real dialog stops the page, and with it whatever the test waits for. ``pwned`` is what hostile
+# payloads set.
+RECORD_SCRIPTS = """
+globalThis.scriptsRan = [];
 for (const name of ['alert', 'confirm', 'prompt', 'print'])
-    globalThis[name] = message => { globalThis.recordedDialogs.push(String(message)) };
+    globalThis[name] = message => { top.scriptsRan.push(`${name}(${message})`) };
+Object.defineProperty(globalThis, 'pwned', { set: () => { top.scriptsRan.push('pwned') } });
 """
 
 
@@ -82,10 +93,10 @@ class Server:
         for name in ("home", "config", "data", "runtime", "ipython", "workspaces", "settings"):
             (folder / name).mkdir()
         self.notebooks.mkdir()
-        news = folder / "settings" / "@jupyterlab" / "apputils-extension"
-        news.mkdir(parents=True)
-        quiet = {"fetchNews": "false", "checkForUpdates": False, "doNotDisturbMode": True}
-        (news / "notification.jupyterlab-settings").write_text(json.dumps(quiet))
+        for name, values in SETTINGS.items():
+            file = folder / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(values))
         command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root"]
         command += ["--ServerApp.ip=127.0.0.1", f"--ServerApp.port={self.port}", "--ServerApp.port_retries=0"]
         command += [f"--ServerApp.root_dir={self.notebooks}", f"--IdentityProvider.token={self.token}"]
@@ -125,6 +136,11 @@ class Traffic:
     images: list[str] = field(default_factory=list)
     popups: list[str] = field(default_factory=list)
 
+    def clear(self) -> None:
+        """Forget what the front end itself did when it started."""
+        for record in (self.foreign_requests, self.images, self.popups):
+            record.clear()
+
 
 class Notebook:
     """One notebook, open in JupyterLab or Notebook 7, with its kernel connected."""
@@ -135,7 +151,7 @@ class Notebook:
         self.traffic = Traffic()
         self._context: BrowserContext = browser.new_context(viewport={"width": 1280, "height": 1600})
         self._context.route("**/*", self._guard)
-        self._context.add_init_script(RECORD_DIALOGS)
+        self._context.add_init_script(RECORD_SCRIPTS)
         self.page: Page = self._context.new_page()
         self._context.on("page", lambda page: self.traffic.popups.append(page.url))
         self.page.goto(server.url(app, name))
@@ -195,9 +211,9 @@ class Notebook:
         """Locator of the rendered outputs of a cell."""
         return self.page.locator(".jp-Notebook .jp-Cell").nth(cell).locator(".jp-OutputArea")
 
-    def dialogs(self) -> list[str]:
-        """What scripts of the page said through alert, confirm and prompt."""
-        return list(self.page.evaluate("() => globalThis.recordedDialogs"))
+    def scripts_ran(self) -> list[str]:
+        """What hostile scripts of the page did: dialogs they opened, ``pwned`` that they set."""
+        return list(self.page.evaluate("() => globalThis.scriptsRan"))
 
     def screenshot(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -23,11 +23,11 @@ def test_cells_run_and_their_outputs_appear(open_notebook: OpenNotebook, app: Ap
 def test_what_must_not_happen_would_be_seen(open_notebook: OpenNotebook) -> None:
     source = """
     from IPython.display import HTML
-    HTML('<script>alert("ran")</script><img src="https://elsewhere.example/x.png"><img src="/files/x.png">')
+    HTML('<script>alert("ran"); window.pwned = 1</script><img src="https://elsewhere.example/x.png"><img src="/files/x.png">')
     """
     notebook = open_notebook([source])
     notebook.run_all()
     notebook.output(0).locator("img").nth(1).wait_for(state="attached")
-    assert notebook.dialogs() == ["ran"]
+    assert notebook.scripts_ran() == ["alert(ran)", "pwned"]
     assert set(notebook.traffic.foreign_requests) == {"https://elsewhere.example/x.png"}
     assert {url.rpartition("/")[2] for url in notebook.traffic.images} == {"x.png"}

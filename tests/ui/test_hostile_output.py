@@ -30,9 +30,10 @@ from llm_magic.answer import Answer
 from llm_magic.display import NotebookScreen
 from llm_magic.events import PhaseEvent, TokenEvent
 from llm_magic.plugins import Plugins
+from llm_magic.terminal import sanitize
 from tests.payloads import PAYLOADS
 screen = NotebookScreen(Plugins().formats)
-for payload in PAYLOADS:
+for payload in map(sanitize, PAYLOADS):  # as the worker sends them on
     answer, view = Answer("", lambda: None), screen.answer("markdown")
     answer.take([PhaseEvent("generating", 1, 2, payload, payload), TokenEvent(payload)])
     view.update(answer)
@@ -40,9 +41,6 @@ for payload in PAYLOADS:
     progress.update(PhaseEvent("loading", 1, 2, payload, payload))
     progress.close(payload)
 """
-
-# Names that payloads give to what they leave behind.
-CANARY = "/pwn|xss|hack|canary|owned/i"
 
 # What the outputs of a cell hold that could act, in words.
 FIND_DANGER = """(outputs) => outputs.flatMap(output => {
@@ -72,12 +70,29 @@ FIND_DANGER = """(outputs) => outputs.flatMap(output => {
 def test_nothing_in_an_answer_acts(open_notebook: OpenNotebook, app: App, cell: str) -> None:
     notebook = open_notebook([cell], app)
     title, address = notebook.page.title(), notebook.page.url
+    notebook.traffic.clear()
     notebook.run_all()
     rendered = notebook.page.locator(".jp-OutputArea-output")
     assert rendered.count() >= len(PAYLOADS)
     assert not notebook.page.locator("[data-mime-type='application/vnd.jupyter.stderr']").count()
     assert rendered.evaluate_all(FIND_DANGER) == []
     traffic = notebook.traffic
-    assert (notebook.dialogs(), traffic.foreign_requests, traffic.images, traffic.popups) == ([], [], [], [])
-    assert not notebook.page.evaluate(f"() => Object.keys(window).filter(name => {CANARY}.test(name))")
+    assert (notebook.scripts_ran(), traffic.foreign_requests, traffic.images, traffic.popups) == (
+        [],
+        [],
+        [],
+        [],
+    )
     assert (notebook.page.title(), notebook.page.url) == (title, address)
+
+
+def test_what_could_act_would_be_found(open_notebook: OpenNotebook) -> None:
+    source = """
+    from IPython.display import HTML
+    HTML('<a href="javascript:1" onclick="2">a</a><p data-commandlinker-command="3">b</p><iframe></iframe>')
+    """
+    notebook = open_notebook([source])
+    notebook.run_all()
+    found = notebook.page.locator(".jp-OutputArea-output").evaluate_all(FIND_DANGER)
+    assert {"A href=javascript:1", "A onclick=2", "P data-commandlinker-command=3"} < set(found)
+    assert any(item.startswith("<iframe") for item in found)

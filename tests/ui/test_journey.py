@@ -31,7 +31,7 @@ def test_the_first_notebook(
         notebook.screenshot(take)
         assert take.stat().st_size > 10_000
     assert not [o for cell in saved.cells for o in cell.get("outputs", []) if o.output_type == "error"]
-    assert (notebook.traffic.foreign_requests, notebook.dialogs()) == ([], [])
+    assert (notebook.traffic.foreign_requests, notebook.scripts_ran()) == ([], [])
 
 
 @pytest.mark.parametrize("app", ["lab", "notebook"])
