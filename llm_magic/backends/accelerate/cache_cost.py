@@ -82,10 +82,9 @@ def _window(config: Any, kind: str) -> int:
 
 def _attention_width(modules: dict[str, Any], config: Any) -> int:
     """Elements of keys and values that one token adds, cross attention included."""
-    if getattr(config, "kv_lora_rank", None) and getattr(config, "v_head_dim", None):
-        # multi-head latent attention: transformers caches the expanded keys and values
-        key = config.qk_nope_head_dim + config.qk_rope_head_dim
-        return int(config.num_attention_heads * (key + config.v_head_dim))
+    if getattr(config, "kv_lora_rank", None) and getattr(config, "qk_rope_head_dim", None):
+        # multi-head latent attention: transformers caches the compressed latent and the rotary key
+        return int(config.kv_lora_rank + config.qk_rope_head_dim)
     keys = [module for name, module in modules.items() if name.rpartition(".")[2] in _KEY]
     values = [module for name, module in modules.items() if name.rpartition(".")[2] in _VALUE]
     found = sum(_outputs(module) for module in (*keys, *values))
@@ -106,10 +105,14 @@ def _outputs(module: Any) -> int:
 
 
 def _kv_heads(config: Any) -> int:
+    if getattr(config, "new_decoder_architecture", False):  # Falcon spreads its keys over all heads first
+        return int(config.num_attention_heads)
+    if getattr(config, "multi_query", False):
+        return 1
     for name in ("num_key_value_heads", "num_kv_heads", "n_head_kv"):
         if isinstance(value := getattr(config, name, None), int):
-            return 1 if getattr(config, "multi_query", False) else value
-    return 1 if getattr(config, "multi_query", False) else int(config.num_attention_heads)
+            return value
+    return int(config.num_attention_heads)
 
 
 def _head_dim(config: Any) -> int:

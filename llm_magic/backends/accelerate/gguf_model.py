@@ -19,6 +19,7 @@ from llm_magic.headers import GgufHeader, SkippedArray, TensorEntry
 
 _TOKENS = "tokenizer.ggml.tokens"
 _FILE = "model.gguf"
+_MAX_MODULES = 4096
 
 
 def gguf_config(path: Path, header: GgufHeader) -> Any:
@@ -34,6 +35,7 @@ def gguf_config(path: Path, header: GgufHeader) -> Any:
     """
     from transformers import AutoConfig
 
+    _refuse_absurd(path, header)
     with tempfile.TemporaryDirectory(prefix="llm-magic-") as folder:
         (Path(folder) / _FILE).write_bytes(_short_header(path, header))
         try:
@@ -45,6 +47,14 @@ def gguf_config(path: Path, header: GgufHeader) -> Any:
         config.vocab_size = tokens
     config.name_or_path = ""  # transformers puts the file's title there, which is no path
     return config
+
+
+def _refuse_absurd(path: Path, header: GgufHeader) -> None:
+    """Refuse counts of layers or experts that the file's own tensors cannot fill."""
+    for key in ("block_count", "expert_count"):
+        value = header.metadata.get(f"{header.architecture}.{key}", 0)
+        if not isinstance(value, int) or value > _MAX_MODULES:
+            raise SourceError(f"{path.name} is damaged: its {key} is {value}.", "Download the file again.")
 
 
 def _unsupported(path: Path, header: GgufHeader, error: Exception) -> SourceError:

@@ -60,20 +60,15 @@ def resolve(spec: ModelSpec, progress: Progress) -> ModelFiles:
 
 
 def fetch_weights(spec: ModelSpec, files: ModelFiles, progress: Progress) -> ModelFiles:
-    """Download what is missing of a hub model's weights, safetensors where it has them.
+    """Download a hub model's weights, safetensors where it has them; a download goes on where it was.
 
     Raises
     ------
     SourceError
-        As `resolve`, and when the disk is full or the model has no weights.
+        As `resolve`, and when the disk is full.
     """
-    if files.weight_files:
-        return files
     folder = _download(spec, [*_METADATA, *_choose_patterns(spec, files.folder)], progress)
-    found = resolve_folder(folder, spec)
-    if not found.weight_files:
-        raise SourceError(f"{spec.source} has a configuration but no weights.", "Name another model.")
-    return replace(found, name=files.name, is_local=False)
+    return replace(resolve_folder(folder, spec), name=files.name, is_local=False)
 
 
 def checkpoint_dtype(spec: ModelSpec) -> str:

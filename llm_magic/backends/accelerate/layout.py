@@ -111,10 +111,13 @@ def build_skeleton(config: Any, dtype: Any) -> Any:
         When the architecture generates no text, or the configuration builds no model.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    if type(config) not in auto._model_mapping:
+    fills_gaps = (
+        type(config) in AutoModelForMaskedLM._model_mapping and getattr(config, "is_decoder", None) is False
+    )
+    if type(config) not in auto._model_mapping or (fills_gaps and not config.is_encoder_decoder):
         raise SourceError(
             f"A model of the kind {config.model_type!r} does not generate text.",
             "Load a model for text generation (a causal language model, or an encoder-decoder).",

@@ -11,7 +11,7 @@ import difflib
 import importlib.util
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from llm_magic.backends.accelerate import convert
 from llm_magic.errors import SourceError
 from llm_magic.events import PhaseEvent, Progress
 from llm_magic.folders import display_path
-from llm_magic.headers import SafetensorsHeader, read_safetensors_header
+from llm_magic.headers import SafetensorsHeader, check_tensor_name, read_safetensors_header
 from llm_magic.model import ModelSpec
 from llm_magic.units import MIB
 
@@ -30,6 +30,8 @@ PICKLE_INDEX, PICKLE = "pytorch_model.bin.index.json", "pytorch_model.bin"
 CONFIGS = (CONFIG, "generation_config.json", "tokenizer_config.json", "processor_config.json")
 _MAX_JSON_BYTES = 64 * MIB
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_COUNT = re.compile(r"(layers?|blocks?|experts|towers?|block_count|expert_count)$")
+_MAX_MODULES = 4096
 _SPLIT_GGUF = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
 
 
@@ -70,21 +72,25 @@ def resolve(spec: ModelSpec, progress: Progress) -> ModelFiles:
     SourceError
         When there is no such model, or it cannot be read or trusted.
     """
-    progress(PhaseEvent("reading", detail=Path(spec.source).name))
     source = spec.source.strip()
+    progress(PhaseEvent("reading", detail=Path(source).name))
     if not source:
         raise SourceError("No model was named.", "Try: %llm load starter")
     if source == STARTER:
         return _resolve_gguf(find_starter())
-    path = Path(source).expanduser()
-    if path.is_file():
+    try:
+        path = Path(source).expanduser()
+        is_file, is_folder = path.is_file(), path.is_dir()
+    except (OSError, RuntimeError, ValueError):  # overlong, no home, no permission
+        raise SourceError(f"{source[:80]!a} is no path that can be read.", _SOURCE_HELP) from None
+    if is_file:
         return _resolve_file(path)
-    if path.is_dir():
+    if is_folder:
         return resolve_folder(path, spec)
     if _looks_like_path(source):
         raise _no_such_path(path)
     if not _HUB_ID.fullmatch(source):
-        raise SourceError(f"{source!r} is neither a file, a folder nor a hub id.", _SOURCE_HELP)
+        raise SourceError(f"{source[:80]!r} is neither a file, a folder nor a hub id.", _SOURCE_HELP)
     from llm_magic.backends.accelerate import hub
 
     return hub.resolve(spec, progress)
@@ -106,16 +112,38 @@ def fetch_weights(spec: ModelSpec, files: ModelFiles, progress: Progress) -> Mod
     if files.gguf is not None:
         folder = convert.convert_gguf(files.gguf, progress)
         return replace(files, folder=folder, weight_files=_weights_of(folder, allow_pickle=False))
-    if not files.is_local:
+    if not files.is_local and not files.weight_files:
         from llm_magic.backends.accelerate import hub
 
-        return hub.fetch_weights(spec, files, progress)
+        files = hub.fetch_weights(spec, files, progress)
     if not files.weight_files:
         raise SourceError(
             f"{files.name} has a configuration but no weights.",
             "Put model.safetensors beside its config.json.",
         )
+    if files.uses_pickle:
+        _check_pickles(files)
     return files
+
+
+def _check_pickles(files: ModelFiles) -> None:
+    """Refuse ``.bin`` files that hold anything but tensors, before a loader opens them."""
+    import warnings
+
+    import torch
+
+    for file in files.weight_files:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # about pickle protocols, in files that are refused anyway
+                found = torch.load(file, map_location="meta", weights_only=True)
+        except Exception as error:  # a hostile or damaged file fails in any way
+            raise SourceError(
+                f"{file.name} is damaged or holds more than weights ({type(error).__name__}); it was not loaded.",
+                "Do not use this file; look for a safetensors version of the model.",
+            ) from None
+        for name in found if isinstance(found, dict) else ():
+            check_tensor_name(str(name), file.name)
 
 
 _SOURCE_HELP = "Name a hub id (org/model), a folder, a .gguf file, or starter."
@@ -189,7 +217,9 @@ def check_folder(folder: Path) -> None:
         )
     for name in CONFIGS:
         if (folder / name).is_file():
-            refuse_code(read_json(folder / name), name)
+            config = read_json(folder / name)
+            refuse_code(config, name)
+            refuse_absurd(config, name)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -213,7 +243,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def refuse_code(config: dict[str, Any], file: str) -> None:
+def refuse_code(config: Mapping[str, Any], file: str) -> None:
     """Refuse a configuration that wants code to be downloaded and run, at any depth.
 
     ``auto_map`` and ``trust_remote_code`` name Python files; an attention or experts
@@ -231,6 +261,15 @@ def refuse_code(config: dict[str, Any], file: str) -> None:
             raise SourceError(
                 f"{file} asks to run code of its own ({key}), which llm_magic never does.",
                 f"Use a model that transformers supports natively; or check a copy and delete {key} from its {file}.",
+            )
+
+
+def refuse_absurd(config: Mapping[str, Any], file: str) -> None:
+    """Refuse a configuration whose counts of layers or experts would build modules without end."""
+    for key, value in _walk(config):
+        if _COUNT.search(key) and isinstance(value, int | float) and value > _MAX_MODULES:
+            raise SourceError(
+                f"{file} claims {value:.0f} for {key}, which no real model has.", "Download the file again."
             )
 
 
