@@ -31,7 +31,10 @@ class TransformersBackend:
             return 0.9 if (path / "config.json").is_file() else 0.1
         if path.suffix.lower() == ".gguf":
             return 0.5
-        return 0.8 if _HUB_ID.fullmatch(spec.source) else 0.0
+        if _HUB_ID.fullmatch(spec.source):
+            return 0.8
+        # A path that is not there: ours to explain, unless another backend knows it.
+        return 0.0 if "://" in spec.source else 0.05
 
     def layout(self, spec: ModelSpec, progress: Progress) -> ModelLayout:
         """What is in the model, read from its config and headers.

@@ -1,0 +1,94 @@
+"""The folder of re-written weights: private, removed, and not to be led astray."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from llm_magic.backends.accelerate.offload_folder import OffloadFolder, check_tensor_names, disk_error
+from llm_magic.errors import PlanError, SourceError
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX modes")
+def test_it_is_new_and_private(tmp_path: Path) -> None:
+    first, second = OffloadFolder(str(tmp_path)), OffloadFolder(str(tmp_path))
+    assert first.path != second.path
+    assert stat.S_IMODE(first.path.stat().st_mode) == 0o700
+    (first.path / "weight.safetensors").write_bytes(b"1")
+    first.protect()
+    assert stat.S_IMODE((first.path / "weight.safetensors").stat().st_mode) == 0o600
+    for folder in (first, second, first):
+        folder.remove()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_a_place_it_is_in_the_cache_folder(cache_folder: Path) -> None:
+    folder = OffloadFolder()
+    assert folder.path.parent == cache_folder / "offload"
+    folder.remove()
+
+
+def test_it_goes_when_nothing_holds_it(tmp_path: Path) -> None:
+    folder = OffloadFolder(str(tmp_path))
+    path = folder.path
+    assert path.is_dir()
+    del folder
+    assert not path.exists()
+
+
+def test_a_link_as_its_place_is_refused(tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (tmp_path / "planted").symlink_to(elsewhere, target_is_directory=True)
+    with pytest.raises(PlanError, match="is a link"):
+        OffloadFolder(str(tmp_path / "planted"))
+    assert list(elsewhere.iterdir()) == []
+
+
+def test_removing_follows_no_link(tmp_path: Path) -> None:
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "thesis.txt").write_text("years of work")
+    base = tmp_path / "base"
+
+    inside = OffloadFolder(str(base))
+    (inside.path / "weight.safetensors").symlink_to(precious / "thesis.txt")
+    (inside.path / "folder").symlink_to(precious, target_is_directory=True)
+    inside.protect()
+    inside.remove()
+
+    replaced = OffloadFolder(str(base))
+    replaced.path.rmdir()
+    replaced.path.symlink_to(precious, target_is_directory=True)
+    replaced.remove()
+
+    assert (precious / "thesis.txt").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("name", ["a/b", "a\\b", "../weight", "a..b", "nul\0byte"])
+def test_names_that_would_leave_the_folder(name: str) -> None:
+    with pytest.raises(SourceError, match="unsafe name"):
+        check_tensor_names(["model.layers.0.weight", name])
+
+
+def test_ordinary_names_pass() -> None:
+    check_tensor_names(["model.layers.0.mlp.experts.gate_up_proj", "transformer.h.0.attn.c_attn.weight"])
+
+
+def test_errors_of_the_disk_are_told_from_others(tmp_path: Path) -> None:
+    import errno
+
+    full = disk_error(OSError(errno.ENOSPC, "No space left on device"), str(tmp_path))
+    assert full is not None
+    assert "full" in full.message
+    wrapped = disk_error(
+        RuntimeError(f"Error while serializing: I/O error: {os.strerror(errno.ENOSPC)} (os error 28)")
+    )
+    assert wrapped is not None
+    denied = disk_error(PermissionError(errno.EACCES, "Permission denied"))
+    assert denied is not None
+    assert "written" in denied.message
+    assert disk_error(ValueError("something else")) is None
