@@ -55,7 +55,7 @@ def warnings(plan: Plan, max_memory: dict[str, int]) -> tuple[str, ...]:
 def _shortage(use: DeviceUse) -> str:
     parts = [f"{format_bytes(getattr(use, key))} {words}" for key, words in _PURPOSES if getattr(use, key)]
     return (
-        f"{use.device} lacks {format_bytes(-use.spare)}: {' + '.join(parts)}, "
+        f"{_device(use)} lacks {format_bytes(-use.spare)}: {' + '.join(parts)}, "
         f"of {format_bytes(use.limit)} that can be used."
     )
 
@@ -157,3 +157,8 @@ def _capped(plan: Plan, max_memory: dict[str, int]) -> Iterator[str]:
 
 def _blocks(count: int) -> str:
     return "1 block" if count == 1 else f"{count} blocks"
+
+
+def _device(use: DeviceUse) -> str:
+    """The name that ``--max-memory`` takes, and what it is where that is not plain."""
+    return "cpu (RAM)" if use.device == "cpu" else use.device

@@ -147,7 +147,7 @@ def _travel(home: str, device: str, machine: Machine, uses: Sequence[DeviceUse])
         bus = bus or machine.device(device).read_bytes_per_s
     copies = min(bus * UNPINNED_SHARE, UNPINNED_BYTES_PER_S)
     if home == "cpu":
-        return f"RAM → {device}", copies
+        return f"RAM → {device} unpinned", copies
     if _in_page_cache(machine, uses):
         return "disk (page cache)", copies
     disk = machine.bytes_per_s("disk", "cpu") or machine.device("disk").read_bytes_per_s

@@ -61,6 +61,7 @@ class Task:
         return {block.name: homes[i] for i, unit in enumerate(self.units) for block in unit.blocks}
 
 
+Choice = Callable[[list[int], int], list[int]]  # some units, how many of them -> which
 Eviction = Callable[[Task, int], frozenset[int]]  # how many units to offload -> which
 
 
@@ -73,7 +74,7 @@ def sequential(
     layout: ModelLayout, budget: MemoryBudget, machine: Machine, workload: Workload
 ) -> dict[str, str]:
     """Fill device after device in model order."""
-    return _on_gpus_or_cpu(layout, budget, machine, workload, lambda task: _fill(task, last_units))
+    return _on_gpus_or_cpu(layout, budget, machine, workload, lambda task: _fill(task, last_units, _last))
 
 
 def balanced(
@@ -181,7 +182,7 @@ def _tiers(machine: Machine) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
     return [gpus, on_cpu] if machine.has("cpu") else [gpus]
 
 
-def _fill(task: Task, evict: Eviction) -> Homes | None:
+def _fill(task: Task, evict: Eviction, choose: Choice | None = None) -> Homes | None:
     """Offload as few units as the computing devices allow; ``None`` when that does not fit."""
     counts = range(task.most_offloaded + 1)
     limits = task.limits
@@ -192,7 +193,7 @@ def _fill(task: Task, evict: Eviction) -> Homes | None:
     count = bisect_left(counts, True, key=fits)  # more offloaded, more room
     offloaded = evict(task, min(count, task.most_offloaded))
     resident = _pack(task, offloaded, limits)
-    stored = _store(task, offloaded)
+    stored = _store(task, offloaded, choose or _evenly)
     return {**resident, **stored} if resident is not None and stored is not None else None
 
 
@@ -249,12 +250,12 @@ def _pack(task: Task, offloaded: frozenset[int], limits: Mapping[str, int]) -> H
     return homes if homes or (room >= 0 and task.compute == ("cpu",)) else None
 
 
-def _store(task: Task, offloaded: frozenset[int], *, overflow: bool = False) -> Homes | None:
-    """Homes of the offloaded units: the fast store as full as it gets, the slow one's share evenly spaced."""
+def _store(task: Task, offloaded: frozenset[int], choose: Choice, *, overflow: bool = False) -> Homes | None:
+    """Homes of the offloaded units: the fast store as full as it gets, the others where ``choose`` says."""
     left = sorted(offloaded)
     homes: Homes = {}
     for store in task.stores[:-1]:
-        slower = _overflow(task, left, task.limits[store])
+        slower = _overflow(task, left, task.limits[store], choose)
         homes.update({i: store for i in left if i not in slower})
         left = [i for i in left if i in slower]
     if not left:
@@ -267,14 +268,14 @@ def _store(task: Task, offloaded: frozenset[int], *, overflow: bool = False) -> 
     return homes if fits or overflow else None
 
 
-def _overflow(task: Task, units: list[int], room: int) -> set[int]:
-    """The fewest evenly spaced ones of ``units`` whose absence makes the others fit ``room``."""
+def _overflow(task: Task, units: list[int], room: int, choose: Choice) -> set[int]:
+    """The fewest chosen ones of ``units`` whose absence makes the others fit ``room``."""
     total = sum(task.units[i].weights for i in units)
 
     def fits(count: int) -> bool:
-        return total - sum(task.units[i].weights for i in _evenly(units, count)) <= room
+        return total - sum(task.units[i].weights for i in choose(units, count)) <= room
 
-    return set(_evenly(units, bisect_left(range(len(units)), True, key=fits)))
+    return set(choose(units, bisect_left(range(len(units)), True, key=fits)))
 
 
 def _evenly(items: list[int], count: int) -> list[int]:
@@ -282,8 +283,12 @@ def _evenly(items: list[int], count: int) -> list[int]:
     return [items[(2 * k + 1) * len(items) // (2 * count)] for k in range(count)]
 
 
+def _last(items: list[int], count: int) -> list[int]:
+    return items[len(items) - count :]
+
+
 def _most_offloaded(task: Task) -> Homes:
     """Where to show what lacks when nothing fits: everything in the stores that can be."""
     offloaded = spread_layers(task, task.most_offloaded)
-    stored = _store(task, offloaded, overflow=True) or {}
+    stored = _store(task, offloaded, _evenly, overflow=True) or {}
     return {i: stored.get(i, task.compute[0]) for i in range(len(task.units))}

@@ -53,7 +53,7 @@ _GLYPHS = {
 _WHOLE_UP_TO = 3.0  # a tier larger than this many times the largest plan is cut off
 _TEXT_CELLS = 56
 _STRIP_CELLS = 66
-_BAR_PIXELS = 660  # of the widest bar in a 1000-pixel cell, to know which labels fit
+_BAR_PIXELS = 600  # of the widest bar in a 1000-pixel cell, to know which labels fit
 
 Memory = Mapping[str, Mapping[str, int]]
 
@@ -83,7 +83,10 @@ class _Tier:
     @property
     def shown_bytes(self) -> int:
         """What the bar's width stands for."""
-        return max(self.use.total, self.use.planned) if self.is_whole else max(1, self.use.planned)
+        if not self.is_whole:
+            return max(1, self.use.planned)
+        use = self.use
+        return max(1, use.total, use.planned + use.reserve + use.other)
 
 
 def map_report(plan: Plan, memory: Memory | None = None) -> Report:
@@ -141,7 +144,8 @@ def _tiers(plan: Plan) -> tuple[_Tier, ...]:
         whole = use.total <= _WHOLE_UP_TO * largest and device.kind != "disk" and not counted_above
         blocks = tuple(place for place in plan.placements if place.home == use.device and place.block.bytes)
         unified = ", unified memory" if device.unified else ""
-        name = f"{device.name}{unified} · {format_bytes(use.total)}"
+        free = "" if whole else f", {format_bytes(device.free_bytes)} free"
+        name = f"{device.name}{unified} · {format_bytes(use.total)}{free}"
         tiers.append(_Tier(use, device.kind, name, blocks, whole))
     return tuple(tiers)
 
@@ -304,7 +308,8 @@ def _html(plan: Plan, tiers: Sequence[_Tier], memory: Memory) -> str:
     chips += "".join(theme.chip(words) for words in [placement_words(plan), *_speeds(plan)])
     scale = max(tier.shown_bytes for tier in tiers)
     problems = "".join(
-        f'<div style="color:{theme.BAD};margin:2px 0">✗ {escape(problem)}</div>' for problem in plan.problems
+        f'<div style="color:{theme.BAD_TEXT};margin:2px 0">✗ {escape(problem)}</div>'
+        for problem in plan.problems
     )
     problems += "".join(f'<div style="margin:2px 0">→ {escape(remedy)}</div>' for remedy in plan.remedies[:1])
     rows = "".join(_html_link(plan, tier) + _html_tier(plan, tier, scale, memory) for tier in tiers)
@@ -325,7 +330,7 @@ def _row(left: str, middle: str, right: str) -> str:
 
 def _html_tier(plan: Plan, tier: _Tier, scale: int, memory: Memory) -> str:
     planned, left = _counts(tier, memory)
-    lacks = theme.BAD if tier.use.spare < 0 else theme.MUTED
+    lacks = theme.BAD_TEXT if tier.use.spare < 0 else theme.MUTED
     name = (
         f"<b>{escape(device_title(tier.use.device))}</b>"
         f'<div style="color:{theme.MUTED};font-size:12px;line-height:1.25">{escape(tier.name)}</div>'
@@ -339,31 +344,53 @@ def _html_tier(plan: Plan, tier: _Tier, scale: int, memory: Memory) -> str:
 def _html_bar(plan: Plan, tier: _Tier, scale: int) -> str:
     """The blocks in model order, then everything else, in true proportion."""
     whole = tier.shown_bytes
-    cells = [_html_block(plan, place, whole, scale) for place in tier.blocks]
+    labelled = all(_has_room(place, scale) for place in tier.blocks)
+    cells = [_html_block(plan, place, whole, scale, labelled=labelled) for place in tier.blocks]
     for purpose, size in tier.parts:
         if size:
             cells.append(_html_part(tier, purpose, size, whole, scale))
     edge = theme.BAD if tier.use.spare < 0 else theme.LINE
     open_end = "" if tier.is_whole else ";border-right:2px dotted"
     bar = (
-        f'<div style="display:flex;width:{100 * whole / scale:.3f}%;height:40px;box-sizing:border-box;min-width:4px;'
-        f'border:1px solid {edge}{open_end};border-radius:5px;overflow:hidden">{"".join(cells)}</div>'
+        f'<div style="display:flex;flex-shrink:0;width:{100 * whole / scale:.3f}%;height:40px;min-width:4px;'
+        f"box-sizing:border-box;border:1px solid {edge}{open_end};border-radius:5px;overflow:hidden"
+        f'">{"".join(cells)}</div>'
     )
-    if tier.is_whole:
-        return bar
-    free = plan.machine.device(tier.use.device).free_bytes
-    more = f'<span style="color:{theme.MUTED};font-size:11px;white-space:nowrap">… {format_bytes(free)} free</span>'
-    return f'<div style="display:flex;align-items:center;gap:6px">{bar}{more}</div>'
+    more = "" if tier.is_whole else f'<span style="width:0;padding-left:4px;color:{theme.MUTED}">…</span>'
+    end = _html_end(tier, scale) if tier.is_whole and whole > tier.use.total else ""
+    return f'<div style="padding-right:18px"><div style="display:flex;align-items:center;position:relative">{bar}{more}{end}</div></div>'
 
 
-def _html_block(plan: Plan, place: Placement, whole: int, scale: int) -> str:
-    index = place.block.label.rpartition(".")[2]
+def _html_end(tier: _Tier, scale: int) -> str:
+    """Where the device ends, across a bar that runs past it."""
+    return (
+        f'<span title="{escape(device_title(tier.use.device))} ends here: {format_bytes(tier.use.total)}" '
+        f'style="position:absolute;left:{100 * tier.use.total / scale:.3f}%;top:-3px;height:46px;width:0;'
+        f'border-left:3px solid {theme.BAD_TEXT}"></span>'
+    )
+
+
+def _has_room(place: Placement, scale: int) -> bool:
+    """Whether a block is wide enough for its number; a tier shows all numbers or none."""
+    return place.block.bytes / scale * _BAR_PIXELS >= 6 * len(_index(place)) + 3 or not _is_layer(place)
+
+
+def _html_block(plan: Plan, place: Placement, whole: int, scale: int, *, labelled: bool) -> str:
     pixels = place.block.bytes / scale * _BAR_PIXELS
-    label = index if pixels >= 7 * len(index) + 2 else ""
+    label = _index(place) if labelled and pixels >= 6 * len(_index(place)) + 3 else ""
     gap = f";box-shadow:inset -1px 0 0 {theme.PAGE}" if pixels >= 4 else ""
     return _segment(
         100 * place.block.bytes / whole, theme.fill(_paint(place)) + gap, _tooltip(plan, place), label
     )
+
+
+def _index(place: Placement) -> str:
+    """``"19"`` of ``"layers.19"``; other labels as they are."""
+    return place.block.label.rpartition(".")[2]
+
+
+def _is_layer(place: Placement) -> bool:
+    return place.block.kind in ("encoder", "decoder")
 
 
 def _html_part(tier: _Tier, purpose: str, size: int, whole: int, scale: int) -> str:

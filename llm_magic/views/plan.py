@@ -45,12 +45,18 @@ def _table(plan: Plan) -> list[list[str]]:
     keys = [*columns, "planned", "limit", "spare"]
     return [
         ["", *(_NAMES[key] for key in keys)],
-        *([device_title(use.device), *(_cell(use, key) for key in keys)] for use in plan.uses),
+        *([device_title(use.device), *(_cell(use, key) for key in keys)] for use in _shown(plan)),
     ]
+
+
+def _shown(plan: Plan) -> list[DeviceUse]:
+    return [use for use in plan.uses if use.planned or use.device != "disk"]
 
 
 def _cell(use: DeviceUse, key: str) -> str:
     size: int = getattr(use, key)
+    if use.device == "disk" and key in ("limit", "spare") and use.spare >= 0:
+        return "–"  # its blocks are read from files that are there already
     return format_bytes(size) if size or key in ("limit", "spare", "planned") else "–"
 
 
@@ -97,8 +103,8 @@ def _html_table(plan: Plan) -> str:
     line = f"border-top:1px solid {theme.LINE}"
     top = "".join(f'<th style="{cell};color:{theme.MUTED};font-weight:400">{escape(c)}</th>' for c in head)
     body = ""
-    for use, row in zip(plan.uses, rows, strict=True):
-        lacks = f";color:{theme.BAD};font-weight:600" if use.spare < 0 else ""
+    for use, row in zip(_shown(plan), rows, strict=True):
+        lacks = f";color:{theme.BAD_TEXT};font-weight:600" if use.spare < 0 else ""
         cells = [f'<th style="{cell};text-align:left;{line}">{escape(row[0])}</th>']
         cells += [f'<td style="{cell};{line}">{escape(c)}</td>' for c in row[1:-1]]
         cells.append(f'<td style="{cell};{line}{lacks}">{escape(row[-1])}</td>')

