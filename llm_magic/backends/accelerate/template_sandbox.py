@@ -39,6 +39,27 @@ STEP_COST = 16  # a loop step or a call, in characters
 
 _LEFT_OUT = ("batch", "pprint", "slice", "urlize", "wordwrap", "xmlattr")
 _FORBIDDEN_METHODS = frozenset({"encode", "maketrans", "to_bytes", "translate"})
+# Filters that hand out what is there already, or a number.
+_SELECTING = frozenset(
+    {
+        "abs",
+        "attr",
+        "count",
+        "d",
+        "default",
+        "first",
+        "float",
+        "int",
+        "last",
+        "length",
+        "max",
+        "min",
+        "random",
+    }
+)
+# Widths of four digits, and widths that are computed.
+_PERCENT_WIDTH = re.compile(r"%(?:\([^)]*\))?[-+ #0]*(?:\d{4}|\d*\.\d{4}|(?:\d*\.)?\*)")
+_BRACE_WIDTH = re.compile(r"\{[^{}]*:[^{}]*(?:\d{4}|\{)")
 _PADDING = frozenset({"center", "expandtabs", "indent", "ljust", "rjust", "round", "zfill"})
 
 
@@ -151,17 +172,25 @@ class _Meter:
 
     def pay(self, size: int) -> None:
         """Pay for a value of this size, before it is made where that is possible."""
+        self._check(size)
         self._left -= size + STEP_COST
-        if size > self._value_limit:
-            raise OverBudgetError("it makes a value that is far too large")
         if self._left < 0:
             raise OverBudgetError("it does far more than the conversation needs")
         if time.monotonic() > self._deadline:
             raise OverBudgetError(f"it takes longer than {TIME_LIMIT_S:g} s")
 
+    def _check(self, size: int) -> None:
+        if size > self._value_limit:
+            raise OverBudgetError("it makes a value that is far too large")
+
     def made(self, value: Any) -> Any:
-        """Pay for a value that exists already, with everything in it; returns it."""
-        self.pay(_tree(value)[0])
+        """Pay for a list or text that was just made; returns it.
+
+        What is in a list was paid for before. Its size written out is checked only: lists of the
+        same lists take little memory until something writes or compares them.
+        """
+        self._check(_tree(value)[0])
+        self.pay(_length(value))
         return value
 
     def steps(self, values: Iterable[Any]) -> Iterator[Any]:
@@ -220,10 +249,7 @@ def _replaced_size(text: str, old: Any, new: Any) -> int:
 
 def _formatted_size(pattern: str, marker: str, values: Iterable[Any]) -> int:
     """At most how long a formatted text gets; refuses widths, which need no value to be large."""
-    values = list(values)
-    if re.search(r"\d{4}", pattern) or (
-        re.search(r"%[^a-z%]*\*|:[^{}]*\{", pattern) and any(_integers(values))
-    ):
+    if (_PERCENT_WIDTH if marker == "%" else _BRACE_WIDTH).search(pattern):
         raise OverBudgetError("it pads text to a width that no prompt needs")
     longest = max((_tree(value)[0] for value in values), default=0)
     return len(pattern) + pattern.count(marker) * (1000 + 10 * longest)
@@ -299,6 +325,9 @@ class _Environment(ImmutableSandboxedEnvironment):
         @functools.wraps(apply)
         def metered(*args: Any, **kwargs: Any) -> Any:
             value, *options = args[1:] if passes_first else args
+            if name in _SELECTING:
+                self.meter.pay(0)
+                return apply(*args, **kwargs)
             self.meter.pay(_filter_size(name, value, options, kwargs))
             return self.meter.made(apply(*args, **kwargs))
 
@@ -406,7 +435,7 @@ def _filter_size(name: str, value: Any, options: list[Any], kwargs: Mapping[str,
         return _formatted_size(str(value), "%", everything)
     if name in ("indent", "tojson"):
         return _indented_size(name, value, everything)
-    return _tree(value)[0]
+    return _length(value)
 
 
 def _indented_size(name: str, value: Any, options: tuple[Any, ...]) -> int:
