@@ -15,11 +15,12 @@ from llm_magic.commands.help import command_parser
 from llm_magic.session import Session
 from llm_magic.settings import setting_names
 
+Matcher = Callable[[CompletionContext], SimpleMatcherResult]
 
-def make_matcher(session: Session) -> Callable[[CompletionContext], SimpleMatcherResult]:
+
+def make_matcher(session: Session) -> Matcher:
     """An IPython matcher (API version 2) for this session."""
 
-    @context_matcher(identifier="llm_magic")
     def llm_matcher(context: CompletionContext) -> SimpleMatcherResult:
         line = context.line_with_cursor[: context.cursor_position].lstrip()
         first, _, rest = line.partition(" ")
@@ -34,7 +35,8 @@ def make_matcher(session: Session) -> Callable[[CompletionContext], SimpleMatche
             "suppress": bool(completions),
         }
 
-    return llm_matcher
+    mark: Callable[[Matcher], Matcher] = context_matcher(identifier="llm_magic")
+    return mark(llm_matcher)
 
 
 def complete(session: Session, typed: str, is_cell: bool) -> list[str]:

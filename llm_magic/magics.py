@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from IPython.core import magic as ipython_magic
 from IPython.core.interactiveshell import InteractiveShell
-from IPython.core.magic import Magics, cell_magic, line_magic, magics_class, no_var_expand
 from IPython.display import display
 
 from llm_magic.arguments import HELP_FLAGS, split_words
@@ -25,6 +25,12 @@ from llm_magic.views.report import Report
 from llm_magic.views.table import line_report, stack
 
 _LAST = "_llm"
+
+# IPython types its decorators for plain functions, not for methods.
+_magics_class: Any = ipython_magic.magics_class
+_line_magic: Any = ipython_magic.line_magic
+_cell_magic: Any = ipython_magic.cell_magic
+_no_var_expand: Any = ipython_magic.no_var_expand
 
 
 class IPythonNotebook(Notebook):
@@ -46,12 +52,13 @@ class IPythonNotebook(Notebook):
             self.errors.record(result.execution_count, result.info.raw_cell, error)
 
 
-@magics_class
-class LLMMagic(Magics, Settings):
+@_magics_class
+class LLMMagic(ipython_magic.Magics, Settings):
     """Run language models over VRAM, RAM and disk. ``%llm help`` lists the commands."""
 
     def __init__(self, shell: InteractiveShell, session: Session) -> None:
         super().__init__(shell=shell)
+        self._user_shell = shell
         self.session = session
         self.notebook = IPythonNotebook(shell)
         is_notebook = hasattr(shell, "kernel")
@@ -61,8 +68,8 @@ class LLMMagic(Magics, Settings):
         formats = session.plugins.formats
         session.screen = NotebookScreen(formats) if self.ui == "basic" else TextScreen(formats)
 
-    @no_var_expand
-    @line_magic("llm")
+    @_no_var_expand
+    @_line_magic("llm")
     def command(self, line: str) -> None:
         """Load, place, watch and unload language models.
 
@@ -86,8 +93,8 @@ class LLMMagic(Magics, Settings):
         found = command_parser(command).parse([self._expand(word) for word in words[1:]])
         self._show(command.run(self.session, found))
 
-    @no_var_expand
-    @cell_magic("llm")
+    @_no_var_expand
+    @_cell_magic("llm")
     def prompt(self, line: str, cell: str) -> None:
         """Ask a loaded model. The cell is the prompt; ``{expr}`` is replaced by its value.
 
@@ -131,9 +138,9 @@ class LLMMagic(Magics, Settings):
         finally:
             # Also after an interrupt or an error: what came is kept.
             for generation in self.session.log[asked:][-1:]:
-                self.shell.user_ns[_LAST] = generation
+                self._user_shell.user_ns[_LAST] = generation
                 if parsed.out:
-                    self.shell.user_ns[parsed.out] = generation
+                    self._user_shell.user_ns[parsed.out] = generation
         if generation.display_format == "code" and (code := extract_code(generation.text)):
             self.notebook.set_next_input(code)
 
@@ -182,6 +189,7 @@ def register(shell: InteractiveShell, session: Session) -> Callable[[], None]:
     from llm_magic.completion import make_matcher
 
     magics = LLMMagic(shell, session)
+    configurables: list[Any] = shell.configurables
     shell.register_magics(magics)
     shell.events.register("post_run_cell", magics.notebook.record_error)
     matcher = make_matcher(session)
@@ -193,7 +201,7 @@ def register(shell: InteractiveShell, session: Session) -> Callable[[], None]:
         shell.input_transformers_cleanup.remove(give_empty_cell_a_body)
         shell.Completer.custom_matchers.remove(matcher)
         shell.events.unregister("post_run_cell", magics.notebook.record_error)
-        shell.configurables.remove(magics)
+        configurables.remove(magics)
         manager = shell.magics_manager
         manager.registry.pop(type(magics).__name__, None)
         for kind in ("line", "cell"):

@@ -282,7 +282,7 @@ class Session:
         return tuple(devices.values()), tuple(links.values())
 
     def _default_context(self, context_length: int) -> int:
-        wanted = self.settings.ctx_size
+        wanted: int = self.settings.ctx_size
         return min(wanted, context_length) if context_length else wanted
 
     def _load(

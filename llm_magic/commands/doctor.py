@@ -14,7 +14,7 @@ _MARKS = {"ok": "✓", "warning": "!", "problem": "✗"}
 
 
 def _run(session: Session, _: argparse.Namespace) -> Report:
-    findings = diagnose(session.plugins.status)
+    findings = diagnose(f"{s.name}: {s.error}" for s in session.plugins.status if s.error)
     rows = [[_MARKS[f.level], f.what, f.next_step] for f in findings]
     problems = sum(f.level == "problem" for f in findings)
     return table_report(

@@ -21,12 +21,13 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 def _run(session: Session, found: argparse.Namespace) -> Report | Generation:
     if not session.log:
         return line_report("No answers yet.")
-    if found.number is not None:
-        if not 1 <= found.number <= len(session.log):
+    number: int | None = found.number
+    if number is not None:
+        if not 1 <= number <= len(session.log):
             raise OptionError(
-                f"There is no answer {found.number}.", f"Answers are numbered 1 to {len(session.log)}."
+                f"There is no answer {number}.", f"Answers are numbered 1 to {len(session.log)}."
             )
-        return session.log[found.number - 1]
+        return session.log[number - 1]
     first = max(0, len(session.log) - max(1, found.last))
     rows = [_row(n, generation) for n, generation in enumerate(session.log[first:], first + 1)]
     return table_report(
