@@ -33,9 +33,10 @@ _LONGEST_GROUP = 2000  # characters of a LaTeX argument
 _MOST_CLOSERS = 6  # of the closing braces on the line that may end one expression
 _MOST_NOTES = 8
 
-# "{a: 1}" is a dictionary of some language more often than a format: a space or a bare number is none.
+# "{a: 1}" and "{a:b}" are a dictionary of some language more often than a format: a space, a bare number
+# and the rare single letters are none.
 _FORMAT = re.compile(
-    r"(?:![rsa])?(?::(?!\d+$|\s)(?:(?:.?[<>=^])?[-+ ]?z?#?0?\d*[,_]?(?:\.\d+)?[bcdeEfFgGnosxX%]?|[^{}%]*%[^{}]+))?"
+    r"(?:![rsa])?(?::(?!\d+$|[bcn]$|\s)(?:(?:.?[<>=^])?[-+ ]?z?#?0?\d*[,_]?(?:\.\d+)?[bcdeEfFgGnosxX%]?|[^{}%]*%[^{}]+))?"
 )
 _FORMATTED_STRINGS = re.compile(
     r"""(?<!\w)(?:[fFtT][rR]?|[rR][fFtT])(?:(["'])\1\1(?s:.*?)\1\1\1|(["'])(?:\\.|(?!\2)[^\\\n])*\2)"""
