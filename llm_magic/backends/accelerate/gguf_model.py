@@ -7,6 +7,7 @@ weights are unpacked one at a time instead of all together in memory.
 
 from __future__ import annotations
 
+import math
 import struct
 import tempfile
 from collections import Counter
@@ -20,6 +21,11 @@ from llm_magic.headers import GgufHeader, SkippedArray, TensorEntry
 _TOKENS = "tokenizer.ggml.tokens"
 _FILE = "model.gguf"
 _MAX_MODULES = 4096
+_LEFT_OUT = {
+    "qwen3moe": {"expert_feed_forward_length": "moe_intermediate_size"},
+    "gpt2": {"context_length": "n_positions"},
+}
+_SCALED_BY_KEYS = ("llama", "qwen2", "qwen2moe", "qwen3", "qwen3moe")
 
 
 def gguf_config(path: Path, header: GgufHeader) -> Any:
@@ -40,13 +46,75 @@ def gguf_config(path: Path, header: GgufHeader) -> Any:
         (Path(folder) / _FILE).write_bytes(_short_header(path, header))
         try:
             config = AutoConfig.from_pretrained(folder, gguf_file=_FILE, local_files_only=True)
-        except (ValueError, KeyError, TypeError, IndexError, NotImplementedError) as error:
+        except Exception as error:  # a hostile header can fail in any way a constructor can
             raise _unsupported(path, header, error) from None
     tokens = header.count(_TOKENS)
     if tokens and header.metadata.get(f"{header.architecture}.vocab_size") != config.vocab_size:
         config.vocab_size = tokens
+    _fill_in(config, path, header)
     config.name_or_path = ""  # transformers puts the file's title there, which is no path
     return config
+
+
+def _fill_in(config: Any, path: Path, header: GgufHeader) -> None:
+    """Set what the file says and transformers leaves at one model's default."""
+    for key, name in _LEFT_OUT.get(header.architecture, {}).items():
+        if (value := header.metadata.get(f"{header.architecture}.{key}")) is not None:
+            setattr(config, name, value)
+    if scaling := _rope_scaling(path, header):
+        config.rope_parameters = {**(config.rope_parameters or {}), **scaling}
+
+
+def _rope_scaling(path: Path, header: GgufHeader) -> dict[str, Any]:
+    """How rotary positions are stretched for long contexts; empty when they are not.
+
+    llama.cpp writes linear and YaRN scaling as keys, and Llama 3's as a tensor of factors by
+    which frequencies are divided. The largest of these is the factor of the formula; the rest of
+    it is the same in every Llama 3 model, which the other factors must confirm.
+
+    Raises
+    ------
+    SourceError
+        When the factors follow another formula.
+    """
+    prefix = f"{header.architecture}.rope.scaling"
+    kind = header.metadata.get(f"{prefix}.type")
+    if header.architecture in _SCALED_BY_KEYS and kind in ("linear", "yarn"):
+        found = {"rope_type": kind, "factor": float(header.metadata.get(f"{prefix}.factor", 1.0))}
+        original = header.metadata.get(f"{prefix}.original_context_length")
+        if original and kind == "yarn":
+            found["original_max_position_embeddings"] = int(original)
+        return found
+    factors = next((tensor for tensor in header.tensors if tensor.name == "rope_freqs.weight"), None)
+    if header.architecture != "llama" or factors is None or factors.dtype != "F32":
+        return {}
+    return _llama3_scaling(path, header, factors)
+
+
+def _llama3_scaling(path: Path, header: GgufHeader, factors: TensorEntry) -> dict[str, Any]:
+    with path.open("rb") as file:
+        file.seek(factors.offset)
+        stored = struct.unpack(f"<{factors.bytes // 4}f", file.read(factors.bytes))
+    theta = float(header.metadata.get("llama.rope.freq_base", 10_000.0))
+    factor, low, high, original = max(stored), 1.0, 4.0, 8192
+    for i, value in enumerate(stored):
+        turns = original / (
+            2 * math.pi * theta ** (i / len(stored))
+        )  # of this pair over the original context
+        smooth = min(1.0, max(0.0, (turns - low) / (high - low)))
+        if abs(value * ((1 - smooth) / factor + smooth) - 1) > 0.02:
+            raise SourceError(
+                f"{path.name} scales its positions in a way that transformers does not know.",
+                "Get the model's safetensors version.",
+            )
+    return {
+        "rope_type": "llama3",
+        "rope_theta": theta,
+        "factor": factor,
+        "low_freq_factor": low,
+        "high_freq_factor": high,
+        "original_max_position_embeddings": original,
+    }
 
 
 def _refuse_absurd(path: Path, header: GgufHeader) -> None:
@@ -58,13 +126,13 @@ def _refuse_absurd(path: Path, header: GgufHeader) -> None:
 
 
 def _unsupported(path: Path, header: GgufHeader, error: Exception) -> SourceError:
-    if isinstance(error, ValueError | NotImplementedError):
+    if "not supported" in str(error) or isinstance(error, NotImplementedError):
         return SourceError(
             f"{path.name} holds the architecture {header.architecture!r}, which transformers cannot read from a GGUF.",
             "Get the model's safetensors version, or upgrade transformers.",
         )
     return SourceError(
-        f"{path.name} lacks what a {header.architecture!r} model must say ({error}).",
+        f"{path.name} does not say what a {header.architecture!r} model must say ({type(error).__name__}).",
         "Get the file again, or another conversion of the model.",
     )
 
