@@ -326,9 +326,10 @@ def test_an_error_inside_a_block_leaves_the_next_answer_right(
                 raise error
             return linear(*inputs)
 
-        with monkeypatch.context() as patch, pytest.raises(wanted):
+        with monkeypatch.context() as patch:
             patch.setattr(torch.nn.functional, "linear", fail)
-            ask(llama, request(PROMPT, chat="errors"))
+            with pytest.raises(wanted):
+                ask(llama, request(PROMPT, chat="errors"))
         assert calls == at
         assert_nothing_is_left_on_the_compute_device(llama)
         assert ask(llama, request(PROMPT, chat="errors")).text == expected
