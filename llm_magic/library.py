@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,7 +94,7 @@ def _hub_models() -> list[LocalModel]:
 
 def _gguf_files(folder: Path) -> list[LocalModel]:
     files = [path for path in _entries(folder) if path.suffix.lower() == ".gguf" and path.is_file()]
-    return [_describe_gguf(path, "gguf", display_path(path)) for path in files]
+    return [_describe_gguf(path, "gguf", _typed(path)) for path in files]
 
 
 def _describe_gguf(path: Path, kind: str, source: str) -> LocalModel:
@@ -124,19 +125,22 @@ def _conversions(listed: set[str]) -> list[LocalModel]:
         size = sum(weights.stat().st_size for weights in mark.parent.glob("*.safetensors"))
         if not file.is_file():
             found.append(
-                LocalModel(
-                    file.stem, "folder", size, display_path(mark.parent), "converted, its GGUF is gone"
-                )
+                LocalModel(file.stem, "folder", size, _typed(mark.parent), "converted, its GGUF is gone")
             )
         elif file.stem not in listed:
             found.append(_describe_gguf(file, "gguf", _typed(file)))
     return found
 
 
-def _typed(file: Path) -> str:
-    """A path that works when it is typed: short where `display_path` keeps it whole."""
-    shown = display_path(file)
-    return shown if shown != file.name or file.parent == Path.cwd() else str(file)
+def _typed(path: Path) -> str:
+    """What to type for a file or a folder: as `display_path`, but one that always leads there."""
+    shown = display_path(path)
+    if Path(shown).expanduser().exists():
+        return shown
+    try:
+        return Path(os.path.relpath(path)).as_posix()
+    except ValueError:  # on another Windows drive
+        return str(path)
 
 
 def _folders(folder: Path) -> list[LocalModel]:
@@ -146,7 +150,7 @@ def _folders(folder: Path) -> list[LocalModel]:
             weights = [*path.glob("*.safetensors"), *path.glob("pytorch_model*.bin")]
             size = sum(file.stat().st_size for file in weights)
             detail = kind + ("" if weights else ", configuration only")
-            found.append(LocalModel(path.resolve().name, "folder", size, display_path(path), detail))
+            found.append(LocalModel(path.resolve().name, "folder", size, _typed(path), detail))
     return found
 
 

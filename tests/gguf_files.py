@@ -52,7 +52,8 @@ def save_gguf(
     """A GGUF file of a tiny model: real names, real tensors, a real tokenizer.
 
     Matrices are quantized to ``kind`` where their rows allow it. Tensors are stored as they are in
-    the model, without llama.cpp's rearrangements, which no test here depends on.
+    the model, without llama.cpp's rearrangements, which no test here depends on. ``renamed`` gives
+    tokens another text.
     """
     import gguf
 
@@ -61,7 +62,9 @@ def save_gguf(
     writer.add_license("mit")
     for key, value in keys.items():
         _add(writer, f"{architecture}.{key}", value)
-    _add_tokenizer(writer, tokenizer)
+    _add_tokenizer(writer, tokenizer, renamed or {})
+    if end_of_turn is not None:
+        writer.add_eot_token_id(end_of_turn)
     for name, weights in gguf_tensors(model, architecture).items():
         stored = gguf.GGMLQuantizationType[kind]
         if kind in ("F16", "F32"):
@@ -130,13 +133,13 @@ def _add(writer: Any, key: str, value: Any) -> None:
         writer.add_array(key, value)
 
 
-def _add_tokenizer(writer: Any, tokenizer: Any) -> None:
+def _add_tokenizer(writer: Any, tokenizer: Any, renamed: dict[str, str]) -> None:
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     vocabulary = sorted(content["model"]["vocab"], key=content["model"]["vocab"].__getitem__)
     special = {token["content"] for token in content["added_tokens"]}
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("default")
-    writer.add_token_list(vocabulary)
+    writer.add_token_list([renamed.get(token, token) for token in vocabulary])
     writer.add_token_types([3 if token in special else 1 for token in vocabulary])
     writer.add_token_merges([" ".join(pair) for pair in content["model"]["merges"]])
     writer.add_bos_token_id(0)

@@ -296,6 +296,22 @@ def test_the_tokenizer_and_its_template_come_along(gguf_of: Callable[..., Path],
     assert (ours.eos_token_id, ours.bos_token_id, ours.pad_token_id) == (1, 0, 2)
 
 
+def test_all_tokens_that_end_an_answer_are_kept(tmp_path: Path, cache_folder: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = tiny.save_llama(tmp_path / "model", layers=2)
+    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+    architecture, keys = KEYS["llama"]
+    path = tmp_path / "chat.gguf"
+    tokenizer = tiny.save_tokenizer(folder)
+    renamed = {"<|user|>": "<|im_end|>"}
+    save_gguf(path, model, architecture, keys, tokenizer, end_of_turn=5, renamed=renamed)
+    converted = AutoModelForCausalLM.from_pretrained(convert(path).folder, local_files_only=True)
+    # </s> is 1, the end of turn 5 as the file says, and <|im_end|> 4 is known by its text
+    assert converted.generation_config.eos_token_id == [1, 5, 4]
+    assert converted.generation_config.pad_token_id == 2
+
+
 def test_a_conversion_names_no_folder_of_this_machine(
     gguf_of: Callable[..., Path], cache_folder: Path
 ) -> None:

@@ -83,7 +83,7 @@ def convert_gguf(gguf: Path, progress: Progress) -> Path:
             _save_loaded_model(gguf, header, folder, progress)
         else:
             _save_model(gguf, header, folder, progress)
-        _save_tokenizer(gguf, folder)
+        _save_tokenizer(gguf, header, folder)
         _write_mark(folder, gguf, header)
     return target
 
@@ -150,7 +150,7 @@ def _parameter_shapes(skeleton: Any) -> dict[str, tuple[int, ...]]:
     return {name: tuple(p.shape) for name, p in skeleton.named_parameters() if name not in tied}
 
 
-def _save_tokenizer(gguf: Path, folder: Path) -> None:
+def _save_tokenizer(gguf: Path, header: GgufHeader, folder: Path) -> None:
     tokenizer = gguf_model.gguf_tokenizer(gguf)
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
@@ -158,6 +158,16 @@ def _save_tokenizer(gguf: Path, folder: Path) -> None:
     for key in ("is_local", "local_files_only", "name_or_path"):  # how it was loaded, not what it is
         config.pop(key, None)
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8")
+    _save_end_tokens(gguf_model.end_tokens(header, tokenizer), folder)
+
+
+def _save_end_tokens(ends: list[int], folder: Path) -> None:
+    path = folder / "generation_config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if ends:
+        config["eos_token_id"] = ends[0] if len(ends) == 1 else ends
+    config.pop("_from_model_config", None)  # or transformers would make it anew, without the end tokens
+    path.write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
 def _write_mark(folder: Path, gguf: Path, header: GgufHeader) -> None:

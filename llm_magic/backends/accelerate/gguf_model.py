@@ -25,6 +25,7 @@ _LEFT_OUT = {
     "qwen3moe": {"expert_feed_forward_length": "moe_intermediate_size"},
     "gpt2": {"context_length": "n_positions"},
 }
+_END_TEXTS = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|eom_id|>")
 _SCALED_BY_KEYS = ("llama", "qwen2", "qwen2moe", "qwen3", "qwen3moe")
 
 
@@ -188,6 +189,18 @@ def gguf_tokenizer(path: Path) -> Any:
             f"{path.name} has a tokenizer that transformers cannot build ({type(error).__name__}).",
             "Get the model's safetensors version.",
         ) from None
+
+
+def end_tokens(header: GgufHeader, tokenizer: Any) -> list[int]:
+    """Ids of the tokens that end an answer, as llama.cpp counts them: end of text, of turn, of message.
+
+    A file names one or some of them; of those it leaves out, the usual ones are known by their text.
+    """
+    keys = ("eos", "eot", "eom")
+    ids = [header.metadata.get(f"tokenizer.ggml.{key}_token_id") for key in keys]
+    vocabulary = tokenizer.get_vocab()
+    ids += [vocabulary.get(text) for text in _END_TEXTS]
+    return list(dict.fromkeys(i for i in ids if isinstance(i, int) and i < len(tokenizer)))
 
 
 def gguf_dtype(header: GgufHeader) -> str:
