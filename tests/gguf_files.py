@@ -47,7 +47,15 @@ def gguf_bytes(
 
 
 def save_gguf(
-    path: Path, model: Any, architecture: str, keys: dict[str, Any], tokenizer: Any, kind: str = "Q8_0"
+    path: Path,
+    model: Any,
+    architecture: str,
+    keys: dict[str, Any],
+    tokenizer: Any,
+    kind: str = "Q8_0",
+    *,
+    end_of_turn: int | None = None,
+    renamed: dict[str, str] | None = None,
 ) -> Path:
     """A GGUF file of a tiny model: real names, real tensors, a real tokenizer.
 
