@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import fields
 from typing import Any
 
@@ -62,6 +61,8 @@ class LLM:
 
     async def agenerate(self, prompt: str, **options: Any) -> Generation:
         """The same for ``await``: the event loop goes on meanwhile."""
+        import asyncio  # 30 ms that only this needs
+
         return await asyncio.to_thread(self, prompt, **options)
 
     def close(self) -> None:
