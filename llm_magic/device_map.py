@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from llm_magic.budget import device_name
+from llm_magic.costs import main_device
 from llm_magic.errors import PlanError
 from llm_magic.folders import display_path
 from llm_magic.machine import Machine
@@ -41,6 +42,7 @@ def resolve_device_map(
     homes = {block.name: home for block in layout.blocks if (home := _home(block, devices))}
     for group in tied_groups(layout):
         _settle_ties(group, homes)
+    _settle_buffers(layout, homes, machine)
     missing = [block.label for block in layout.blocks if block.name not in homes]
     if missing:
         raise PlanError(
@@ -137,6 +139,16 @@ def _settle_ties(group: tuple[Block, ...], homes: dict[str, str]) -> None:
     if given:
         home = given.pop()
         homes.update({block.name: home for block in group if not block.tensors})
+
+
+def _settle_buffers(layout: ModelLayout, homes: dict[str, str], machine: Machine) -> None:
+    """A block of buffers only, such as the rotary embedding, may be left out: it stays where things compute."""
+    if not homes:
+        return
+    place = main_device(homes.values(), machine)
+    for block in layout.blocks:
+        if not block.tensors and not block.tied_to:
+            homes.setdefault(block.name, place)
 
 
 def _unknown_module(key: str, layout: ModelLayout) -> PlanError:

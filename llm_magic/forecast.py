@@ -69,7 +69,7 @@ def make_forecast(
     sequences.
     """
     decode = _sweep(layout, workload, placed, tokens=1)
-    moved = decode.moves | {(device, device): count for device, count in decode.reads.items()}
+    moved = {**decode.moves} | {(device, device): count for device, count in decode.reads.items()}
     legs = _stock_accelerate(decode, machine, uses)
     if legs is None:
         return Forecast(0.0, 0.0, "unknown", moved)
@@ -134,8 +134,8 @@ def _stock_accelerate(sweep: Sweep, machine: Machine, uses: Sequence[DeviceUse])
         words, speed = _travel(home, device, machine, uses)
         if not speed:
             return None
-        hooks = sweep.tensors[home, device] * OFFLOADED_TENSOR_S
-        legs.append(Leg(f"{words}, {format_bandwidth(speed)}", count / speed + hooks, is_travel=True))
+        seconds = count / speed + sweep.tensors[home, device] * OFFLOADED_TENSOR_S
+        legs.append(Leg(f"{words}, {format_bandwidth(count / seconds)}", seconds, is_travel=True))
     return tuple(legs)
 
 

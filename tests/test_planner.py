@@ -366,7 +366,7 @@ def test_forecast_of_stock_offload_is_a_sum():
     assert plan.forecast.bytes_per_token == {("cpu", "cuda:0"): moved, ("cuda:0", "cuda:0"): read}
     seconds = moved / 6e9 + 18 * 0.4e-3 + max(read / 1e12, 4 * 1e-3)
     assert plan.forecast.decode_tps == pytest.approx(1 / seconds)
-    assert plan.forecast.bound_by == "RAM → cuda:0 unpinned, 6.0 GB/s"
+    assert plan.forecast.bound_by == "RAM → cuda:0 unpinned, 5.0 GB/s"  # 200 MiB in 34.95 + 7.2 ms
 
 
 def test_forecast_of_the_measured_h100():
@@ -383,7 +383,7 @@ def test_forecast_from_a_cold_disk():
     layout = llama(layers=8, layer_elements=512 * MIB)
     box = machine(ram(4 * GIB), disk(100 * GIB))
     plan = plan_for(layout, box)
-    assert plan.forecast.bound_by.startswith("disk, 0.7") or plan.forecast.bound_by == "disk, 718 MB/s"
+    assert plan.forecast.bound_by == "disk, 716 MB/s"  # 1.49 s a GiB and 9 tensors of 0.4 ms
     moved = plan.forecast.bytes_per_token["disk", "cpu"]
     speed = 1 / (1 / 8e8 + 1 / 7e9)
     assert 1 / plan.forecast.decode_tps > moved / speed

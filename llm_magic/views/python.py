@@ -19,17 +19,30 @@ Device = str | int
 def python_of(plan: Plan) -> str:
     """Lines that load the model with transformers and Accelerate as planned.
 
-    GPUs are written as Accelerate's integers, runs of layers as comprehensions.
+    GPUs are written as Accelerate's integers, runs of layers as comprehensions. A GGUF whose
+    blocks go to disk is converted first: transformers offloads safetensors only.
     """
     auto_class = "AutoModelForSeq2SeqLM" if plan.layout.is_encoder_decoder else "AutoModelForCausalLM"
     imports, source = _source(plan.source)
-    arguments = [source, *_file_arguments(plan), f"dtype={_dtype(plan)}", "device_map=device_map"]
-    if "disk" in plan.device_map.values():
-        arguments.append('offload_folder="offload"')
-    lines = [*imports, f"from transformers import {auto_class}", "", *_device_map(plan)]
-    return "\n".join(
-        [*lines, f"model = {auto_class}.from_pretrained(", *(f"    {a}," for a in arguments), ")"]
-    )
+    files, dtype = _file_arguments(plan), f"dtype={_literal(plan.layout.dtype or 'auto')}"
+    arguments, conversion = [source, *files], []
+    to_disk = "disk" in plan.device_map.values()
+    is_gguf = bool(files) and files[0].startswith("gguf_file")
+    if to_disk and is_gguf:
+        conversion = [
+            *_call("whole", auto_class, [source, *files, dtype]),
+            'whole.save_pretrained("converted")',
+            "",
+        ]
+        arguments = ['"converted"']
+    arguments += [dtype, "device_map=device_map", *(['offload_folder="offload"'] if to_disk else [])]
+    names = f"{auto_class}, GgufConfig" if is_gguf else auto_class
+    head = [*imports, f"from transformers import {names}", ""]
+    return "\n".join([*head, *conversion, *_device_map(plan), *_call("model", auto_class, arguments)])
+
+
+def _call(name: str, auto_class: str, arguments: list[str]) -> list[str]:
+    return [f"{name} = {auto_class}.from_pretrained(", *(f"    {argument}," for argument in arguments), ")"]
 
 
 def accelerate_devices(plan: Plan) -> dict[str, Device]:
@@ -53,14 +66,11 @@ def _source(source: str) -> tuple[list[str], str]:
 def _file_arguments(plan: Plan) -> list[str]:
     source = plan.source
     if source == "starter":
-        return ['gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf"']
+        source = "SmolLM2-135M-Instruct.Q4_1.gguf"
     gguf = [f"gguf_file={_literal(Path(source).name)}"] if source.lower().endswith(".gguf") else []
+    gguf += ["quantization_config=GgufConfig(dequantize=True)"] if gguf else []
     revision = plan.options.get("revision")
     return [*gguf, *([f"revision={_literal(revision)}"] if revision else [])]
-
-
-def _dtype(plan: Plan) -> str:
-    return _literal(plan.layout.dtype or "auto")
 
 
 def _device_map(plan: Plan) -> list[str]:

@@ -1,0 +1,352 @@
+"""What plans and maps say: golden text, HTML that is safe anywhere, Python that runs."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llm_magic.machine import Machine
+from llm_magic.model import ModelLayout
+from llm_magic.plan import Plan, Workload
+from llm_magic.planner import make_plan
+from llm_magic.policies import POLICIES
+from llm_magic.units import GIB, MIB
+from llm_magic.views import theme
+from llm_magic.views.map import map_report, placement_bar, placement_words, processor_words
+from llm_magic.views.plan import plan_report
+from llm_magic.views.python import python_of
+from llm_magic.views.report import Report
+from llm_magic.views.words import percents, ranges
+from tests.layouts import (
+    eight_gpus,
+    four_gpus,
+    gpu,
+    laptop,
+    llama,
+    llama405b,
+    mac,
+    machine,
+    moe30b,
+    qwen32b,
+    ram,
+    starter,
+    workstation,
+)
+
+POLICY = {planner.name: planner for planner in POLICIES}
+
+
+def plan_for(
+    layout: ModelLayout,
+    box: Machine,
+    policy: str = "auto",
+    *,
+    context: int = 8192,
+    source: str = "",
+    **limits: int,
+) -> Plan:
+    return make_plan(
+        layout,
+        box,
+        Workload(context),
+        placement=POLICY[policy],
+        policy=policy,
+        max_memory=limits,
+        source=source,
+    )
+
+
+def half_on_disk() -> Plan:
+    return plan_for(starter(), laptop(), context=2048, source="org/starter", cpu=190 * MIB)
+
+
+PLANS = {
+    "half on disk": half_on_disk,
+    "one GPU": lambda: plan_for(qwen32b(), workstation()),
+    "four GPUs": lambda: plan_for(qwen32b(), four_gpus(), "balanced"),
+    "405B": lambda: plan_for(llama405b(), eight_gpus()),
+    "unified": lambda: plan_for(qwen32b(), mac()),
+    "experts": lambda: plan_for(moe30b(), workstation()),
+    "does not fit": lambda: plan_for(qwen32b(), workstation(), "cpu"),
+}
+
+
+# --- Golden text
+
+PLAN_TEXT = """\
+SmolLM2-135M-Instruct  bfloat16 · 256.6 MiB · 30 layers · context 2,048
+✓ fits, 2.6 MiB to spare in RAM · placed by auto: 50 % RAM · 50 % disk
+
+        weights  KV cache  activations    slots    planned         of    spare
+RAM   128.3 MiB  45.0 MiB      7.4 MiB  6.8 MiB  187.4 MiB  190.0 MiB  2.6 MiB
+Disk  128.3 MiB         –            –        –  128.3 MiB          –        –
+
+forecast   decode 9.0 tok/s · prefill 436 tok/s · bound by disk (page cache), 1.5 GB/s
+each token 128.3 MiB Disk → RAM, 267.8 MiB read by the CPU
+
+! No GPU was found: the CPU computes.
+! 19 blocks of 128.3 MiB on disk, read again for every token at 800 MB/s: slow, unless the system's page cache can hold them.
+! A prompt of more than about 745 tokens may not fit: activations on cpu grow by 16.9 MiB up to the whole context, and 2.6 MiB are spare.
+
+The same with plain transformers:
+    from transformers import AutoModelForCausalLM
+
+    device_map = {"model.embed_tokens": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
+    device_map |= {f"model.layers.{i}": "disk" for i in range(30)}
+    device_map |= {f"model.layers.{i}": "cpu" for i in [1, 4, 6, 9, 12, 14, 17, 20, 23, 25, 28]}
+    model = AutoModelForCausalLM.from_pretrained(
+        "org/starter",
+        dtype="bfloat16",
+        device_map=device_map,
+        offload_folder="offload",
+    )"""
+
+
+def test_plan_text():
+    assert plan_report(half_on_disk()).text == PLAN_TEXT
+
+
+MAP_TEXT = """\
+Qwen3-32B  bfloat16 · 61.0 GiB · 64 layers · context 8,192
+✓ fits, 688.4 MiB to spare on cuda:0 · forecast 0.13 tok/s · bound by RAM → cuda:0 unpinned, 6.8 GB/s
+
+cuda:0  [████████████████░▓▓-/]                                      21.3 GiB, 688.4 MiB spare · now 19.0 GiB  (RTX 4090 · 24.0 GiB)
+     ↑  37.2 GiB to cuda:0 for every token · link 25.1 GB/s
+RAM     [█████████████████████████████████--/////////////////////]   37.2 GiB, 351.0 MiB spare  (DDR5 · 64.0 GiB)
+     ↑  5.4 GiB to cuda:0 for every token · link 6.8 GB/s
+Disk    [█████ …                                                     5.4 GiB, read from its files  (NVMe SSD · 1000.0 GiB, 412.0 GiB free)
+
+blocks in model order: 0 cuda:0, R RAM, D Disk
+  0R0RRD0RRR0RRR0RD0RRR0RRR0RDR0RR0R
+  RR0RDR0RRR0RRR0DR0RRR0RRR0DRR0R00
+  cuda:0: embed, layers.1, 5, 9, 13, 16, 20, 24, 28, 31, 35, 39, 43, 47, 50, 54, 58, 62, norm, head
+  RAM: layers.0, 2–3, 6–8, 10–12, 14, 17–19, 21–23, 25, 27, 29–30, 32–34, 36, 38, 40–42, 44–46, 49, 51–53, 55–57, 60–61, 63
+  Disk: layers.4, 15, 26, 37, 48, 59
+
+█ weights   ░ slots   ▓ KV cache   ▒ activations   · free   - kept in reserve   / other programs"""
+
+
+def test_map_text():
+    report = map_report(PLANS["one GPU"](), {"cuda:0": {"weights": 18 * GIB, "kv_cache": GIB}})
+    assert "\n".join(line.rstrip() for line in report.text.splitlines()) == MAP_TEXT
+
+
+def test_words_and_bars():
+    plan = PLANS["one GPU"]()
+    assert placement_words(plan) == "30 % GPU · 61 % RAM · 9 % disk"
+    assert processor_words(plan) == "9%/61%/30% disk/CPU/GPU"
+    text, html = placement_bar(plan)
+    assert text == "[██████▓▓▓▓▓▓▓▓▓▓▓▓▓░] 30 % GPU · 61 % RAM · 9 % disk"
+    assert "30 % GPU" in html
+    assert processor_words(PLANS["experts"]()) == "65%/35% CPU/GPU"
+    assert processor_words(PLANS["four GPUs"]()) == "100% GPU"
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_text_says_the_verdict_and_every_reason(name):
+    plan = PLANS[name]()
+    for report in (plan_report(plan), map_report(plan)):
+        assert ("✓ fits" in report.text) == plan.fits
+        assert all(problem in report.text for problem in plan.problems)
+        assert plan.fits or plan.remedies[0] in report.text
+
+
+def test_unknown_speed_is_called_unknown():
+    plan = plan_for(qwen32b(), machine(gpu(0, 80 * GIB, read=0), ram(64 * GIB)))
+    assert "forecast   decode unknown · prefill unknown\n" in plan_report(plan).text
+    assert "forecast unknown" in map_report(plan).text
+
+
+@given(st.dictionaries(st.sampled_from(["gpu", "cpu", "disk"]), st.integers(1, 10**12)))
+def test_percents_add_up(sizes):
+    shares = percents(sizes)
+    assert sum(shares.values()) == (100 if sizes else 0)
+    assert all(share >= 1 for share in shares.values())
+
+
+def test_ranges():
+    assert ranges([5, 0, 1, 2]) == "0–2, 5"
+    assert ranges([]) == ""
+
+
+# --- HTML
+
+
+class Page(HTMLParser):
+    """Elements, their attributes, and the visible text."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.shown = ""
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.shown += data
+
+
+def htmls(plan: Plan) -> list[str]:
+    return [plan_report(plan).html, map_report(plan, {"cpu": {"weights": 1}}).html, placement_bar(plan)[1]]
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_html_is_static_and_stands_alone(name):
+    for html in htmls(PLANS[name]()):
+        page = Page(html)
+        assert page.open == []
+        assert {tag for tag, _ in page.tags} <= {
+            *("div", "span", "b", "table", "thead", "tbody", "tr", "th", "td", "details", "summary", "pre")
+        }
+        assert {key for _, attributes in page.tags for key in attributes} <= {"style", "title"}
+        assert not re.search(r"url\(|https?:|javascript|expression\(|@import", html, re.IGNORECASE)
+
+
+def test_hostile_names_stay_text():
+    evil = "<img src=x onerror=alert(1)>\"'&{}"
+    layout = replace(llama(), name=evil)
+    first = replace(layout.blocks[0], label=evil)
+    layout = replace(layout, blocks=(first, *layout.blocks[1:]), dtype="bfloat16")
+    box = machine(replace(gpu(0, 24 * GIB), name=evil), replace(ram(64 * GIB), name=evil))
+    plan = plan_for(layout, box, source=evil)
+    for html in htmls(plan):
+        assert "<img" not in html
+        assert all(tag != "img" for tag, _ in Page(html).tags)
+    assert evil in Page(map_report(plan).html).shown
+
+
+@pytest.mark.parametrize("name", ["one GPU", "half on disk", "experts"])
+def test_every_block_is_in_the_map_with_a_tooltip(name):
+    plan = PLANS[name]()
+    titles = [a["title"] or "" for _, a in Page(map_report(plan).html).tags if "title" in a]
+    for place in plan.placements:
+        mine = [title for title in titles if title.startswith(f"{place.block.label} · ")]
+        # once in its tier, when it has bytes there, and once in the strip
+        assert len(mine) == 1 + bool(place.block.bytes), place.block.label
+        where = {"cpu": "in RAM", "disk": "on disk"}.get(place.home, f"on {place.home}")
+        assert where in mine[0]
+        assert ("streams to" in mine[0]) == place.is_offloaded
+
+
+def test_bars_are_at_one_true_scale():
+    plan = PLANS["one GPU"]()
+    html = map_report(plan).html
+    widths = [float(w) for w in re.findall(r"flex-shrink:0;width:([\d.]+)%;height:40px", html)]
+    # 24 GiB of VRAM and 5.4 GiB on disk beside 64 GiB of RAM
+    disk_bytes = plan.use("disk").planned
+    assert widths == pytest.approx([100 * 24 / 64, 100, 100 * disk_bytes / (64 * GIB)], abs=0.01)
+
+
+def test_segments_of_a_whole_device_fill_its_bar():
+    html = map_report(PLANS["four GPUs"]()).html
+    bars = html.split("height:40px")[1:]
+    for bar in bars:
+        inside = bar.split("</div>")[0]
+        shares = [float(w) for w in re.findall(r"display:block;flex-shrink:0;width:([\d.]+)%", inside)]
+        assert sum(shares) == pytest.approx(100, abs=0.1)
+
+
+def test_an_overfull_device_shows_where_it_ends():
+    html = map_report(PLANS["does not fit"]()).html
+    assert 'title="RAM ends here: 64.0 GiB"' in html
+    assert "lacks 25.5 GiB" in html
+
+
+def luminance(colour: str) -> float:
+    channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one: str, other: str) -> float:
+    dark, light = sorted((luminance(one), luminance(other)))
+    return (light + 0.05) / (dark + 0.05)
+
+
+@pytest.mark.parametrize(
+    "name", ["gpu", "ram", "ram-streamed", "disk", "kv_cache", "activations", "slots", "buffers"]
+)
+def test_one_palette_serves_light_and_dark(name):
+    colour = re.findall(r"background-color:(#\w{6})", theme.fill(name))[0]
+    assert contrast(colour, "#ffffff") >= 4.4  # the white label inside
+    assert contrast(colour, "#111111") >= 3
+
+
+def test_travelling_and_resident_blocks_differ_without_colour():
+    fills = [theme.fill(name) for name in ("gpu", "ram-streamed", "disk", "kv_cache", "activations")]
+    patterns = [re.findall(r"background-image:([^;]*)", fill) for fill in fills]
+    assert len({str(pattern) for pattern in patterns}) == len(patterns)
+
+
+def test_report_shows_text_where_there_is_no_html():
+    report = Report("words")
+    assert report._repr_mimebundle_() == {"text/plain": "words"}
+    assert repr(report) == str(report) == "words"
+    assert Report("words", "<b>words</b>")._repr_mimebundle_()["text/html"] == "<b>words</b>"
+
+
+# --- Python
+
+
+def run(code: str) -> dict[str, Any]:
+    names: dict[str, Any] = {}
+    exec(compile(code, "snippet", "exec"), names)
+    return names
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_the_snippets_map_is_the_plans(name):
+    plan = PLANS[name]()
+    code = python_of(plan).split("\nmodel = ")[0].replace("from transformers import AutoModelForCausalLM", "")
+    found = run(code)["device_map"]
+    gpus = {f"cuda:{i}": i for i in range(8)}
+    expected = {block: gpus.get(home, home) for block, home in plan.device_map.items()}
+    assert found == expected or found == {"": next(iter(expected.values()))}
+
+
+def test_absolute_paths_stay_out_of_the_snippet(tmp_path, monkeypatch):
+    (tmp_path / "home" / "models").mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))
+    plan = plan_for(llama(), laptop(), source=str(tmp_path / "home" / "models"))
+    assert '    Path("~/models").expanduser(),' in python_of(plan)
+    assert str(tmp_path) not in plan_report(plan).text + plan_report(plan).html
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("map_", [{"": "cpu"}, {"": "cpu", "layers.1": "disk", "layers.2": "disk"}])
+def test_the_snippet_runs_and_answers_like_the_plain_model(tmp_path, monkeypatch, tied, map_):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from llm_magic.model import ModelSpec
+    from tests.engines import BACKEND
+    from tests.tiny import save_llama
+
+    monkeypatch.chdir(tmp_path)
+    folder = save_llama(Path("tiny"), tied=tied)
+    layout = BACKEND.layout(ModelSpec(str(folder)), lambda _event: None)
+    plan = make_plan(layout, laptop(), Workload(64), placement=map_, policy="map.json", source="tiny")
+    model = run(python_of(plan))["model"]
+    tokens = torch.arange(3, 11)[None]
+    with torch.no_grad():
+        found = model(tokens).logits
+        plain = AutoModelForCausalLM.from_pretrained(folder, dtype=layout.dtype)(tokens).logits
+    assert torch.equal(found, plain)
+    homes = {name: str(home) for name, home in getattr(model, "hf_device_map", {"": "cpu"}).items()}
+    assert ("disk" in homes.values()) == ("disk" in plan.device_map.values())
