@@ -515,6 +515,17 @@ def test_tied_blocks_on_two_devices_are_refused(tmp_path):
     assert found["lm_head"] == "cuda:0"
 
 
+def test_a_block_of_buffers_only_may_be_left_out(tmp_path):
+    rotary = Block("model.rotary_emb", "rotary_emb", "other", buffer_bytes=256)
+    layout = toy()
+    layout = replace(layout, blocks=(layout.blocks[0], rotary, *layout.blocks[1:]))
+    map_ = {"embed": "cpu", "model.layers": "cpu", "norm": "cuda:0", "head": "cuda:0"}
+    found = read_device_map(write(tmp_path, json.dumps(map_)), layout, workstation())
+    assert found["model.rotary_emb"] == "cuda:0"
+    plan = make_plan(layout, workstation(), Workload(1024), placement=found, policy="map.json")
+    assert plan.use("cuda:0").buffers == 256
+
+
 def test_a_planner_that_leaves_a_block_out_is_named():
     broken = Planner("half", "a broken plugin", lambda layout, *_: {layout.blocks[0].name: "cpu"})
     with pytest.raises(PlanError, match="The policy half gave an invalid map: The device map leaves out"):
