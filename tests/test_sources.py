@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from llm_magic.backends.accelerate.backend import TransformersBackend
+from llm_magic.backends.accelerate.layout import read_layout
 from llm_magic.backends.accelerate.sources import (
     ModelFiles,
     fetch_weights,
@@ -261,7 +262,7 @@ def test_a_part_of_a_split_gguf_says_how_to_join_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "evil",
     [
-        {"auto_map": {"AutoModelForCausalLM": "evil.Model"}},
+        {"auto_map": {}, "vision_config": {"auto_map": {"AutoModelForCausalLM": "evil.Model"}}},
         {"trust_remote_code": True},
         {"text_config": {"auto_map": {"AutoConfig": "evil--repo.Config"}}},
         {"a": [{"b": [{"trust_remote_code": "yes"}]}]},
@@ -279,6 +280,23 @@ def test_configurations_that_ask_for_code_are_refused(model: Path, file: str, ev
     error = refused(model)
     assert "never does" in error.message
     assert file in error.message
+    assert not sentinel.exists()
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_an_auto_map_at_the_top_is_passed_over(model: Path, known: bool) -> None:
+    sentinel = model / "ran"
+    (model / "evil.py").write_text(f"open({str(sentinel)!r}, 'w')\nclass Config: pass\nclass Model: pass\n")
+    edit(model / "config.json", auto_map={"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"})
+    edit(model / "tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.Model", None]})
+    if not known:
+        edit(model / "config.json", model_type="evil")
+    spec = ModelSpec(str(model))
+    if known:
+        assert read_layout(spec, resolve(spec, lambda _: None)).architecture == "LlamaForCausalLM"
+    else:
+        with pytest.raises(SourceError, match="does not support the architecture 'evil'"):
+            read_layout(spec, resolve(spec, lambda _: None))
     assert not sentinel.exists()
 
 

@@ -247,9 +247,11 @@ def refuse_code(config: Mapping[str, Any], file: str) -> None:
     """Refuse a configuration that wants code to be downloaded and run, at any depth.
 
     ``auto_map`` and ``trust_remote_code`` name Python files; an attention or experts
-    implementation with a slash names a kernel repository.
+    implementation with a slash names a kernel repository. Only an ``auto_map`` at the top is let
+    by: models that transformers knows by now still carry it, ``trust_remote_code=False`` passes it
+    over, and an architecture that transformers does not know is refused when its config is read.
     """
-    for key, value in _walk(config):
+    for key, value in _walk({key: value for key, value in config.items() if key != "auto_map"}):
         asks = key in ("auto_map", "trust_remote_code", "custom_pipelines") and value not in (
             None,
             False,
