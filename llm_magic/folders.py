@@ -10,7 +10,9 @@ import platformdirs
 
 def cache_folder() -> Path:
     """Folder for what can be made again; ``LLM_MAGIC_CACHE`` overrides it. It may not exist yet."""
-    return Path(os.environ.get("LLM_MAGIC_CACHE") or platformdirs.user_cache_dir("llm-magic", appauthor=False))
+    return Path(
+        os.environ.get("LLM_MAGIC_CACHE") or platformdirs.user_cache_dir("llm-magic", appauthor=False)
+    )
 
 
 def data_folder() -> Path:
