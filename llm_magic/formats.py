@@ -14,7 +14,7 @@ from typing import Any
 
 from llm_magic.hookspecs import Format, hookimpl
 from llm_magic.result import Footprint, Generation
-from llm_magic.safe_html import (
+from llm_magic.text.safe_html import (
     clean_html,
     code_to_html,
     escape_text,
@@ -22,7 +22,7 @@ from llm_magic.safe_html import (
     markdown_to_html,
     text_to_html,
 )
-from llm_magic.terminal import sanitize
+from llm_magic.text.terminal import sanitize
 from llm_magic.units import format_rate, format_seconds
 
 _ENDINGS = {

@@ -1,6 +1,6 @@
 """What there is to run on: devices, what is free on them now, and how fast bytes move between them.
 
-The nouns only. ``probe.py`` fills them from this machine, ``machine_file.py`` from a description.
+The nouns only. ``host/probe.py`` fills them from this machine, ``host/machine_file.py`` from a description.
 """
 
 from __future__ import annotations

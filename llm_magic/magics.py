@@ -18,9 +18,9 @@ from llm_magic.events import RenderedPrompt
 from llm_magic.formats import extract_code
 from llm_magic.notebook import Notebook
 from llm_magic.plugins import pick
-from llm_magic.prompt import Interpolated, interpolate
 from llm_magic.session import Session
 from llm_magic.settings import Settings
+from llm_magic.text.prompt import Interpolated, interpolate
 from llm_magic.views.report import Report
 from llm_magic.views.table import line_report, stack
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
-from llm_magic.history import ErrHistory
+from llm_magic.text.history import ErrHistory
 
 
 class Notebook:

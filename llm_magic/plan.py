@@ -1,6 +1,6 @@
 """Where every block lives and what that costs: the nouns of a placement.
 
-``planner.py`` makes plans; backends load them; views show them. Nothing here computes a placement.
+``planning/planner.py`` makes plans; backends load them; views show them. Nothing here computes a placement.
 """
 
 from __future__ import annotations

@@ -18,15 +18,15 @@ from llm_magic.errors import LLMMagicError, OptionError, SessionError
 from llm_magic.events import Message, PhaseEvent, Progress, RenderedPrompt, Request, StopFlag
 from llm_magic.folders import cache_folder
 from llm_magic.hookspecs import Backend, Engine, FindsAccelerators, Planner
+from llm_magic.host.probe import probe_machine, read_machine
 from llm_magic.machine import Device, Link, Machine
 from llm_magic.memory import FreeMemory
 from llm_magic.model import ModelSpec
 from llm_magic.notebook import Notebook
 from llm_magic.options import AskOptions, LoadOptions
 from llm_magic.plan import Plan, Workload
-from llm_magic.planner import make_plan, read_device_map, refusal
+from llm_magic.planning.planner import make_plan, read_device_map, refusal
 from llm_magic.plugins import Plugins, pick
-from llm_magic.probe import probe_machine, read_machine
 from llm_magic.result import Footprint, Generation, Turn
 from llm_magic.screen import AnswerView, Screen, SilentScreen
 from llm_magic.settings import Settings

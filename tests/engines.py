@@ -14,8 +14,8 @@ from llm_magic.hookspecs import Planner
 from llm_magic.machine import Device, Machine
 from llm_magic.model import ModelLayout, ModelSpec
 from llm_magic.plan import Plan, Workload
-from llm_magic.planner import make_plan
-from llm_magic.policies import POLICIES
+from llm_magic.planning.planner import make_plan
+from llm_magic.planning.policies import POLICIES
 from llm_magic.units import GIB, MIB
 
 MACHINE = Machine(

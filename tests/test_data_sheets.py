@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from llm_magic.data_sheets import data_sheet
+from llm_magic.host.data_sheets import data_sheet
 
 
 @pytest.mark.parametrize(

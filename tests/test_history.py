@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from IPython.core.interactiveshell import InteractiveShell
 
-from llm_magic.history import ErrHistory, format_error, hide_folders
+from llm_magic.text.history import ErrHistory, format_error, hide_folders
 
 
 @pytest.fixture(scope="module")

@@ -108,7 +108,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     (ggufs / "tiny.Q4_0.gguf").write_bytes(gguf_bytes())
     code = tiny.save_llama(base / "code", layers=1)
     config = json.loads((code / "config.json").read_text())
-    (code / "config.json").write_text(json.dumps(config | {"text_config": {"auto_map": {"AutoConfig": "evil.Config"}}}))
+    (code / "config.json").write_text(
+        json.dumps(config | {"text_config": {"auto_map": {"AutoConfig": "evil.Config"}}})
+    )
     silent = tiny.save_llama(base / "silent", layers=1)
     del config["dtype"]
     (silent / "config.json").write_text(json.dumps(config))

@@ -21,7 +21,7 @@ from llm_magic.errors import LLMMagicError, PlanError, SourceError
 from llm_magic.events import PhaseEvent
 from llm_magic.model import ModelSpec
 from llm_magic.plan import Workload
-from llm_magic.planner import make_plan
+from llm_magic.planning.planner import make_plan
 from llm_magic.units import GIB, TIB
 from tests.engines import BACKEND, MACHINE, all_in_ram, ask, half_on_disk, load, plan_for, request
 

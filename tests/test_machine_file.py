@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from llm_magic.errors import OptionError
+from llm_magic.host.machine_file import machine_from_json, machine_to_json, read_machine
 from llm_magic.machine import Device, Link, Machine
-from llm_magic.machine_file import machine_from_json, machine_to_json, read_machine
 from llm_magic.units import GIB, TIB
 
 EXAMPLES = sorted((Path(__file__).parent.parent / "examples" / "machines").glob("*.json"))

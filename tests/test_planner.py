@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_magic.costs import activation_bytes, logits_bytes
 from llm_magic.errors import PlanError
 from llm_magic.hookspecs import Planner
 from llm_magic.machine import Machine
 from llm_magic.model import Block, CacheCost, ModelLayout
 from llm_magic.plan import Plan, Workload
-from llm_magic.planner import make_budget, make_plan, read_device_map, refusal, register_planners
+from llm_magic.planning.costs import activation_bytes, logits_bytes
+from llm_magic.planning.planner import make_budget, make_plan, read_device_map, refusal, register_planners
 from llm_magic.units import GIB, KIB, MIB
 from tests.layouts import (
     disk,

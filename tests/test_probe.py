@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from llm_magic.host.memory import host_memory
+from llm_magic.host.probe import machine_to_json, probe_machine, read_machine
 from llm_magic.machine import Device, Link, Machine
-from llm_magic.probe import machine_to_json, probe_machine, read_machine
 from llm_magic.units import GIB
 
 GPU = Device("cuda:0", "gpu", "Card", 24 * GIB, 20 * GIB, other_bytes=3 * GIB)
@@ -167,7 +167,7 @@ def test_a_saved_machine_reads_back_as_a_description(probe, tmp_path):
 
 def test_nothing_heavy_is_imported_and_nothing_names_the_user(cache_folder, tmp_path):
     code = (
-        "import sys; from pathlib import Path; from llm_magic.probe import probe_machine, machine_to_json\n"
+        "import sys; from pathlib import Path; from llm_magic.host.probe import probe_machine, machine_to_json\n"
         "from llm_magic.backends.accelerate.devices import accelerators\n"
         "machine = probe_machine(accelerators, disk_folder=Path(sys.argv[1]))\n"
         "print('torch' in sys.modules, 'numpy' in sys.modules); print(machine_to_json(machine))"

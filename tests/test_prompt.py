@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from llm_magic.history import ErrHistory
-from llm_magic.prompt import interpolate
+from llm_magic.text.history import ErrHistory
+from llm_magic.text.prompt import interpolate
 
 
 def double(value: int) -> int:
@@ -256,7 +256,7 @@ def test_pandas_is_not_imported_for_it() -> None:
     import subprocess
 
     code = (
-        "import sys; from llm_magic.prompt import interpolate; interpolate('{x}', lambda e: [1]);"
+        "import sys; from llm_magic.text.prompt import interpolate; interpolate('{x}', lambda e: [1]);"
         "assert not {'pandas', 'numpy', 'torch', 'PIL', 'jinja2'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -5,7 +5,14 @@ import re
 
 import pytest
 
-from llm_magic.safe_html import clean_html, code_to_html, escape_text, fences, markdown_to_html, text_to_html
+from llm_magic.text.safe_html import (
+    clean_html,
+    code_to_html,
+    escape_text,
+    fences,
+    markdown_to_html,
+    text_to_html,
+)
 from tests.payloads import NAMED_PAYLOADS, PAYLOADS, violations
 
 WRITERS = {

@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from llm_magic import values
 from llm_magic.result import Generation
-from llm_magic.values import MAX_TEXT, NoTextError, to_text
+from llm_magic.text import values
+from llm_magic.text.values import MAX_TEXT, NoTextError, to_text
 
 
 def half(x: float) -> float:

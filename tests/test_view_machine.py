@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from llm_magic.host.machine_file import read_machine
 from llm_magic.machine import Device, Link, Machine
-from llm_magic.machine_file import read_machine
 from llm_magic.units import GIB
 from llm_magic.views.machine import machine_report
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from llm_magic.machine import Machine
 from llm_magic.model import ModelLayout
 from llm_magic.plan import Plan, Workload
-from llm_magic.planner import make_plan
-from llm_magic.policies import POLICIES
+from llm_magic.planning.planner import make_plan
+from llm_magic.planning.policies import POLICIES
 from llm_magic.units import GIB, MIB
 from llm_magic.views import theme
 from llm_magic.views.map import map_report, placement_bar, placement_words, processor_words

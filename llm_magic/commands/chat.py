@@ -10,8 +10,8 @@ from llm_magic.arguments import completes
 from llm_magic.chat import Chat, save_chat, saved_chats
 from llm_magic.errors import OptionError, SessionError
 from llm_magic.hookspecs import Command
-from llm_magic.safe_html import markdown_to_html
 from llm_magic.session import Session
+from llm_magic.text.safe_html import markdown_to_html
 from llm_magic.views.report import Report
 from llm_magic.views.table import line_report, stack, table_report
 

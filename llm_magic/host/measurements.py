@@ -21,9 +21,9 @@ from typing import Any
 import psutil
 
 from llm_magic.errors import LLMMagicError
+from llm_magic.host.machine_file import machine_from_json, machine_to_json
 from llm_magic.host.processors import cpu_cores, cpu_name
 from llm_magic.machine import Machine
-from llm_magic.machine_file import machine_from_json, machine_to_json
 
 ROOT = Path("/")
 VERSION = 1

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from llm_magic.costs import unified_pool
 from llm_magic.plan import DeviceUse, Placement, Plan
+from llm_magic.planning.costs import unified_pool
 from llm_magic.units import format_bandwidth, format_bytes, format_rate
 from llm_magic.views import theme
 from llm_magic.views.report import Report

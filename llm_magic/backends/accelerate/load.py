@@ -20,7 +20,7 @@ from llm_magic.events import PhaseEvent, Progress
 from llm_magic.host.memory import host_memory
 from llm_magic.model import ModelSpec
 from llm_magic.plan import Plan
-from llm_magic.planner import refusal
+from llm_magic.planning.planner import refusal
 from llm_magic.units import format_bytes
 
 if TYPE_CHECKING:

@@ -10,18 +10,18 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from llm_magic import checks
-from llm_magic.budget import device_name, make_budget
-from llm_magic.costs import device_uses, dtype_bytes, placeable, placements
-from llm_magic.device_map import read_device_map, resolve_device_map
 from llm_magic.errors import PlanError
-from llm_magic.forecast import make_forecast
 from llm_magic.hookspecs import Planner, hookimpl
 from llm_magic.machine import Machine
 from llm_magic.model import Block, CacheCost, ModelLayout
 from llm_magic.plan import Plan, Workload
-from llm_magic.policies import POLICIES
-from llm_magic.policies import auto as _auto
+from llm_magic.planning import checks
+from llm_magic.planning.budget import device_name, make_budget
+from llm_magic.planning.costs import device_uses, dtype_bytes, placeable, placements
+from llm_magic.planning.device_map import read_device_map, resolve_device_map
+from llm_magic.planning.forecast import make_forecast
+from llm_magic.planning.policies import POLICIES
+from llm_magic.planning.policies import auto as _auto
 from llm_magic.units import MIB, format_bytes
 
 __all__ = ["make_budget", "make_plan", "read_device_map", "refusal", "register_planners"]

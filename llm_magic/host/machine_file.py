@@ -39,8 +39,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from llm_magic.data_sheets import DataSheet, data_sheet
 from llm_magic.errors import OptionError
+from llm_magic.host.data_sheets import DataSheet, data_sheet
 from llm_magic.machine import Device, DeviceKind, Link, Machine
 from llm_magic.units import GIB, MIB, TIB, format_bytes, parse_bytes
 

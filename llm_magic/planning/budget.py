@@ -5,10 +5,10 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 
-from llm_magic.costs import placeable
 from llm_magic.errors import PlanError
 from llm_magic.machine import Device, Machine
 from llm_magic.plan import MemoryBudget
+from llm_magic.planning.costs import placeable
 from llm_magic.units import GIB, MIB
 
 

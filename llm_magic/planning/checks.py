@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from llm_magic.budget import reserve_bytes, usable_bytes
-from llm_magic.costs import activation_bytes, streamed_bytes, unified_pool
 from llm_magic.plan import DeviceUse, Plan, Workload
+from llm_magic.planning.budget import reserve_bytes, usable_bytes
+from llm_magic.planning.costs import activation_bytes, streamed_bytes, unified_pool
 from llm_magic.units import format_bandwidth, format_bytes
 
 _PURPOSES = (

@@ -20,6 +20,13 @@ from pathlib import Path
 from llm_magic.folders import cache_folder
 from llm_magic.host import nvml
 from llm_magic.host.disk import Disk, disk_key, disk_under, measure_read
+from llm_magic.host.machine_file import (
+    machine_from_json,
+    machine_to_json,
+    read_machine,
+    with_assumed_links,
+    with_assumed_speeds,
+)
 from llm_magic.host.measurements import (
     DiskSpeed,
     Measurements,
@@ -31,13 +38,6 @@ from llm_magic.host.memory import Memory, host_memory
 from llm_magic.host.processors import cpu_cores, cpu_name, npu_names
 from llm_magic.host.speed import measure_cpu
 from llm_magic.machine import Device, Link, Machine
-from llm_magic.machine_file import (
-    machine_from_json,
-    machine_to_json,
-    read_machine,
-    with_assumed_links,
-    with_assumed_speeds,
-)
 
 __all__ = ["Accelerators", "machine_from_json", "machine_to_json", "probe_machine", "read_machine"]
 

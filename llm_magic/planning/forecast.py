@@ -9,10 +9,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from llm_magic.costs import dtype_bytes, streamed_bytes
 from llm_magic.machine import Machine
 from llm_magic.model import Block, ModelLayout
 from llm_magic.plan import DeviceUse, Forecast, Placement, Workload
+from llm_magic.planning.costs import dtype_bytes, streamed_bytes
 from llm_magic.units import format_bandwidth
 
 UNPINNED_BYTES_PER_S = 7.0e9

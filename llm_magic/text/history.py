@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from llm_magic.terminal import sanitize
+from llm_magic.text.terminal import sanitize
 
 _KEPT_ERRORS = 100
 _FIRST_FRAMES, _LAST_FRAMES = 3, 7

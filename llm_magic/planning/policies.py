@@ -13,7 +13,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from llm_magic.costs import (
+from llm_magic.hookspecs import Planner
+from llm_magic.machine import Machine
+from llm_magic.model import Block, ModelLayout
+from llm_magic.plan import MemoryBudget, Workload
+from llm_magic.planning.costs import (
     STREAMING_SLOTS,
     activation_bytes,
     logits_bytes,
@@ -21,10 +25,6 @@ from llm_magic.costs import (
     streamed_bytes,
     unified_pool,
 )
-from llm_magic.hookspecs import Planner
-from llm_magic.machine import Machine
-from llm_magic.model import Block, ModelLayout
-from llm_magic.plan import MemoryBudget, Workload
 
 Homes = dict[int, str]  # index of a unit -> device
 

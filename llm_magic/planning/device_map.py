@@ -11,13 +11,13 @@ import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from llm_magic.budget import device_name
-from llm_magic.costs import main_device
 from llm_magic.errors import PlanError
 from llm_magic.folders import display_path
 from llm_magic.machine import Machine
 from llm_magic.model import Block, ModelLayout
-from llm_magic.policies import tied_groups
+from llm_magic.planning.budget import device_name
+from llm_magic.planning.costs import main_device
+from llm_magic.planning.policies import tied_groups
 
 _LARGEST_FILE = 16 << 20
 

@@ -1,0 +1,1 @@
+"""Text on its way in and out: values into prompts, answers onto pages and terminals."""
