@@ -205,7 +205,7 @@ class Notebook:
             "name => jupyterapp.commands.execute('apputils:change-theme', {theme: name})", name
         )
         is_light = "false" if "Dark" in name else "true"
-        self.page.wait_for_selector(f"body[data-jp-theme-light='{is_light}']")
+        self.page.wait_for_selector(f"body[data-jp-theme-light='{is_light}']", state="attached")
 
     def output(self, cell: int) -> Any:
         """Locator of the rendered outputs of a cell."""
