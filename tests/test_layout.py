@@ -356,13 +356,18 @@ import torch, transformers, accelerate
 from transformers import LlamaForCausalLM
 from llm_magic.backends.accelerate import layout, sources
 from llm_magic.model import ModelSpec
-unit = 1 if sys.platform == "darwin" else 1024
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+def peak():
+    try:  # not ru_maxrss: on Linux a child begins with its parent's
+        status = open("/proc/self/status").read()
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+before = peak()
 spec = ModelSpec(sys.argv[1])
 started = time.perf_counter()
 found = layout.read_layout(spec, sources.resolve(spec, lambda event: None))
 seconds = time.perf_counter() - started
-after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+after = peak()
 print(found.parameters, len(found.layers), found.context_length, after - before, after, seconds)
 """
 
