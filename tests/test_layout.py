@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -346,6 +347,18 @@ def test_the_starters_layout_is_the_same_once_it_is_converted(starter_folder: Pa
     assert converted.details["gguf"] == "Q4_1"
     before = read_layout(spec, type(files)(files.folder, files.name, (), gguf=files.gguf))
     assert before == converted
+
+
+def test_layouts_read_by_many_threads_leave_torchs_default_dtype_alone(tmp_path: Path) -> None:
+    import torch
+
+    folder = tiny.save_llama(tmp_path / "llama", layers=1)
+    spec = ModelSpec(str(folder), dtype="bfloat16")
+    files = resolve(spec, ignore)
+    with ThreadPoolExecutor(8) as pool:
+        layouts = list(pool.map(lambda _: read_layout(spec, files), range(64)))
+    assert {layout.dtype for layout in layouts} == {"bfloat16"}
+    assert torch.get_default_dtype() == torch.float32
 
 
 # ------------------------------------------------------------------------------------ large, bad

@@ -120,12 +120,16 @@ def _save_loaded_model(gguf: Path, header: GgufHeader, folder: Path, progress: P
     import torch
     from transformers import AutoModelForCausalLM, GgufConfig
 
+    from llm_magic.backends.accelerate.default_dtype import default_dtype_kept
     from llm_magic.backends.accelerate.quiet import bars_into
 
     dtype = getattr(torch, gguf_model.gguf_dtype(header))
     _check_space(folder, sum(math.prod(t.shape) for t in header.tensors) * dtype.itemsize, gguf)
-    with bars_into(
-        lambda _title, done, total, name: progress(PhaseEvent("converting", done, total, "tensors", name))
+    with (
+        default_dtype_kept(),
+        bars_into(
+            lambda _title, done, total, name: progress(PhaseEvent("converting", done, total, "tensors", name))
+        ),
     ):
         try:
             model = AutoModelForCausalLM.from_pretrained(

@@ -14,6 +14,7 @@ from typing import Any
 from llm_magic.backends.accelerate import gguf_model, hub
 from llm_magic.backends.accelerate.cache_cost import cache_costs
 from llm_magic.backends.accelerate.convert import MARK, most_common_type
+from llm_magic.backends.accelerate.default_dtype import default_dtype_kept
 from llm_magic.backends.accelerate.sources import ModelFiles, read_json, weight_headers
 from llm_magic.errors import SourceError
 from llm_magic.headers import GgufHeader, read_gguf_header
@@ -123,7 +124,7 @@ def build_skeleton(config: Any, dtype: Any) -> Any:
             "Load a model for text generation (a causal language model, or an encoder-decoder).",
         )
     try:
-        with torch.device("meta"):
+        with default_dtype_kept(), torch.device("meta"):
             return auto.from_config(config, dtype=dtype, trust_remote_code=False).eval()
     except Exception as error:  # sizes that do not fit together fail anywhere in a constructor
         raise SourceError(

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from llm_magic.backends.accelerate.default_dtype import default_dtype_kept
 from llm_magic.backends.accelerate.offload_folder import OffloadFolder, check_tensor_names, disk_error
 from llm_magic.backends.accelerate.quiet import bars_into, quiet
 from llm_magic.errors import EngineError, LLMMagicError, PlanError, SourceError
@@ -154,7 +155,7 @@ def _read_model(
 
     config = load_config(files)
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    with bars_into(report):
+    with bars_into(report), default_dtype_kept():
         model, info = auto.from_pretrained(
             str(files.folder),
             config=config,
