@@ -156,8 +156,8 @@ class Notebook:
         self._context.on("page", lambda page: self.traffic.popups.append(page.url))
         self.page.goto(server.url(app, name))
         self._wait_for_kernel()
-        if dark:
-            self.set_theme("JupyterLab Dark")
+        # Always: the server remembers the theme of the notebook before.
+        self.set_theme("JupyterLab Dark" if dark else "JupyterLab Light")
 
     def close(self) -> None:
         self.page.evaluate("() => jupyterapp.shell.currentWidget.context.sessionContext.shutdown()")
