@@ -58,6 +58,7 @@ def plan_for(
     placement: str = "ram",
     *,
     context: int = 256,
+    prefill_tokens: int = 64,
     max_memory: Mapping[str, int] | None = None,
     options: Mapping[str, str] | None = None,
     spec: ModelSpec | None = None,
@@ -69,7 +70,7 @@ def plan_for(
     plan = make_plan(
         layout,
         MACHINE,
-        Workload(context, prefill_tokens=min(64, context)),
+        Workload(context, prefill_tokens=min(prefill_tokens, context)),
         placement=chosen,
         policy=placement,
         max_memory=max_memory or {},

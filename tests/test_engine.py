@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ import pytest
 
 from llm_magic.errors import EngineError, LLMMagicError, OptionError, PromptError
 from llm_magic.events import Message, PhaseEvent, Request, Sampling, TokenEvent
+from llm_magic.planning.costs import longest_pass
 from llm_magic.units import MIB
 from tests import tiny
-from tests.engines import MAPS, POLICY, ask, ask_with, load, request
+from tests.engines import MAPS, POLICY, ask, ask_with, load, plan_for, request
 
 PROMPT = "The capital of France is Paris, and"
 TinyModel = Callable[[str], Path]
@@ -71,8 +73,6 @@ def test_the_same_greedy_tokens_wherever_the_blocks_are(
 def test_every_policy_with_a_budget_that_forces_the_disk(
     name: str, policy: str, tiny_model: TinyModel, plain: Callable[[str], tuple[list[int], str]]
 ) -> None:
-    from tests.engines import plan_for
-
     whole = plan_for(tiny_model(name))[1].use("cpu")
     squeezed = {} if policy == "cpu" else {"cpu": whole.planned - whole.weights // 3}
     engine = load(tiny_model(name), policy, max_memory=squeezed)
@@ -242,6 +242,101 @@ def test_extra_parameters_reach_generate_and_unknown_ones_are_named(llama: Any) 
     with pytest.raises(OptionError, match="repetition_penalti") as caught:
         ask(llama, request("The", extra={"repetition_penalti": 5.0}))
     assert "repetition_penalty" in caught.value.next_step
+
+
+# ---------------------------------------------------------------------------------- prefill in parts
+
+
+LONG = "The capital of France is Paris, and the capital of Italy is Rome. " * 9
+
+
+@pytest.fixture(params=["ram", "half"])
+def tight(request: pytest.FixtureRequest, tiny_model: TinyModel) -> Iterator[Any]:
+    """A llama whose plan leaves no byte beside a prefill of 16 tokens."""
+    engine = load_tight(tiny_model("llama"), request.param)
+    yield engine
+    engine.close()
+
+
+def load_tight(folder: Path, placement: str, prefill_tokens: int = 16) -> Any:
+    needed = plan_for(folder, placement, prefill_tokens=prefill_tokens)[1].use("cpu").planned
+    return load(folder, placement, prefill_tokens=prefill_tokens, max_memory={"cpu": needed})
+
+
+@contextmanager
+def fed_lengths(engine: Any) -> Iterator[list[int]]:
+    """Lengths of all passes through the model."""
+    lengths: list[int] = []
+
+    def note(_module: Any, inputs: Any) -> None:
+        lengths.append(inputs[0].shape[-1])
+
+    handle = engine.model.get_input_embeddings().register_forward_pre_hook(note)
+    try:
+        yield lengths
+    finally:
+        handle.remove()
+
+
+def test_a_prompt_is_read_in_parts_where_memory_is_short(tight: Any, tiny_model: TinyModel) -> None:
+    with fed_lengths(tight) as lengths:
+        answer = ask(tight, LONG)
+    prompt = answer.finish.prompt_tokens
+    size = longest_pass(tight._plan, prompt)
+    assert 16 <= size < prompt / 4
+    whole, rest = divmod(prompt, size)
+    assert lengths == [size] * whole + [rest] * (rest > 0) + [1] * 11
+    assert answer.text == plain_answer(tiny_model("llama"), LONG, 12)[1]
+    prefill = [event for event in answer.phases if event.phase == "prefill"]
+    passes = len(lengths) - 11
+    assert {event.total for event in prefill} == {passes * tiny.LAYERS}
+    assert [event.done for event in prefill] == [0, *range(passes * tiny.LAYERS)]
+    assert "kv_cache" not in tight.memory()["cpu"]
+
+
+def test_where_memory_is_enough_one_pass_reads_the_prompt(llama: Any) -> None:
+    with fed_lengths(llama) as lengths:
+        answer = ask(llama, LONG)
+    assert lengths == [answer.finish.prompt_tokens] + [1] * 11
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3-moe", "gemma", "gpt2", "mamba", "t5"])
+def test_parts_and_kept_caches_of_every_architecture(name: str, tiny_model: TinyModel) -> None:
+    engine, free = load_tight(tiny_model(name), "half"), load(tiny_model(name), "half")
+    try:
+        contents = [LONG]
+        for question in ("And of Germany, and of Spain, and of Greece? Say it in one word.", "Why?"):
+            parts = ask(engine, request(*contents, chat="talk"))
+            assert parts.text == ask(free, request(*contents)).text
+            contents += [parts.text, question]
+        assert (parts.finish.cached_tokens > 16) == (name in ("llama", "qwen3-moe", "gpt2"))
+    finally:
+        engine.close()
+        free.close()
+
+
+def test_stop_in_every_part_keeps_what_was_read(tight: Any) -> None:
+    expected = ask(tight, LONG).text
+    steps = len([event for event in ask(tight, LONG).phases if event.phase == "prefill"])
+    kept = []
+    for at in range(1, steps):
+        stop, seen = threading.Event(), 0
+
+        def on_event(_event: Any, at: int = at, stop: threading.Event = stop) -> None:
+            nonlocal seen
+            seen += 1
+            if seen == at:
+                stop.set()
+
+        tight.forget("parts")
+        stopped = ask_with(tight, request(LONG, chat="parts"), stop, on_event)
+        assert (stopped.finish.reason, stopped.text) == ("stopped", "")
+        assert_nothing_is_left_on_the_compute_device(tight)
+        again = ask(tight, request(LONG, chat="parts"))
+        assert again.text == expected
+        kept.append(again.finish.cached_tokens)
+    assert kept == sorted(kept)
+    assert kept[-1] >= 160
 
 
 # ------------------------------------------------------------------------------------------- stopping

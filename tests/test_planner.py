@@ -14,7 +14,7 @@ from llm_magic.hookspecs import Planner
 from llm_magic.machine import Machine
 from llm_magic.model import Block, CacheCost, ModelLayout
 from llm_magic.plan import Plan, Workload
-from llm_magic.planning.costs import activation_bytes, logits_bytes
+from llm_magic.planning.costs import activation_bytes, logits_bytes, longest_pass
 from llm_magic.planning.planner import make_budget, make_plan, read_device_map, refusal, register_planners
 from llm_magic.units import GIB, KIB, MIB
 from tests.layouts import (
@@ -60,7 +60,8 @@ def toy(**changes) -> ModelLayout:
 # 2 * 512*64*2                    = 131072   residual and norm
 # max(6 * 512*64*2 = 393216, 8 * 512*64 = 262144, 3 * 512*256*2 = 786432)
 # 1 MiB / 2                       = 524288   torch.cat of the cache
-ACTIVATIONS = 131072 + 786432 + 524288
+# 512*1024 * (2 + 2)              = 2097152  masks of a pass after a prefix: two of booleans, one in bf16
+ACTIVATIONS = 131072 + 786432 + 524288 + 2 * MIB
 # vocabulary 1000: bf16 logits, fp32 copy, sorted fp32, int64 indices, fp32 softmax
 LOGITS = 1000 * (2 + 4 + 4 + 8 + 4)
 
@@ -74,7 +75,43 @@ def test_activation_and_logits_peaks():
 def test_experts_multiply_the_mlp_peak():
     # 4 experts a token: 3 * 512 * 4*256 * 2 = 3145728, gathered tokens 512 * 4*64 * 2 = 262144
     layout = toy(experts=8, active=4)
-    assert activation_bytes(layout, Workload(1024)) == 131072 + 3145728 + 262144 + 524288
+    assert activation_bytes(layout, Workload(1024)) == 131072 + 3145728 + 262144 + 524288 + 2 * MIB
+
+
+def test_grouped_queries_repeat_the_prefix():
+    # 12 heads share 3 keys and values: attention after a prefix repeats the layer's 1 MiB 4 times
+    layout = toy()
+    grouped = replace(layout, details={"attention_heads": 12, "kv_heads": 3})
+    assert activation_bytes(grouped, Workload(1024)) == ACTIVATIONS + 4 * MIB
+    whole = Workload(1024, prefill_tokens=1024)  # the first pass of its sequence: neither mask nor copies
+    assert activation_bytes(grouped, whole) == 2 * (131072 + 786432) + 524288
+
+
+@pytest.mark.parametrize("spare", [0, 1, 500 * KIB, 3 * MIB, 64 * MIB])
+def test_a_long_prompt_is_read_in_the_largest_parts_that_fit(spare: int):
+    layout = toy()
+    needed = plan_for(layout, laptop()).use("cpu").planned
+    plan = plan_for(layout, laptop(), policy="cpu", max_memory={"cpu": needed + spare})
+    room = activation_bytes(layout, plan.workload) + plan.use("cpu").spare
+    assert plan.use("cpu").spare == spare
+    for prompt, cached in ((1024, 0), (1024, 300), (700, 0), (500, 0), (513, 511)):
+        tokens = longest_pass(plan, prompt, cached)
+        assert min(512, prompt - cached) <= tokens <= prompt - cached
+        assert activation_bytes(layout, Workload(prompt, prefill_tokens=tokens)) <= room
+        if tokens < prompt - cached:
+            assert activation_bytes(layout, Workload(prompt, prefill_tokens=tokens + 1)) > room
+
+
+def test_a_recurrent_state_takes_the_prompt_in_one_pass_and_a_warning():
+    layout = toy()
+    blocks = [replace(b, cache=CacheCost(0, 2 * MIB)) if b.kind == "decoder" else b for b in layout.blocks]
+    layout = replace(layout, blocks=tuple(blocks), architecture="MambaForCausalLM")
+    needed = plan_for(layout, laptop()).use("cpu").planned
+    plan = plan_for(layout, laptop(), policy="cpu", max_memory={"cpu": needed + 2 * MIB})
+    assert longest_pass(plan, 1024) == 1024
+    assert any("prompt of more than about" in warning for warning in plan.warnings)
+    attention = plan_for(toy(), laptop(), max_memory={"cpu": 390 * MIB})
+    assert not any("prompt of more than" in warning for warning in attention.warnings)
 
 
 def test_recurrent_states_of_a_scan():
@@ -101,8 +138,8 @@ def test_all_in_ram():
 
 
 def test_half_on_disk_without_a_gpu():
-    # Room: two layers 200, one slot 100, embedding + head 80, KV cache 4 and 2 MiB for the rest
-    plan = plan_for(toy(), laptop(), max_memory={"cpu": 386 * MIB})
+    # Room: two layers 200, one slot 100, embedding + head 80, KV cache 4 and 4 MiB for the rest
+    plan = plan_for(toy(), laptop(), max_memory={"cpu": 388 * MIB})
     assert homes(plan) == "RRDRDRR"
     use = plan.use("cpu")
     assert use.weights == 280 * MIB + 128
@@ -119,9 +156,9 @@ def test_one_byte_less_puts_one_more_layer_on_disk():
 
 
 def test_offloaded_blocks_keep_their_cache_on_the_gpu():
-    # 2 layers on the GPU: 200 + slot 100 + embedding, head 80 + KV of all four layers 4, 2 for the rest
+    # 2 layers on the GPU: 200 + slot 100 + embedding, head 80 + KV of all four layers 4, 4 for the rest
     box = machine(gpu(0, 24 * GIB), ram(64 * GIB), disk(100 * GIB))
-    plan = plan_for(toy(), box, max_memory={"cuda:0": 386 * MIB})
+    plan = plan_for(toy(), box, max_memory={"cuda:0": 388 * MIB})
     assert homes(plan).count("R") == 2
     use = plan.use("cuda:0")
     assert (use.weights, use.kv_cache, use.slots) == (280 * MIB + 128, 4 * MIB, 100 * MIB)
@@ -158,7 +195,7 @@ def test_window_and_batch_limit_and_multiply_the_cache():
 def test_a_tied_head_has_no_bytes_and_stays_with_the_embedding():
     box = machine(gpu(0, 24 * GIB), ram(64 * GIB))
     for policy in POLICIES:
-        plan = plan_for(toy(tied=True), box, policy=policy, max_memory={"0": 386 * MIB})
+        plan = plan_for(toy(tied=True), box, policy=policy, max_memory={"0": 388 * MIB})
         assert plan.device_map["lm_head"] == plan.device_map["model.embed_tokens"]
         assert sum(use.weights for use in plan.uses) == 440 * MIB + 128
 
@@ -169,14 +206,14 @@ def test_a_tied_head_has_no_bytes_and_stays_with_the_embedding():
 def test_auto_spreads_offloaded_layers_and_keeps_the_ends():
     layout = toy(layers=12)
     box = machine(gpu(0, 24 * GIB), ram(64 * GIB))
-    # resident: 80 of embedding and head, 8 layers; slot 100; cache 12; 3 for the rest
-    plan = plan_for(layout, box, max_memory={"0": (80 + 800 + 100 + 12 + 3) * MIB})
+    # resident: 80 of embedding and head, 8 layers; slot 100; cache 12; 4 for the rest
+    plan = plan_for(layout, box, max_memory={"0": (80 + 800 + 100 + 12 + 4) * MIB})
     assert homes(plan) == "0" + "0R0" * 4 + "00"
 
 
 def test_auto_fills_ram_before_the_disk_and_spreads_what_goes_there():
     box = machine(gpu(0, 24 * GIB), ram(64 * GIB), disk(100 * GIB))
-    limits = {"0": (80 + 400 + 100 + 12 + 3) * MIB, "cpu": 600 * MIB}
+    limits = {"0": (80 + 400 + 100 + 12 + 4) * MIB, "cpu": 600 * MIB}
     plan = plan_for(toy(layers=12), box, max_memory=limits)
     assert homes(plan).count("0") == 4 + 3
     assert homes(plan).count("R") == 6
@@ -207,7 +244,7 @@ def test_balanced_low_0_leaves_the_first_gpu_empty_while_it_can():
     box = machine(*(gpu(i, 24 * GIB) for i in range(3)), ram(64 * GIB))
     signs = homes(plan_for(toy(layers=16), box, policy="balanced_low_0"))
     assert set(signs) == {"1", "2"}
-    # The others take 800 MiB each less 2 of activations and cache: 7 layers; two must go to the first
+    # The others take 800 MiB each less 4 of activations and cache: 7 layers; two must go to the first
     limits = {"1": 800 * MIB, "2": 800 * MIB}
     signs = homes(plan_for(toy(layers=16), box, policy="balanced_low_0", max_memory=limits))
     assert signs.count("0") == 1 + 2  # the embedding and two layers
@@ -359,7 +396,7 @@ def test_forecast_of_a_resident_model_on_the_cpu():
 def test_forecast_of_stock_offload_is_a_sum():
     # two of four layers in RAM: 200 MiB over half of a 12 GB/s link, 18 tensors of 0.4 ms
     box = machine(gpu(0, 24 * GIB), ram(64 * GIB), bus=12e9)
-    plan = plan_for(toy(), box, max_memory={"0": 386 * MIB})
+    plan = plan_for(toy(), box, max_memory={"0": 388 * MIB})
     moved = 200 * MIB
     # read by the GPU: 4 layers, head 40 MiB, norm 128, one embedding row 128, cache 4 * 512 KiB
     read = 440 * MIB + 128 + 128 + 4 * 512 * KIB

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from llm_magic.plan import DeviceUse, Plan, Workload
 from llm_magic.planning.budget import reserve_bytes, usable_bytes
-from llm_magic.planning.costs import activation_bytes, streamed_bytes, unified_pool
+from llm_magic.planning.costs import activation_bytes, can_prefill_in_parts, streamed_bytes, unified_pool
 from llm_magic.units import format_bandwidth, format_bytes
 
 _PURPOSES = (
@@ -121,7 +121,9 @@ def _context(plan: Plan) -> Iterator[str]:
 
 
 def _long_prompt(plan: Plan) -> Iterator[str]:
-    """Activations grow with the prompt; a prompt of the whole context may not fit in one pass."""
+    """Activations grow with the prompt, where one pass must read it: a long one may not fit."""
+    if can_prefill_in_parts(plan.layout):
+        return
     whole = Workload(plan.workload.context_length, plan.workload.batch, plan.workload.context_length)
     if whole.prefill_tokens <= plan.workload.prefill_tokens:
         return

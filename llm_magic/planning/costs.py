@@ -7,12 +7,13 @@ cache; a map without a GPU computes on the CPU, and blocks on ``"disk"`` arrive 
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
 from llm_magic.machine import Device, Machine
 from llm_magic.model import Block, ModelLayout
-from llm_magic.plan import DeviceUse, MemoryBudget, Placement, Workload
+from llm_magic.plan import DeviceUse, MemoryBudget, Placement, Plan, Workload
 
 STREAMING_SLOTS = 1
 """Offloaded blocks that are on the computing device at a time: Accelerate brings them one by one."""
@@ -39,7 +40,11 @@ def activation_bytes(layout: ModelLayout, workload: Workload) -> int:
             8·T·H,                                  the norm's fp32 copy and its square
             3·T·k·I·e + [k > 1]·T·k·H·e)            act(gate), up, their product; gathered tokens
       + half of the largest layer's KV cache        ``torch.cat`` holds old and new keys at once
+      + what a pass adds that is not the first      see ``_prefix_bytes``
       + 3 states for every scanned token            recurrent layers, see ``_scan_bytes``
+
+    A pass that is shorter than the context comes after a prefix (an earlier part of the prompt, a
+    kept chat) that fills the rest of it.
 
     Read off ``LlamaMLP``, ``LlamaRMSNorm``, ``DynamicLayer.update`` and ``MambaMixer.slow_forward``
     of transformers 5. sdpa never materialises the T x T scores.
@@ -52,7 +57,45 @@ def activation_bytes(layout: ModelLayout, workload: Workload) -> int:
     mlp = 3 * tokens * experts * width * dtype_bytes(layout.dtype) + gathered
     largest_cache = max((workload.cache_bytes(block) for block in layout.blocks), default=0)
     peak = 2 * row + max(6 * row, 8 * tokens * layout.hidden_size, mlp)
-    return peak + largest_cache // 2 + _scan_bytes(layout, workload)
+    rest = _prefix_bytes(layout, workload) + _scan_bytes(layout, workload)
+    return peak + largest_cache // 2 + rest
+
+
+def can_prefill_in_parts(layout: ModelLayout) -> bool:
+    """Whether a prompt may be read in several passes: recurrent states and encoders need one."""
+    caches = [block.cache for block in layout.blocks]
+    keeps_all = any(cache.bytes_per_token for cache in caches) and not any(c.fixed_bytes for c in caches)
+    return keeps_all and not layout.is_encoder_decoder
+
+
+def longest_pass(plan: Plan, context: int, cached: int = 0) -> int:
+    """Tokens of a prompt that one prefill pass may read, by what the plan leaves spare.
+
+    Parameters
+    ----------
+    context
+        Tokens of the whole prompt.
+    cached
+        How many of them the KV cache holds already.
+
+    Returns
+    -------
+    int
+        All that are left when they fit, else at least ``plan.workload.prefill_tokens``, which the
+        plan has counted.
+    """
+    layout, batch, left = plan.layout, plan.workload.batch, context - cached
+    computing = {place.compute for place in plan.placements}
+    spare = min((use.spare for use in plan.uses if use.device in computing), default=0)
+    room = activation_bytes(layout, plan.workload) + max(0, spare)
+
+    def is_too_long(tokens: int) -> bool:
+        return activation_bytes(layout, Workload(context, batch, tokens)) > room
+
+    if not can_prefill_in_parts(layout) or not is_too_long(left):
+        return left
+    shortest = min(plan.workload.prefill_tokens, left)
+    return shortest - 1 + max(1, bisect_left(range(shortest, left), True, key=is_too_long))
 
 
 def logits_bytes(layout: ModelLayout, workload: Workload) -> int:
@@ -143,6 +186,22 @@ def _bytes_by_purpose(
 def logits_place(placed: Sequence[Placement]) -> Placement:
     """The placement that makes the logits: the head, or the last block of a model without one."""
     return next((place for place in reversed(placed) if place.block.kind == "head"), placed[-1])
+
+
+def _prefix_bytes(layout: ModelLayout, workload: Workload) -> int:
+    """What attention adds in a pass that is not the first one of its sequence.
+
+    sdpa then takes a mask (two of booleans, one in the model's dtype: tokens x context) and, for
+    grouped queries, keys and values repeated for every head.
+    """
+    tokens, context = min(workload.prefill_tokens, workload.context_length), workload.context_length
+    if tokens == context or not can_prefill_in_parts(layout):
+        return 0
+    reach = max(min(context, (b.cache.window or context) + tokens) for b in layout.blocks)
+    heads, kv_heads = layout.details.get("attention_heads", 0), layout.details.get("kv_heads", 0)
+    groups = heads // kv_heads if kv_heads else 1
+    repeated = groups * max(workload.cache_bytes(block) for block in layout.blocks) if groups > 1 else 0
+    return workload.batch * tokens * reach * (2 + dtype_bytes(layout.dtype)) + repeated
 
 
 def _scan_bytes(layout: ModelLayout, workload: Workload) -> int:

@@ -18,6 +18,7 @@ from llm_magic.backends.accelerate.sampling import end_tokens, generation_config
 from llm_magic.errors import EngineError, LLMMagicError, PromptError
 from llm_magic.events import Emit, Finish, FinishReason, PhaseEvent, RenderedPrompt, Request, StopFlag
 from llm_magic.plan import Plan
+from llm_magic.planning.costs import longest_pass
 
 
 class TransformersEngine:
@@ -152,14 +153,17 @@ class TransformersEngine:
             cache, cached = self._caches.take(
                 request.chat, prompt.ids, len(prompt.ids) + config.max_new_tokens
             )
-        steps.emit(PhaseEvent("prefill", 0, len(self._layers), "layers"))
+        parts = range(cached, len(prompt.ids), self._pass_length(prompt, cached, config))
+        if len(parts) > 1 and cache is None:
+            cache = self._caches.new()
+        steps.emit(PhaseEvent("prefill", 0, len(parts) * len(self._layers), "layers"))
         try:
             with (
                 quiet(),
                 seeded(request.sampling.seed, steps.device),
-                watched_blocks(self.model, self._blocks, self._layers, steps),
+                watched_blocks(self.model, self._blocks, self._layers, steps, len(parts)),
             ):
-                run_generate(self.model, config, prompt, cache, steps)
+                run_generate(self.model, config, prompt, cache, steps, parts=parts)
             steps.flush()
         except BaseException as error:
             self._caches.release()
@@ -169,7 +173,16 @@ class TransformersEngine:
             offload_again(self.model)
         if keep:
             self._caches.keep(request.chat, cache, prompt.ids + steps.ids)
+        else:
+            self._caches.release()
         return cached
+
+    def _pass_length(self, prompt: TokenizedPrompt, cached: int, config: Any) -> int:
+        """Tokens that one pass of the prefill reads: all that are new, if memory allows."""
+        new = len(prompt.ids) - cached
+        if not self._caches.can_keep or config.use_cache is False:
+            return new
+        return longest_pass(self._plan, len(prompt.ids), cached)
 
     def _explained(self, error: BaseException) -> BaseException:
         """The error to raise for one that came out of the model; emptied of the tensors it held."""

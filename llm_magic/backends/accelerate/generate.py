@@ -64,15 +64,17 @@ class Steps:
 
 
 @contextmanager
-def watched_blocks(model: Any, blocks: Sequence[str], layers: Sequence[str], steps: Steps) -> Iterator[None]:
-    """Look at the stop flag before every block, and report the layers of the prefill.
+def watched_blocks(
+    model: Any, blocks: Sequence[str], layers: Sequence[str], steps: Steps, passes: int = 1
+) -> Iterator[None]:
+    """Look at the stop flag before every block, and report the layers of the prefill's ``passes``.
 
     ``layers`` are those of ``blocks`` that count as progress.
     """
     counted = frozenset(layers)
     handles = [
         model.get_submodule(name).register_forward_pre_hook(
-            _watch(steps, len(layers), name in counted, shared)
+            _watch(steps, passes * len(layers), name in counted, shared)
         )
         for shared in [[0]]
         for name in blocks
@@ -95,10 +97,15 @@ def _watch(steps: Steps, total: int, counts: bool, done: list[int]) -> Any:
     return before_block
 
 
-def run_generate(model: Any, config: Any, prompt: TokenizedPrompt, cache: Any, steps: Steps) -> None:
+def run_generate(
+    model: Any, config: Any, prompt: TokenizedPrompt, cache: Any, steps: Steps, *, parts: range
+) -> None:
     """Call ``model.generate`` so that ``steps`` sees every token; ``Stopped`` ends it quietly.
 
     ``cache`` holds a prefix of the prompt, or nothing yet; ``None`` lets transformers make its own.
+    ``parts`` are the places where passes of the prefill begin: all but the last one run before
+    ``generate``, which then finds a longer prefix in the cache. (With its own
+    ``prefill_chunk_size``, transformers 5.17 reads again what the cache holds already.)
     """
     import torch
 
@@ -112,6 +119,24 @@ def run_generate(model: Any, config: Any, prompt: TokenizedPrompt, cache: Any, s
         first = start if start is not None else config.bos_token_id
         inputs["decoder_input_ids"] = torch.tensor([[first, *beginning]], device=device)
     try:
+        for start in parts[:-1]:
+            _read_part(model, input_ids[:, : start + parts.step], start, cache)
         model.generate(**inputs, generation_config=config, streamer=steps)
     except Stopped:
         return
+
+
+def _read_part(model: Any, ids: Any, start: int, cache: Any) -> None:
+    """Feed tokens from ``start`` on to the model, as ``generate`` does, for what it leaves in the cache."""
+    import torch
+
+    options = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
+    with torch.no_grad():
+        inputs = model.prepare_inputs_for_generation(
+            ids[:, start:],
+            past_key_values=cache,
+            attention_mask=torch.ones_like(ids),
+            use_cache=True,
+            **options,
+        )
+        model(**inputs, return_dict=True)

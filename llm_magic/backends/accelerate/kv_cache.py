@@ -57,10 +57,14 @@ class ChatCaches:
         # One token must remain to be fed: its logits give the next one.
         length = min(_common_prefix(kept.tokens, prompt), len(prompt) - 1) if kept else 0
         if kept is None or not length or not crop(kept.cache, length):
-            self._in_use = _new_cache(self._model)
-            return self._in_use, 0
+            return self.new(), 0
         self._in_use = kept.cache
         return kept.cache, length
+
+    def new(self) -> Any:
+        """An empty cache, the caller's until ``keep`` or ``release``."""
+        self._in_use = _new_cache(self._model)
+        return self._in_use
 
     def keep(self, chat: str, cache: Any, tokens: list[int]) -> None:
         """Keep ``cache`` for the next turn; ``tokens`` were fed or sampled, in order.
@@ -77,7 +81,7 @@ class ChatCaches:
             self._make_room(0)
 
     def release(self) -> None:
-        """Forget the cache that was taken: it cannot be trusted any more."""
+        """Forget the cache that was taken: it cannot be trusted any more, or nobody will come back to it."""
         self._in_use = None
 
     def forget(self, chat: str) -> None:
