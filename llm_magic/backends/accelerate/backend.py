@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from llm_magic.backends.accelerate.spinning import import_torch_calmly
 from llm_magic.events import PhaseEvent, Progress
 from llm_magic.hookspecs import Engine
 from llm_magic.machine import Device, Link
@@ -44,10 +45,14 @@ class TransformersBackend:
         SourceError
             When the source cannot be found, read or trusted.
         """
-        from llm_magic.backends.accelerate.layout import read_layout
         from llm_magic.backends.accelerate.sources import resolve
 
-        return read_layout(spec, resolve(spec, progress))
+        files = resolve(spec, progress)
+        progress(PhaseEvent("importing"))
+        import_torch_calmly()
+        from llm_magic.backends.accelerate.layout import read_layout
+
+        return read_layout(spec, files)
 
     def load(self, spec: ModelSpec, plan: Plan, progress: Progress) -> Engine:
         """Load it as planned.
@@ -65,7 +70,7 @@ class TransformersBackend:
 
         progress(PhaseEvent("reading"))
         files = fetch_weights(spec, resolve(spec, progress), progress)
-        progress(PhaseEvent("importing"))
+        import_torch_calmly()
         from llm_magic.backends.accelerate.engine import TransformersEngine
         from llm_magic.backends.accelerate.load import load
 
@@ -73,6 +78,7 @@ class TransformersBackend:
 
     def accelerators(self, measure: bool) -> tuple[tuple[Device, ...], tuple[Link, ...]]:
         """GPUs that torch can use, and the links to them."""
+        import_torch_calmly()
         from llm_magic.backends.accelerate.devices import accelerators
 
         return accelerators(measure)
