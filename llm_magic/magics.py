@@ -178,6 +178,10 @@ def give_empty_cell_a_body(lines: list[str]) -> list[str]:
     return [lines[0].rstrip("\n") + "\n", "\n"] if is_bare else lines
 
 
+# IPython's word for "not while I look whether the input is complete": a person is still to type the prompt.
+give_empty_cell_a_body.has_side_effects = True  # type: ignore[attr-defined]
+
+
 def register(shell: InteractiveShell, session: Session) -> Callable[[], None]:
     """Register the magics, their completion and their settings with a shell.
 

@@ -171,6 +171,14 @@ def test_continue_takes_an_empty_cell(loaded, backend) -> None:
     assert loaded.user_ns["_llm"] == "Once more"
 
 
+@pytest.mark.parametrize(
+    ("typed", "status"),
+    [("%%llm", "incomplete"), ("%%llm\nhi", "incomplete"), ("%%llm\nhi\n\n", "complete")],
+)
+def test_a_terminal_waits_for_the_prompt_to_be_typed(loaded, typed, status) -> None:
+    assert loaded.check_complete(typed)[0] == status
+
+
 def test_an_error_keeps_what_came_in_the_variable(loaded, backend) -> None:
     def fail(stop):
         raise RuntimeError("gone")
