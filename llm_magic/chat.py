@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from llm_magic.errors import SessionError
 from llm_magic.events import Message
-from llm_magic.folders import data_folder
+from llm_magic.folders import data_folder, make_private
+from llm_magic.text.terminal import sanitize
 
 _NAME = re.compile(r"[\w][\w .-]{0,63}")
 
@@ -111,11 +114,18 @@ def save_chat(chat: Chat, name: str = "") -> str:
     """Write a conversation to its file, readable by its owner alone; returns the name it was saved under."""
     name = name or chat.name
     file = _file(name)
-    file.parent.mkdir(parents=True, exist_ok=True)
+    make_private(file.parent)
     turns = [{"role": m.role, "content": m.content} for m in chat.messages]
     text = json.dumps({"system": chat.system, "messages": turns}, ensure_ascii=False, indent=1)
-    file.touch(mode=0o600)
-    file.write_text(text, encoding="utf-8")
+    # A new file in place of the old one: whole, and closed to others whatever the old one was.
+    descriptor, temporary = tempfile.mkstemp(prefix=".saving-", dir=file.parent)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as open_file:
+            open_file.write(text)
+        os.replace(temporary, file)
+    except BaseException:
+        os.unlink(temporary)
+        raise
     return name
 
 
@@ -129,17 +139,18 @@ def read_chat(name: str) -> Chat:
     """
     try:
         data = json.loads(_file(name).read_text(encoding="utf-8"))
-        messages = [Message(str(m["role"]), str(m["content"])) for m in data["messages"]]
-        return Chat(name, str(data.get("system", "")), messages)
+        messages = [Message(sanitize(str(m["role"])), sanitize(str(m["content"]))) for m in data["messages"]]
+        return Chat(name, sanitize(str(data.get("system", ""))), messages)
     except FileNotFoundError:
         raise _unknown(name) from None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError):
         raise SessionError(f"The saved chat {name!r} is damaged.", f"%llm chat delete {name}") from None
 
 
 def saved_chats() -> list[str]:
     """Names of the saved conversations."""
-    return sorted(file.stem for file in (data_folder() / "chats").glob("*.json"))
+    files = (data_folder() / "chats").glob("*.json")
+    return sorted(file.stem for file in files if _NAME.fullmatch(file.stem) and file.is_file())
 
 
 def _unknown(name: str) -> SessionError:

@@ -6,7 +6,6 @@ which reads the same in a notebook that is opened without a kernel.
 
 from __future__ import annotations
 
-import html
 import os
 import sys
 import time
@@ -20,6 +19,8 @@ from llm_magic.formats import footer_text
 from llm_magic.hookspecs import Format
 from llm_magic.result import Generation
 from llm_magic.screen import AnswerView, ProgressView, Screen
+from llm_magic.text.safe_html import escape_text
+from llm_magic.text.terminal import sanitize
 from llm_magic.units import format_bytes, format_rate, format_seconds
 
 UI = Literal["text", "basic"]
@@ -98,7 +99,7 @@ class _StatusLine:
             return
         self._last_s = now
         self.clear()
-        text = text[: _terminal_width() - 1]
+        text = sanitize(text).replace("\n", " ")[: _terminal_width() - 1]
         self._out.write(text)
         self._out.flush()
         self._shown = len(text)
@@ -222,7 +223,7 @@ class _NotebookProgress:
             self._show()
 
     def close(self, summary: str) -> None:
-        self._display.show({"text/plain": summary, "text/html": f"<div>{html.escape(summary)}</div>"})
+        self._display.show({"text/plain": summary, "text/html": f"<div>{escape_text(summary)}</div>"})
 
     def _show(self) -> None:
         self._shown_s = time.monotonic()
@@ -233,7 +234,7 @@ class _NotebookProgress:
 
 def _bar_html(words: str, done: float) -> str:
     return (
-        f'<div style="font-family:var(--jp-ui-font-family,sans-serif);max-width:40em">{html.escape(words)}'
+        f'<div style="font-family:var(--jp-ui-font-family,sans-serif);max-width:40em">{escape_text(words)}'
         '<div style="height:6px;border-radius:3px;overflow:hidden;margin-top:4px;'
         'background:var(--jp-layout-color3,#bdbdbd)">'
         f'<div style="height:6px;width:{min(1.0, done):.1%};background:var(--jp-brand-color1,#1976d2)"></div>'
@@ -266,9 +267,9 @@ def _live_html(answer: Answer, text: str) -> str:
         status = f"generating · {answer.tokens} tokens · {format_rate(answer.generation_tps)}"
     cut = "… " if len(text) < len(answer.text) else ""
     return (
-        f'<div role="log" style="white-space:pre-wrap">{cut}{html.escape(text)}</div>'
+        f'<div role="log" style="white-space:pre-wrap">{cut}{escape_text(text)}</div>'
         '<div style="color:var(--jp-ui-font-color2,#757575);font-size:85%;margin-top:.4em">'
-        f"{html.escape(status)}</div>"
+        f"{escape_text(status)}</div>"
     )
 
 

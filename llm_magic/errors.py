@@ -19,9 +19,9 @@ class LLMMagicError(Exception):
     """
 
     def __init__(self, message: str, next_step: str = "") -> None:
-        super().__init__(message, next_step)
         self.message = _one_line(message)
         self.next_step = _one_line(next_step)
+        super().__init__(self.message, self.next_step)
 
     def __str__(self) -> str:
         return f"{self.message}\n{self.next_step}" if self.next_step else self.message
@@ -60,4 +60,8 @@ class PluginError(LLMMagicError):
 
 
 def _one_line(text: str) -> str:
-    return " ".join(text.split())
+    # Messages quote model files and libraries; they end in terminals and in saved notebooks.
+    from llm_magic.text.history import hide_folders
+    from llm_magic.text.terminal import sanitize
+
+    return " ".join(sanitize(hide_folders(text)).split())

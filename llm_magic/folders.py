@@ -20,6 +20,20 @@ def data_folder() -> Path:
     return Path(os.environ.get("LLM_MAGIC_DATA") or platformdirs.user_data_dir("llm-magic", appauthor=False))
 
 
+def make_private(folder: Path) -> Path:
+    """Make a folder, and what leads to it, so that only this user can enter; one that is there stays as it is.
+
+    Raises
+    ------
+    OSError
+        When it cannot be made.
+    """
+    if not folder.is_dir():
+        make_private(folder.parent)
+        folder.mkdir(mode=0o700, exist_ok=True)
+    return folder
+
+
 def display_path(path: Path) -> str:
     """A path that is fit to be saved in a notebook: relative to the working folder or the home, else its name."""
     for base, prefix in ((Path.cwd(), ""), (Path.home(), "~/")):

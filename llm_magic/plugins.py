@@ -13,6 +13,7 @@ import pluggy
 from llm_magic.errors import OptionError, PluginError
 from llm_magic.hookspecs import Backend, Command, Format, Hooks, Planner
 from llm_magic.model import ModelSpec
+from llm_magic.text.history import hide_folders
 
 GROUP = "llm_magic"
 
@@ -153,4 +154,5 @@ def _built_ins_first(points: tuple[EntryPoint, ...]) -> Iterator[EntryPoint]:
 
 
 def _blame(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]
+    # An ImportError says where the module lies, which is nothing for a saved notebook.
+    return hide_folders(f"{type(error).__name__}: {error}").splitlines()[0]

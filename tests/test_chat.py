@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import stat
 
 import pytest
 
 from llm_magic.chat import Chat, Chats, read_chat, save_chat, saved_chats
+from llm_magic.commands.chat import CHAT
 from llm_magic.errors import SessionError
 from llm_magic.events import Message
+from llm_magic.session import Session
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +44,48 @@ def test_a_damaged_file_is_named(tmp_path, text: str) -> None:
     (tmp_path / "chats" / "old.json").write_text(text, encoding="latin-1")
     with pytest.raises(SessionError, match="'old' is damaged"):
         read_chat("old")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such modes")
+def test_saving_again_closes_an_open_file_and_follows_no_link(tmp_path, monkeypatch) -> None:
+    chats, elsewhere = tmp_path / "data" / "chats", tmp_path / "precious.json"
+    elsewhere.write_text("years of work")
+    monkeypatch.setenv("LLM_MAGIC_DATA", str(tmp_path / "data"))
+    previous = os.umask(0)
+    try:
+        save_chat(Chat("mine"))
+        (chats / "mine.json").chmod(0o666)
+        (chats / "linked.json").symlink_to(elsewhere)
+        save_chat(Chat("mine"))
+        save_chat(Chat("linked"))
+    finally:
+        os.umask(previous)
+    modes = [stat.S_IMODE(path.stat().st_mode) for path in (chats.parent, chats, chats / "mine.json")]
+    assert modes == [0o700, 0o700, 0o600]
+    assert elsewhere.read_text() == "years of work"
+    assert sorted(path.name for path in chats.iterdir()) == ["linked.json", "mine.json"]
+
+
+def test_files_that_are_no_chats_hide_no_others(tmp_path) -> None:
+    (tmp_path / "chats").mkdir()
+    for name in ("a;b", "x\x1b[2J"):
+        (tmp_path / "chats" / f"{name}.json").write_text("{}")
+    (tmp_path / "chats" / "folder.json").mkdir()
+    (tmp_path / "chats" / "old.json").write_text("{")
+    save_chat(Chat("good"))
+    assert saved_chats() == ["good", "old"]
+    shown = CHAT.run(Session(), argparse.Namespace(action="list", name="")).text
+    assert [line.split() for line in shown.splitlines()[2:4]] == [
+        ["good", "0", "yes"],
+        ["old", "damaged", "yes"],
+    ]
+
+
+def test_a_saved_chat_brings_no_controls_back(tmp_path) -> None:
+    (tmp_path / "chats").mkdir()
+    turn = {"role": "assistant", "content": "a\x1b]0;x\x07b\u202ec"}
+    (tmp_path / "chats" / "c.json").write_text(json.dumps({"system": "\x9b1m", "messages": [turn]}))
+    assert read_chat("c") == Chat("c", "1m", [Message("assistant", "a]0;xbc")])
 
 
 def test_new_use_and_delete() -> None:

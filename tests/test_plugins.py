@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -33,6 +35,11 @@ def test_a_plugin_that_fails_on_import_is_named_and_breaks_nothing() -> None:
     broken, working = plugins.status
     assert (broken.name, broken.error) == ("plugin0", "ImportError: no module named gone")
     assert working.provides == ("command shout",)
+
+
+def test_the_error_of_a_plugin_holds_no_place_of_this_computer() -> None:
+    (broken,) = Plugins(plugin_points(ImportError(f"no name x in y ({Path.cwd() / 'y.py'})"))).status
+    assert broken.error == f"ImportError: no name x in y (.{os.sep}y.py)"
 
 
 def test_a_plugin_that_takes_a_name_twice_is_left_out_whole() -> None:

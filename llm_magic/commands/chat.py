@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import html
 from collections.abc import Callable
 
 from llm_magic.arguments import completes
@@ -11,7 +10,7 @@ from llm_magic.chat import Chat, save_chat, saved_chats
 from llm_magic.errors import OptionError, SessionError
 from llm_magic.hookspecs import Command
 from llm_magic.session import Session
-from llm_magic.text.safe_html import markdown_to_html
+from llm_magic.text.safe_html import escape_text, markdown_to_html
 from llm_magic.views.report import Report
 from llm_magic.views.table import line_report, stack, table_report
 
@@ -34,12 +33,19 @@ def _list(session: Session, name: str) -> Report:
     rows = [
         [
             ("* " if n == session.chats.current.name else "") + n,
-            str(_known(session, n).turns),
+            _turns(session, n),
             "yes" * (n in saved),
         ]
         for n in dict.fromkeys([*session.chats.names(), *saved])
     ]
     return table_report(("CHAT", "TURNS", "SAVED"), rows, "%llm chat new|use|show|save|delete NAME")
+
+
+def _turns(session: Session, name: str) -> str:
+    try:
+        return str(_known(session, name).turns)
+    except SessionError:  # one damaged file does not hide the others
+        return "damaged"
 
 
 def _new(session: Session, name: str) -> Report:
@@ -94,7 +100,7 @@ def _known(session: Session, name: str) -> Chat:
 
 
 def _turn(role: str, content: str) -> Report:
-    head = f'<div style="color:var(--jp-ui-font-color2,#757575);font-size:85%">{html.escape(role)}</div>'
+    head = f'<div style="color:var(--jp-ui-font-color2,#757575);font-size:85%">{escape_text(role)}</div>'
     return Report(f"{role}: {content}", head + markdown_to_html(content))
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from llm_magic.machine import Device, Link, Machine
+from llm_magic.text.safe_html import escape_text
 from llm_magic.units import MIB, format_bandwidth, format_bytes, format_flops
 from llm_magic.views.report import Report
 from llm_magic.views.table import table_report
@@ -221,8 +222,8 @@ def _html(machine: Machine) -> str:
         _legend_html(machine),
     ]
     title = _div(
-        f'<strong style="font-size:14px">{html.escape(machine.name)}</strong> '
-        f'<span style="{_MUTED}"> · {html.escape(_provenance(machine))}</span>',
+        f'<strong style="font-size:14px">{escape_text(machine.name)}</strong> '
+        f'<span style="{_MUTED}"> · {escape_text(_provenance(machine))}</span>',
         "margin-bottom:6px",
     )
     return _div(title + "".join(rows), _FRAME)
@@ -237,8 +238,8 @@ def _card_html(device: Device) -> str:
     accent = _ACCENTS[device.kind]
     flex = "flex:0 1 190px" if device.kind == "npu" else "flex:1 1 190px"
     body = _div(
-        f'<span style="{_CODE}">{html.escape(device.id)}</span> '
-        f'<span style="{_MUTED}">{_TITLES[device.kind]}</span> &ensp;{html.escape(device.name)}',
+        f'<span style="{_CODE}">{escape_text(device.id)}</span> '
+        f'<span style="{_MUTED}">{_TITLES[device.kind]}</span> &ensp;{escape_text(device.name)}',
         "overflow-wrap:anywhere",
     )
     if device.total_bytes:
@@ -262,9 +263,9 @@ def _speeds(device: Device) -> Iterator[str]:
 
 def _room_html(device: Device) -> str:
     """Free and total in words; who holds the rest."""
-    free = f"<strong>{html.escape(_free(device))}</strong> free of {html.escape(_total(device))}"
+    free = f"<strong>{escape_text(_free(device))}</strong> free of {escape_text(_total(device))}"
     used = _used(device)
-    return _div(free + (f' &ensp;<span style="{_MUTED}">{html.escape(used)}</span>' if used else ""))
+    return _div(free + (f' &ensp;<span style="{_MUTED}">{escape_text(used)}</span>' if used else ""))
 
 
 def _used(device: Device) -> str:
@@ -280,7 +281,7 @@ def _used(device: Device) -> str:
 
 def _phrase(words: str) -> str:
     """Words that stay together when a line wraps."""
-    return f'<span style="white-space:nowrap;margin-right:1em">{html.escape(words)}</span>'
+    return f'<span style="white-space:nowrap;margin-right:1em">{escape_text(words)}</span>'
 
 
 def _bar_html(device: Device, accent: str) -> str:
@@ -327,14 +328,14 @@ def _up_and_down(up: _Arrow, down: _Arrow | None, several: bool) -> list[str]:
 
 def _pills_html(pills: Iterator[list[str]] | list[list[str]]) -> str:
     made = [
-        f'<span style="{_PILL}">{html.escape(" · ".join(filter(None, words))).replace("  ", "&ensp;")}</span>'
+        f'<span style="{_PILL}">{escape_text(" · ".join(filter(None, words))).replace("  ", "&ensp;")}</span>'
         for words in pills
     ]
     return _div(" ".join(made), "text-align:center;margin:2px 0") if made else ""
 
 
 def _legend_html(machine: Machine) -> str:
-    notes = "".join(_div(html.escape(note)) for note in _notes(machine))
+    notes = "".join(_div(escape_text(note)) for note in _notes(machine))
     return _div(_div(_swatches()) + notes, f"margin-top:7px;{_MUTED}")
 
 

@@ -11,6 +11,7 @@ from html import escape
 
 from llm_magic.plan import DeviceUse, Placement, Plan
 from llm_magic.planning.costs import unified_pool
+from llm_magic.text.safe_html import escape_text
 from llm_magic.units import format_bandwidth, format_bytes, format_rate
 from llm_magic.views import theme
 from llm_magic.views.report import Report
@@ -115,7 +116,7 @@ def placement_bar(plan: Plan) -> tuple[str, str]:
     html = (
         f'<span style="display:inline-flex;width:160px;height:10px;vertical-align:middle;overflow:hidden;'
         f'border-radius:3px;margin-right:8px">{parts}</span>'
-        f'<span style="font-variant-numeric:tabular-nums">{escape(words)}</span>'
+        f'<span style="font-variant-numeric:tabular-nums">{escape_text(words)}</span>'
     )
     return f"[{text}] {words}", html
 
@@ -308,10 +309,12 @@ def _html(plan: Plan, tiers: Sequence[_Tier], memory: Memory) -> str:
     chips += "".join(theme.chip(words) for words in [placement_words(plan), *_speeds(plan)])
     scale = max(tier.shown_bytes for tier in tiers)
     problems = "".join(
-        f'<div style="color:{theme.BAD_TEXT};margin:2px 0">✗ {escape(problem)}</div>'
+        f'<div style="color:{theme.BAD_TEXT};margin:2px 0">✗ {escape_text(problem)}</div>'
         for problem in plan.problems
     )
-    problems += "".join(f'<div style="margin:2px 0">→ {escape(remedy)}</div>' for remedy in plan.remedies[:1])
+    problems += "".join(
+        f'<div style="margin:2px 0">→ {escape_text(remedy)}</div>' for remedy in plan.remedies[:1]
+    )
     rows = "".join(_html_link(plan, tier) + _html_tier(plan, tier, scale, memory) for tier in tiers)
     return theme.frame(
         f'{theme.title(name, facts)}<div style="margin-bottom:8px">{chips}</div>{problems}{rows}'
@@ -332,12 +335,10 @@ def _html_tier(plan: Plan, tier: _Tier, scale: int, memory: Memory) -> str:
     planned, left = _counts(tier, memory)
     lacks = theme.BAD_TEXT if tier.use.spare < 0 else theme.MUTED
     name = (
-        f"<b>{escape(device_title(tier.use.device))}</b>"
-        f'<div style="color:{theme.MUTED};font-size:12px;line-height:1.25">{escape(tier.name)}</div>'
+        f"<b>{escape_text(device_title(tier.use.device))}</b>"
+        f'<div style="color:{theme.MUTED};font-size:12px;line-height:1.25">{escape_text(tier.name)}</div>'
     )
-    counts = (
-        f'<b>{planned}</b><div style="color:{lacks};font-size:12px;line-height:1.25">{escape(left)}</div>'
-    )
+    counts = f'<b>{planned}</b><div style="color:{lacks};font-size:12px;line-height:1.25">{escape_text(left)}</div>'
     return f'<div style="margin:2px 0">{_row(name, _html_bar(plan, tier, scale), counts)}</div>'
 
 
@@ -412,7 +413,7 @@ def _segment(percent: float, fill: str, tip: str, label: str) -> str:
     return (
         f'<span title="{escape(tip)}" style="display:block;flex-shrink:0;width:{percent:.3f}%;color:#fff;'
         f"font-size:10px;line-height:38px;text-align:center;overflow:hidden;white-space:nowrap;"
-        f'box-sizing:border-box;{fill}">{escape(label)}</span>'
+        f'box-sizing:border-box;{fill}">{escape_text(label)}</span>'
     )
 
 
@@ -447,7 +448,7 @@ def _html_link(plan: Plan, tier: _Tier) -> str:
         return ""
     words = (
         f'<div style="color:{theme.MUTED};font-size:12px;border-left:2px dashed {theme.LINE};padding:4px 10px;'
-        f'margin-left:24px">↑ {escape(arrival)}</div>'
+        f'margin-left:24px">↑ {escape_text(arrival)}</div>'
     )
     return _row("", words, "")
 
@@ -483,7 +484,7 @@ def _html_tick(place: Placement) -> str:
     text = index if family and index.isdecimal() and int(index) % 10 == 0 else ""
     return (
         '<span style="display:block;flex:1 1 0;min-width:0;text-align:center;white-space:nowrap">'
-        f"{escape(text)}</span>"
+        f"{escape_text(text)}</span>"
     )
 
 
@@ -505,8 +506,8 @@ def _html_legend(plan: Plan, tiers: Sequence[_Tier]) -> str:
         "display:inline-block;width:13px;height:13px;border-radius:2px;vertical-align:-2px;margin-right:5px"
     )
     items = "".join(
-        f'<span style="margin-right:14px;white-space:nowrap"><span style="{swatch};{fill}"></span>{escape(words)}</span> '
+        f'<span style="margin-right:14px;white-space:nowrap"><span style="{swatch};{fill}"></span>{escape_text(words)}</span> '
         for fill, words in entries
     )
     style = f"color:{theme.MUTED};font-size:12px;margin-top:6px;line-height:1.7"
-    return f'<div style="{style}">{items}<span style="white-space:nowrap">{escape(signs)}</span></div>'
+    return f'<div style="{style}">{items}<span style="white-space:nowrap">{escape_text(signs)}</span></div>'

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
 
 from llm_magic.plan import DeviceUse, Plan
+from llm_magic.text.safe_html import escape_text
 from llm_magic.units import format_bytes
 from llm_magic.views import theme
 from llm_magic.views.python import python_of
@@ -101,13 +101,15 @@ def _html_table(plan: Plan) -> str:
     head, *rows = _table(plan)
     cell = "padding:3px 14px 3px 0;text-align:right;font-variant-numeric:tabular-nums;border:none"
     line = f"border-top:1px solid {theme.LINE}"
-    top = "".join(f'<th style="{cell};color:{theme.MUTED};font-weight:400">{escape(c)}</th>' for c in head)
+    top = "".join(
+        f'<th style="{cell};color:{theme.MUTED};font-weight:400">{escape_text(c)}</th>' for c in head
+    )
     body = ""
     for use, row in zip(_shown(plan), rows, strict=True):
         lacks = f";color:{theme.BAD_TEXT};font-weight:600" if use.spare < 0 else ""
-        cells = [f'<th style="{cell};text-align:left;{line}">{escape(row[0])}</th>']
-        cells += [f'<td style="{cell};{line}">{escape(c)}</td>' for c in row[1:-1]]
-        cells.append(f'<td style="{cell};{line}{lacks}">{escape(row[-1])}</td>')
+        cells = [f'<th style="{cell};text-align:left;{line}">{escape_text(row[0])}</th>']
+        cells += [f'<td style="{cell};{line}">{escape_text(c)}</td>' for c in row[1:-1]]
+        cells.append(f'<td style="{cell};{line}{lacks}">{escape_text(row[-1])}</td>')
         body += f'<tr style="background:none">{"".join(cells)}</tr>'
     style = "border-collapse:collapse;margin:0;font-size:13px;border:none"
     return f'<table style="{style}"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>'
@@ -115,18 +117,18 @@ def _html_table(plan: Plan) -> str:
 
 def _labelled(line: str) -> str:
     label, rest = line[:10].strip(), line[10:].strip()
-    return f'<div><span style="color:{theme.MUTED}">{escape(label)}</span> {escape(rest)}</div>'
+    return f'<div><span style="color:{theme.MUTED}">{escape_text(label)}</span> {escape_text(rest)}</div>'
 
 
 def _note(mark: str, text: str, colour: str) -> str:
     return (
         f'<div style="margin:3px 0;padding-left:8px;border-left:3px solid {colour}">'
-        f"<b>{mark}</b> {escape(text)}</div>"
+        f"<b>{mark}</b> {escape_text(text)}</div>"
     )
 
 
 def _html_python(plan: Plan) -> str:
-    code = escape(python_of(plan))
+    code = escape_text(python_of(plan))
     style = (
         f"margin:6px 0 0;padding:8px 10px;background:{theme.CARD};font:12px/1.5 {theme.CODE};overflow-x:auto"
     )

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from llm_magic.text.terminal import sanitize
+
 
 class _Printer(Protocol):
     """The part of IPython's pretty printer that is used here."""
@@ -22,6 +24,11 @@ class Report:
 
     text: str
     html: str = ""
+
+    def __post_init__(self) -> None:
+        # Names in it come from files, the hub and plugins: none may steer a terminal.
+        object.__setattr__(self, "text", sanitize(self.text))
+        object.__setattr__(self, "html", sanitize(self.html))
 
     def __repr__(self) -> str:
         return self.text

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import html
 import unicodedata
 from collections.abc import Sequence
 
+from llm_magic.text.safe_html import escape_text
+from llm_magic.text.terminal import sanitize
 from llm_magic.views.report import Report
 
 _CELL = "text-align:left;padding:.25em .9em .25em 0;vertical-align:top"
@@ -13,6 +14,7 @@ _CELL = "text-align:left;padding:.25em .9em .25em 0;vertical-align:top"
 
 def table_report(headers: Sequence[str], rows: Sequence[Sequence[str]], note: str = "") -> Report:
     """Rows under headers, and a line under the table."""
+    rows = [[sanitize(cell).replace("\n", " ") for cell in row] for row in rows]
     return Report(_table_text(headers, rows, note), _table_html(headers, rows, note))
 
 
@@ -27,7 +29,7 @@ def stack(*reports: Report) -> Report:
 
 def line_report(text: str) -> Report:
     """Lines of text as a report."""
-    lines = html.escape(text).replace("\n", "<br>")
+    lines = escape_text(text).replace("\n", "<br>")
     return Report(
         text, f'<div style="font-family:var(--jp-ui-font-family,sans-serif)">{lines}</div>' if text else ""
     )
@@ -51,14 +53,14 @@ def _width(text: str) -> int:
 
 def _table_html(headers: Sequence[str], rows: Sequence[Sequence[str]], note: str) -> str:
     head = "".join(
-        f'<th style="{_CELL};color:var(--jp-ui-font-color2,#757575)">{html.escape(h)}</th>' for h in headers
+        f'<th style="{_CELL};color:var(--jp-ui-font-color2,#757575)">{escape_text(h)}</th>' for h in headers
     )
     body = "".join(
-        "<tr>" + "".join(f'<td style="{_CELL}">{html.escape(cell)}</td>' for cell in row) + "</tr>"
+        "<tr>" + "".join(f'<td style="{_CELL}">{escape_text(cell)}</td>' for cell in row) + "</tr>"
         for row in rows
     )
     foot = (
-        f'<div style="color:var(--jp-ui-font-color2,#757575);font-size:90%">{html.escape(note)}</div>'
+        f'<div style="color:var(--jp-ui-font-color2,#757575);font-size:90%">{escape_text(note)}</div>'
         if note
         else ""
     )

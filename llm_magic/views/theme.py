@@ -9,7 +9,7 @@ A host that drops ``background-image`` still shows the colours.
 
 from __future__ import annotations
 
-from html import escape
+from llm_magic.text.safe_html import escape_text as escape
 
 TEXT = "var(--jp-ui-font-color1,var(--vscode-editor-foreground,light-dark(#1f2328,#e6e9ee)))"
 MUTED = "var(--jp-ui-font-color2,var(--vscode-descriptionForeground,light-dark(#5b6673,#9aa5b1)))"
