@@ -16,7 +16,7 @@ from llm_magic.asking import Ending, build_request, follow, make_footprint, syst
 from llm_magic.chat import Chat, Chats, check_chat_name
 from llm_magic.errors import LLMMagicError, OptionError, SessionError
 from llm_magic.events import Message, PhaseEvent, Progress, RenderedPrompt, Request, StopFlag
-from llm_magic.folders import cache_folder
+from llm_magic.folders import cache_folder, make_private
 from llm_magic.hookspecs import Backend, Engine, FindsAccelerators, Planner
 from llm_magic.host.probe import probe_machine, read_machine
 from llm_magic.machine import Device, Link, Machine
@@ -108,8 +108,7 @@ class Session:
 
     def machine(self, measure: bool = False) -> Machine:
         """The machine we are on: what it has, what is free now, and how fast bytes move."""
-        folder = cache_folder()
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = make_private(cache_folder())
         return probe_machine(self._accelerators, measure=measure, disk_folder=folder)
 
     def plan(self, spec: ModelSpec, options: LoadOptions, progress: Progress = lambda _: None) -> Plan:

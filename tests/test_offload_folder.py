@@ -25,6 +25,28 @@ def test_it_is_new_and_private(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.skipif(os.name == "nt", reason="POSIX modes")
+@pytest.mark.parametrize("umask", [0, 0o277])
+def test_no_umask_opens_it_or_locks_it(tmp_path: Path, umask: int) -> None:
+    previous = os.umask(umask)
+    try:
+        folder = OffloadFolder(str(tmp_path))
+    finally:
+        os.umask(previous)
+    assert stat.S_IMODE(folder.path.stat().st_mode) == 0o700
+    folder.remove()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX modes")
+def test_the_cache_folder_is_made_private(cache_folder: Path) -> None:
+    previous = os.umask(0)
+    try:
+        OffloadFolder().remove()
+    finally:
+        os.umask(previous)
+    assert [stat.S_IMODE(p.stat().st_mode) for p in (cache_folder, cache_folder / "offload")] == [0o700] * 2
+
+
 def test_without_a_place_it_is_in_the_cache_folder(cache_folder: Path) -> None:
     folder = OffloadFolder()
     assert folder.path.parent == cache_folder / "offload"

@@ -21,6 +21,7 @@ from typing import Any
 import psutil
 
 from llm_magic.errors import LLMMagicError
+from llm_magic.folders import make_private
 from llm_magic.host.machine_file import machine_from_json, machine_to_json
 from llm_magic.host.processors import cpu_cores, cpu_name
 from llm_magic.machine import Machine
@@ -112,7 +113,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_private(path.parent)
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)  # 0600
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:

@@ -22,7 +22,7 @@ from typing import Any
 from llm_magic.backends.accelerate import gguf_model
 from llm_magic.errors import SourceError
 from llm_magic.events import PhaseEvent, Progress
-from llm_magic.folders import cache_folder
+from llm_magic.folders import cache_folder, make_private
 from llm_magic.headers import GgufHeader, read_gguf_header
 from llm_magic.units import GIB, MIB, format_bytes
 
@@ -306,7 +306,7 @@ def _new_folder(target: Path, gguf: Path) -> Iterator[Path]:
     """A folder that takes its place under ``target`` when the block ends well, and is gone if it does not."""
     temporary = None
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        make_private(target.parent)
         _sweep(target)
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         yield temporary

@@ -16,7 +16,7 @@ import weakref
 from pathlib import Path
 
 from llm_magic.errors import PlanError, SourceError
-from llm_magic.folders import cache_folder, display_path
+from llm_magic.folders import cache_folder, display_path, make_private
 
 
 class OffloadFolder:
@@ -87,8 +87,9 @@ def _make_private(base: Path) -> Path:
             "Give the folder itself: --offload-folder DIR",
         )
     try:
-        base.mkdir(parents=True, exist_ok=True)
-        return Path(tempfile.mkdtemp(prefix="llm-magic-", dir=base))  # mkdtemp makes it with mode 0700
+        folder = Path(tempfile.mkdtemp(prefix="llm-magic-", dir=make_private(base)))
+        folder.chmod(stat.S_IRWXU)  # mkdtemp gives 0700, less what an unusual umask takes from its owner
+        return folder
     except OSError as error:
         raise disk_error(error, str(base)) or PlanError(
             f"No offload folder can be made in {display_path(base)}: {error.strerror}.",
