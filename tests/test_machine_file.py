@@ -245,3 +245,18 @@ def test_hint_for_a_misspelt_key(tmp_path):
 def test_names_are_single_lines_of_printable_text():
     name = described({"id": "cuda:0", "total": "1GiB", "name": "A\n\x1b[31mB"}).device("cuda:0").name
     assert name == "A [31mB"
+
+
+def test_more_devices_or_links_than_any_computer_has_are_refused(tmp_path):
+    gpus = [{"id": f"cuda:{n}", "total": "1GiB"} for n in range(64)]
+    with pytest.raises(OptionError, match="65 devices"):
+        read_machine(written(tmp_path, {"devices": [CPU, *gpus]}))
+    links = [{"from": "cpu", "to": "disk", "bandwidth": "1 GB/s"}] * 1025
+    with pytest.raises(OptionError, match="1025 links"):
+        read_machine(written(tmp_path, {"devices": [CPU], "links": links}))
+
+
+@pytest.mark.parametrize("text", ["[" * 200_000, '{"devices": ' + "[" * 900 + "]" * 900 + "}"])
+def test_nesting_without_end_is_refused(tmp_path, text):
+    with pytest.raises(OptionError):
+        read_machine(written(tmp_path, text))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 import socket
 import sys
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from llm_magic.backends.accelerate.sources import (
     ModelFiles,
     fetch_weights,
     find_starter,
+    refuse_absurd,
     refuse_code,
     resolve,
 )
@@ -215,9 +217,33 @@ def test_an_index_that_names_tensors_nobody_has_is_refused(sharded: Path) -> Non
     assert "ghost" in refused(sharded).message
 
 
-def test_absurd_counts_are_refused_before_anything_is_built(model: Path) -> None:
-    edit(model / "config.json", num_hidden_layers=10**12)
-    assert "num_hidden_layers" in refused(model).message
+@pytest.mark.parametrize(
+    "absurd",
+    [
+        {"num_hidden_layers": 10**12},
+        {"num_labels": 10**9},
+        {"text_config": {"attention_types": [[["global"], 10**9]]}},
+        {"num_hidden_layers": float("inf")},
+    ],
+)
+def test_absurd_counts_are_refused_before_anything_is_built(model: Path, absurd: dict[str, Any]) -> None:
+    edit(model / "config.json", **absurd)
+    assert "no real model" in refused(model).message
+
+
+def test_layers_and_experts_are_counted_together(model: Path) -> None:
+    refuse_absurd({"num_hidden_layers": 61, "n_routed_experts": 384}, "config.json")
+    edit(model / "config.json", num_hidden_layers=4000, text_config={"num_experts": 4000})
+    assert "4000 experts in each of 4000 layers" in refused(model).message
+
+
+def test_a_planted_conversion_that_asks_for_code_is_refused(starter_folder: Path, cache_folder: Path) -> None:
+    target = find("starter").folder
+    shutil.copytree(starter_folder, target)
+    assert find("starter").weight_files
+    edit(target / "config.json", _attn_implementation="somebody/kernel")
+    with pytest.raises(SourceError, match="asks to run code"):
+        find("starter")
 
 
 # ----------------------------------------------------------------------------------------- GGUF

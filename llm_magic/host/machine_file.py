@@ -53,6 +53,7 @@ DEVICE_KEYS = (
 LINK_KEYS = ("from", "to", "bandwidth", "name", "measured_on", "assumed")
 
 _FILE_LIMIT_BYTES = 4 * MIB
+_MOST = {"devices": 64, "links": 1024}  # every pair of devices gets a link
 _LARGEST = 1 << 60  # 1 EiB: more is a typing error, and overflows somebody's integer
 _ID = re.compile(r"cpu|disk|mps|(?:cuda|xpu|npu):\d{1,3}")
 _RATE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGTP]?)FLOPS?(?:/s)?\s*", re.IGNORECASE)
@@ -101,8 +102,8 @@ def machine_from_json(data: object, name: str = "") -> Machine:
         _object(entry, DEVICE_KEYS, f"Device {n}") for n, entry in enumerate(_list(fields, "devices"), 1)
     ]
     ids = [_device_id(entry, n) for n, entry in enumerate(entries, 1)]
-    for device_id in ids:
-        if ids.count(device_id) > 1:
+    for number, device_id in enumerate(ids):
+        if device_id in ids[:number]:
             raise OptionError(f"Device {device_id} is there twice.", "Number GPUs cuda:0, cuda:1, …")
     if "cpu" not in ids:
         raise OptionError(
@@ -386,6 +387,10 @@ def _list(fields: Mapping[str, Any], key: str) -> list[Any]:
     value = fields.get(key, [])
     if not isinstance(value, list):
         raise OptionError(f"The machine's {key} are no JSON list.", _SEE_EXAMPLES)
+    if len(value) > _MOST[key]:
+        raise OptionError(
+            f"The machine has {len(value)} {key}; at most {_MOST[key]} are planned for.", _SEE_EXAMPLES
+        )
     return value
 
 

@@ -71,11 +71,12 @@ def _read_object(path: Path) -> dict[str, object]:
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    keys = [key for key, _ in pairs]
-    twice = next((key for key in keys if keys.count(key) > 1), None) if len(set(keys)) < len(keys) else None
-    if twice is not None:
-        raise PlanError(f"The device map names {twice!r} twice.", "Keep one line for it.")
-    return dict(pairs)
+    found: dict[str, object] = {}
+    for key, value in pairs:
+        if key in found:
+            raise PlanError(f"The device map names {key[:200]!r} twice.", "Keep one line for it.")
+        found[key] = value
+    return found
 
 
 def _by_module(device_map: Mapping[str, object], layout: ModelLayout, machine: Machine) -> dict[str, str]:
@@ -88,7 +89,9 @@ def _by_module(device_map: Mapping[str, object], layout: ModelLayout, machine: M
         if name not in modules:
             raise _unknown_module(key, layout)
         if not isinstance(value, str | int) or isinstance(value, bool):
-            raise PlanError(f"The device of {key!r} is no device name.", 'Write "cuda:0", "cpu" or "disk".')
+            raise PlanError(
+                f"The device of {key[:200]!r} is no device name.", 'Write "cuda:0", "cpu" or "disk".'
+            )
         device = device_name(value, machine)
         if name in devices:
             raise PlanError(f"The device map places {name} twice.", "Keep its name or its label, not both.")
@@ -155,7 +158,7 @@ def _unknown_module(key: str, layout: ModelLayout) -> PlanError:
     known = [name for block in layout.blocks for name in (block.label, block.name)]
     close = difflib.get_close_matches(key, known, 1, 0.5)
     hint = f"Did you mean {close[0]!r}?" if close else "`%llm map` shows the names of the blocks."
-    return PlanError(f"The model has no block {key!r}.", hint)
+    return PlanError(f"The model has no block {key[:200]!r}.", hint)
 
 
 def _listed(names: list[str], most: int = 4) -> str:

@@ -30,8 +30,9 @@ PICKLE_INDEX, PICKLE = "pytorch_model.bin.index.json", "pytorch_model.bin"
 CONFIGS = (CONFIG, "generation_config.json", "tokenizer_config.json", "processor_config.json")
 _MAX_JSON_BYTES = 64 * MIB
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_COUNT = re.compile(r"(layers?|blocks?|experts|towers?|block_count|expert_count)$")
+_COUNT = re.compile(r"(layers?|blocks?|experts|towers?|types|labels|block_count|expert_count)$")
 _MAX_MODULES = 4096
+_MAX_EXPERTS = 1 << 16  # in all layers together; the largest published models have some 25,000
 _SPLIT_GGUF = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
 
 
@@ -179,8 +180,10 @@ def _resolve_gguf(path: Path) -> ModelFiles:
             "Join the parts first: llama-gguf-split --merge FIRST_PART OUT.gguf",
         )
     folder = convert.converted_folder(path)
-    weights = _weights_of(folder, allow_pickle=False) if convert.is_converted(folder) else ()
-    return ModelFiles(folder, path.stem, weights, gguf=path)
+    if not convert.is_converted(folder):
+        return ModelFiles(folder, path.stem, (), gguf=path)
+    check_folder(folder)  # a cache may be shared with others
+    return ModelFiles(folder, path.stem, _weights_of(folder, allow_pickle=False), gguf=path)
 
 
 # ---------------------------------------------------------------------------------- one folder
@@ -267,12 +270,24 @@ def refuse_code(config: Mapping[str, Any], file: str) -> None:
 
 
 def refuse_absurd(config: Mapping[str, Any], file: str) -> None:
-    """Refuse a configuration whose counts of layers or experts would build modules without end."""
+    """Refuse a configuration whose counts of layers, experts or labels would build objects without end."""
+    counts = {"layers": 1.0, "experts": 1.0}
     for key, value in _walk(config):
-        if _COUNT.search(key) and isinstance(value, int | float) and value > _MAX_MODULES:
+        if not _COUNT.search(key):
+            continue
+        count = max(_numbers(value), default=0)
+        kind = "experts" if "expert" in key else "layers"
+        counts[kind] = max(counts[kind], count)
+        if count > _MAX_MODULES:
             raise SourceError(
-                f"{file} claims {value:.0f} for {key}, which no real model has.", "Download the file again."
+                f"{file} claims {count:.0f} for {key}, which no real model has.", "Download the file again."
             )
+    if counts["layers"] * counts["experts"] > _MAX_EXPERTS:
+        raise SourceError(
+            f"{file} claims {counts['experts']:.0f} experts in each of {counts['layers']:.0f} layers, "
+            "which no real model has.",
+            "Download the file again.",
+        )
 
 
 def _walk(value: Any) -> Iterator[tuple[str, Any]]:
@@ -282,6 +297,17 @@ def _walk(value: Any) -> Iterator[tuple[str, Any]]:
         if isinstance(item, dict):
             yield from ((str(key), inner) for key, inner in item.items())
             stack.extend(item.values())
+        elif isinstance(item, list):
+            stack.extend(item)
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    """The numbers in a value and in the lists in it."""
+    stack = [value]
+    while stack:
+        item = stack.pop()
+        if isinstance(item, int | float):
+            yield item
         elif isinstance(item, list):
             stack.extend(item)
 
