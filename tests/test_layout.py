@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from llm_magic.backends.accelerate.sources import resolve
 from llm_magic.errors import SourceError
 from llm_magic.events import PhaseEvent
 from llm_magic.model import Block, ModelLayout, ModelSpec
-from tests import tiny
+from tests import engines, tiny
 
 TINY = sorted(tiny.MODELS)
 
@@ -438,3 +439,61 @@ def test_blocks_know_their_bytes(tiny_model: Callable[[str], Path]) -> None:
     layer: Block = layout.block("layers.0")
     # q and o 64 x 64, k and v 32 x 64, three of 128 x 64, two norms of 64, float32
     assert layer.bytes == 4 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 128 * 64 + 2 * 64)
+
+
+# ------------------------------------------------------------------------------ quantized weights
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "compressed-tensors", "torchao", None])
+@pytest.mark.parametrize("place", ["top", "text_config"])
+def test_quantized_weights_are_refused_by_name(
+    tiny_model: Callable[[str], Path], tmp_path: Path, method: str | None, place: str
+) -> None:
+    folder = copy_with(tiny_model("llama"), tmp_path / "model", method, place)
+    with pytest.raises(SourceError, match=rf"quantized \({method or 'unknown'}\)") as caught:
+        layout_of(folder)
+    assert ".gguf" in caught.value.next_step
+
+
+def copy_with(source: Path, target: Path, method: str | None, place: str = "top") -> Path:
+    shutil.copytree(source, target)
+    config = json.loads((target / "config.json").read_text())
+    part = config if place == "top" else config.setdefault(place, {})
+    part["quantization_config"] = {"bits": 4} | ({"quant_method": method} if method else {})
+    (target / "config.json").write_text(json.dumps(config))
+    return target
+
+
+@pytest.mark.parametrize("placement", ["ram", "half"])
+def test_fp8_weights_are_unpacked_while_they_load(
+    tiny_model: Callable[[str], Path], tmp_path: Path, placement: str
+) -> None:
+    """The same tokens as plain weights of the same values, and the bytes that the layout says."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    plain = tmp_path / "plain"
+    shutil.copytree(tiny_model("llama"), plain)
+    packed = copy_with(plain, tmp_path / "packed", "fp8")
+    weights, as_fp8 = load_file(plain / "model.safetensors"), {}
+    for name, weight in weights.items():
+        as_fp8[name] = weight
+        if "_proj" in name:
+            scale = (weight.abs().max() / 448).reshape(1, 1)
+            as_fp8[name] = (weight / scale).to(torch.float8_e4m3fn)
+            as_fp8[f"{name}_scale_inv"] = scale
+            weights[name] = as_fp8[name].float() * scale
+    save_file(weights, plain / "model.safetensors", metadata={"format": "pt"})
+    save_file(as_fp8, packed / "model.safetensors", metadata={"format": "pt"})
+
+    texts = []
+    for folder in (plain, packed):
+        engine = engines.load(folder, placement)
+        texts.append(engines.ask(engine, "The capital of France").text)
+        held = sum(purposes.get("weights", 0) for purposes in engine.memory().values())
+        assert held == engine._plan.layout.bytes == layout_of(plain).bytes
+        assert any("fp8 weights are loaded as float32" in w for w in engine._plan.warnings) == (
+            folder is packed
+        )
+        engine.close()
+    assert texts[0] == texts[1]

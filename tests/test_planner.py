@@ -87,6 +87,12 @@ def test_grouped_queries_repeat_the_prefix():
     assert activation_bytes(grouped, whole) == 2 * (131072 + 786432) + 524288
 
 
+def test_eager_attention_makes_the_scores_of_every_head():
+    layout = replace(toy(), details={"attention": "eager", "attention_heads": 8, "kv_heads": 8})
+    # scores of 8 heads, 512 x 1024: twice in bf16, once in fp32; the mask is in ACTIVATIONS
+    assert activation_bytes(layout, Workload(1024)) == ACTIVATIONS + 8 * 512 * 1024 * (2 + 2 + 4)
+
+
 @pytest.mark.parametrize("spare", [0, 1, 500 * KIB, 3 * MIB, 64 * MIB])
 def test_a_long_prompt_is_read_in_the_largest_parts_that_fit(spare: int):
     layout = toy()

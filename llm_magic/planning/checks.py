@@ -45,6 +45,7 @@ def warnings(plan: Plan, max_memory: dict[str, int]) -> tuple[str, ...]:
     return (
         *_unused_gpu(plan),
         *_disk(plan),
+        *_unpacked(plan),
         *_context(plan),
         *_long_prompt(plan),
         *_memory_in_use(plan),
@@ -118,6 +119,12 @@ def _context(plan: Plan) -> Iterator[str]:
             f"The context of {plan.workload.context_length:,} tokens is longer than the {trained:,} "
             "that the model was made for: answers may turn to nonsense."
         )
+
+
+def _unpacked(plan: Plan) -> Iterator[str]:
+    """Only what is turned into plain weights while it loads comes so far."""
+    if method := plan.layout.details.get("quantization"):
+        yield f"Its {method} weights are loaded as {plan.layout.dtype}, larger than in the files."
 
 
 def _long_prompt(plan: Plan) -> Iterator[str]:

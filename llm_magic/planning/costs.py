@@ -40,14 +40,14 @@ def activation_bytes(layout: ModelLayout, workload: Workload) -> int:
             8·T·H,                                  the norm's fp32 copy and its square
             3·T·k·I·e + [k > 1]·T·k·H·e)            act(gate), up, their product; gathered tokens
       + half of the largest layer's KV cache        ``torch.cat`` holds old and new keys at once
-      + what a pass adds that is not the first      see ``_prefix_bytes``
+      + what attention over a prefix adds           see ``_attention_bytes``
       + 3 states for every scanned token            recurrent layers, see ``_scan_bytes``
 
     A pass that is shorter than the context comes after a prefix (an earlier part of the prompt, a
     kept chat) that fills the rest of it.
 
     Read off ``LlamaMLP``, ``LlamaRMSNorm``, ``DynamicLayer.update`` and ``MambaMixer.slow_forward``
-    of transformers 5. sdpa never materialises the T x T scores.
+    of transformers 5. sdpa never materialises the T x T scores, eager attention does.
     """
     tokens = min(workload.prefill_tokens, workload.context_length) * workload.batch
     row = tokens * layout.hidden_size * dtype_bytes(layout.dtype)
@@ -57,7 +57,7 @@ def activation_bytes(layout: ModelLayout, workload: Workload) -> int:
     mlp = 3 * tokens * experts * width * dtype_bytes(layout.dtype) + gathered
     largest_cache = max((workload.cache_bytes(block) for block in layout.blocks), default=0)
     peak = 2 * row + max(6 * row, 8 * tokens * layout.hidden_size, mlp)
-    rest = _prefix_bytes(layout, workload) + _scan_bytes(layout, workload)
+    rest = _attention_bytes(layout, workload) + _scan_bytes(layout, workload)
     return peak + largest_cache // 2 + rest
 
 
@@ -188,20 +188,25 @@ def logits_place(placed: Sequence[Placement]) -> Placement:
     return next((place for place in reversed(placed) if place.block.kind == "head"), placed[-1])
 
 
-def _prefix_bytes(layout: ModelLayout, workload: Workload) -> int:
-    """What attention adds in a pass that is not the first one of its sequence.
+def _attention_bytes(layout: ModelLayout, workload: Workload) -> int:
+    """What attention keeps beside its input and output.
 
-    sdpa then takes a mask (two of booleans, one in the model's dtype: tokens x context) and, for
-    grouped queries, keys and values repeated for every head.
+    In a pass that is not the first one of its sequence, sdpa takes a mask (two of booleans, one in
+    the model's dtype: tokens x context) and, for grouped queries, keys and values repeated for
+    every head. Eager attention always does, and makes the scores of every head: twice in the
+    model's dtype, once in fp32.
     """
     tokens, context = min(workload.prefill_tokens, workload.context_length), workload.context_length
-    if tokens == context or not can_prefill_in_parts(layout):
+    is_eager, width = layout.details.get("attention") == "eager", dtype_bytes(layout.dtype)
+    if not is_eager and (tokens == context or not can_prefill_in_parts(layout)):
         return 0
-    reach = max(min(context, (b.cache.window or context) + tokens) for b in layout.blocks)
+    growing = [block.cache for block in layout.blocks if block.cache.bytes_per_token]
+    reach = max((min(context, (cache.window or context) + tokens) for cache in growing), default=0)
     heads, kv_heads = layout.details.get("attention_heads", 0), layout.details.get("kv_heads", 0)
     groups = heads // kv_heads if kv_heads else 1
-    repeated = groups * max(workload.cache_bytes(block) for block in layout.blocks) if groups > 1 else 0
-    return workload.batch * tokens * reach * (2 + dtype_bytes(layout.dtype)) + repeated
+    repeated = groups * max((cache.bytes_for(context) for cache in growing), default=0) if groups > 1 else 0
+    scores = heads * (2 * width + 4) if is_eager else 0
+    return workload.batch * (tokens * reach * (2 + width + scores) + repeated)
 
 
 def _scan_bytes(layout: ModelLayout, workload: Workload) -> int:

@@ -7,7 +7,7 @@ tree is cut into the blocks that are placed as a whole.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +21,9 @@ from llm_magic.headers import GgufHeader, read_gguf_header
 from llm_magic.model import Block, BlockKind, ModelLayout, ModelSpec, TensorInfo
 
 _FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+UNPACKED = ("fp8", "mxfp4")
+"""``quant_method``s of checkpoints that transformers turns into plain weights while it loads them."""
+
 _LAST = re.compile(r"final|ln_f|norm_f|^norm$", re.IGNORECASE)
 
 
@@ -49,7 +52,7 @@ def read_layout(spec: ModelSpec, files: ModelFiles) -> ModelLayout:
         is_encoder_decoder=bool(config.is_encoder_decoder),
         has_chat_template=_has_chat_template(files, header),
         license=_license(files, header),
-        details=_details(config, files, header),
+        details=_details(config, files, header) | {"attention": model.config._attn_implementation or ""},
     )
 
 
@@ -67,9 +70,10 @@ def load_config(files: ModelFiles) -> Any:
     from transformers import AutoConfig
 
     raw = read_json(files.folder / "config.json")
+    _refuse_packed(raw, files)
     model_type = raw.get("model_type")
     try:
-        return AutoConfig.from_pretrained(str(files.folder), local_files_only=True, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(str(files.folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # a hostile configuration can fail in any way a constructor can
         if not isinstance(model_type, str):
             raise SourceError(
@@ -81,6 +85,28 @@ def load_config(files: ModelFiles) -> Any:
             f"The configuration of {files.name} ({model_type}) is invalid: {_first_line(error)}.",
             "Download its config.json again.",
         ) from None
+    if isinstance(packed := getattr(config, "quantization_config", None), dict):
+        packed["dequantize"] = True  # what is counted, and what every device can compute
+    return config
+
+
+def _refuse_packed(raw: Mapping[str, Any], files: ModelFiles) -> None:
+    """Refuse packed weights whose bytes and placement nobody here has checked.
+
+    Raises
+    ------
+    SourceError
+        For any ``quant_method`` that is not unpacked while it loads.
+    """
+    for part in (raw, *(value for value in raw.values() if isinstance(value, dict))):
+        packed = part.get("quantization_config") or part.get("compression_config")
+        method = packed.get("quant_method", "unknown") if isinstance(packed, dict) else packed
+        if method and method not in UNPACKED:
+            raise SourceError(
+                f"The weights of {files.name} are quantized ({_plain(str(method)) or 'unknown'}), "
+                "which cannot be placed yet.",
+                "Load the original model instead, or a .gguf of it.",
+            )
 
 
 def _is_known(model_type: str) -> bool:
