@@ -61,7 +61,7 @@ class PluginError(LLMMagicError):
 
 def _one_line(text: str) -> str:
     # Messages quote model files and libraries; they end in terminals and in saved notebooks.
-    from llm_magic.text.history import hide_folders
+    from llm_magic.text.history import without_paths
     from llm_magic.text.terminal import sanitize
 
-    return " ".join(sanitize(hide_folders(text)).split())
+    return " ".join(sanitize(without_paths(text)).split())

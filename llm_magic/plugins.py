@@ -13,7 +13,7 @@ import pluggy
 from llm_magic.errors import OptionError, PluginError
 from llm_magic.hookspecs import Backend, Command, Format, Hooks, Planner
 from llm_magic.model import ModelSpec
-from llm_magic.text.history import hide_folders
+from llm_magic.text.history import without_paths
 
 GROUP = "llm_magic"
 
@@ -132,7 +132,7 @@ def pick(table: Mapping[str, Item], name: str, kind: str) -> Item:
     """
     if name in table:
         return table[name]
-    close = difflib.get_close_matches(name, table, n=1)
+    close = difflib.get_close_matches(name, table, n=1, cutoff=0.65)
     known = ", ".join(sorted(table)) or "none"
     raise OptionError(
         f"There is no {kind} {name!r}.", f"Did you mean {close[0]}?" if close else f"Known: {known}."
@@ -155,4 +155,4 @@ def _built_ins_first(points: tuple[EntryPoint, ...]) -> Iterator[EntryPoint]:
 
 def _blame(error: BaseException) -> str:
     # An ImportError says where the module lies, which is nothing for a saved notebook.
-    return hide_folders(f"{type(error).__name__}: {error}").splitlines()[0]
+    return without_paths(f"{type(error).__name__}: {error}").splitlines()[0]

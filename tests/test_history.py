@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from IPython.core.interactiveshell import InteractiveShell
 
-from llm_magic.text.history import ErrHistory, format_error, hide_folders
+from llm_magic.text.history import ErrHistory, format_error, hide_folders, without_paths
 
 
 @pytest.fixture(scope="module")
@@ -144,3 +144,20 @@ def test_old_errors_are_forgotten_and_none_holds_the_exception() -> None:
     assert watcher() is None
     assert len(errors) == 100
     assert 0 not in errors
+
+
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        ("No such file: '/data/alice/my.bin'", "No such file: 'my.bin'"),
+        ("(/srv/models/a/config.json:3)", "(config.json:3)"),
+        ("C:\\Users\\alice\\w.bin is gone", "w.bin is gone"),
+        ("%llm load org/model · ./a/b/c · ~/a/b/c", "%llm load org/model · ./a/b/c · ~/a/b/c"),
+        (
+            "see https://host/a/b and 48%/52% CPU/GPU, 3 tok/s",
+            "see https://host/a/b and 48%/52% CPU/GPU, 3 tok/s",
+        ),
+    ],
+)
+def test_other_absolute_paths_are_cut_to_their_last_part(text: str, left: str) -> None:
+    assert without_paths(text) == left

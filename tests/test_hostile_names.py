@@ -135,9 +135,11 @@ def test_the_title_of_a_job_cannot_steer_a_terminal() -> None:
 
 def test_errors_hold_no_control_and_no_place_of_this_computer() -> None:
     home, here = Path.home() / "models" / "m.bin", Path.cwd() / "x.json"
-    error = LLMMagicError(f"it said {CONTROLS}: {home}", f"see {here}")
+    error = LLMMagicError(f"it said {CONTROLS}: {home} /data/alice/w.bin", f"see {here}")
     shown = "\n".join([str(error), repr(error), *error._render_traceback_()])
     assert not FORBIDDEN & set(shown)
     assert str(Path.home()) not in shown or len(Path.home().parts) < 2
     assert str(Path.cwd()) not in shown
     assert hide_folders(str(home)) in error.message
+    assert error.message.endswith("w.bin")
+    assert "alice" not in shown

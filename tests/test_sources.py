@@ -24,9 +24,13 @@ from llm_magic.backends.accelerate.sources import (
     refuse_code,
     resolve,
 )
+from llm_magic.doctor import diagnose
 from llm_magic.errors import SourceError
 from llm_magic.events import PhaseEvent
+from llm_magic.library import local_models
 from llm_magic.model import ModelSpec
+from llm_magic.options import AskOptions, LoadOptions
+from llm_magic.session import Session
 from tests import tiny
 from tests.engines import load, plan_for
 from tests.gguf_files import gguf_bytes
@@ -435,6 +439,18 @@ def test_local_models_load_with_sockets_blocked(
     else:
         source = str(request.getfixturevalue("model" if kind == "folder" else "sharded"))
     load(source).close()
+    assert no_network == []
+
+
+def test_nothing_else_on_this_computer_uses_the_network(model: Path, no_network: list[Any]) -> None:
+    session = Session()
+    session.load(ModelSpec(str(model)), LoadOptions(), "tiny")
+    assert session.ask("hello", AskOptions(sampling={"max_new_tokens": 2})).footprint.generated_tokens
+    assert session.plan(ModelSpec(str(model)), LoadOptions()).fits
+    assert session.machine().devices
+    assert diagnose()
+    assert local_models(model)
+    session.close()
     assert no_network == []
 
 

@@ -8,7 +8,7 @@ from llm_magic.arguments import completes
 from llm_magic.errors import OptionError
 from llm_magic.hookspecs import Command
 from llm_magic.session import Session
-from llm_magic.text.history import hide_folders
+from llm_magic.text.history import without_paths
 from llm_magic.views.report import Report
 from llm_magic.views.table import line_report, table_report
 
@@ -25,13 +25,13 @@ def _run(session: Session, found: argparse.Namespace) -> Report:
     if not found.name:
         return table_report(
             ("ALIAS", "SOURCE"),
-            [[name, hide_folders(source)] for name, source in session.aliases.items()],
+            [[name, without_paths(source)] for name, source in session.aliases.items()],
             "%llm alias NAME SOURCE",
         )
     if not found.source:
         raise OptionError(f"What should {found.name} stand for?", f"%llm alias {found.name} Qwen/Qwen3-8B")
     session.aliases[found.name] = found.source
-    return line_report(f"%llm load {found.name} loads {hide_folders(found.source)} from now on.")
+    return line_report(f"%llm load {found.name} loads {without_paths(found.source)} from now on.")
 
 
 ALIAS = Command(

@@ -8,7 +8,7 @@ from dataclasses import replace
 from llm_magic.hookspecs import Command
 from llm_magic.library import local_models
 from llm_magic.session import Session
-from llm_magic.text.history import hide_folders
+from llm_magic.text.history import without_paths
 from llm_magic.units import format_bytes
 from llm_magic.views.report import Report
 from llm_magic.views.table import table_report
@@ -16,7 +16,7 @@ from llm_magic.views.table import table_report
 
 def _run(session: Session, _: argparse.Namespace) -> Report:
     rows = [[m.source, m.kind, format_bytes(m.bytes), m.detail] for m in local_models()]
-    rows += [[name, "alias", "", hide_folders(source)] for name, source in session.aliases.items()]
+    rows += [[name, "alias", "", without_paths(source)] for name, source in session.aliases.items()]
     note = "%llm load with a name from the first column; %llm pull OWNER/NAME gets one from the hub."
     return table_report(("LOAD WITH", "KIND", "SIZE", ""), rows, note)
 

@@ -8,6 +8,7 @@ from llm_magic.hookspecs import Command
 from llm_magic.library import pull
 from llm_magic.model import ModelSpec
 from llm_magic.session import Session
+from llm_magic.text.history import without_paths
 from llm_magic.units import format_bytes
 from llm_magic.views.report import Report
 from llm_magic.views.table import line_report
@@ -21,7 +22,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(session: Session, found: argparse.Namespace) -> Report:
     spec = ModelSpec(found.source, found.revision, allow_pickle=found.allow_pickle)
-    model = session.run(f"Pulling {found.source}", lambda progress: pull(spec, progress))
+    model = session.run(f"Pulling {without_paths(found.source)}", lambda progress: pull(spec, progress))
     return line_report(f"{model.name}: {format_bytes(model.bytes)} are here now. %llm load {model.source}")
 
 

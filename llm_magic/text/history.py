@@ -15,8 +15,10 @@ from types import TracebackType
 from llm_magic.text.terminal import sanitize
 
 _KEPT_ERRORS = 100
+_NAMED_CELLS = 10
 _FIRST_FRAMES, _LAST_FRAMES = 3, 7
 _MESSAGE_LIMIT = 8000  # characters of one formatted error
+_ABSOLUTE_PATH = re.compile(r"(?<![\w.~:/\\*-])(?:[A-Za-z]:[/\\]|/)(?:[^\s'\"/\\:]+[/\\])+([^\s'\"/\\:]*)")
 _COLOURS = re.compile(r"\x1b\[[0-9;:?]*[A-Za-z]")
 
 
@@ -71,8 +73,9 @@ class ErrHistory:
         return next(reversed(self._errors), None)
 
     def cells(self) -> str:
-        """The cells that raised, as people write it: ``"In[3], In[7]"``."""
-        return ", ".join(f"In[{number}]" for number in self._errors) or "no cell"
+        """The cells that raised, as people write it: ``"In[3], In[7]"``; the last ten of many."""
+        last = [f"In[{number}]" for number in self._errors][-_NAMED_CELLS:]
+        return ("… " if len(self) > len(last) else "") + ", ".join(last) or "no cell"
 
     def _find(self, number: int) -> CellError:
         if number == -1 and self._errors:
@@ -106,6 +109,11 @@ def hide_folders(text: str) -> str:
     if user:
         text = re.sub(rf"(?<=[/\\]){re.escape(user)}(?=[/\\'\"\s]|$)", "~", text)
     return text
+
+
+def without_paths(text: str) -> str:
+    """``hide_folders``, and any other absolute path cut to its last part: for what is saved in notebooks."""
+    return _ABSOLUTE_PATH.sub(r"\1", hide_folders(text))
 
 
 def _folders() -> list[tuple[str, str]]:

@@ -23,7 +23,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from llm_magic.text.history import hide_folders
+from llm_magic.text.history import without_paths
 from llm_magic.text.terminal import sanitize
 from llm_magic.text.values import NoTextError, ValueText, to_text
 
@@ -262,5 +262,5 @@ def _reason(error: Exception) -> str:
     if isinstance(error, KeyError) and error.args:
         known = str(error.args[0])
         return known if " " in known else f"there is no key {error}"
-    line = " ".join(sanitize(hide_folders(str(error))).split())[:150]
+    line = " ".join(sanitize(without_paths(str(error))).split())[:150]
     return line if isinstance(error, NameError) else f"{type(error).__name__}: {line}".rstrip(": ")

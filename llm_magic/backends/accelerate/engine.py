@@ -11,7 +11,7 @@ from llm_magic.backends.accelerate.detokenize import Detokenizer
 from llm_magic.backends.accelerate.generate import Steps, run_generate, watched_blocks
 from llm_magic.backends.accelerate.hooks import offload_again, remove_hooks
 from llm_magic.backends.accelerate.kv_cache import ChatCaches
-from llm_magic.backends.accelerate.load import LoadedWeights, is_out_of_memory, release_memory, without_paths
+from llm_magic.backends.accelerate.load import LoadedWeights, is_out_of_memory, release_memory
 from llm_magic.backends.accelerate.prompts import TokenizedPrompt, tokenize
 from llm_magic.backends.accelerate.quiet import quiet
 from llm_magic.backends.accelerate.sampling import end_tokens, generation_config, seeded
@@ -19,6 +19,7 @@ from llm_magic.errors import EngineError, LLMMagicError, PromptError
 from llm_magic.events import Emit, Finish, FinishReason, PhaseEvent, RenderedPrompt, Request, StopFlag
 from llm_magic.plan import Plan
 from llm_magic.planning.costs import longest_pass
+from llm_magic.text.history import without_paths
 
 
 class TransformersEngine:

@@ -7,7 +7,6 @@ other libraries can read.
 from __future__ import annotations
 
 import gc
-import re
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from llm_magic.host.memory import host_memory
 from llm_magic.model import ModelSpec
 from llm_magic.plan import Plan
 from llm_magic.planning.planner import refusal
+from llm_magic.text.history import without_paths
 from llm_magic.units import format_bytes
 
 if TYPE_CHECKING:
@@ -267,8 +267,3 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def _damaged(name: str, detail: str) -> SourceError:
     return SourceError(f"The weights of {name} are damaged: {detail[:160]}", "Download the model again.")
-
-
-def without_paths(text: str) -> str:
-    """The text with absolute paths cut to their last part, because errors are saved in notebooks."""
-    return re.sub(r"(?:[A-Za-z]:)?[/\\](?:[^\s'\"/\\:]+[/\\])+([^\s'\"/\\:]*)", r"\1", text)
