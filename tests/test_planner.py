@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from llm_magic.errors import PlanError
 from llm_magic.hookspecs import Planner
+from llm_magic.host.probe import read_machine
 from llm_magic.machine import Machine
 from llm_magic.model import Block, CacheCost, ModelLayout
 from llm_magic.plan import Plan, Workload
@@ -278,6 +280,13 @@ def test_unified_memory_is_counted_once_and_never_a_store():
     assert "share one memory" in " ".join(plan.warnings)
 
 
+def test_a_described_mac_counts_its_memory_once():
+    box = read_machine(Path(__file__).parent.parent / "examples" / "machines" / "mac-unified.json")
+    plan = plan_for(qwen32b(), box, context=8192)
+    assert set(plan.device_map.values()) == {"mps", "disk"}
+    assert sum(use.planned for use in plan.uses if use.device != "disk") < 48 * GIB
+
+
 def test_unified_memory_refuses_what_only_fits_when_counted_twice():
     # 34 GiB of memory are free; 24 on mps and 20 on the CPU would each fit alone
     layout = toy(layers=44, layer_elements=512 * MIB)  # layers of 1 GiB
@@ -370,7 +379,8 @@ def test_refusal_is_two_lines_with_what_would_fit():
 
 
 def test_warnings():
-    box = machine(gpu(0, 24 * GIB, 16 * GIB), ram(64 * GIB, 8 * GIB), disk(100 * GIB, 2 * GIB))
+    shared = replace(gpu(0, 24 * GIB, 14 * GIB), other_bytes=8 * GIB)  # and 2 GiB of our own
+    box = machine(shared, ram(64 * GIB, 8 * GIB), disk(100 * GIB, 2 * GIB))
     plan = plan_for(qwen32b(), box, context=50_000)
     text = "\n".join(plan.warnings)
     assert "on disk, read again for every token at 800 MB/s" in text
@@ -378,6 +388,27 @@ def test_warnings():
     assert "50,000 tokens is longer than the 40,960" in text
     assert "Other programs hold 8.0 GiB of cuda:0" in text
     assert plan_for(toy(), laptop()).warnings[0] == "No GPU was found: the CPU computes."
+
+
+def test_a_gpu_that_others_have_filled_is_named_in_the_refusal():
+    full = replace(gpu(0, 24 * GIB, 1 * GIB), other_bytes=22 * GIB)
+    box = machine(full, ram(64 * GIB), disk(1000 * GIB))
+    plan = make_plan(qwen32b(), box, Workload(1024), placement={"": "cuda:0"}, policy="gpu.json")
+    error = refusal(plan)
+    assert error.message.startswith("Qwen3-32B does not fit: cuda:0 lacks")
+    assert error.message.endswith("Other programs hold 22.0 GiB of it.")
+    assert error.next_step == "With --device-map auto it fits."
+    ours = machine(replace(full, other_bytes=0), ram(64 * GIB), disk(1000 * GIB))
+    plan = make_plan(qwen32b(), ours, Workload(1024), placement={"": "cuda:0"}, policy="gpu.json")
+    assert "Other programs" not in refusal(plan).message + " ".join(plan.warnings)
+
+
+def test_the_first_remedy_is_one():
+    # neither RAM nor GPU takes a block at this context; the block's size is told after what helps
+    box = machine(gpu(0, 24 * GIB, 1 * GIB), ram(64 * GIB), disk(1000 * GIB))
+    plan = plan_for(qwen32b(), box, context=8192, max_memory={"cpu": 2 * GIB})
+    assert "it fits" in plan.remedies[0]
+    assert any("does not fit the" in remedy for remedy in plan.remedies[1:])
 
 
 def test_an_empty_model_is_refused():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from llm_magic.machine import Device
 from llm_magic.plan import DeviceUse, Plan, Workload
 from llm_magic.planning.budget import reserve_bytes, usable_bytes
 from llm_magic.planning.costs import activation_bytes, can_prefill_in_parts, streamed_bytes, unified_pool
@@ -22,7 +23,7 @@ _FOREIGN_SHARE = 0.1  # of a GPU's memory: held by others, worth a word
 
 def problems(plan: Plan) -> tuple[str, ...]:
     """Why the plan does not fit; empty when it does."""
-    return (*map(_shortage, [use for use in plan.uses if use.spare < 0]), *_pool_shortage(plan))
+    return (*(_shortage(use, plan) for use in plan.uses if use.spare < 0), *_pool_shortage(plan))
 
 
 def shortage_bytes(plan: Plan) -> int:
@@ -53,11 +54,22 @@ def warnings(plan: Plan, max_memory: dict[str, int]) -> tuple[str, ...]:
     )
 
 
-def _shortage(use: DeviceUse) -> str:
+def _shortage(use: DeviceUse, plan: Plan) -> str:
+    device = plan.machine.device(use.device)
+    others = f" Other programs hold {format_bytes(device.other_bytes)} of it." if _is_foreign(device) else ""
     parts = [f"{format_bytes(getattr(use, key))} {words}" for key, words in _PURPOSES if getattr(use, key)]
     return (
         f"{_device(use)} lacks {format_bytes(-use.spare)}: {' + '.join(parts)}, "
-        f"of {format_bytes(use.limit)} that can be used."
+        f"of {format_bytes(use.limit)} that can be used.{others}"
+    )
+
+
+def _is_foreign(device: Device) -> bool:
+    """Whether other processes hold enough of a GPU to be worth a word."""
+    return (
+        device.kind == "gpu"
+        and not device.unified
+        and device.other_bytes > device.total_bytes * _FOREIGN_SHARE
     )
 
 
@@ -149,8 +161,9 @@ def _long_prompt(plan: Plan) -> Iterator[str]:
 def _memory_in_use(plan: Plan) -> Iterator[str]:
     for use in plan.uses:
         device = plan.machine.device(use.device)
-        if device.kind == "gpu" and not device.unified and use.other > use.total * _FOREIGN_SHARE:
-            yield f"Other programs hold {format_bytes(use.other)} of {use.device}; without them more blocks fit."
+        if _is_foreign(device):
+            held = format_bytes(device.other_bytes)
+            yield f"Other programs hold {held} of {use.device}; without them more blocks fit."
         nearly = 0 <= use.spare < use.total * _LITTLE_SPARE and use.planned
         overflows = any(place.home == "disk" for place in plan.offloaded)  # then it is full by intent
         if device.kind == "cpu" and nearly and not overflows and use.device not in plan.budget.explicit:

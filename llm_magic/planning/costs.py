@@ -136,9 +136,9 @@ def placeable(machine: Machine) -> tuple[Device, ...]:
 
 
 def unified_pool(machine: Machine) -> tuple[Device, ...]:
-    """The devices that share one memory; empty when every device has its own."""
-    pool = tuple(device for device in placeable(machine) if device.unified and device.kind != "disk")
-    return pool if len(pool) > 1 else ()
+    """The GPUs that take their memory from the RAM, and the CPU; empty when every device has its own."""
+    gpus = tuple(device for device in machine.gpus if device.unified)
+    return (*gpus, machine.device("cpu")) if gpus and machine.has("cpu") else ()
 
 
 def device_uses(

@@ -135,19 +135,21 @@ def _planned(planner: Planner, request: _Request) -> dict[str, str]:
 
 def _remedies(plan: Plan, request: _Request) -> Iterator[str]:
     """What would fit, the smallest change first; each was planned and found to fit."""
-    block = checks.too_large_block(plan)
-    if block:
-        yield f"{block} {_least_memory(plan, request)}".strip()
+    block, least = checks.too_large_block(plan), _least_memory(plan, request)
+    if block and least:
+        yield f"{block} {least}"
     context = _longest_context(request)
     if context:
         yield f"With --ctx-size {context} it fits."
-    if not block and (least := _least_memory(plan, request)):
+    if least and not block:
         yield least
     if plan.policy != "auto" and _fits(replace(request, placement=_AUTO)):
         yield "With --device-map auto it fits."
     half = _in_half_precision(request)
     if half and _fits(half):
         yield f"With --dtype {half.layout.dtype} it fits."
+    if block and not least:
+        yield block
     yield _more_memory(plan)
 
 
