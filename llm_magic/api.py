@@ -14,6 +14,7 @@ from llm_magic.session import Session
 
 _SAMPLING = {field.name for field in fields(Sampling)} - {"extra"}
 _OPTIONS = {field.name for field in fields(AskOptions)} - {"sampling"}
+_NEGATIVE = {"no_history": "history", "no_template": "use_template"}
 
 
 class LLM:
@@ -54,8 +55,8 @@ class LLM:
         prompt
             The text; nothing in it is replaced.
         **options
-            Those of ``%%llm`` with underscores (``temperature=0``, ``chat="a"``, ``new=True``);
-            any other name goes to the backend.
+            Those of ``%%llm`` with underscores (``temperature=0``, ``chat="a"``, ``no_history=True``);
+            any other name goes to the backend, as ``--param`` does.
         """
         return self.session.ask(prompt, _ask_options(options), SilentScreen().answer(""))
 
@@ -73,6 +74,12 @@ class LLM:
 
 
 def _ask_options(options: dict[str, Any]) -> AskOptions:
+    options = dict(options)
+    if "format" in options:
+        options["output_format"] = options.pop("format")
+    for flag, name in _NEGATIVE.items():
+        if flag in options:
+            options[name] = not options.pop(flag)
     sampling = {name: value for name, value in options.items() if name in _SAMPLING}
     extra = {name: value for name, value in options.items() if name not in _SAMPLING | _OPTIONS}
     chosen = {name: value for name, value in options.items() if name in _OPTIONS}

@@ -136,6 +136,10 @@ class Plan:
     remedies: tuple[str, ...] = ()
     options: Mapping[str, str] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        fits = "fits" if self.fits else "does not fit"
+        return f"<Plan of {self.layout.name} by {self.policy}: {fits}>"
+
     @property
     def fits(self) -> bool:
         """Whether every device has room for what is planned on it."""

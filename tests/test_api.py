@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from llm_magic.api import LLM
+from llm_magic.errors import OptionError, SessionError
+from llm_magic.model import ModelSpec
+from llm_magic.options import LoadOptions
+from llm_magic.session import Session
+from tests.fake_backend import FakeBackend, plugins_with
+
+
+@pytest.fixture
+def backend() -> FakeBackend:
+    return FakeBackend()
+
+
+@pytest.fixture
+def llm(backend, tmp_path, monkeypatch) -> LLM:
+    monkeypatch.setenv("LLM_MAGIC_DATA", str(tmp_path))
+    llm = LLM()
+    llm._session = Session(plugins_with(backend))
+    llm.session.load(ModelSpec("fake:a"), LoadOptions(), "a")
+    return llm
+
+
+def test_options_are_those_of_prompt_cells(llm, backend) -> None:
+    backend.enqueue("one STOP two")
+    answer = llm("Hi", temperature=0, stop="STOP", no_history=True, no_template=True, format="text", top_x=3)
+    request = backend.engines[0].requests[0]
+    assert answer == "one "
+    assert answer.display_format == "text"
+    assert (request.sampling.temperature, request.sampling.extra) == (0, {"top_x": 3})
+    assert (request.use_template, llm.session.chats.current.messages) == (False, [])
+
+
+def test_a_format_that_is_none_is_refused(llm) -> None:
+    with pytest.raises(OptionError, match="no format 'xml'"):
+        llm("Hi", format="xml")
+
+
+def test_the_event_loop_goes_on_while_a_model_answers(llm, backend) -> None:
+    async def main() -> str:
+        loop, begun = asyncio.get_running_loop(), asyncio.Event()
+        backend.enqueue("a", "b", before={1: lambda _: loop.call_soon_threadsafe(begun.set)})
+        asked = asyncio.create_task(llm.agenerate("Hi"))
+        await begun.wait()
+        return await asked
+
+    assert asyncio.run(main()) == "ab"
+
+
+def test_close_unloads_and_begins_anew(llm, backend) -> None:
+    engine = backend.engines[0]
+    assert llm.plan.fits
+    assert repr(llm.plan) == "<Plan of Fake-3M by auto: fits>"
+    assert llm.model is engine.model
+    llm.close()
+    assert engine.is_closed
+    with pytest.raises(SessionError, match="No model is loaded"):
+        llm("Hi")
