@@ -17,7 +17,13 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     completes(add("source", metavar="SOURCE", help="hub id, folder, .gguf file, or starter"), "source")
     add("--backend", default="auto", metavar="NAME", help="backend to load it with")
-    add("--dtype", default="auto", choices=DTYPES, help="as the checkpoint says, or one of these")
+    add(
+        "--dtype",
+        default="auto",
+        choices=DTYPES,
+        metavar="TYPE",
+        help="auto (the checkpoint's), bf16, fp16, fp32",
+    )
     completes(
         add("--device-map", default="auto", metavar="POLICY", help="placement policy, or a .json file"),
         "planner",

@@ -25,6 +25,7 @@ from llm_magic.views.words import (
     ranges,
     tier_bytes,
     verdict,
+    wrapped,
 )
 
 __all__ = ["map_report", "placement_bar", "placement_words", "processor_words"]
@@ -224,10 +225,10 @@ def _text(plan: Plan, tiers: Sequence[_Tier], memory: Memory) -> str:
     name, facts = headline(plan)
     return "\n".join(
         [
-            f"{name}  {facts}",
-            " · ".join([verdict(plan), *_speeds(plan)]),
-            *(f"✗ {problem}" for problem in plan.problems),
-            *(f"→ {remedy}" for remedy in plan.remedies[:1]),
+            wrapped(f"{name}  {facts}"),
+            wrapped(" · ".join([verdict(plan), *_speeds(plan)])),
+            *(wrapped(f"✗ {problem}") for problem in plan.problems),
+            *(wrapped(f"→ {remedy}") for remedy in plan.remedies[:1]),
             "",
             *_text_tiers(plan, tiers, memory),
             "",
@@ -253,7 +254,8 @@ def _text_tiers(plan: Plan, tiers: Sequence[_Tier], memory: Memory) -> Iterator[
             yield f"{'↑':>{width}}  {arrival}"
         bar = _text_bar(tier, scale)
         planned, left = _counts(tier, memory)
-        yield f"{device_title(tier.use.device):<{width}}  {bar}  {planned}, {left}  ({tier.name})"
+        yield f"{device_title(tier.use.device):<{width}}  {bar}  {planned}"
+        yield f"{'':<{width}}  {left} · {tier.name}"
 
 
 def _text_bar(tier: _Tier, scale: int) -> str:
@@ -274,11 +276,11 @@ def _text_strip(plan: Plan) -> Iterator[str]:
     """One sign a block in model order, then each home with the numbers of its layers."""
     signs = {home: _letter(plan, home) for home in _homes(plan)}
     key = ", ".join(f"{sign} {device_title(home)}" for home, sign in signs.items())
-    yield f"blocks in model order: {key}"
+    yield wrapped(f"blocks in model order: {key}")
     for row in _strip_rows(plan):
         yield f"  {''.join(signs[place.home] for place in row)}"
     for home in signs:
-        yield f"  {device_title(home)}: {', '.join(_grouped(plan, home))}"
+        yield wrapped(f"  {device_title(home)}: {', '.join(_grouped(plan, home))}", "    ")
 
 
 def _grouped(plan: Plan, home: str) -> Iterator[str]:
@@ -297,7 +299,7 @@ def _grouped(plan: Plan, home: str) -> Iterator[str]:
 def _text_legend(tiers: Sequence[_Tier]) -> str:
     shown = dict.fromkeys(purpose for tier in tiers for purpose, size in tier.parts if size)
     names = [f"{_GLYPHS[purpose]} {_NAMES[purpose]}" for purpose in shown if purpose != "beyond"]
-    return "   ".join([f"{_GLYPHS['weights']} weights", *names])
+    return wrapped("   ".join([f"{_GLYPHS['weights']} weights", *names]), "")
 
 
 # --- HTML

@@ -10,7 +10,15 @@ from llm_magic.units import format_bytes
 from llm_magic.views import theme
 from llm_magic.views.python import python_of
 from llm_magic.views.report import Report
-from llm_magic.views.words import device_title, headline, placement_words, speed_words, verdict
+from llm_magic.views.words import (
+    COLUMNS,
+    device_title,
+    headline,
+    placement_words,
+    speed_words,
+    verdict,
+    wrapped,
+)
 
 _PURPOSES = ("weights", "kv_cache", "activations", "slots", "buffers")
 _NAMES = {"weights": "weights", "kv_cache": "KV cache", "activations": "activations", "slots": "slots"}
@@ -25,14 +33,18 @@ def plan_report(plan: Plan) -> Report:
 def _text(plan: Plan) -> str:
     name, facts = headline(plan)
     widths = [max(map(len, column)) for column in zip(*_table(plan), strict=True)]
-    table = ["  ".join(_aligned(row, widths)).rstrip() for row in _table(plan)]
+    gap = "  " if sum(widths) + 2 * len(widths) - 2 <= COLUMNS else " "
+    table = [gap.join(_aligned(row, widths)).rstrip() for row in _table(plan)]
     notes = [*(f"✗ {problem}" for problem in plan.problems), *(f"→ {remedy}" for remedy in plan.remedies)]
-    notes += [f"! {warning}" for warning in plan.warnings]
+    notes = [wrapped(note) for note in [*notes, *(f"! {warning}" for warning in plan.warnings)]]
     python = [f"    {line}".rstrip() for line in python_of(plan).splitlines()]
     parts = [
-        [f"{name}  {facts}", f"{verdict(plan)} · placed by {plan.policy}: {placement_words(plan)}"],
+        [
+            wrapped(f"{name}  {facts}"),
+            wrapped(f"{verdict(plan)} · placed by {plan.policy}: {placement_words(plan)}"),
+        ],
         table,
-        _forecast(plan),
+        [wrapped(line, " " * 11) for line in _forecast(plan)],
         notes,
         ["The same with plain transformers:", *python],
     ]

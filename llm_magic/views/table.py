@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import textwrap
 import unicodedata
 from collections.abc import Sequence
 
@@ -9,6 +11,7 @@ from llm_magic.text.safe_html import escape_text
 from llm_magic.text.terminal import sanitize
 from llm_magic.views.report import Report
 
+_NARROWEST = 24  # a column narrower than this reads worse than a long line
 _CELL = "text-align:left;padding:.25em .9em .25em 0;vertical-align:top"
 
 
@@ -38,6 +41,8 @@ def line_report(text: str) -> Report:
 def _table_text(headers: Sequence[str], rows: Sequence[Sequence[str]], note: str) -> str:
     lines = [list(headers), *map(list, rows)]
     widths = [max(_width(line[column]) for line in lines) for column in range(len(headers))]
+    lines = [part for line in lines for part in _wrapped(line, sum(widths[:-1]) + 2 * len(widths[:-1]))]
+    widths[-1] = 0
     text = [
         "  ".join(
             cell + " " * (width - _width(cell)) for cell, width in zip(line, widths, strict=True)
@@ -45,6 +50,15 @@ def _table_text(headers: Sequence[str], rows: Sequence[Sequence[str]], note: str
         for line in lines
     ]
     return "\n".join([*text, note] if note else text)
+
+
+def _wrapped(line: list[str], indent: int) -> list[list[str]]:
+    """A row with its last cell broken into lines that a terminal shows whole."""
+    room = shutil.get_terminal_size().columns - indent
+    if room < _NARROWEST or _width(line[-1]) <= room:
+        return [line]
+    first, *more = textwrap.wrap(line[-1], room)
+    return [[*line[:-1], first], *([""] * (len(line) - 1) + [part] for part in more)]
 
 
 def _width(text: str) -> int:

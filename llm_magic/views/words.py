@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from llm_magic.plan import Plan
 from llm_magic.units import format_bytes, format_rate
 
+COLUMNS = 80  # of a terminal; text is broken to fit
 TIERS = {"gpu": "GPU", "cpu": "RAM", "disk": "disk"}
 
 
@@ -96,3 +98,10 @@ def ranges(numbers: Iterable[int]) -> str:
         else:
             runs.append([number])
     return ", ".join("–".join(map(str, run)) for run in runs)
+
+
+def wrapped(text: str, indent: str = "  ") -> str:
+    """A line of prose broken for a terminal of 80 columns, later lines indented."""
+    return textwrap.fill(
+        text, COLUMNS, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
