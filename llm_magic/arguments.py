@@ -19,9 +19,13 @@ HELP_FLAGS = ("-h", "--help")
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are ``OptionError`` with a did-you-mean; ``name`` is how it is typed."""
+    """A parser whose errors are ``OptionError`` with a did-you-mean; ``name`` is how it is typed.
 
-    def __init__(self, name: str, description: str = "") -> None:
+    ``stray`` is what to do about a word that stands where only options may.
+    """
+
+    def __init__(self, name: str, description: str = "", stray: str = "") -> None:
+        self._stray = stray
         super().__init__(prog=name, description=description, add_help=False, allow_abbrev=False)
 
     def parse(self, words: Sequence[str]) -> argparse.Namespace:
@@ -61,9 +65,11 @@ class Parser(argparse.ArgumentParser):
         name = word.split("=", 1)[0]
         if not name.startswith("-"):
             raise OptionError(
-                f"{self.prog} does not take {word!r}.", f"{self.prog} --help lists what it takes."
+                f"{self.prog} does not take {word!r}.",
+                self._stray or f"{self.prog} --help lists what it takes.",
             )
-        close = difflib.get_close_matches(name, self.options(), n=1)
+        close = [option for option in self.options() if len(name) > 3 and option.startswith(name)]
+        close += difflib.get_close_matches(name, self.options(), n=1, cutoff=0.75)
         hint = f"Did you mean {close[0]}?" if close else f"{self.prog} --help lists its options."
         raise OptionError(f"{self.prog} has no option {name}.", hint)
 
@@ -96,7 +102,8 @@ def number(low: float, high: float, kind: type[int] | type[float] = float) -> Ca
         except ValueError:
             value = math.nan
         if math.isnan(value) or not low <= value <= high:
-            bounds = f"from {low:g} to {high:g}" if high < 10**9 else f"of at least {low:g}"
+            is_bounded = high < 10**9 or value > high
+            bounds = f"from {low:g} to {high:g}" if is_bounded else f"of at least {low:g}"
             what = "a whole number" if kind is int else "a number"
             raise argparse.ArgumentTypeError(f"{text!r} is not {what} {bounds}")
         return value

@@ -33,7 +33,11 @@ class CellLine:
 
 def cell_parser() -> Parser:
     """The options of a prompt cell."""
-    parser = Parser("%%llm", "Ask a loaded model. The cell is the prompt; {expr} is replaced by its value.")
+    parser = Parser(
+        "%%llm",
+        "Ask a loaded model. The cell is the prompt; {expr} is replaced by its value.",
+        stray="The prompt goes on the next line; %%llm --help lists the options.",
+    )
     add = parser.add_argument
     add(
         "-o", "--out", metavar="NAME", default="", help="variable that gets the answer; also: %%%%llm NAME <<"

@@ -160,6 +160,8 @@ class _TextAnswer:
 
     def close(self, generation: Generation) -> None:
         self._line.clear()
+        if _is_nothing(generation):
+            return
         if self._streams:
             self._out.write(
                 generation.text[self._written :].rstrip("\n") + "\n" + footer_text(generation) + "\n"
@@ -258,7 +260,13 @@ class _NotebookAnswer:
         self._display.show({"text/plain": text, "text/html": _live_html(answer, text)})
 
     def close(self, generation: Generation) -> None:
-        self._display.show(self._format.bundle(generation))
+        nothing = {"text/plain": "", "text/html": ""}
+        self._display.show(nothing if _is_nothing(generation) else self._format.bundle(generation))
+
+
+def _is_nothing(generation: Generation) -> bool:
+    """Whether an error came before any text: the error says it all."""
+    return generation.finish_reason == "error" and not generation.text
 
 
 def _live_html(answer: Answer, text: str) -> str:

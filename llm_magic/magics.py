@@ -8,12 +8,13 @@ from typing import Any
 from IPython.core import magic as ipython_magic
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.display import display
+from traitlets import TraitError, validate
 
 from llm_magic.arguments import HELP_FLAGS, split_words
 from llm_magic.cell import CellLine, parse_cell_line
 from llm_magic.commands.help import cell_help, command_help, command_parser
 from llm_magic.display import NotebookScreen, QuietAnswer, TextScreen, choose_ui
-from llm_magic.errors import OptionError
+from llm_magic.errors import LLMMagicError, OptionError
 from llm_magic.events import RenderedPrompt
 from llm_magic.formats import extract_code
 from llm_magic.notebook import Notebook
@@ -48,7 +49,10 @@ class IPythonNotebook(Notebook):
     def record_error(self, result: Any) -> None:
         """IPython's ``post_run_cell``: remember what the cell raised."""
         error = result.error_before_exec or result.error_in_exec
-        if error is not None and result.execution_count is not None:
+        # Ours say what to do already, and are nothing that a model could mend.
+        if error is None or isinstance(error, LLMMagicError):
+            return
+        if result.execution_count is not None:
             self.errors.record(result.execution_count, result.info.raw_cell, error)
 
 
@@ -57,9 +61,9 @@ class LLMMagic(ipython_magic.Magics, Settings):
     """Run language models over VRAM, RAM and disk. ``%llm help`` lists the commands."""
 
     def __init__(self, shell: InteractiveShell, session: Session) -> None:
+        self.session = session
         super().__init__(shell=shell)
         self._user_shell = shell
-        self.session = session
         self.notebook = IPythonNotebook(shell)
         is_notebook = hasattr(shell, "kernel")
         self.ui = choose_ui(is_notebook)
@@ -67,6 +71,12 @@ class LLMMagic(ipython_magic.Magics, Settings):
         session.notebook = self.notebook
         formats = session.plugins.formats
         session.screen = NotebookScreen(formats) if self.ui == "basic" else TextScreen(formats)
+
+    @validate("format")
+    def _is_a_format(self, proposal: dict[str, str]) -> str:
+        if proposal["value"] not in self.session.plugins.formats:
+            raise TraitError(f"format is one of {', '.join(self.session.plugins.formats)}")
+        return proposal["value"]
 
     @_no_var_expand
     @_line_magic("llm")

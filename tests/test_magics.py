@@ -208,6 +208,12 @@ def test_an_error_keeps_what_came_in_the_variable(loaded, backend) -> None:
         ("%llm chat use nobody", "no chat 'nobody'", "%llm chat list"),
         ("%llm log 7", "There is no answer 7", ""),
         ("%llm fix", "raised an error yet", ""),
+        ("%llm set format foo", "no value for format", "markdown"),
+        ("%llm load fake:b --quantize nf4", "no option --quantize", "%llm load --help"),
+        ("%llm load fake:b --ctx 100", "no option --ctx", "Did you mean --ctx-size?"),
+        ("%llm move layers.1 cpu", "no command 'move'", "Known: "),
+        ("%%llm What is it?\nhi\n", "does not take 'What'", "next line"),
+        ("%%llm --seed 99999999999999999999\nhi\n", "from 0 to", ""),
         ("%%llm --temprature 1\nhi\n", "no option --temprature", "--temperature"),
         ("%%llm\n\n", "prompt is empty", ""),
     ],
@@ -239,6 +245,39 @@ def test_fix_asks_about_the_last_error_and_offers_the_code(loaded, backend, caps
     assert loaded.rl_next_input == "total = 1"
     assert "total" not in loaded.user_ns
     assert "read it before you run it" in capsys.readouterr().out
+
+
+def test_fix_passes_over_our_own_errors(loaded, backend) -> None:
+    loaded.run_cell("1 / 0", store_history=True)
+    loaded.run_cell("%llm fxi", store_history=True)
+    backend.enqueue("You divide by zero.")
+    run(loaded, "%llm fix")
+    assert "ZeroDivisionError" in backend.engines[0].requests[0].messages[0].content
+
+
+def test_an_error_before_any_text_shows_nothing_else(loaded, backend, capsys) -> None:
+    def fail(stop):
+        raise RuntimeError("gone")
+
+    backend.enqueue("never", before={0: fail})
+    capsys.readouterr()
+    loaded.run_cell("%%llm\nhello\n")
+    assert len(capsys.readouterr().out.strip().splitlines()) <= 2
+
+
+def test_every_table_fits_a_terminal_of_80_columns(loaded, capsys) -> None:
+    commands = [
+        "%llm",
+        "%llm set",
+        "%llm plugins",
+        "%llm help",
+        "%llm help load",
+        "%llm help %%llm",
+        "%llm doctor",
+    ]
+    for command in commands:
+        run(loaded, command)
+    assert [line for line in capsys.readouterr().out.splitlines() if len(line) > 80] == []
 
 
 def test_err_is_there_in_prompts(loaded, backend) -> None:

@@ -54,7 +54,7 @@ def _new(session: Session, name: str) -> Report:
 
 def _use(session: Session, name: str) -> Report:
     chat = session.chats.use(_required(name, "use"))
-    return line_report(f"{chat.name} goes on ({chat.turns} turns so far).")
+    return line_report(f"{chat.name} goes on ({chat.turns} turn{'s' * (chat.turns != 1)} so far).")
 
 
 def _show(session: Session, name: str) -> Report:

@@ -16,7 +16,7 @@ def _run(session: Session, _: argparse.Namespace) -> Report:
     chat.messages.clear()
     chat.system = ""
     session.forget_chat(chat.name)
-    return line_report(f"{chat.name}: {turns} turns are forgotten; the next cell begins anew.")
+    return line_report(f"{chat.name}: {turns} turn{'s' * (turns != 1)} forgotten; the next cell begins anew.")
 
 
 RESET = Command("reset", "forget the current conversation", _run, examples=("%llm reset",))

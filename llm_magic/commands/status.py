@@ -47,7 +47,7 @@ def _facts(session: Session, model: LoadedModel) -> list[list[str]]:
         ["context", f"{plan.workload.context_length} tokens"],
         ["KV cache", f"{format_bytes(cache)} in use of {format_bytes(planned)}"],
         ["speed", f"forecast {forecast}{measured}; bound by {plan.forecast.bound_by}"],
-        ["chat", f"{chat.name}, {chat.turns} turns"],
+        ["chat", f"{chat.name}, {chat.turns} turn{'s' * (chat.turns != 1)}"],
         *(["note", warning] for warning in plan.warnings),
     ]
 
