@@ -41,6 +41,14 @@ for payload in map(sanitize, PAYLOADS):  # as the worker sends them on
     progress.update(PhaseEvent("loading", 1, 2, payload, payload))
     progress.close(payload)
 """
+SHOW_VIEWS = """
+from IPython.display import display
+from tests.payloads import PAYLOADS
+from tests.test_hostile_names import VIEWS
+for payload in PAYLOADS:
+    for view in VIEWS.values():  # what the commands show, with names that a stranger chose
+        display(view(payload))
+"""
 
 # What the outputs of a cell hold that could act, in words.
 FIND_DANGER = """(outputs) => outputs.flatMap(output => {
@@ -66,7 +74,9 @@ FIND_DANGER = """(outputs) => outputs.flatMap(output => {
 
 
 @pytest.mark.parametrize("app", ["lab", "notebook"])
-@pytest.mark.parametrize("cell", [SHOW_FINISHED, SHOW_STREAMING], ids=["finished", "streaming"])
+@pytest.mark.parametrize(
+    "cell", [SHOW_FINISHED, SHOW_STREAMING, SHOW_VIEWS], ids=["finished", "streaming", "views"]
+)
 def test_nothing_in_an_answer_acts(open_notebook: OpenNotebook, app: App, cell: str) -> None:
     notebook = open_notebook([cell], app)
     title, address = notebook.page.title(), notebook.page.url
