@@ -125,4 +125,9 @@ class Hooks:
 
     @hookspec
     def session_event(self, session: Session, event: object) -> None:
-        """Observe what the session does; what is returned or raised changes nothing."""
+        """Observe what the session does; what is returned or raised changes nothing.
+
+        ``event`` is a ``LoadedModel`` or an ``Unloaded`` (both of ``llm_magic.session``), or the
+        ``Generation`` of an answer that ended, however it did. More kinds may come: test with
+        ``isinstance`` for those you know.
+        """

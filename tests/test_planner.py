@@ -600,6 +600,22 @@ def test_a_block_of_buffers_only_may_be_left_out(tmp_path):
     assert plan.use("cuda:0").buffers == 256
 
 
+@pytest.mark.parametrize(
+    "answer", [None, [], "cpu", {3: "cpu"}, {"": None}, {"": "cuda:7"}, {"nowhere": "cpu"}]
+)
+def test_a_planner_that_answers_nonsense_is_named(answer: object):
+    broken = Planner("odd", "a broken plugin", lambda *_: answer)
+    with pytest.raises(PlanError, match="The policy odd gave") as caught:
+        make_plan(toy(), laptop(), Workload(1024), placement=broken, policy="odd")
+    assert caught.value.next_step.startswith("Use --device-map auto")
+
+
+def test_a_planner_that_fails_is_named():
+    broken = Planner("odd", "a broken plugin", lambda *_: {}["gone"])
+    with pytest.raises(PlanError, match="The policy odd failed: KeyError: 'gone'"):
+        make_plan(toy(), laptop(), Workload(1024), placement=broken, policy="odd")
+
+
 def test_a_planner_that_leaves_a_block_out_is_named():
     broken = Planner("half", "a broken plugin", lambda layout, *_: {layout.blocks[0].name: "cpu"})
     with pytest.raises(PlanError, match="The policy half gave an invalid map: The device map leaves out"):

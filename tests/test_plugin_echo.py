@@ -13,17 +13,34 @@ import pytest
 
 ECHO = Path(__file__).parent.parent / "examples" / "plugin_echo"
 
-BROKEN_PYPROJECT = """
+PYPROJECT = """
 [build-system]
 requires = ["hatchling"]
 build-backend = "hatchling.build"
 [project]
-name = "llm-magic-broken"
+name = "llm-magic-{name}"
 version = "0.1.0"
 [project.entry-points.llm_magic]
-broken = "llm_magic_broken"
+{name} = "llm_magic_{name}"
 [tool.hatch.build.targets.wheel]
-only-include = ["llm_magic_broken.py"]
+only-include = ["llm_magic_{name}.py"]
+"""
+
+MORE_HOOKS = """
+from llm_magic.hookspecs import Format, Planner, hookimpl
+
+@hookimpl
+def register_planners(register):
+    register(Planner("nowhere", "Everything on a device that is not there.", lambda *_: {"": "tape"}))
+    register(Planner("here", "Everything in RAM.", lambda *_: {"": "cpu"}))
+
+@hookimpl
+def register_formats(register):
+    register(Format("loud", "In capitals.", lambda answer: {"text/plain": answer.upper()}))
+
+@hookimpl
+def session_event(session, event):
+    print("seen:", type(event).__name__, len(session.models))
 """
 
 RUN_CELLS = """
@@ -55,13 +72,14 @@ def run_cells(site: Path, cells: Sequence[str]) -> str:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of installed packages: the example plugin, and one that fails when it is imported."""
-    broken = tmp_path_factory.mktemp("broken")
-    (broken / "pyproject.toml").write_text(BROKEN_PYPROJECT)
-    (broken / "llm_magic_broken.py").write_text("raise RuntimeError('not my day')\n")
+    """A folder of installed packages: the example, one that fails when it is imported, the other hooks."""
     target = tmp_path_factory.mktemp("plugins") / "site"
     install(ECHO, target)
-    install(broken, target)
+    for name, code in {"broken": "raise RuntimeError('not my day')\n", "more": MORE_HOOKS}.items():
+        source = tmp_path_factory.mktemp(name)
+        (source / "pyproject.toml").write_text(PYPROJECT.format(name=name))
+        (source / f"llm_magic_{name}.py").write_text(code)
+        install(source, target)
     return target
 
 
@@ -84,10 +102,42 @@ def test_the_example_plugin_loads_and_answers(site: Path) -> None:
     assert "parrot" in output.split(">>> %llm ps")[1]
 
 
-def test_the_example_command_runs_and_is_in_the_help(site: Path) -> None:
-    output = run_cells(site, ["%load_ext llm_magic", "%llm shout it works", "%llm help"])
+def test_the_example_command_runs_and_is_in_the_help_and_completes(site: Path) -> None:
+    complete = (
+        "from IPython.core.completer import provisionalcompleter\n"
+        "with provisionalcompleter():\n"
+        "    print([found.text for found in get_ipython().Completer.completions('%llm sho', 8)])"
+    )
+    output = run_cells(site, ["%load_ext llm_magic", "%llm shout it works", "%llm help", complete])
     assert "IT WORKS!" in output
     assert "Say it louder." in output
+    assert "['shout']" in output
+
+
+def test_policies_formats_and_observers_of_plugins(site: Path) -> None:
+    cells = [
+        "%load_ext llm_magic",
+        "%llm plan echo:parrot --device-map here",
+        "%llm load echo:parrot --device-map here",
+        "%%llm -f loud\nPolly wants a cracker",
+        "%llm unload",
+        "%llm plugins",
+        "from llm_magic import llm, errors\nfrom llm_magic.model import ModelSpec\n"
+        "from llm_magic.options import LoadOptions\n"
+        "try: llm.session.plan(ModelSpec('echo:a'), LoadOptions(device_map='nowhere'))\n"
+        "except errors.PlanError as error: print(error.message)",
+    ]
+    output = run_cells(site, cells)
+    assert "placed by here" in output
+    assert "POLLY WANTS A CRACKER" in output
+    assert [line for line in output.splitlines() if line.startswith("seen:")] == [
+        "seen: LoadedModel 1",
+        "seen: Generation 1",
+        "seen: Unloaded 0",
+    ]
+    assert "The policy nowhere gave an invalid map: There is no device 'tape'" in output
+    for provided in ("nowhere, here", "loud"):
+        assert provided in output.split(">>> %llm plugins")[1]
 
 
 def test_a_broken_plugin_is_named_and_breaks_nothing(site: Path) -> None:

@@ -125,12 +125,19 @@ def _planned(planner: Planner, request: _Request) -> dict[str, str]:
     """A planner's map, checked like a person's: it may come from a plugin."""
     layout, machine = request.layout, request.machine
     budget = make_budget(machine, request.max_memory)
-    answer = planner.place(layout, budget, machine, request.workload)
+    remedy = "Use --device-map auto, or tell the plugin's author."
+    try:
+        answer = planner.place(layout, budget, machine, request.workload)
+    except Exception as error:  # a plugin's code: anything can come out of it
+        what = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        raise PlanError(f"The policy {planner.name} failed: {what}", remedy) from error
+    if not isinstance(answer, Mapping) or not all(isinstance(key, str) for key in answer):
+        raise PlanError(f"The policy {planner.name} gave no map of block names to devices.", remedy)
     try:
         return resolve_device_map(answer, layout, machine)
     except PlanError as error:
         message = f"The policy {planner.name} gave an invalid map: {error.message}"
-        raise PlanError(message, "Use --device-map auto, or tell the plugin's author.") from error
+        raise PlanError(message, remedy) from error
 
 
 def _remedies(plan: Plan, request: _Request) -> Iterator[str]:
