@@ -164,6 +164,11 @@ def test_no_json(text: str) -> None:
     assert "This answer is no JSON" in bundle(text, "json")["text/plain"]
 
 
+def test_code_for_a_new_cell_hides_nothing() -> None:
+    """Bidirectional overrides make code read as something else than it does."""
+    assert extract_code("```python\nx = '\u202eadmin\u2066'\x1b[2J\n```") == "x = 'admin'[2J"
+
+
 def test_json_is_indented() -> None:
     assert bundle('{"é":[1]}', "json")["text/plain"] == '{\n  "é": [\n    1\n  ]\n}'
 

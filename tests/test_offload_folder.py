@@ -74,12 +74,15 @@ def test_removing_follows_no_link(tmp_path: Path) -> None:
     precious = tmp_path / "precious"
     precious.mkdir()
     (precious / "thesis.txt").write_text("years of work")
+    (precious / "thesis.txt").chmod(0o644)
+    before = (precious / "thesis.txt").stat().st_mode
     base = tmp_path / "base"
 
     inside = OffloadFolder(str(base))
     (inside.path / "weight.safetensors").symlink_to(precious / "thesis.txt")
     (inside.path / "folder").symlink_to(precious, target_is_directory=True)
     inside.protect()
+    assert (precious / "thesis.txt").stat().st_mode == before
     inside.remove()
 
     replaced = OffloadFolder(str(base))
