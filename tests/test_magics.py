@@ -208,6 +208,7 @@ def test_an_error_keeps_what_came_in_the_variable(loaded, backend) -> None:
         ("%llm chat use nobody", "no chat 'nobody'", "%llm chat list"),
         ("%llm log 7", "There is no answer 7", ""),
         ("%llm fix", "raised an error yet", ""),
+        ("%llm fix 99", "raised an error yet", ""),
         ("%llm set format foo", "no value for format", "markdown"),
         ("%llm load fake:b --quantize nf4", "no option --quantize", "%llm load --help"),
         ("%llm load fake:b --ctx 100", "no option --ctx", "Did you mean --ctx-size?"),
@@ -245,6 +246,11 @@ def test_fix_asks_about_the_last_error_and_offers_the_code(loaded, backend, caps
     assert loaded.rl_next_input == "total = 1"
     assert "total" not in loaded.user_ns
     assert "read it before you run it" in capsys.readouterr().out
+
+
+def test_a_load_says_what_its_plan_warns_of(shell, capsys) -> None:
+    run(shell, "%llm load fake:b -c 100000")
+    assert "longer than the 2,048" in capsys.readouterr().out
 
 
 def test_fix_passes_over_our_own_errors(loaded, backend) -> None:

@@ -34,7 +34,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 def _run(session: Session, found: argparse.Namespace) -> Report | None:
     errors = session.notebook.errors
     number = errors.latest() if found.cell is None else found.cell
-    if number is None:
+    if number is None or not len(errors):
         raise SessionError(
             "No cell of this notebook has raised an error yet.", "Run the cell that fails first."
         )

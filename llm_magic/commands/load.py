@@ -12,6 +12,7 @@ from llm_magic.views.map import map_report
 from llm_magic.views.plan import plan_report
 from llm_magic.views.report import Report
 from llm_magic.views.table import line_report, stack
+from llm_magic.views.words import wrapped
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +31,10 @@ def _run(session: Session, found: argparse.Namespace) -> Report:
         f"{model.name} is loaded ({format_seconds(model.load_s)}): {layout.name}, "
         f"{format_count(layout.parameters)} parameters, {format_bytes(layout.bytes)} in {layout.dtype}."
     )
-    return stack(line_report(headline), map_report(model.plan, model.engine.memory()))
+    warnings = "\n".join(wrapped(f"! {warning}") for warning in model.plan.warnings)
+    return stack(
+        line_report(wrapped(headline)), line_report(warnings), map_report(model.plan, model.engine.memory())
+    )
 
 
 LOAD = Command(
