@@ -7,6 +7,7 @@ other libraries can read.
 from __future__ import annotations
 
 import gc
+import re
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,6 +27,9 @@ from llm_magic.units import format_bytes
 
 if TYPE_CHECKING:
     from llm_magic.backends.accelerate.sources import ModelFiles
+
+
+_TOKENIZER = re.compile(r".*(token|vocab|merges|spiece|sentencepiece|\.model$|\.tiktoken$).*", re.IGNORECASE)
 
 
 @dataclass
@@ -129,6 +133,11 @@ def release_memory() -> None:
 def _read_tokenizer(files: ModelFiles) -> Any:
     from transformers import AutoTokenizer
 
+    if not any(_TOKENIZER.fullmatch(path.name) for path in files.folder.iterdir()):
+        raise SourceError(
+            f"{files.name} has no tokenizer beside its weights.",
+            "Copy the tokenizer's files (tokenizer.json, tokenizer_config.json) of its base model there.",
+        )
     try:
         return AutoTokenizer.from_pretrained(
             str(files.folder), local_files_only=True, trust_remote_code=False
@@ -168,6 +177,7 @@ def _read_model(
             output_loading_info=True,
         )
     _refuse_incomplete(files, info)
+    _refuse_untied(files, model, plan)
     _check_coverage(model, plan)
     _place_loose_buffers(model, plan)
     return model.eval().requires_grad_(False)
@@ -184,6 +194,18 @@ def _refuse_incomplete(files: ModelFiles, info: Mapping[str, Any]) -> None:
             f"{files.name} lacks weights that its architecture needs: {', '.join(wrong[:3])}{more}.",
             "The checkpoint and its config.json do not belong together, or files are missing: download it again.",
         )
+
+
+def _refuse_untied(files: ModelFiles, model: Any, plan: Plan) -> None:
+    """Refuse a tie that the files broke: transformers keeps two values, and one was counted."""
+    counted = {tensor.name for block in plan.layout.blocks for tensor in block.tensors}
+    shared = set(getattr(model, "all_tied_weights_keys", None) or ())
+    for name, _ in model.named_parameters():
+        if name not in counted and name not in shared:
+            raise SourceError(
+                f"{files.name} has values of its own for {name}, which its config.json says are shared.",
+                'Write "tie_word_embeddings": false in its config.json, if the files are right.',
+            )
 
 
 def _check_coverage(model: Any, plan: Plan) -> None:
