@@ -6,8 +6,8 @@ import time
 from collections.abc import Callable, Iterable
 
 from llm_magic.events import Emit, Finish, PhaseEvent, Request, StopFlag, TokenEvent
+from llm_magic.harmless.terminal import sanitize
 from llm_magic.stop_strings import StopStrings
-from llm_magic.text.terminal import sanitize
 
 
 class Answer:

@@ -12,7 +12,7 @@ from pathlib import Path
 from llm_magic.errors import SessionError
 from llm_magic.events import Message
 from llm_magic.folders import data_folder, make_private
-from llm_magic.text.terminal import sanitize
+from llm_magic.harmless.terminal import sanitize
 
 _NAME = re.compile(r"[\w][\w .-]{0,63}")
 

@@ -16,11 +16,11 @@ from llm_magic.answer import Answer
 from llm_magic.errors import OptionError
 from llm_magic.events import PhaseEvent
 from llm_magic.formats import footer_text
+from llm_magic.harmless.terminal import sanitize
 from llm_magic.hookspecs import Format
 from llm_magic.result import Generation
 from llm_magic.screen import AnswerView, ProgressView, Screen
 from llm_magic.text.safe_html import escape_text
-from llm_magic.text.terminal import sanitize
 from llm_magic.units import format_bytes, format_rate, format_seconds
 
 UI = Literal["text", "basic"]

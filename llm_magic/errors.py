@@ -6,6 +6,9 @@ these ever shows our own stack to the user.
 
 from __future__ import annotations
 
+from llm_magic.harmless.paths import without_paths
+from llm_magic.harmless.terminal import sanitize
+
 
 class LLMMagicError(Exception):
     """Base of every error that llm_magic raises on purpose.
@@ -61,7 +64,4 @@ class PluginError(LLMMagicError):
 
 def _one_line(text: str) -> str:
     # Messages quote model files and libraries; they end in terminals and in saved notebooks.
-    from llm_magic.text.history import without_paths
-    from llm_magic.text.terminal import sanitize
-
     return " ".join(sanitize(without_paths(text)).split())

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from llm_magic.harmless.terminal import sanitize
 from llm_magic.hookspecs import Format, hookimpl
 from llm_magic.result import Footprint, Generation
 from llm_magic.text.safe_html import (
@@ -22,7 +23,6 @@ from llm_magic.text.safe_html import (
     markdown_to_html,
     text_to_html,
 )
-from llm_magic.text.terminal import sanitize
 from llm_magic.units import format_rate, format_seconds
 
 _ENDINGS = {

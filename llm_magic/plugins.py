@@ -11,9 +11,9 @@ from typing import Any, Protocol, TypeVar
 import pluggy
 
 from llm_magic.errors import OptionError, PluginError
+from llm_magic.harmless.paths import without_paths
 from llm_magic.hookspecs import Backend, Command, Format, Hooks, Planner
 from llm_magic.model import ModelSpec
-from llm_magic.text.history import without_paths
 
 GROUP = "llm_magic"
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from IPython.core.interactiveshell import InteractiveShell
 
-from llm_magic.text.history import ErrHistory, format_error, hide_folders, without_paths
+from llm_magic.harmless.paths import hide_folders, without_paths
+from llm_magic.text.history import ErrHistory, format_error
 
 
 @pytest.fixture(scope="module")

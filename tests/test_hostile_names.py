@@ -15,13 +15,13 @@ from llm_magic.commands.chat import CHAT
 from llm_magic.display import NotebookScreen, TextScreen
 from llm_magic.errors import LLMMagicError
 from llm_magic.events import Message, TokenEvent
+from llm_magic.harmless.paths import hide_folders
 from llm_magic.host.machine_file import machine_from_json
 from llm_magic.machine import Machine
 from llm_magic.plan import Plan, Workload
 from llm_magic.planning.planner import make_plan
 from llm_magic.planning.policies import POLICIES
 from llm_magic.session import Session
-from llm_magic.text.history import hide_folders
 from llm_magic.views.machine import machine_report
 from llm_magic.views.map import map_report
 from llm_magic.views.plan import plan_report

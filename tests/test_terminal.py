@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
+from llm_magic.harmless.terminal import sanitize
 from llm_magic.result import Generation
-from llm_magic.text.terminal import sanitize
 
 CORPUS = [
     "\x1b]0;new title\x07",

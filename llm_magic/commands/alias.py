@@ -6,9 +6,9 @@ import argparse
 
 from llm_magic.arguments import completes
 from llm_magic.errors import OptionError
+from llm_magic.harmless.paths import without_paths
 from llm_magic.hookspecs import Command
 from llm_magic.session import Session
-from llm_magic.text.history import without_paths
 from llm_magic.views.report import Report
 from llm_magic.views.table import line_report, table_report
 

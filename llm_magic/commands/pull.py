@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 
+from llm_magic.harmless.paths import without_paths
 from llm_magic.hookspecs import Command
 from llm_magic.library import pull
 from llm_magic.model import ModelSpec
 from llm_magic.session import Session
-from llm_magic.text.history import without_paths
 from llm_magic.units import format_bytes
 from llm_magic.views.report import Report
 from llm_magic.views.table import line_report

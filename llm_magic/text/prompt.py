@@ -23,8 +23,8 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from llm_magic.text.history import without_paths
-from llm_magic.text.terminal import sanitize
+from llm_magic.harmless.paths import without_paths
+from llm_magic.harmless.terminal import sanitize
 from llm_magic.text.values import NoTextError, ValueText, to_text
 
 Lookup = Callable[[str], object]

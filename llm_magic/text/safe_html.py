@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING
 
-from llm_magic.text.terminal import sanitize
+from llm_magic.harmless.terminal import sanitize
 
 if TYPE_CHECKING:
     import nh3

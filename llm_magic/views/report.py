@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from llm_magic.text.terminal import sanitize
+from llm_magic.harmless.terminal import sanitize
 
 
 class _Printer(Protocol):

@@ -7,8 +7,8 @@ import textwrap
 import unicodedata
 from collections.abc import Sequence
 
+from llm_magic.harmless.terminal import sanitize
 from llm_magic.text.safe_html import escape_text
-from llm_magic.text.terminal import sanitize
 from llm_magic.views.report import Report
 
 _NARROWEST = 24  # a column narrower than this reads worse than a long line

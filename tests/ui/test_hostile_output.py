@@ -30,7 +30,7 @@ from llm_magic.answer import Answer
 from llm_magic.display import NotebookScreen
 from llm_magic.events import PhaseEvent, TokenEvent
 from llm_magic.plugins import Plugins
-from llm_magic.text.terminal import sanitize
+from llm_magic.harmless.terminal import sanitize
 from tests.payloads import PAYLOADS
 screen = NotebookScreen(Plugins().formats)
 for payload in map(sanitize, PAYLOADS):  # as the worker sends them on

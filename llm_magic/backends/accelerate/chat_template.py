@@ -12,7 +12,7 @@ from jinja2.exceptions import SecurityError
 
 from llm_magic.backends.accelerate.template_sandbox import OverBudgetError, Refusal, run
 from llm_magic.errors import PromptError
-from llm_magic.text.terminal import sanitize
+from llm_magic.harmless.terminal import sanitize
 
 TEMPLATE_LIMIT = 256 * 1024  # characters; the largest published templates have some 30,000
 

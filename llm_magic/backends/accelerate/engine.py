@@ -17,9 +17,9 @@ from llm_magic.backends.accelerate.quiet import quiet
 from llm_magic.backends.accelerate.sampling import end_tokens, generation_config, seeded
 from llm_magic.errors import EngineError, LLMMagicError, PromptError
 from llm_magic.events import Emit, Finish, FinishReason, PhaseEvent, RenderedPrompt, Request, StopFlag
+from llm_magic.harmless.paths import without_paths
 from llm_magic.plan import Plan
 from llm_magic.planning.costs import longest_pass
-from llm_magic.text.history import without_paths
 
 
 class TransformersEngine:

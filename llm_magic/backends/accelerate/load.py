@@ -18,11 +18,11 @@ from llm_magic.backends.accelerate.offload_folder import OffloadFolder, check_te
 from llm_magic.backends.accelerate.quiet import bars_into, quiet
 from llm_magic.errors import EngineError, LLMMagicError, PlanError, SourceError
 from llm_magic.events import PhaseEvent, Progress
+from llm_magic.harmless.paths import without_paths
 from llm_magic.host.memory import host_memory
 from llm_magic.model import ModelSpec
 from llm_magic.plan import Plan
 from llm_magic.planning.planner import refusal
-from llm_magic.text.history import without_paths
 from llm_magic.units import format_bytes
 
 if TYPE_CHECKING:
