@@ -1,9 +1,12 @@
-"""An answer while it comes: its text so far, its phase and its clock."""
+"""An answer while it comes: its text so far, its phase and its clock.
+
+The engine's thread writes it, the main thread reads it: an interrupt of the main thread loses nothing.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 from llm_magic.events import Emit, Finish, PhaseEvent, Request, StopFlag, TokenEvent
 from llm_magic.harmless.terminal import sanitize
@@ -23,24 +26,25 @@ class Answer:
         Tokens generated so far.
     first_token_s
         Seconds to the first token; ``None`` before it.
+    stop
+        Asks the engine to end the answer here.
     """
 
-    def __init__(self, beginning: str = "", stop: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, beginning: str = "") -> None:
         self.text = beginning
         self.phase: PhaseEvent | None = None
         self.tokens = 0
         self.first_token_s: float | None = None
-        self.stop = stop
+        self.stop: Callable[[], None] = lambda: None
         self._started = time.perf_counter()
         self._last_token = self._started
 
-    def take(self, events: Iterable[object]) -> None:
-        """Add a batch of events."""
-        for event in events:
-            if isinstance(event, PhaseEvent):
-                self.phase = event
-            elif isinstance(event, TokenEvent):
-                self._take_token(event)
+    def take(self, event: PhaseEvent | TokenEvent) -> None:
+        """Write down what the engine said; called on its thread."""
+        if isinstance(event, PhaseEvent):
+            self.phase = event
+        else:
+            self._take_token(event)
 
     def _take_token(self, event: TokenEvent) -> None:
         self.text += event.text
@@ -66,7 +70,7 @@ class Answer:
 def generate_clean(
     generate: Callable[[Request, Emit, StopFlag], Finish],
     request: Request,
-    put: Callable[[object], None],
+    answer: Answer,
     stop: StopFlag,
 ) -> tuple[Finish, bool]:
     """Run an engine so that only harmless, final text comes out.
@@ -85,8 +89,8 @@ def generate_clean(
             event = TokenEvent(stops.feed(sanitize(event.text)), event.tokens)
             if stops.found:
                 stop.set()
-        put(event)
+        answer.take(event)
 
     finish = generate(request, emit, stop)
-    put(TokenEvent(stops.flush(), 0))
+    answer.take(TokenEvent(stops.flush(), 0))
     return finish, stops.found

@@ -65,20 +65,19 @@ def system_of(request: Request) -> str:
 def follow(
     worker: Worker[tuple[Finish, bool]], answer: Answer, show: Callable[[Answer], None], model: str
 ) -> Ending:
-    """Take an answer in as it comes; ends with the worker, whatever happens.
+    """Show an answer as it comes; ends with the worker, whatever happens.
 
     An interrupt (Ctrl-C, ■) stops the worker and keeps the text that came; it is in the ending's
     ``error``, as is what the engine raised.
     """
     try:
-        for batch in worker.batches():
-            answer.take(batch)
+        for _ in worker.ticks():
             show(answer)
         finish, found_stop_string = worker.result()
         return Ending(finish, "stop" if found_stop_string else finish.reason)
     except KeyboardInterrupt as interrupt:
         worker.stop()
-        return Ending(_drain(worker, answer), "interrupted", interrupt)
+        return Ending(_wait_for_end(worker), "interrupted", interrupt)
     except LLMMagicError as error:
         return Ending(None, "error", error)
     except Exception as error:
@@ -129,10 +128,8 @@ def _sampling(options: AskOptions, settings: Settings) -> Sampling:
     return Sampling(**values)
 
 
-def _drain(worker: Worker[tuple[Finish, bool]], answer: Answer) -> Finish | None:
+def _wait_for_end(worker: Worker[tuple[Finish, bool]]) -> Finish | None:
     with suppress(Exception):  # the interrupt is what the user hears of, whatever the engine says now
-        for batch in worker.batches():
-            answer.take(batch)
         return worker.result()[0]
     return None
 

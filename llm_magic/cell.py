@@ -26,7 +26,6 @@ class CellLine:
     ask: AskOptions
     out: str = ""
     raw: bool = False
-    stream: bool = True
     dry_run: bool = False
     help: bool = False
 
@@ -100,7 +99,6 @@ def parse_cell_line(line: str, expand: Callable[[str], str] = str) -> CellLine:
         ask=_ask_options(found),
         out=_check_variable(bound or found.out),
         raw=found.raw,
-        stream=not found.no_stream,
         dry_run=found.dry_run,
     )
 
@@ -134,6 +132,7 @@ def _ask_options(found: argparse.Namespace) -> AskOptions:
         history=False if found.no_history else None,
         continue_last=found.continue_last,
         use_template=not found.no_template,
+        stream=not found.no_stream,
         output_format=found.format,
         sampling=sampling,
     )

@@ -12,16 +12,20 @@ import time
 from collections.abc import Mapping
 from typing import Any, Literal, Protocol, TextIO
 
+from IPython.display import DisplayHandle, display
+
 from llm_magic.answer import Answer
 from llm_magic.errors import OptionError
 from llm_magic.events import PhaseEvent
-from llm_magic.formats import footer_text
+from llm_magic.formats import bundle, footer_text
+from llm_magic.harmless.paths import without_paths
 from llm_magic.harmless.terminal import sanitize
 from llm_magic.hookspecs import Format
 from llm_magic.result import Generation
 from llm_magic.screen import AnswerView, ProgressView, Screen
 from llm_magic.text.safe_html import escape_text
 from llm_magic.units import format_bytes, format_rate, format_seconds
+from llm_magic.views.report import Report
 
 UI = Literal["text", "basic"]
 _LIVE_CHARACTERS = 20_000  # of a longer answer only the end is sent while it comes
@@ -82,6 +86,16 @@ class TextScreen(Screen):
     def answer(self, output_format: str) -> AnswerView:
         """Streams text; a format that needs the whole answer is printed at the end."""
         return _TextAnswer(self._formats[output_format], self._out or sys.stdout)
+
+    def begin(self) -> None:
+        """Nothing to forget."""
+
+    def show(self, shown: object) -> None:
+        """Print a report; leave anything else to IPython."""
+        if isinstance(shown, Report):
+            (self._out or sys.stdout).write(f"{shown.text}\n")
+        else:
+            display(shown)
 
 
 class _StatusLine:
@@ -167,7 +181,7 @@ class _TextAnswer:
                 generation.text[self._written :].rstrip("\n") + "\n" + footer_text(generation) + "\n"
             )
         else:
-            self._out.write(self._format.bundle(generation)["text/plain"] + "\n")
+            self._out.write(_bundle(self._format, generation)["text/plain"] + "\n")
         self._out.flush()
 
 
@@ -186,13 +200,18 @@ class NotebookDisplay:
 
     def show(self, bundle: Mapping[str, Any]) -> None:
         """Show the first time, replace after that."""
-        from IPython.display import DisplayHandle
+        self._put(dict(bundle), raw=True)
 
+    def show_object(self, shown: object) -> None:
+        """The same for an object that knows how it looks."""
+        self._put(shown)
+
+    def _put(self, shown: object, **options: Any) -> None:
         if self._handle is None:
             self._handle = DisplayHandle()
-            self._handle.display(dict(bundle), raw=True)
+            self._handle.display(shown, **options)
         else:
-            self._handle.update(dict(bundle), raw=True)
+            self._handle.update(shown, **options)
 
 
 class NotebookScreen(Screen):
@@ -200,10 +219,21 @@ class NotebookScreen(Screen):
 
     def __init__(self, formats: Mapping[str, Format]) -> None:
         self._formats = formats
+        self._bar: NotebookDisplay | None = None
+
+    def begin(self) -> None:
+        """Forget the bar of an earlier cell: what is shown next belongs to this one."""
+        self._bar = None
 
     def progress(self, title: str) -> ProgressView:
-        """A bar that ends as one line."""
-        return _NotebookProgress(title, NotebookDisplay())
+        """A bar that ends as one line, or makes way for what is shown next."""
+        self._bar = NotebookDisplay()
+        return _NotebookProgress(title, self._bar)
+
+    def show(self, shown: object) -> None:
+        """Show it, in place of the bar of the work that led to it."""
+        (self._bar or NotebookDisplay()).show_object(shown)
+        self._bar = None
 
     def answer(self, output_format: str) -> AnswerView:
         """Escaped text while it comes; the format's bundle when it is done."""
@@ -261,12 +291,26 @@ class _NotebookAnswer:
 
     def close(self, generation: Generation) -> None:
         nothing = {"text/plain": "", "text/html": ""}
-        self._display.show(nothing if _is_nothing(generation) else self._format.bundle(generation))
+        self._display.show(nothing if _is_nothing(generation) else _bundle(self._format, generation))
 
 
 def _is_nothing(generation: Generation) -> bool:
     """Whether an error came before any text: the error says it all."""
     return generation.finish_reason == "error" and not generation.text
+
+
+def _bundle(output_format: Format, generation: Generation) -> Mapping[str, Any]:
+    """The format's bundle; the plain one where a plugin's format fails, for no answer is lost to its looks."""
+    try:
+        return output_format.bundle(generation)
+    except Exception as error:
+        note = (
+            f"The format {output_format.name} failed ({without_paths(f'{type(error).__name__}: {error}')})."
+        )
+        plain = bundle(generation)
+        return {
+            kind: f"{text}\n{escape_text(note) if 'html' in kind else note}" for kind, text in plain.items()
+        }
 
 
 def _live_html(answer: Answer, text: str) -> str:
@@ -279,17 +323,3 @@ def _live_html(answer: Answer, text: str) -> str:
         '<div style="color:var(--jp-ui-font-color2,#757575);font-size:85%;margin-top:.4em">'
         f"{escape_text(status)}</div>"
     )
-
-
-class QuietAnswer:
-    """``--no-stream``: a view that shows only the finished answer."""
-
-    def __init__(self, view: AnswerView) -> None:
-        self._view = view
-
-    def update(self, answer: Answer) -> None:
-        """Show nothing yet."""
-
-    def close(self, generation: Generation) -> None:
-        """Show it."""
-        self._view.close(generation)

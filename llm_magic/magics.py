@@ -7,13 +7,12 @@ from typing import Any
 
 from IPython.core import magic as ipython_magic
 from IPython.core.interactiveshell import InteractiveShell
-from IPython.display import display
 from traitlets import TraitError, validate
 
 from llm_magic.arguments import HELP_FLAGS, split_words
 from llm_magic.cell import CellLine, parse_cell_line
 from llm_magic.commands.help import cell_help, command_help, command_parser
-from llm_magic.display import NotebookScreen, QuietAnswer, TextScreen, choose_ui
+from llm_magic.display import NotebookScreen, TextScreen, choose_ui
 from llm_magic.errors import LLMMagicError, OptionError
 from llm_magic.events import RenderedPrompt
 from llm_magic.formats import extract_code
@@ -66,11 +65,11 @@ class LLMMagic(ipython_magic.Magics, Settings):
         self._user_shell = shell
         self.notebook = IPythonNotebook(shell)
         is_notebook = hasattr(shell, "kernel")
-        self.ui = choose_ui(is_notebook)
+        is_text = choose_ui(is_notebook) == "text"
         session.settings = self
         session.notebook = self.notebook
         formats = session.plugins.formats
-        session.screen = NotebookScreen(formats) if self.ui == "basic" else TextScreen(formats)
+        session.screen = TextScreen(formats) if is_text else NotebookScreen(formats)
 
     @validate("format")
     def _is_a_format(self, proposal: dict[str, str]) -> str:
@@ -95,13 +94,17 @@ class LLMMagic(ipython_magic.Magics, Settings):
             %llm unload
             %llm help
         """
+        screen = self.session.screen
+        screen.begin()
         words = split_words(line)
         command = pick(self.session.plugins.commands, _command_name(words), "command")
         if any(flag in words[1:] for flag in HELP_FLAGS):
-            self._show(command_help(command))
+            screen.show(command_help(command))
             return
         found = command_parser(command).parse([self._expand(word) for word in words[1:]])
-        self._show(command.run(self.session, found))
+        shown = command.run(self.session, found)
+        if shown is not None:
+            screen.show(shown)
 
     @_no_var_expand
     @_cell_magic("llm")
@@ -123,28 +126,25 @@ class LLMMagic(ipython_magic.Magics, Settings):
 
             %%llm --continue
         """
+        screen = self.session.screen
+        screen.begin()
         parsed = parse_cell_line(line, self._expand)
         if parsed.help:
-            self._show(cell_help())
+            screen.show(cell_help())
             return
         prompt = Interpolated(cell) if parsed.raw else interpolate(cell, self.notebook.lookup)
         text = prompt.text.strip("\n")
         if prompt.notes:
-            self._show(line_report("\n".join(prompt.notes)))
+            screen.show(line_report("\n".join(prompt.notes)))
         if parsed.dry_run:
-            self._show(_rendered_report(self.session.render(text, parsed.ask)))
+            screen.show(_rendered_report(self.session.render(text, parsed.ask)))
             return
         self._ask(text, parsed)
 
     def _ask(self, text: str, parsed: CellLine) -> None:
         asked = len(self.session.log)
-        view = None
-        if not parsed.stream:
-            view = QuietAnswer(
-                self.session.screen.answer(parsed.ask.output_format or self.session.settings.format)
-            )
         try:
-            self.session.ask(text, parsed.ask, view)
+            self.session.ask(text, parsed.ask)
         finally:
             # Also after an interrupt or an error: what came is kept.
             for generation in self.session.log[asked:][-1:]:
@@ -156,14 +156,6 @@ class LLMMagic(ipython_magic.Magics, Settings):
 
     def _expand(self, word: str) -> str:
         return interpolate(word, self.notebook.lookup).text
-
-    def _show(self, shown: object) -> None:
-        if shown is None:
-            return
-        if self.ui == "text" and isinstance(shown, Report):
-            print(shown.text)
-        else:
-            display(shown)
 
 
 def _command_name(words: list[str]) -> str:

@@ -36,5 +36,6 @@ class AskOptions:
     history: bool | None = None
     continue_last: bool = False
     use_template: bool = True
+    stream: bool = True
     output_format: str = ""
     sampling: Mapping[str, Any] = field(default_factory=dict)

@@ -32,7 +32,13 @@ class AnswerView(Protocol):
 
 
 class Screen(Protocol):
-    """Makes live views."""
+    """Makes live views, and shows what is finished."""
+
+    def begin(self) -> None:
+        """A new cell or command begins."""
+
+    def show(self, shown: object) -> None:
+        """Show a report, or any object."""
 
     def progress(self, title: str) -> ProgressView:
         """A view of a load or a download."""
@@ -42,7 +48,13 @@ class Screen(Protocol):
 
 
 class SilentScreen:
-    """Shows nothing: plain Python, tests, ``--no-stream`` while the answer comes."""
+    """Shows nothing: plain Python and tests."""
+
+    def begin(self) -> None:
+        """Nothing begins."""
+
+    def show(self, shown: object) -> None:
+        """Show nothing."""
 
     def progress(self, title: str) -> ProgressView:  # noqa: ARG002 - part of the protocol
         """A view that shows nothing."""
@@ -59,3 +71,17 @@ class _Nothing:
 
     def close(self, _: object) -> None:
         pass
+
+
+class QuietAnswer:
+    """``--no-stream``: a view that shows only the finished answer."""
+
+    def __init__(self, view: AnswerView) -> None:
+        self._view = view
+
+    def update(self, answer: Answer) -> None:
+        """Show nothing yet."""
+
+    def close(self, generation: Generation) -> None:
+        """Show it."""
+        self._view.close(generation)

@@ -14,7 +14,7 @@ from typing import TypeVar
 from llm_magic.answer import Answer, generate_clean
 from llm_magic.asking import Ending, build_request, follow, make_footprint, system_of
 from llm_magic.chat import Chat, Chats, check_chat_name
-from llm_magic.errors import LLMMagicError, OptionError, SessionError
+from llm_magic.errors import OptionError, SessionError
 from llm_magic.events import Message, PhaseEvent, Progress, RenderedPrompt, Request, StopFlag
 from llm_magic.folders import cache_folder, make_private
 from llm_magic.hookspecs import Backend, Engine, FindsAccelerators, Planner
@@ -28,11 +28,11 @@ from llm_magic.plan import Plan, Workload
 from llm_magic.planning.planner import make_plan, read_device_map, refusal
 from llm_magic.plugins import Plugins, pick
 from llm_magic.result import Footprint, Generation, Turn
-from llm_magic.screen import AnswerView, Screen, SilentScreen
+from llm_magic.screen import AnswerView, QuietAnswer, Screen, SilentScreen
 from llm_magic.settings import Settings
 from llm_magic.units import format_seconds
 from llm_magic.views.map import placement_words
-from llm_magic.worker import Cancelled, Worker
+from llm_magic.worker import Cancelled, Latest, Worker
 
 Result = TypeVar("Result")
 DEFAULTS = AskOptions()
@@ -172,7 +172,11 @@ class Session:
             self.current = name
             return same
         backend = self.plugins.backend_for(spec)
-        loaded = self._on_worker(f"Loading {name}", lambda p: self._load(backend, spec, options, name, p))
+        loaded = self._on_worker(
+            f"Loading {name}",
+            lambda progress: self._load(backend, spec, options, name, progress),
+            undo=lambda model: model.engine.close(),
+        )
         if same:
             self.unload(name)
         self.models[name] = loaded
@@ -243,13 +247,20 @@ class Session:
         chat = self._chat(options)
         request = build_request(text, options, chat, self.settings)
         beginning = request.messages[-1].content if request.continue_last else ""
-        self._acquire()
-        worker = Worker(
-            lambda put, stop: generate_clean(model.engine.generate, request, put, stop), self._lock.release
-        )
-        answer = Answer(beginning, worker.stop)
+        answer = Answer(beginning)
         view = view or self.screen.answer(output_format)
-        view.update(answer)
+        view = view if options.stream else QuietAnswer(view)
+        self._acquire()
+        try:
+            view.update(answer)
+            worker = Worker(
+                lambda stop: generate_clean(model.engine.generate, request, answer, stop),
+                self._lock.release,
+            )
+        except BaseException:
+            self._lock.release()
+            raise
+        answer.stop = worker.stop
         ending = follow(worker, answer, view.update, model.name)
         generation = self._generation(model, answer, ending, request, output_format)
         self._keep(generation, chat, request, options)
@@ -302,22 +313,29 @@ class Session:
         finally:
             self._lock.release()
 
-    def _on_worker(self, title: str, job: Callable[[Progress], Result]) -> Result:
-        self._acquire()
+    def _on_worker(
+        self, title: str, job: Callable[[Progress], Result], undo: Callable[[Result], None] = lambda _: None
+    ) -> Result:
+        """Run a job, showing its progress; ``undo`` gets what it made when an interrupt came too late."""
         started = time.perf_counter()
-        view = self.screen.progress(title)
-        worker = Worker(lambda emit, stop: job(_stoppable(emit, stop)), self._lock.release)
+        latest = Latest()
+        self._acquire()
+        try:
+            view = self.screen.progress(title)
+            worker = Worker(lambda stop: job(_stoppable(latest.put, stop)), self._lock.release)
+        except BaseException:
+            self._lock.release()
+            raise
         ending = "stopped after"
         try:
-            for batch in worker.batches():
-                for event in batch or [None]:
-                    view.update(event if isinstance(event, PhaseEvent) else None)
+            for _ in worker.ticks():
+                view.update(latest.take())
             result = worker.result()
             ending = "done in"
         except KeyboardInterrupt:
             worker.stop()
-            with suppress(LLMMagicError, Cancelled):
-                worker.result()
+            with suppress(Exception):
+                undo(worker.result())
             raise
         finally:
             view.close(f"{title}: {ending} {format_seconds(time.perf_counter() - started)}")
@@ -374,7 +392,7 @@ class Session:
             self.chats.keep(chat, make_current=not options.chat)
 
 
-def _stoppable(emit: Callable[[object], None], stop: StopFlag) -> Progress:
+def _stoppable(emit: Progress, stop: StopFlag) -> Progress:
     def progress(event: PhaseEvent) -> None:
         if stop.is_set():
             raise Cancelled

@@ -1,103 +1,92 @@
-"""One job on its own thread, its events on ours.
+"""One job on its own thread, watched from ours.
 
 The main thread stays interruptible while a C call or a slow layer runs on the worker, and only the
-main thread draws.
+main thread draws. What the job produces is written down on the worker's side: Ctrl-C is raised in the
+main thread alone, between any two of its instructions, and an event on its way through a queue would
+be lost there.
 """
 
 from __future__ import annotations
 
-import queue
 import threading
-import time
 from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
-from llm_magic.events import StopFlag
+from llm_magic.events import PhaseEvent, StopFlag
 
 Result = TypeVar("Result")
-_END = object()
 
 
 class Cancelled(Exception):  # noqa: N818 - not an error: somebody asked for it
     """Raised inside a job that was told to stop and has nothing to return."""
 
 
+class Latest:
+    """The newest progress of a job: older ones need no showing."""
+
+    def __init__(self) -> None:
+        self._event: PhaseEvent | None = None
+
+    def put(self, event: PhaseEvent) -> None:
+        """Write it down; called on the worker thread."""
+        self._event = event
+
+    def take(self) -> PhaseEvent | None:
+        """The newest event; ``None`` before the first."""
+        return self._event
+
+
 class Worker(Generic[Result]):
-    """Runs ``job(emit, stop)`` on a daemon thread as soon as it is made.
+    """Runs ``job(stop)`` on a daemon thread as soon as it is made.
 
     Parameters
     ----------
     job
-        Gets a thread-safe ``emit`` and the stop flag, and returns the result.
+        Gets the stop flag, and returns the result.
     on_end
         Called on the worker thread when the job is over, however it ended.
     """
 
-    def __init__(
-        self,
-        job: Callable[[Callable[[object], None], StopFlag], Result],
-        on_end: Callable[[], None] = lambda: None,
-    ) -> None:
+    def __init__(self, job: Callable[[StopFlag], Result], on_end: Callable[[], None] = lambda: None) -> None:
         self.stop_flag: StopFlag = threading.Event()
-        self._queue: queue.SimpleQueue[object] = queue.SimpleQueue()
+        self._ended = threading.Event()
         self._result: Result | None = None
         self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, args=(job, on_end), name="llm_magic", daemon=True)
-        self._thread.start()
+        threading.Thread(target=self._run, args=(job, on_end), name="llm_magic", daemon=True).start()
 
-    def _run(
-        self, job: Callable[[Callable[[object], None], StopFlag], Result], on_end: Callable[[], None]
-    ) -> None:
+    def _run(self, job: Callable[[StopFlag], Result], on_end: Callable[[], None]) -> None:
         try:
-            self._result = job(self._queue.put, self.stop_flag)
+            self._result = job(self.stop_flag)
         except BaseException as error:  # handed to the caller's thread, which raises it
             self._error = error
         finally:
             on_end()
-            self._queue.put(_END)
-
-    @property
-    def is_running(self) -> bool:
-        """Whether the job is still at work."""
-        return self._thread.is_alive()
+            self._ended.set()
 
     def stop(self) -> None:
         """Ask the job to stop; it does so before its next block or token."""
         self.stop_flag.set()
 
-    def batches(self, interval_s: float = 0.05) -> Iterator[list[object]]:
-        """Events as they come, gathered over ``interval_s``; an empty list when nothing happened.
+    def ticks(self, interval_s: float = 0.05) -> Iterator[None]:
+        """Yield every ``interval_s`` until the job has ended, and once more after that.
 
-        The first batch comes as soon as there is an event. Ends when the job has ended and all
-        its events were handed out.
+        It may be left and begun again: a tick carries nothing that could be lost.
         """
-        while True:
-            batch = self._gather(interval_s)
-            ended = bool(batch) and batch[-1] is _END
-            yield batch[:-1] if ended else batch
-            if ended:
-                return
-
-    def _gather(self, interval_s: float) -> list[object]:
-        batch: list[object] = []
-        deadline = time.monotonic() + interval_s
-        while not (batch and batch[-1] is _END):
-            try:
-                # Short waits: on Windows a longer one would not see Ctrl-C.
-                batch.append(self._queue.get(timeout=max(0.0, deadline - time.monotonic())))
-            except queue.Empty:
-                break
-        return batch
+        # Short waits: on Windows a longer one would not see Ctrl-C.
+        while not self._ended.wait(interval_s):
+            yield
+        yield
 
     def result(self) -> Result:
-        """What the job returned.
+        """What the job returned, once it has ended.
 
         Raises
         ------
         BaseException
             Whatever the job raised.
         """
-        self._thread.join()
+        for _ in self.ticks():
+            pass
         if self._error is not None:
             error, self._error = self._error, None  # no cycle that would keep the job's frames
             raise error

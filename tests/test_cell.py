@@ -11,7 +11,7 @@ def test_every_option_reaches_its_place() -> None:
         'answer << -f json -m qwen -s "Be brief." -t 0.5 --top-p .9 --top-k 40 --min-p 0.05 --seed 7 -n 20 '
         r'--stop "\n\n" --stop END --chat c --no-template --no-stream --raw --dry-run --param repetition_penalty 1.1'
     )
-    assert (parsed.out, parsed.raw, parsed.stream, parsed.dry_run) == ("answer", True, False, True)
+    assert (parsed.out, parsed.raw, parsed.ask.stream, parsed.dry_run) == ("answer", True, False, True)
     ask = parsed.ask
     assert (ask.output_format, ask.model, ask.system, ask.chat) == ("json", "qwen", "Be brief.", "c")
     assert not ask.use_template

@@ -1,15 +1,17 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import pytest
 
 from llm_magic.answer import Answer
-from llm_magic.display import QuietAnswer, TextScreen, _NotebookAnswer, choose_ui, phase_words
+from llm_magic.display import TextScreen, _NotebookAnswer, choose_ui, phase_words
 from llm_magic.errors import OptionError
 from llm_magic.events import PhaseEvent, TokenEvent
 from llm_magic.plugins import Plugins
 from llm_magic.result import Footprint, Generation
+from llm_magic.screen import QuietAnswer
 from tests.fake_backend import built_in_points
 
 FORMATS = Plugins(tuple(built_in_points())).formats
@@ -30,7 +32,8 @@ class Terminal(io.StringIO):
 
 def answer_of(*pieces: str) -> Answer:
     answer = Answer()
-    answer.take(TokenEvent(piece) for piece in pieces)
+    for piece in pieces:
+        answer.take(TokenEvent(piece))
     return answer
 
 
@@ -62,7 +65,7 @@ def test_a_terminal_gets_each_piece_once_and_a_footer() -> None:
     view = TextScreen(FORMATS, out).answer("markdown")
     answer = answer_of()
     for piece in ("The ", "capital"):
-        answer.take([TokenEvent(piece)])
+        answer.take(TokenEvent(piece))
         view.update(answer)
         view.update(answer)
     view.close(Generation("The capital.", footprint=Footprint(generated_tokens=3, generation_tps=31.4)))
@@ -128,3 +131,16 @@ def test_quiet_shows_only_the_end() -> None:
     assert recorder.shown == []
     view.close(Generation("x"))
     assert len(recorder.shown) == 1
+
+
+def test_a_format_that_fails_shows_the_answer_all_the_same() -> None:
+    def fail(generation):
+        raise KeyError("/home/someone/secret")
+
+    recorder = Recorder()
+    broken = replace(FORMATS["text"], name="broken", bundle=fail)
+    _NotebookAnswer(broken, recorder).close(Generation("<b>kept</b>"))
+    assert "<b>kept</b>" in recorder.shown[-1]["text/plain"]
+    assert "The format broken failed (KeyError" in recorder.shown[-1]["text/plain"]
+    assert "&lt;b&gt;kept" in recorder.shown[-1]["text/html"]
+    assert "someone" not in str(recorder.shown)

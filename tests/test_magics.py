@@ -217,6 +217,7 @@ def test_an_error_keeps_what_came_in_the_variable(loaded, backend) -> None:
         ("%%llm --seed 99999999999999999999\nhi\n", "from 0 to", ""),
         ("%%llm --temprature 1\nhi\n", "no option --temprature", "--temperature"),
         ("%%llm\n\n", "prompt is empty", ""),
+        ("%%llm --no-stream -f pdf\nhi\n", "no format 'pdf'", "Known:"),
     ],
 )
 def test_a_mistake_shows_two_lines_and_no_traceback(loaded, backend, capsys, cell, says, next_step) -> None:

@@ -390,6 +390,20 @@ def test_warnings():
     assert plan_for(toy(), laptop()).warnings[0] == "No GPU was found: the CPU computes."
 
 
+def test_streaming_that_is_slower_than_the_cpu_is_said():
+    # 61 GiB of weights: over a bus of 25 GB/s about 0.1 tok/s as stock Accelerate moves them, read by
+    # a CPU at 60 GB/s about 1 tok/s
+    def hints(box: Machine, policy: str = "auto") -> list[str]:
+        return [w for w in plan_for(qwen32b(), box, policy=policy).warnings if "--device-map cpu is" in w]
+
+    fast, space = ram(128 * GIB, read=6.0e10), disk(1000 * GIB)
+    assert len(hints(machine(gpu(0, 8 * GIB), fast, space))) == 1
+    assert not hints(machine(gpu(0, 8 * GIB), fast, space), "cpu")
+    assert not hints(machine(gpu(0, 96 * GIB), fast, space))  # nothing is offloaded
+    assert not hints(machine(gpu(0, 8 * GIB), ram(128 * GIB, read=1.0e9), space))  # the CPU is slower
+    assert not hints(machine(gpu(0, 30 * GIB), ram(50 * GIB, read=6.0e10), space))  # the RAM takes not all
+
+
 def test_a_gpu_that_others_have_filled_is_named_in_the_refusal():
     full = replace(gpu(0, 24 * GIB, 1 * GIB), other_bytes=22 * GIB)
     box = machine(full, ram(64 * GIB), disk(1000 * GIB))

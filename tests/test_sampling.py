@@ -59,6 +59,10 @@ def test_the_models_own_config_is_not_changed() -> None:
         {"min_p": -1},
         {"top_k": -2},
         {"max_new_tokens": 0},
+        {"seed": -1},
+        {"seed": "x"},
+        {"temperature": "hot"},
+        {"top_k": True},
     ],
 )
 def test_values_out_of_range_are_named(wrong: dict[str, Any]) -> None:

@@ -46,11 +46,18 @@ class View:
 
 
 class InterruptedLoad:
+    """A screen whose user presses Ctrl-C at the first progress of ``phase``."""
+
+    def __init__(self, phase: str, go: threading.Event) -> None:
+        self._phase, self._go = phase, go
+        self.summary = ""
+
     def progress(self, title):
         return self
 
     def update(self, event):
-        if event is not None and event.phase == "loading":
+        if event is not None and event.phase == self._phase:
+            self._go.set()
             raise KeyboardInterrupt
 
     def close(self, summary):
@@ -124,15 +131,35 @@ def test_an_unknown_policy_gets_its_closest_name(session) -> None:
     assert caught.value.next_step == "Did you mean balanced?"
 
 
-def test_an_interrupted_load_leaves_the_session_as_it_was(session, backend) -> None:
-    screen, session.screen = session.screen, InterruptedLoad()
-    backend.while_loading = threading.Event().is_set
+@pytest.mark.parametrize("is_too_late", [False, True])
+def test_an_interrupted_load_leaves_the_session_as_it_was(session, backend, is_too_late) -> None:
+    go = threading.Event()
+    screen, session.screen = session.screen, InterruptedLoad("loading", go)
+    backend.while_loading = (lambda: None) if is_too_late else go.wait
     with pytest.raises(KeyboardInterrupt):
         session.load(ModelSpec("fake:b"), LoadOptions())
     assert "stopped after" in session.screen.summary
     assert list(session.models) == ["a"]
+    assert all(engine.is_closed for engine in backend.engines[1:])  # what came too late is given back
     session.screen = screen
     assert session.load(ModelSpec("fake:b"), LoadOptions()).name == "fake-b"
+
+
+def test_an_interrupt_at_any_moment_loses_no_text(session, backend) -> None:
+    """The interrupt may come after the engine has ended and before its answer was shown."""
+
+    class Late(View):
+        def update(self, answer) -> None:
+            super().update(answer)
+            if len(self.texts) > 1:
+                raise KeyboardInterrupt
+
+    backend.enqueue("all ", "of ", "it")
+    with pytest.raises(KeyboardInterrupt):
+        session.ask("go", AskOptions(), Late())
+    assert session.log[-1] == "all of it"
+    backend.enqueue("next")
+    assert session.ask("again") == "next"
 
 
 def test_loading_while_generating_is_refused(session, backend) -> None:

@@ -4,43 +4,58 @@ import threading
 
 import pytest
 
-from llm_magic.worker import Worker
+from llm_magic.events import PhaseEvent
+from llm_magic.worker import Latest, Worker
 
 
-def test_events_come_in_order_and_the_result_at_the_end() -> None:
-    def job(emit, stop):
-        for number in range(100):
-            emit(number)
+def test_ticks_come_until_the_job_has_ended_and_once_more() -> None:
+    go, seen = threading.Event(), []
+
+    def job(stop):
+        go.wait()
+        seen.append("worked")
         return "done"
 
     worker = Worker(job)
-    assert [event for batch in worker.batches() for event in batch] == list(range(100))
+    ticks = worker.ticks(0.001)
+    next(ticks)
+    assert seen == []
+    go.set()
+    for _ in ticks:
+        pass
+    assert seen == ["worked"]
     assert worker.result() == "done"
 
 
-def test_a_quiet_job_yields_empty_batches_so_that_a_clock_can_move() -> None:
-    go = threading.Event()
-    worker = Worker(lambda emit, stop: go.wait())
-    batches = worker.batches(0.001)
-    assert next(batches) == []
-    go.set()
-    assert all(batch == [] for batch in batches)
+def test_ticks_that_were_left_can_be_begun_again_even_after_the_end() -> None:
+    worker = Worker(lambda stop: 1)
+    assert worker.result() == 1
+    assert list(worker.ticks(0.001)) == [None]
+    assert list(worker.ticks(0.001)) == [None]
+    assert worker.result() == 1
 
 
-def test_what_a_job_raises_is_raised_after_its_events() -> None:
-    def job(emit, stop):
-        emit("before")
+def test_what_a_job_raises_is_raised_by_result() -> None:
+    def job(stop):
         raise ValueError("broken")
 
     worker = Worker(job)
-    assert [event for batch in worker.batches() for event in batch] == ["before"]
+    assert list(worker.ticks())[-1] is None
     with pytest.raises(ValueError, match="broken"):
         worker.result()
 
 
 def test_stop_reaches_the_job_and_on_end_is_called() -> None:
     ended = threading.Event()
-    worker = Worker(lambda emit, stop: stop.wait(), ended.set)
+    worker = Worker(lambda stop: stop.wait(), ended.set)
     worker.stop()
     assert worker.result() is True
     assert ended.is_set()
+
+
+def test_the_latest_progress_is_the_one_to_show() -> None:
+    latest = Latest()
+    assert latest.take() is None
+    for done in range(3):
+        latest.put(PhaseEvent("loading", done, 3))
+    assert latest.take() == PhaseEvent("loading", 2, 3)

@@ -22,11 +22,13 @@ from llm_magic.planning.device_map import read_device_map, resolve_device_map
 from llm_magic.planning.forecast import make_forecast
 from llm_magic.planning.policies import POLICIES
 from llm_magic.planning.policies import auto as _auto
-from llm_magic.units import MIB, format_bytes
+from llm_magic.units import MIB, format_bytes, format_rate
 
 __all__ = ["make_budget", "make_plan", "read_device_map", "refusal", "register_planners"]
 
 _SHORTEST_CONTEXT = 256
+_CLEARLY_FASTER = 1.2
+_CPU = next(planner for planner in POLICIES if planner.name == "cpu")
 
 
 @hookimpl
@@ -75,7 +77,9 @@ def make_plan(
     request = _Request(layout, machine, workload, placement, policy, max_memory or {}, source, options or {})
     plan = _place(request)
     plan = replace(plan, problems=checks.problems(plan), warnings=checks.warnings(plan, limits))
-    return plan if plan.fits else replace(plan, remedies=tuple(_remedies(plan, request)))
+    if not plan.fits:
+        return replace(plan, remedies=tuple(_remedies(plan, request)))
+    return replace(plan, warnings=(*_faster_on_the_cpu(plan, request), *plan.warnings))
 
 
 def refusal(plan: Plan) -> PlanError:
@@ -138,6 +142,18 @@ def _planned(planner: Planner, request: _Request) -> dict[str, str]:
     except PlanError as error:
         message = f"The policy {planner.name} gave an invalid map: {error.message}"
         raise PlanError(message, remedy) from error
+
+
+def _faster_on_the_cpu(plan: Plan, request: _Request) -> Iterator[str]:
+    """Streaming over a bus can be slower than computing where the weights are: worth a word before loading."""
+    if not plan.offloaded or plan.placements[0].compute == "cpu" or not plan.machine.has("cpu"):
+        return
+    on_cpu = _place(replace(request, placement=_CPU, policy=_CPU.name))
+    if checks.problems(on_cpu):
+        return
+    if on_cpu.forecast.decode_tps > _CLEARLY_FASTER * plan.forecast.decode_tps > 0:
+        speed, other = format_rate(on_cpu.forecast.decode_tps), format_rate(plan.forecast.decode_tps)
+        yield f"--device-map cpu is forecast to decode at {speed} instead of {other}; prompts take longer there."
 
 
 def _remedies(plan: Plan, request: _Request) -> Iterator[str]:

@@ -15,8 +15,17 @@ from llm_magic.backends.accelerate.load import LoadedWeights, is_out_of_memory, 
 from llm_magic.backends.accelerate.prompts import TokenizedPrompt, tokenize
 from llm_magic.backends.accelerate.quiet import quiet
 from llm_magic.backends.accelerate.sampling import end_tokens, generation_config, seeded
-from llm_magic.errors import EngineError, LLMMagicError, PromptError
-from llm_magic.events import Emit, Finish, FinishReason, PhaseEvent, RenderedPrompt, Request, StopFlag
+from llm_magic.errors import EngineError, LLMMagicError, OptionError, PromptError
+from llm_magic.events import (
+    Emit,
+    Finish,
+    FinishReason,
+    PhaseEvent,
+    RenderedPrompt,
+    Request,
+    Sampling,
+    StopFlag,
+)
 from llm_magic.harmless.paths import without_paths
 from llm_magic.plan import Plan
 from llm_magic.planning.costs import longest_pass
@@ -169,6 +178,8 @@ class TransformersEngine:
         except BaseException as error:
             self._caches.release()
             cache = None
+            if request.sampling.extra and not steps.ids and isinstance(error, ValueError | TypeError):
+                raise _bad_parameter(error, request.sampling) from None
             raise self._explained(error) from None
         finally:
             offload_again(self.model)
@@ -219,6 +230,13 @@ class TransformersEngine:
         while block and block not in offloaded:
             block = block.rpartition(".")[0]
         return offloaded.get(block) or _device_name(weight)
+
+
+def _bad_parameter(error: Exception, sampling: Sampling) -> OptionError:
+    """What transformers says of a ``--param`` value once it builds its logits processors of it."""
+    names = ", ".join(sampling.extra)
+    text = without_paths(" ".join(str(error).split()))[:200]
+    return OptionError(f"A value of --param {names} is invalid: {text}", "Change it or leave it out.")
 
 
 def _device_name(tensor: Any) -> str:

@@ -71,11 +71,15 @@ def _check_ranges(sampling: Sampling) -> None:
         ("min_p", sampling.min_p, 0.0, 1.0),
         ("top_k", sampling.top_k, 0, math.inf),
         ("max_new_tokens", sampling.max_new_tokens, 1, math.inf),
+        ("seed", sampling.seed, 0, 2**64 - 1),
     )
     for name, value, low, high in limits:
-        if value is not None and (not math.isfinite(value) or not low <= value <= high):
+        if value is None:
+            continue
+        is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if not is_number or not low <= value <= high:
             upper = "" if math.isinf(high) else f" to {high:g}"
-            raise OptionError(f"{name} cannot be {value}.", f"Give a number from {low:g}{upper or ' up'}.")
+            raise OptionError(f"{name} cannot be {value!r}.", f"Give a number from {low:g}{upper or ' up'}.")
 
 
 def _set_extra(config: Any, sampling: Sampling) -> None:
