@@ -9,7 +9,7 @@ from llm_magic.hookspecs import Command
 from llm_magic.session import Session
 from llm_magic.units import format_bytes, format_count, format_seconds
 from llm_magic.views.map import map_report
-from llm_magic.views.plan import plan_report
+from llm_magic.views.plan import plan_report, warnings_report
 from llm_magic.views.report import Report
 from llm_magic.views.table import line_report, stack
 from llm_magic.views.words import wrapped
@@ -31,9 +31,10 @@ def _run(session: Session, found: argparse.Namespace) -> Report:
         f"{model.name} is loaded ({format_seconds(model.load_s)}): {layout.name}, "
         f"{format_count(layout.parameters)} parameters, {format_bytes(layout.bytes)} in {layout.dtype}."
     )
-    warnings = "\n".join(wrapped(f"! {warning}") for warning in model.plan.warnings)
     return stack(
-        line_report(wrapped(headline)), line_report(warnings), map_report(model.plan, model.engine.memory())
+        Report(wrapped(headline), line_report(headline).html),
+        warnings_report(model.plan),
+        map_report(model.plan, model.engine.memory()),
     )
 
 

@@ -30,6 +30,14 @@ def plan_report(plan: Plan) -> Report:
     return Report(_text(plan), _html(plan))
 
 
+def warnings_report(plan: Plan) -> Report:
+    """What to know about a plan that fits, alone: for under a load."""
+    if not plan.warnings:
+        return Report("")
+    notes = "".join(_note("!", warning, theme.CARE) for warning in plan.warnings)
+    return Report("\n".join(wrapped(f"! {warning}") for warning in plan.warnings), theme.frame(notes))
+
+
 def _text(plan: Plan) -> str:
     name, facts = headline(plan)
     widths = [max(map(len, column)) for column in zip(*_table(plan), strict=True)]
