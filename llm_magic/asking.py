@@ -65,12 +65,14 @@ def system_of(request: Request) -> str:
 def follow(
     worker: Worker[tuple[Finish, bool]], answer: Answer, show: Callable[[Answer], None], model: str
 ) -> Ending:
-    """Show an answer as it comes; ends with the worker, whatever happens.
+    """Start the worker and show the answer as it comes; returns when it has ended, however that was.
 
     An interrupt (Ctrl-C, ■) stops the worker and keeps the text that came; it is in the ending's
-    ``error``, as is what the engine raised.
+    ``error``, as is what the engine raised. A second interrupt waits no longer.
     """
     try:
+        show(answer)
+        worker.start()
         for _ in worker.ticks():
             show(answer)
         finish, found_stop_string = worker.result()
@@ -81,6 +83,7 @@ def follow(
     except LLMMagicError as error:
         return Ending(None, "error", error)
     except Exception as error:
+        worker.stop()
         plain = EngineError(
             f"{model} failed: {type(error).__name__}: {error}", f"%llm unload {model}, then load it again."
         )
@@ -129,8 +132,9 @@ def _sampling(options: AskOptions, settings: Settings) -> Sampling:
 
 
 def _wait_for_end(worker: Worker[tuple[Finish, bool]]) -> Finish | None:
-    with suppress(Exception):  # the interrupt is what the user hears of, whatever the engine says now
-        return worker.result()[0]
+    # The first interrupt is what the user hears of, whatever the engine or another one says now.
+    with suppress(Exception, KeyboardInterrupt):
+        return worker.result()[0] if worker.has_started else None
     return None
 
 

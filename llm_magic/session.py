@@ -250,18 +250,14 @@ class Session:
         answer = Answer(beginning)
         view = view or self.screen.answer(output_format)
         view = view if options.stream else QuietAnswer(view)
-        self._acquire()
-        try:
-            view.update(answer)
-            worker = Worker(
-                lambda stop: generate_clean(model.engine.generate, request, answer, stop),
-                self._lock.release,
-            )
-        except BaseException:
-            self._lock.release()
-            raise
+        worker = Worker(
+            lambda stop: generate_clean(model.engine.generate, request, answer, stop), self._lock.release
+        )
         answer.stop = worker.stop
+        self._acquire()
         ending = follow(worker, answer, view.update, model.name)
+        if not worker.has_started:
+            self._lock.release()
         generation = self._generation(model, answer, ending, request, output_format)
         self._keep(generation, chat, request, options)
         view.close(generation)
@@ -318,16 +314,21 @@ class Session:
     ) -> Result:
         """Run a job, showing its progress; ``undo`` gets what it made when an interrupt came too late."""
         started = time.perf_counter()
-        latest = Latest()
+        latest, ending = Latest(), "stopped after"
+
+        def run(stop: StopFlag) -> Result:
+            made = job(_stoppable(latest.put, stop))
+            if stop.is_set():
+                undo(made)
+                raise Cancelled
+            return made
+
+        worker = Worker(run, self._lock.release)
         self._acquire()
+        view = None
         try:
             view = self.screen.progress(title)
-            worker = Worker(lambda stop: job(_stoppable(latest.put, stop)), self._lock.release)
-        except BaseException:
-            self._lock.release()
-            raise
-        ending = "stopped after"
-        try:
+            worker.start()
             for _ in worker.ticks():
                 view.update(latest.take())
             result = worker.result()
@@ -338,7 +339,10 @@ class Session:
                 undo(worker.result())
             raise
         finally:
-            view.close(f"{title}: {ending} {format_seconds(time.perf_counter() - started)}")
+            if not worker.has_started:
+                self._lock.release()
+            if view is not None:
+                view.close(f"{title}: {ending} {format_seconds(time.perf_counter() - started)}")
         return result
 
     def _acquire(self) -> None:

@@ -37,7 +37,7 @@ class Latest:
 
 
 class Worker(Generic[Result]):
-    """Runs ``job(stop)`` on a daemon thread as soon as it is made.
+    """Runs ``job(stop)`` on a daemon thread, from ``start`` on.
 
     Parameters
     ----------
@@ -52,7 +52,16 @@ class Worker(Generic[Result]):
         self._ended = threading.Event()
         self._result: Result | None = None
         self._error: BaseException | None = None
-        threading.Thread(target=self._run, args=(job, on_end), name="llm_magic", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, args=(job, on_end), name="llm_magic", daemon=True)
+
+    def start(self) -> None:
+        """Begin."""
+        self._thread.start()
+
+    @property
+    def has_started(self) -> bool:
+        """Whether there is, or was, a thread that will call ``on_end``."""
+        return self._thread.ident is not None
 
     def _run(self, job: Callable[[StopFlag], Result], on_end: Callable[[], None]) -> None:
         try:

@@ -113,7 +113,7 @@ def test_what_is_shown_while_it_comes_is_harmless(payload: str, monkeypatch: pyt
         progress = screen.progress(shown)
         progress.close(shown)
         answer = Answer()
-        answer.take([TokenEvent(shown)])
+        answer.take(TokenEvent(shown))
         screen.answer("markdown").update(answer)
         found = {fault for page in recorder.shown for fault in violations(page["text/html"])}
         ours = ours or found

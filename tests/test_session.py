@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import threading
+from _thread import interrupt_main
 from dataclasses import replace
 
 import pytest
@@ -286,6 +287,41 @@ def test_an_interrupt_keeps_the_partial_answer_and_is_raised(session, backend) -
     assert session.chats.current.messages[-1] == Message("assistant", "one two ")
     backend.enqueue("three")
     assert session.ask("", AskOptions(continue_last=True)) == "one two three"
+
+
+def test_an_interrupt_before_the_engine_began_is_an_interrupt(session, backend) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        session.ask("go", AskOptions(), View({"": KeyboardInterrupt()}))
+    assert [(g, g.finish_reason) for g in session.log] == [("", "interrupted")]
+    assert session.chats.current.messages == []
+    backend.enqueue("next")
+    assert session.ask("again") == "next"
+
+
+def test_a_second_interrupt_waits_no_longer_and_keeps_the_text(session, backend) -> None:
+    go, stopped = threading.Event(), threading.Event()
+
+    def slow_block(stop: StopFlag) -> None:
+        stop.wait()
+        stopped.set()
+        go.wait()
+
+    def interrupt_again() -> None:
+        stopped.wait()
+        interrupt_main()
+
+    backend.enqueue("one ", "two", before={1: slow_block})
+    threading.Thread(target=interrupt_again).start()
+    with pytest.raises(KeyboardInterrupt):
+        session.ask("count", AskOptions(), View({"one ": KeyboardInterrupt()}))
+    assert [(g, g.finish_reason) for g in session.log] == [("one ", "interrupted")]
+    with pytest.raises(SessionError, match="still at work"):
+        session.ask("too early")
+    go.set()
+    while session._lock.locked():  # the block ends by itself
+        pass
+    backend.enqueue("next")
+    assert session.ask("again") == "next"
 
 
 def test_a_soft_stop_returns_the_partial_answer(session, backend) -> None:

@@ -17,6 +17,7 @@ def test_ticks_come_until_the_job_has_ended_and_once_more() -> None:
         return "done"
 
     worker = Worker(job)
+    worker.start()
     ticks = worker.ticks(0.001)
     next(ticks)
     assert seen == []
@@ -29,6 +30,8 @@ def test_ticks_come_until_the_job_has_ended_and_once_more() -> None:
 
 def test_ticks_that_were_left_can_be_begun_again_even_after_the_end() -> None:
     worker = Worker(lambda stop: 1)
+    assert not worker.has_started
+    worker.start()
     assert worker.result() == 1
     assert list(worker.ticks(0.001)) == [None]
     assert list(worker.ticks(0.001)) == [None]
@@ -40,6 +43,7 @@ def test_what_a_job_raises_is_raised_by_result() -> None:
         raise ValueError("broken")
 
     worker = Worker(job)
+    worker.start()
     assert list(worker.ticks())[-1] is None
     with pytest.raises(ValueError, match="broken"):
         worker.result()
@@ -48,6 +52,7 @@ def test_what_a_job_raises_is_raised_by_result() -> None:
 def test_stop_reaches_the_job_and_on_end_is_called() -> None:
     ended = threading.Event()
     worker = Worker(lambda stop: stop.wait(), ended.set)
+    worker.start()
     worker.stop()
     assert worker.result() is True
     assert ended.is_set()

@@ -35,7 +35,8 @@ from tests.payloads import PAYLOADS
 screen = NotebookScreen(Plugins().formats)
 for payload in map(sanitize, PAYLOADS):  # as the worker sends them on
     answer, view = Answer("", lambda: None), screen.answer("markdown")
-    answer.take([PhaseEvent("generating", 1, 2, payload, payload), TokenEvent(payload)])
+    answer.take(PhaseEvent("generating", 1, 2, payload, payload))
+    answer.take(TokenEvent(payload))
     view.update(answer)
     progress = screen.progress(payload)
     progress.update(PhaseEvent("loading", 1, 2, payload, payload))
