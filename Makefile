@@ -18,7 +18,7 @@ help: ## what there is
 demo: $(STAMPS)/demo ## a prompt cell on the small starter model, in this terminal
 	@$(BIN)/python examples/demo.py
 
-test: $(STAMPS)/test browser ## every test
+test: check browser ## lint, types and every test
 	$(BIN)/python -m pytest $(ARGS)
 
 lab: $(STAMPS)/lab ## JupyterLab on the example notebooks

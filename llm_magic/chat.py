@@ -85,7 +85,7 @@ class Chats:
         """
         chat = self.find(name)
         if chat is None:
-            raise _unknown(name)
+            raise _unknown(check_chat_name(name))
         self.keep(chat)
         return chat
 

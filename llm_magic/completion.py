@@ -107,6 +107,7 @@ def _values(session: Session, action: argparse.Action, last: str) -> list[str]:
         "chat": lambda: {*session.chats.names(), *saved_chats()},
         "command": lambda: [*session.plugins.commands, "%%llm"],
         "format": lambda: session.plugins.formats,
+        "backend": lambda: session.plugins.backends,
         "setting": setting_names,
         "block": lambda: [
             block.label for model in session.models.values() for block in model.plan.layout.blocks

@@ -85,7 +85,8 @@ class Command:
 
     ``add_arguments`` fills an argparse parser. An argument completes from its ``choices``, or
     from the kind named in its attribute ``completes``: ``"model"`` (loaded), ``"source"``,
-    ``"device"``, ``"block"``, ``"chat"``, ``"file"``, ``"command"``, ``"setting"``.
+    ``"device"``, ``"block"``, ``"chat"``, ``"file"``, ``"command"``, ``"setting"``, ``"planner"``,
+    ``"backend"``, ``"format"``.
     """
 
     name: str

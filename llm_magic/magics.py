@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from IPython.core import magic as ipython_magic
@@ -102,7 +103,8 @@ class LLMMagic(ipython_magic.Magics, Settings):
             screen.show(command_help(command))
             return
         found = command_parser(command).parse([self._expand(word) for word in words[1:]])
-        shown = command.run(self.session, found)
+        with self._answers_bound():
+            shown = command.run(self.session, found)
         if shown is not None:
             screen.show(shown)
 
@@ -142,17 +144,20 @@ class LLMMagic(ipython_magic.Magics, Settings):
         self._ask(text, parsed)
 
     def _ask(self, text: str, parsed: CellLine) -> None:
-        asked = len(self.session.log)
-        try:
-            self.session.ask(text, parsed.ask)
-        finally:
-            # Also after an interrupt or an error: what came is kept.
-            for generation in self.session.log[asked:][-1:]:
-                self._user_shell.user_ns[_LAST] = generation
-                if parsed.out:
-                    self._user_shell.user_ns[parsed.out] = generation
+        with self._answers_bound(parsed.out):
+            generation = self.session.ask(text, parsed.ask)
         if generation.display_format == "code" and (code := extract_code(generation.text)):
             self.notebook.set_next_input(code)
+
+    @contextmanager
+    def _answers_bound(self, *names: str) -> Iterator[None]:
+        """Bind the last answer that is made in here, also one that an interrupt or an error cut short."""
+        asked = len(self.session.log)
+        try:
+            yield
+        finally:
+            for generation in self.session.log[asked:][-1:]:
+                self._user_shell.user_ns |= {name: generation for name in (_LAST, *names) if name}
 
     def _expand(self, word: str) -> str:
         return interpolate(word, self.notebook.lookup).text

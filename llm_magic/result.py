@@ -63,7 +63,7 @@ class Generation(str):
     Attributes
     ----------
     finish_reason
-        ``"stop"``, ``"length"``, ``"stopped"`` (Stop button), ``"interrupted"`` or ``"error"``.
+        ``"stop"``, ``"length"``, ``"stopped"`` (asked to stop softly), ``"interrupted"`` or ``"error"``.
     footprint
         Tokens, speeds and placement.
     turn

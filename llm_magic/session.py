@@ -335,8 +335,9 @@ class Session:
             ending = "done in"
         except KeyboardInterrupt:
             worker.stop()
-            with suppress(Exception):
-                undo(worker.result())
+            if worker.has_started:
+                with suppress(Exception):
+                    undo(worker.result())
             raise
         finally:
             if not worker.has_started:

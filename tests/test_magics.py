@@ -206,6 +206,7 @@ def test_an_error_keeps_what_came_in_the_variable(loaded, backend) -> None:
         ("%llm use b", "no loaded model 'b'", "Known: a"),
         ("%llm set temperature hot", "no value for temperature", ""),
         ("%llm chat use nobody", "no chat 'nobody'", "%llm chat list"),
+        ("%llm chat use ../x", "cannot name a chat", "letters"),
         ("%llm log 7", "There is no answer 7", ""),
         ("%llm fix", "raised an error yet", ""),
         ("%llm fix 99", "raised an error yet", ""),
@@ -246,6 +247,7 @@ def test_fix_asks_about_the_last_error_and_offers_the_code(loaded, backend, caps
     assert "ZeroDivisionError" in asked
     assert loaded.rl_next_input == "total = 1"
     assert "total" not in loaded.user_ns
+    assert loaded.user_ns["_llm"].startswith("You divide by zero.")
     assert "read it before you run it" in capsys.readouterr().out
 
 
@@ -350,6 +352,7 @@ def test_an_alias_loads_what_it_stands_for(loaded, session) -> None:
         ("load fake:a --device-map ba", False, {"balanced", "balanced_low_0"}),
         ("load fake:a --dtype bf", False, {"bf16"}),
         ("use ", False, {"a"}),
+        ("load fake:a --backend fa", False, {"fake"}),
         ("chat sh", False, {"show"}),
         ("set temp", False, {"temperature"}),
         ("help pl", False, {"plan", "plugins"}),

@@ -388,6 +388,8 @@ def test_warnings():
     assert "50,000 tokens is longer than the 40,960" in text
     assert "Other programs hold 8.0 GiB of cuda:0" in text
     assert plan_for(toy(), laptop()).warnings[0] == "No GPU was found: the CPU computes."
+    roomy = machine(shared, ram(64 * GIB), disk(100 * GIB))
+    assert not plan_for(toy(), roomy).warnings  # all of it is on the GPU: nobody is in the way
 
 
 def test_streaming_that_is_slower_than_the_cpu_is_said():

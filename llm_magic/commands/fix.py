@@ -44,7 +44,7 @@ def _run(session: Session, found: argparse.Namespace) -> Report | None:
     answer = session.ask(question, AskOptions(history=False, output_format="markdown"))
     code = extract_code(answer.text)
     if code and session.notebook.set_next_input(code):
-        return line_report("The corrected cell is below; read it before you run it.")
+        return line_report("The code of the answer is below; read it before you run it.")
     return None
 
 

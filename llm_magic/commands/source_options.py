@@ -16,7 +16,7 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
     """Add them to a parser."""
     add = parser.add_argument
     completes(add("source", metavar="SOURCE", help="hub id, folder, .gguf file, or starter"), "source")
-    add("--backend", default="auto", metavar="NAME", help="backend to load it with")
+    completes(add("--backend", default="auto", metavar="NAME", help="backend to load it with"), "backend")
     add(
         "--dtype",
         default="auto",

@@ -161,7 +161,7 @@ def _long_prompt(plan: Plan) -> Iterator[str]:
 def _memory_in_use(plan: Plan) -> Iterator[str]:
     for use in plan.uses:
         device = plan.machine.device(use.device)
-        if _is_foreign(device):
+        if _is_foreign(device) and plan.offloaded:
             held = format_bytes(device.other_bytes)
             yield f"Other programs hold {held} of {use.device}; without them more blocks fit."
         nearly = 0 <= use.spare < use.total * _LITTLE_SPARE and use.planned

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from llm_magic.plan import DeviceUse, Plan
 from llm_magic.text.safe_html import escape_text
-from llm_magic.units import format_bytes
+from llm_magic.units import format_bytes, format_count
 from llm_magic.views import theme
 from llm_magic.views.python import python_of
 from llm_magic.views.report import Report
@@ -52,7 +52,7 @@ def _text(plan: Plan) -> str:
             wrapped(f"{verdict(plan)} · placed by {plan.policy}: {placement_words(plan)}"),
         ],
         table,
-        [wrapped(line, " " * 11) for line in _forecast(plan)],
+        [wrapped(line, " " * 11) for line in [*_forecast(plan), _model(plan)]],
         notes,
         ["The same with plain transformers:", *python],
     ]
@@ -102,6 +102,19 @@ def _forecast(plan: Plan) -> list[str]:
     return [f"forecast   {speed_words(plan)}{bound}", f"each token {', '.join(moved + read)}"]
 
 
+def _model(plan: Plan) -> str:
+    """What the model is, whatever its placement."""
+    layout = plan.layout
+    experts = max(layout.blocks, key=lambda block: block.experts)
+    facts = [f"{format_count(layout.parameters)} parameters", f"size class {layout.size_class}"]
+    if layout.is_mixture_of_experts:
+        facts.append(f"{experts.active_experts} of {experts.experts} experts a token")
+    if layout.context_length:
+        facts.append(f"made for {layout.context_length:,} tokens")
+    facts.append("chat template" if layout.has_chat_template else "no chat template")
+    return f"{'model':<11}{' · '.join([*facts, *([layout.license] if layout.license else [])])}"
+
+
 def _html(plan: Plan) -> str:
     name, facts = headline(plan)
     chips = theme.chip(verdict(plan), theme.GOOD if plan.fits else theme.BAD)
@@ -110,7 +123,7 @@ def _html(plan: Plan) -> str:
     notes = [_note("✗", problem, theme.BAD) for problem in plan.problems]
     notes += [_note("→", remedy, theme.GOOD) for remedy in plan.remedies]
     notes += [_note("!", warning, theme.CARE) for warning in plan.warnings]
-    speeds = "".join(_labelled(line) for line in (forecast, moved))
+    speeds = "".join(_labelled(line) for line in (forecast, moved, _model(plan)))
     return theme.frame(
         f'{theme.title(name, facts)}<div style="margin-bottom:6px">{chips}</div>{_html_table(plan)}'
         f'<div style="margin:8px 0">{speeds}</div>{"".join(notes)}{_html_python(plan)}'

@@ -78,12 +78,15 @@ def resolve(spec: ModelSpec, progress: Progress) -> ModelFiles:
     if not source:
         raise SourceError("No model was named.", "Try: %llm load starter")
     if source == STARTER:
+        _refuse_revision(spec)
         return _resolve_gguf(find_starter())
     try:
         path = Path(source).expanduser()
         is_file, is_folder = path.is_file(), path.is_dir()
     except (OSError, RuntimeError, ValueError):  # overlong, no home, no permission
         raise SourceError(f"{source[:80]!a} is no path that can be read.", _SOURCE_HELP) from None
+    if is_file or is_folder:
+        _refuse_revision(spec)
     if is_file:
         return _resolve_file(path)
     if is_folder:
@@ -187,6 +190,13 @@ def _resolve_gguf(path: Path) -> ModelFiles:
 
 
 # ---------------------------------------------------------------------------------- one folder
+
+
+def _refuse_revision(spec: ModelSpec) -> None:
+    if spec.revision:
+        raise SourceError(
+            "A model on this computer has no revisions.", "Leave --revision out: it is for hub models."
+        )
 
 
 def resolve_folder(folder: Path, spec: ModelSpec) -> ModelFiles:
