@@ -61,10 +61,18 @@ class LLM:
         return self.session.ask(prompt, _ask_options(options), SilentScreen().answer(""))
 
     async def agenerate(self, prompt: str, **options: Any) -> Generation:
-        """The same for ``await``: the event loop goes on meanwhile."""
+        """The same for ``await``: the event loop goes on meanwhile; cancelling it stops the answer."""
         import asyncio  # 30 ms that only this needs
 
-        return await asyncio.to_thread(self, prompt, **options)
+        try:
+            return await asyncio.to_thread(self, prompt, **options)
+        except asyncio.CancelledError:
+            self.stop()
+            raise
+
+    def stop(self) -> bool:
+        """End the answer that ``agenerate`` is waiting for; it returns what came. False when there is none."""
+        return self.session.stop()
 
     def close(self) -> None:
         """Unload everything and begin with a new session."""

@@ -87,6 +87,7 @@ class Session:
         self.log: list[Generation] = []
         self.aliases: dict[str, str] = {}
         self._lock = threading.Lock()
+        self._answer: Answer | None = None
 
     # Models
 
@@ -255,7 +256,9 @@ class Session:
         )
         answer.stop = worker.stop
         self._acquire()
+        self._answer = answer
         ending = follow(worker, answer, view.update, model.name)
+        self._answer = None
         if not worker.has_started:
             self._lock.release()
         generation = self._generation(model, answer, ending, request, output_format)
@@ -264,6 +267,16 @@ class Session:
         if ending.error is not None:
             raise ending.error
         return generation
+
+    def stop(self) -> bool:
+        """End the answer that is coming, softly: ``ask`` returns what came. False when none is coming.
+
+        For another thread than the one that asks: a button, an event loop.
+        """
+        answer = self._answer
+        if answer is not None:
+            answer.stop()
+        return answer is not None
 
     def render(self, text: str, options: AskOptions = DEFAULTS) -> RenderedPrompt:
         """The final prompt that ``ask`` would send, without running the model."""

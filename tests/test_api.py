@@ -52,6 +52,36 @@ def test_the_event_loop_goes_on_while_a_model_answers(llm, backend) -> None:
     assert asyncio.run(main()) == "ab"
 
 
+@pytest.mark.parametrize("how", ["stop", "cancel"])
+def test_an_awaited_answer_is_stopped_softly(llm, backend, how) -> None:
+    begun = asyncio.Event()
+
+    async def main() -> str | None:
+        loop = asyncio.get_running_loop()
+
+        def at_the_second_piece(stop):
+            loop.call_soon_threadsafe(begun.set)
+            stop.wait()
+
+        backend.enqueue("a", "b", before={1: at_the_second_piece})
+        asked = asyncio.create_task(llm.agenerate("Hi"))
+        await begun.wait()
+        if how == "stop":
+            assert llm.stop()
+            return await asked
+        asked.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asked
+        return None
+
+    assert asyncio.run(main()) == ("a" if how == "stop" else None)
+    (kept,) = llm.session.log  # the event loop waits for its threads before it closes
+    assert (kept, kept.finish_reason) == ("a", "stopped")
+    assert not llm.stop()
+    backend.enqueue("next")
+    assert llm("again") == "next"
+
+
 def test_close_unloads_and_begins_anew(llm, backend) -> None:
     engine = backend.engines[0]
     assert llm.plan.fits
