@@ -34,7 +34,7 @@ from llm_magic.harmless.terminal import sanitize
 from tests.payloads import PAYLOADS
 screen = NotebookScreen(Plugins().formats)
 for payload in map(sanitize, PAYLOADS):  # as the worker sends them on
-    answer, view = Answer("", lambda: None), screen.answer("markdown")
+    answer, view = Answer(), screen.answer("markdown")
     answer.take(PhaseEvent("generating", 1, 2, payload, payload))
     answer.take(TokenEvent(payload))
     view.update(answer)
