@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 
@@ -26,6 +29,12 @@ def llm(backend, tmp_path, monkeypatch) -> LLM:
     return llm
 
 
+def run_loop(main: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
+    """Run a loop on a thread of its own: a browser test may have left one running on this one."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(lambda: asyncio.run(main())).result()
+
+
 def test_options_are_those_of_prompt_cells(llm, backend) -> None:
     backend.enqueue("one STOP two")
     answer = llm("Hi", temperature=0, stop="STOP", no_history=True, no_template=True, format="text", top_x=3)
@@ -49,7 +58,7 @@ def test_the_event_loop_goes_on_while_a_model_answers(llm, backend) -> None:
         await begun.wait()
         return await asked
 
-    assert asyncio.run(main()) == "ab"
+    assert run_loop(main) == "ab"
 
 
 @pytest.mark.parametrize("how", ["stop", "cancel"])
@@ -74,7 +83,7 @@ def test_an_awaited_answer_is_stopped_softly(llm, backend, how) -> None:
             await asked
         return None
 
-    assert asyncio.run(main()) == ("a" if how == "stop" else None)
+    assert run_loop(main) == ("a" if how == "stop" else None)
     (kept,) = llm.session.log  # the event loop waits for its threads before it closes
     assert (kept, kept.finish_reason) == ("a", "stopped")
     assert not llm.stop()
