@@ -9,7 +9,17 @@ from typing import Any, Literal
 
 FinishReason = Literal["stop", "length", "stopped", "interrupted", "error"]
 PhaseName = Literal[
-    "importing", "reading", "planning", "downloading", "converting", "loading", "prefill", "generating"
+    "importing",
+    "reading",
+    "planning",
+    "downloading",
+    "converting",
+    "loading",
+    "quantizing",
+    "moving",
+    "measuring",
+    "prefill",
+    "generating",
 ]
 
 
@@ -101,6 +111,12 @@ class Finish:
         Length of the prompt, how much of it came from the KV cache, length of the answer.
     prefill_s, decode_s
         Seconds to the first token, and from the first to the last one.
+    sweeps
+        Passes through the model after the prefill; fewer than tokens when several were verified at
+        once. 0 when the engine does not count them.
+    notes
+        What happened on the way that a person should know, in a few words each (``"layers.3 moved
+        to disk: memory ran out"``).
     """
 
     reason: FinishReason
@@ -109,6 +125,28 @@ class Finish:
     generated_tokens: int
     prefill_s: float
     decode_s: float
+    sweeps: int = 0
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class SweepSpeed:
+    """What a loaded model was measured to do, to hold against its plan's forecast.
+
+    Attributes
+    ----------
+    decode_s
+        Median seconds of a sweep that decodes one token.
+    prefill_s, prefill_tokens
+        Seconds of one prefill pass over this many tokens.
+    verify_s
+        Tokens of a sweep -> median seconds, for sweeps that verify several tokens at once.
+    """
+
+    decode_s: float
+    prefill_s: float
+    prefill_tokens: int
+    verify_s: Mapping[int, float] = field(default_factory=dict)
 
 
 StopFlag = threading.Event

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import pluggy
 
-from llm_magic.events import Emit, Finish, Progress, RenderedPrompt, Request, StopFlag
+from llm_magic.events import Emit, Finish, Progress, RenderedPrompt, Request, StopFlag, SweepSpeed
 from llm_magic.machine import Device, Link, Machine
 from llm_magic.model import ModelLayout, ModelSpec
 from llm_magic.plan import MemoryBudget, Plan, Workload
@@ -26,6 +26,7 @@ class Engine(Protocol):
     """A loaded model."""
 
     model: Any  # what ``llm.model`` hands out: the torch module, where there is one
+    plan: Plan  # where everything is now
 
     def render(self, request: Request) -> RenderedPrompt:
         """The final prompt, without running the model."""
@@ -35,6 +36,18 @@ class Engine(Protocol):
 
     def memory(self) -> Mapping[str, Mapping[str, int]]:
         """Device -> purpose (``"weights"``, ``"kv_cache"``, …) -> bytes, as it is now."""
+
+    def status(self) -> tuple[str, ...]:
+        """How it runs, in a few words each, for ``%llm ps`` (``"captured decode"``)."""
+
+    def apply(self, plan: Plan, progress: Progress) -> Mapping[tuple[str, str], int]:
+        """Move the blocks that the plan places elsewhere; chats stay, the next tokens are the same.
+
+        Returns (source, target) -> bytes moved. Everything is back in its place when it raises.
+        """
+
+    def measure(self, progress: Progress) -> SweepSpeed:
+        """Time some sweeps of the loaded model, within a few seconds; chats stay."""
 
     def forget(self, chat: str) -> None:
         """Drop the KV cache kept under this chat's key."""

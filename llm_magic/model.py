@@ -30,6 +30,11 @@ class ModelSpec:
         Name of a registered backend, or ``"auto"``.
     allow_pickle
         Whether ``.bin`` checkpoints may be read (with ``weights_only=True``).
+    quantize
+        Method by which the linear layers are packed while loading (``"nf4"``, ``"int8"``, …); empty:
+        as the checkpoint is.
+    draft
+        Source of a small model that proposes tokens; empty: none.
     """
 
     source: str
@@ -37,6 +42,8 @@ class ModelSpec:
     dtype: str = "auto"
     backend: str = "auto"
     allow_pickle: bool = False
+    quantize: str = ""
+    draft: str = ""
 
 
 @dataclass(frozen=True)
@@ -141,6 +148,11 @@ class ModelLayout:
         Longest context the model was made for, in tokens; 0 when its config does not say.
     hidden_size, intermediate_size, vocab_size
         Widths, for the activation and logits peaks.
+    quantization
+        Method by which linear layers are packed (``"nf4"``, …); the blocks' tensors then have the
+        packed bytes. Empty: none.
+    draft
+        A small model beside this one that proposes tokens; it stays whole where this one computes.
     """
 
     name: str
@@ -154,6 +166,8 @@ class ModelLayout:
     is_encoder_decoder: bool = False
     has_chat_template: bool = False
     license: str = ""
+    quantization: str = ""
+    draft: ModelLayout | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property

@@ -8,9 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Literal
 
 from llm_magic.machine import Machine
 from llm_magic.model import Block, ModelLayout
+
+
+Way = Literal["resident", "streamed", "cpu", "read", "kept"]
 
 
 @dataclass(frozen=True)
@@ -52,24 +56,47 @@ class MemoryBudget:
 
 @dataclass(frozen=True)
 class Placement:
-    """One block: the device where its weights live, and the one where it computes."""
+    """One block: the device where its weights live, and the one where it computes.
+
+    ``compute`` is ``"cpu"`` for a block in RAM that the CPU computes, also beside a GPU. ``kept``
+    says that a copy of a block on disk stays in RAM, so that it is read once only.
+    """
 
     block: Block
     home: str
     compute: str
+    kept: bool = False
 
     @property
     def is_offloaded(self) -> bool:
         """Whether the weights travel before they are used."""
         return self.home != self.compute
 
+    @property
+    def way(self) -> Way:
+        """What happens to the block in every sweep.
+
+        ``"resident"``: nothing moves; ``"streamed"``: from RAM to the device that computes;
+        ``"cpu"``: it stays in RAM and the CPU computes it, beside a GPU or alone; ``"read"``: from
+        the disk; ``"kept"``: as ``streamed`` or ``cpu``, from the copy in RAM of a block on disk.
+        """
+        if self.kept:
+            return "kept"
+        if self.home == "disk":
+            return "read"
+        if self.compute == "cpu":
+            return "cpu"
+        return "streamed" if self.is_offloaded else "resident"
+
 
 @dataclass(frozen=True)
 class DeviceUse:
     """Bytes of one device by purpose.
 
-    ``slots`` is the room in which offloaded blocks arrive; ``activations`` the peak of hidden
-    states and logits; ``other`` what this and other processes hold already; ``limit`` the budget.
+    ``slots`` is the room in which offloaded blocks arrive (on a GPU, or in RAM on their way from
+    the disk); ``kept`` the copies in RAM of blocks on disk; ``draft`` a draft model with its KV
+    cache; ``activations`` the peak of hidden states and logits; ``other`` what this and other
+    processes hold already; ``limit`` the budget.
     """
 
     device: str
@@ -80,13 +107,16 @@ class DeviceUse:
     kv_cache: int = 0
     activations: int = 0
     slots: int = 0
+    kept: int = 0
+    draft: int = 0
     reserve: int = 0
     other: int = 0
 
     @property
     def planned(self) -> int:
         """Bytes that this plan will take, to hold against ``limit``."""
-        return self.weights + self.buffers + self.kv_cache + self.activations + self.slots
+        held = self.weights + self.kept + self.draft
+        return held + self.buffers + self.kv_cache + self.activations + self.slots
 
     @property
     def spare(self) -> int:
@@ -105,13 +135,17 @@ class Forecast:
     bound_by
         The tier that takes the most time, as people say it (``"disk, 0.8 GB/s"``).
     bytes_per_token
-        ``(source, target) -> bytes`` that move or are read for one decoded token.
+        ``(source, target) -> bytes`` that move or are read for one sweep that decodes one token.
+    limit_tps
+        Decode rate at the hardware's limit: these bytes at the measured bandwidths, every device
+        and link busy at once, one token a sweep. 0 when a bandwidth is unknown.
     """
 
     decode_tps: float
     prefill_tps: float
     bound_by: str
     bytes_per_token: Mapping[tuple[str, str], int]
+    limit_tps: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,14 @@ class Footprint:
         The tier that bounded the speed (``"disk, 0.8 GB/s"``).
     seed
         Seed of the sampling; ``None`` when it was greedy.
+    tokens_per_sweep
+        Tokens of the answer for every pass through the model; 0 when that is not known.
+    moved_bytes
+        Bytes that travelled to a computing device for every token of the answer.
+    limit_share
+        Decode rate as a share of what the hardware allows one token a sweep; 0 when unknown.
+    notes
+        What happened on the way that a person should know, in a few words each.
     """
 
     model: str = ""
@@ -42,6 +50,10 @@ class Footprint:
     placement: str = ""
     bound_by: str = ""
     seed: int | None = None
+    tokens_per_sweep: float = 0.0
+    moved_bytes: int = 0
+    limit_share: float = 0.0
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
