@@ -1,0 +1,411 @@
+"""Blocks read from their files into buffers, on several threads, while the model computes.
+
+Files stay open. A long read is cut into pieces that a few threads fetch side by side, since one
+thread does not keep a fast disk busy. Direct reads bypass the page cache: weights that are swept
+in a circle would only push each other out of it, and copying them out of it takes a core's time.
+What a direct read cannot do (the last, partial page of a file; file systems that refuse) is read
+through the page cache instead.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import mmap
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llm_magic.backends.accelerate.extents import PAGE, Extent, FileImage, Span, file_image, pages
+from llm_magic.errors import EngineError
+from llm_magic.folders import display_path
+from llm_magic.units import MIB, format_bytes
+
+if TYPE_CHECKING:
+    import torch
+
+THREADS = 4  # with pieces of 8 MiB they reach what 16 do
+_PIECE_BYTES = 8 * MIB
+_SHORT_PIECE_BYTES = MIB
+_WAITING_THREADS = 64  # made as they are needed: one for each buffer that is still in use
+_CANNOT_DIRECT = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)
+_SAMPLE_BYTES = 64 * MIB
+_LEAST_SAMPLE_BYTES = 16 * MIB
+_SAMPLE_S = 0.15
+_AGAIN = "Load the model again: %llm load"
+
+
+def page_buffer(size: int) -> torch.Tensor:
+    """A uint8 tensor in RAM of at least ``size`` bytes, whole pages that begin on a page.
+
+    Its memory is its own mapping, so it can be registered for a GPU's use, and goes back to the
+    system when the tensor does.
+    """
+    import numpy
+    import torch
+
+    count = max(pages(size), PAGE)
+    if sys.platform == "win32":
+        memory = mmap.mmap(-1, count)
+    else:
+        memory = mmap.mmap(-1, count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        _want_huge_pages(memory)
+    return torch.from_numpy(numpy.frombuffer(memory, dtype=numpy.uint8))
+
+
+def _want_huge_pages(memory: mmap.mmap) -> None:
+    """Fewer pages to look up, for the disk and for the cores; no harm where the system has none."""
+    with suppress(AttributeError, OSError):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+
+
+class FileReader:
+    """Reads images into buffers.
+
+    Parameters
+    ----------
+    direct
+        Whether to bypass the page cache, where the system and the file system can; see `choose_direct`.
+    threads
+        How many pieces are read at a time.
+    """
+
+    def __init__(self, *, direct: bool, threads: int = THREADS) -> None:
+        self._direct, self._threads = direct, threads
+        self._files: dict[Path, _File] = {}
+        self._lock = threading.RLock()
+        self._closed = False
+        self._readers = ThreadPoolExecutor(threads, "llm-magic-read")
+        # Pieces never queue behind a wait: what is waited for may need these very pieces.
+        self._waiters = ThreadPoolExecutor(_WAITING_THREADS, "llm-magic-wait")
+
+    def read(
+        self, image: FileImage, buffer: torch.Tensor, before: Callable[[], None] | None = None
+    ) -> Future[None]:
+        """Begin to read an image into the first ``image.bytes`` bytes of a buffer; returns at once.
+
+        Parameters
+        ----------
+        image
+            What to read.
+        buffer
+            uint8, in RAM, contiguous; on a page where reads are direct (see `page_buffer`). Bytes
+            between the tensors may be overwritten too.
+        before
+            Runs first, on a thread of the reader: it returns when the buffer may be overwritten.
+
+        Returns
+        -------
+        Future
+            Ends when all bytes are there, or with the first error once nothing writes to the buffer
+            any more: what ``before`` raised, or an `EngineError` when a file cannot be read, is
+            shorter than it was, or has changed. The reader stays usable.
+
+        Raises
+        ------
+        ValueError
+            When the buffer cannot take the image.
+        EngineError
+            When the reader is closed.
+        """
+        view = self._check_buffer(image, buffer)
+        reading = _Reading()
+        with self._lock:
+            if self._closed:
+                raise EngineError("The files of this model are closed.", _AGAIN)
+            if before is None:
+                self._start(reading, image, view)
+            else:
+                self._waiters.submit(self._wait_and_start, reading, image, view, before)
+        return reading.future
+
+    def close(self) -> None:
+        """Wait for the reads that were asked for, and close the files. Safe to call twice."""
+        with self._lock:
+            self._closed = True
+        self._waiters.shutdown()
+        self._readers.shutdown()
+        with self._lock:
+            for file in self._files.values():
+                file.close()
+            self._files.clear()
+
+    def _check_buffer(self, image: FileImage, buffer: torch.Tensor) -> memoryview:
+        if str(buffer.dtype) != "torch.uint8" or not buffer.is_contiguous() or buffer.numel() < image.bytes:
+            raise ValueError(f"an image of {image.bytes} bytes needs a contiguous uint8 buffer of that size")
+        if self._direct and buffer.data_ptr() % PAGE:
+            raise ValueError("direct reads need a buffer that begins on a page")
+        return buffer.reshape(-1).numpy().data
+
+    def _wait_and_start(
+        self, reading: _Reading, image: FileImage, view: memoryview, before: Callable[[], None]
+    ) -> None:
+        try:
+            before()
+        except BaseException as error:  # whoever waits for the future is told, whatever it is
+            reading.future.set_exception(error)
+        else:
+            self._start(reading, image, view)
+
+    def _start(self, reading: _Reading, image: FileImage, view: memoryview) -> None:
+        try:
+            pieces = [piece for span in image.spans for piece in self._cut(span, view)]
+        except BaseException as error:
+            reading.future.set_exception(error)
+            return
+        reading.expect(len(pieces))
+        for piece in pieces:
+            try:
+                self._readers.submit(reading.run, piece)
+            except RuntimeError as error:  # Python is going down
+                reading.finish_one(error)
+
+    def _cut(self, span: Span, view: memoryview) -> Iterator[_Piece]:
+        """Pieces of a span: all threads get a share of it, unless it is short."""
+        file = self._file(span.path)
+        file.check_reaches(span.file_offset + span.bytes)
+        step = min(max(pages(span.bytes // self._threads), _SHORT_PIECE_BYTES), _PIECE_BYTES)
+        for start in range(0, span.bytes, step):
+            count = min(step, span.bytes - start)
+            at = span.at + start
+            yield _Piece(file, span.file_offset + start, count, view[at : at + pages(count)])
+
+    def _file(self, path: Path) -> _File:
+        with self._lock:
+            if path not in self._files:
+                self._files[path] = _File(path, direct=self._direct)
+            return self._files[path]
+
+
+class _Reading:
+    """One image on its way: counts its pieces, keeps the first error, ends the future."""
+
+    def __init__(self) -> None:
+        self.future: Future[None] = Future()
+        self.future.set_running_or_notify_cancel()  # it writes to the buffer: nobody may cancel it
+        self._lock = threading.Lock()
+        self._left = 0
+        self._error: BaseException | None = None
+
+    def expect(self, pieces: int) -> None:
+        """Say how many pieces there are; an image of none is there already."""
+        self._left = pieces
+        if not pieces:
+            self.future.set_result(None)
+
+    def run(self, piece: _Piece) -> None:
+        """Read one piece, unless another one failed before."""
+        error = None
+        if self._error is None:
+            try:
+                piece.file.fill(piece.offset, piece.bytes, piece.view)
+            except BaseException as caught:
+                error = caught
+        self.finish_one(error)
+
+    def finish_one(self, error: BaseException | None) -> None:
+        """Count a piece as done; the last one ends the future."""
+        with self._lock:
+            self._error = self._error or error
+            self._left -= 1
+            if self._left:
+                return
+        if self._error is None:
+            self.future.set_result(None)
+        else:
+            self.future.set_exception(self._error)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """What one thread reads at a time: ``bytes`` bytes, into a view that has whole pages for them."""
+
+    file: _File
+    offset: int
+    bytes: int
+    view: memoryview
+
+
+class _File:
+    """An open file, as it was when it was opened."""
+
+    def __init__(self, path: Path, *, direct: bool) -> None:
+        self.path = path
+        self._seek_lock = threading.Lock()
+        self._direct: io.FileIO | None = None
+        try:
+            self._plain = path.open("rb", buffering=0)
+            self._seen = _state(self._plain)
+            self.size = self._seen[0]
+            self._direct = _open_direct(path) if direct else None
+        except OSError as error:
+            raise self._unreadable(error) from None
+        self.is_direct = self._direct is not None
+
+    def close(self) -> None:
+        """Close it."""
+        self._plain.close()
+        if self._direct is not None:
+            self._direct.close()
+
+    def check_reaches(self, end: int) -> None:
+        """Refuse to read beyond the end.
+
+        Raises
+        ------
+        EngineError
+            When the file has fewer bytes.
+        """
+        if self.size < end:
+            raise EngineError(
+                f"{display_path(self.path)} is cut short: {format_bytes(end)} are needed, "
+                f"it has {format_bytes(self.size)}.",
+                "Download or convert the model again, then load it again.",
+            )
+
+    def fill(self, offset: int, count: int, view: memoryview) -> None:
+        """Read ``count`` bytes at ``offset``, a multiple of `PAGE`, into a view that has whole pages for them.
+
+        Raises
+        ------
+        EngineError
+            When they cannot be read, or the file is another one than was opened.
+        """
+        try:
+            done = self._fill_directly(offset, view) if self.is_direct else 0
+            while done < count:
+                got = self._read(self._plain, offset + done, view[done:count])
+                if not got:
+                    break
+                done += got
+            changed = _state(self._plain) != self._seen
+        except OSError as error:
+            raise self._unreadable(error) from None
+        if changed or done < count:
+            raise EngineError(f"{display_path(self.path)} changed while its model was loaded.", _AGAIN)
+
+    def _fill_directly(self, offset: int, view: memoryview) -> int:
+        """Read the whole pages that the file has; the number of bytes that came, which may be 0."""
+        whole = min(len(view), (self.size - offset) // PAGE * PAGE)
+        done = 0
+        assert self._direct is not None
+        while done < whole and done % PAGE == 0:
+            try:
+                got = self._read(self._direct, offset + done, view[done:whole])
+            except OSError as error:
+                if error.errno not in _CANNOT_DIRECT:
+                    raise
+                self.is_direct = False
+                break
+            if not got:
+                break
+            done += got
+        return done
+
+    def _read(self, file: io.FileIO, offset: int, view: memoryview) -> int:
+        if hasattr(os, "preadv"):
+            return os.preadv(file.fileno(), [view], offset)
+        with self._seek_lock:  # Windows
+            file.seek(offset)
+            return file.readinto(view) or 0
+
+    def _unreadable(self, error: OSError) -> EngineError:
+        return EngineError(
+            f"{display_path(self.path)} cannot be read: {error.strerror or 'input error'}.",
+            "Check that its disk is there, then load the model again.",
+        )
+
+
+def _state(file: io.FileIO) -> tuple[int, int]:
+    seen = os.fstat(file.fileno())
+    return seen.st_size, seen.st_mtime_ns
+
+
+def _open_direct(path: Path) -> io.FileIO | None:
+    """The file, opened so that the page cache is bypassed; ``None`` where that cannot be."""
+    if sys.platform == "darwin":
+        import fcntl
+
+        file = path.open("rb", buffering=0)
+        fcntl.fcntl(file.fileno(), fcntl.F_NOCACHE, 1)
+        return file
+    if not hasattr(os, "O_DIRECT"):
+        return None
+    try:
+        return io.FileIO(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_DIRECT))
+    except OSError as error:
+        if error.errno not in _CANNOT_DIRECT:
+            raise
+        return None
+
+
+# ------------------------------------------------------------------------------------ calibration
+
+
+def choose_direct(path: Path, sample_bytes: int = _SAMPLE_BYTES) -> bool:
+    """Whether direct reads of this file are as quick as buffered ones that find nothing in the page cache.
+
+    Two halves of a sample from the start of the file are dropped from the page cache and read, one
+    directly and one through it, in 0.3 s at most (more where the disk gives less than 20 MB/s).
+    Direct reads win on fast local disks: the copy out of the page cache costs more than the disk.
+    Buffered ones win where the system reads far ahead of a slow or remote disk. A tie within a tenth
+    goes to direct reads, which leave the page cache and the cores to others. No measurement is made
+    of a file of less than 32 MiB (buffered: the page cache will keep it), where the file system
+    refuses direct reads (buffered), and where pages cannot be dropped (macOS: direct).
+
+    Raises
+    ------
+    EngineError
+        When the file cannot be read.
+    """
+    half = min(sample_bytes, _size(path)) // 2 // PAGE * PAGE
+    if half < _LEAST_SAMPLE_BYTES or not _takes_direct(path):
+        return False
+    if not hasattr(os, "posix_fadvise"):
+        return True
+    _drop_pages(path, 2 * half)
+    buffered = _rate(Extent(path, half, half), direct=False)
+    return _rate(Extent(path, 0, half), direct=True) >= 0.9 * buffered
+
+
+def _size(path: Path) -> int:
+    file = _File(path, direct=False)
+    file.close()
+    return file.size
+
+
+def _takes_direct(path: Path) -> bool:
+    """Whether a direct read of the first page succeeds: some file systems open a file so and then refuse."""
+    file = _File(path, direct=True)
+    try:
+        file.fill(0, PAGE, page_buffer(PAGE).numpy().data)
+        return file.is_direct
+    finally:
+        file.close()
+
+
+def _drop_pages(path: Path, count: int) -> None:
+    with path.open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, count, os.POSIX_FADV_DONTNEED)
+
+
+def _rate(extent: Extent, *, direct: bool) -> float:
+    """Bytes per second, read in growing steps until the time for it is over."""
+    reader = FileReader(direct=direct)
+    buffer = page_buffer(extent.bytes + PAGE).fill_(0)
+    done, step, start = 0, MIB, time.perf_counter()
+    try:
+        while done < extent.bytes and time.perf_counter() - start < _SAMPLE_S:
+            step = min(2 * step, extent.bytes - done)
+            reader.read(file_image([Extent(extent.path, extent.offset + done, step)]), buffer).result()
+            done += step
+        return done / (time.perf_counter() - start)
+    finally:
+        reader.close()
