@@ -74,7 +74,7 @@ class TransformersBackend:
         from llm_magic.backends.accelerate.engine import TransformersEngine
         from llm_magic.backends.accelerate.load import load
 
-        return TransformersEngine(load(files, spec, plan, progress), plan)
+        return TransformersEngine(load(files, spec, plan, progress))
 
     def accelerators(self, measure: bool) -> tuple[tuple[Device, ...], tuple[Link, ...]]:
         """GPUs that torch can use, and the links to them."""

@@ -9,7 +9,6 @@ from typing import Any
 
 from llm_magic.backends.accelerate.detokenize import Detokenizer
 from llm_magic.backends.accelerate.generate import Steps, run_generate, watched_blocks
-from llm_magic.backends.accelerate.hooks import offload_again, remove_hooks
 from llm_magic.backends.accelerate.kv_cache import ChatCaches
 from llm_magic.backends.accelerate.load import LoadedWeights, is_out_of_memory, release_memory
 from llm_magic.backends.accelerate.prompts import TokenizedPrompt, tokenize
@@ -40,18 +39,25 @@ class TransformersEngine:
         The torch module; ``None`` once closed.
     tokenizer
         Its tokenizer; ``None`` once closed.
+    plan
+        Where everything is now.
     """
 
-    def __init__(self, loaded: LoadedWeights, plan: Plan) -> None:
-        self.model: Any = loaded.model
+    def __init__(self, loaded: LoadedWeights) -> None:
+        plan = loaded.placed.plan
+        self.model: Any = loaded.placed.model
         self.tokenizer: Any = loaded.tokenizer
-        self._offload_folder = loaded.offload_folder
-        self._plan = plan
+        self._placed = loaded.placed
         self._context = _context_length(plan)
-        self._caches = ChatCaches(loaded.model, plan.workload.context_length)
-        modules = dict(loaded.model.named_modules())
+        self._caches = ChatCaches(self.model, plan.workload.context_length)
+        modules = dict(self.model.named_modules())
         self._blocks = [block.name for block in plan.layout.blocks if block.name in modules]
         self._layers = [block.name for block in plan.layout.layers if block.name in modules]
+
+    @property
+    def plan(self) -> Plan:
+        """Where everything is now."""
+        return self._placed.plan
 
     def render(self, request: Request) -> RenderedPrompt:
         """The final prompt and its length, without running the model.
@@ -99,13 +105,11 @@ class TransformersEngine:
         )
 
     def memory(self) -> Mapping[str, Mapping[str, int]]:
-        """Device -> ``"weights"``, ``"buffers"`` or ``"kv_cache"`` -> bytes, as it is now."""
+        """Device -> ``"weights"``, ``"slots"``, ``"kept"``, ``"buffers"`` or ``"kv_cache"`` -> bytes, now."""
         model = self._open()
         held: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
-        tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-        for name, weight in model.named_parameters():
-            if name not in tied:
-                held[self._home(name, weight)]["weights"] += weight.nbytes
+        for device, purposes in self._placed.memory().items():
+            held[device].update(purposes)
         for buffer in model.buffers():
             held[_device_name(buffer)]["buffers"] += buffer.nbytes
         for tensor in self._caches.tensors():
@@ -120,21 +124,17 @@ class TransformersEngine:
         """Give everything back. Safe to call twice."""
         if self.model is None:
             return
-        model, self.model, self.tokenizer = self.model, None, None
+        self.model = self.tokenizer = None
         self._caches.close()
         with quiet():
-            remove_hooks(model)
-        del model
-        if self._offload_folder:
-            self._offload_folder.remove()
-            self._offload_folder = None
+            self._placed.close()
         release_memory()
 
     # Inside
 
     def _open(self) -> Any:
         if self.model is None:
-            raise EngineError("This model was unloaded.", f"Load it again: %llm load {self._plan.source}")
+            raise EngineError("This model was unloaded.", f"Load it again: %llm load {self.plan.source}")
         return self.model
 
     def _tokenize(self, request: Request) -> TokenizedPrompt:
@@ -182,7 +182,7 @@ class TransformersEngine:
                 raise _bad_parameter(error, request.sampling) from None
             raise self._explained(error) from None
         finally:
-            offload_again(self.model)
+            self._placed.settle()
         if keep:
             self._caches.keep(request.chat, cache, prompt.ids + steps.ids)
         else:
@@ -194,7 +194,7 @@ class TransformersEngine:
         new = len(prompt.ids) - cached
         if not self._caches.can_keep or config.use_cache is False:
             return new
-        return longest_pass(self._plan, len(prompt.ids), cached)
+        return longest_pass(self.plan, len(prompt.ids), cached)
 
     def _explained(self, error: BaseException) -> BaseException:
         """The error to raise for one that came out of the model; emptied of the tensors it held."""
@@ -221,15 +221,7 @@ class TransformersEngine:
     def _input_device(self) -> Any:
         import torch
 
-        return torch.device(self._plan.placements[0].compute)
-
-    def _home(self, name: str, weight: Any) -> str:
-        """Where a parameter lives: an offloaded one is elsewhere, or nowhere, between its uses."""
-        offloaded = {placement.block.name: placement.home for placement in self._plan.offloaded}
-        block = name
-        while block and block not in offloaded:
-            block = block.rpartition(".")[0]
-        return offloaded.get(block) or _device_name(weight)
+        return torch.device(self.plan.placements[0].compute)
 
 
 def _bad_parameter(error: Exception, sampling: Sampling) -> OptionError:

@@ -1,29 +1,133 @@
-"""Accelerate's hooks of a placed model: their state after a forward pass that did not end."""
+"""Accelerate's hooks on the blocks of a placed model: at most one on each.
+
+A block whose weights travel has a `StreamHook`; where several devices compute, the others have
+Accelerate's own `AlignDevicesHook`, which brings their inputs. Modules inside of blocks have none.
+"""
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
+from accelerate.utils import send_to_device
 
-def offload_again(model: Any) -> None:
-    """Send weights home that an interrupted forward pass left on the compute device.
+from llm_magic.backends.accelerate.blocks import Binding, BlockTensors, assign
+from llm_magic.backends.accelerate.stream import Lane
 
-    Accelerate brings a module's weights before its ``forward`` and drops them after; an exception
-    in between leaves them there, and tied ones in its table.
+
+class StreamHook(AlignDevicesHook):  # type: ignore[misc]  # accelerate has no types
+    """A lane brings the block's weights before its forward pass, and has the slot back after it.
+
+    Parameters
+    ----------
+    tensors
+        The block's parameters.
+    weights_map
+        The same by name, from where they stay: ``save_pretrained`` and adapters ask for them.
+    lane, index
+        What brings the block, and its number there.
+    bindings
+        For each slot of the lane, what puts the slot's views into the block.
+    execution_device
+        Where the block computes.
+    align
+        Whether its inputs may come from another device.
+    skip_keys
+        Arguments that stay where they are (the KV cache).
     """
+
+    def __init__(
+        self,
+        tensors: BlockTensors,
+        weights_map: Mapping[str, Any],
+        lane: Lane,
+        index: int,
+        bindings: Sequence[Binding],
+        *,
+        execution_device: Any,
+        align: bool,
+        skip_keys: Any = None,
+    ) -> None:
+        super().__init__(
+            execution_device=execution_device,
+            offload=True,
+            weights_map=weights_map,
+            place_submodules=True,
+            skip_keys=skip_keys,
+        )
+        self.original_devices: dict[str, Any] = {}
+        self._tensors, self._lane, self._index, self._bindings = tensors, lane, index, bindings
+        self._align = align
+        self._users = 0
+        self._lock = threading.Lock()
+
+    def init_hook(self, module: Any) -> Any:
+        """Nothing moves before the first forward pass."""
+        return module
+
+    def pre_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ARG002 (Accelerate's signature)
+        """Wait for the weights, and show them to the block's modules."""
+        slot = self._lane.take(self._index)
+        with self._lock:
+            self._users += 1
+            assign(self._bindings[slot])
+        if not self._align:
+            return args, kwargs
+        moved = send_to_device(args, self.execution_device)
+        return moved, send_to_device(kwargs, self.execution_device, skip_keys=self.skip_keys)
+
+    def post_forward(self, module: Any, output: Any) -> Any:  # noqa: ARG002
+        """Leave tensors without bytes in the modules, and the slot to the next block."""
+        with self._lock:
+            self._users -= 1
+            if not self._users:
+                self._tensors.clear()
+        self._lane.release(self._index)
+        return output
+
+    def detach_hook(self, module: Any) -> Any:
+        """The block's store keeps the weights."""
+        return module
+
+    def settle(self) -> None:
+        """After a forward pass that did not end."""
+        with self._lock:
+            self._users = 0
+            self._tensors.clear()
+
+
+def attach(module: Any, hook: AlignDevicesHook) -> None:
+    """Put a hook on a module, in place of the one that it has."""
+    add_hook_to_module(module, hook)
+
+
+def align_inputs(module: Any, device: Any, skip_keys: Any) -> None:
+    """Let a module's inputs follow it to ``device``."""
+    add_hook_to_module(module, AlignDevicesHook(device, skip_keys=skip_keys))
+
+
+def align_model(model: Any, device: Any, skip_keys: Any) -> None:
+    """Bring a model's inputs to its first device, and its outputs back to where the inputs came from."""
+    add_hook_to_module(model, AlignDevicesHook(device, io_same_device=True, skip_keys=skip_keys))
+
+
+def detach(module: Any) -> None:
+    """Take the hook off a block; those inside of it stay."""
+    remove_hook_from_module(module)
+
+
+def strip(module: Any) -> None:
+    """Take the hooks off a module and all that is in it; what RAM holds goes back into the modules."""
+    remove_hook_from_module(module, recurse=True)
+
+
+def weights_loader(model: Any) -> Any:
+    """What Accelerate reads a model's offloaded weights from, by full name; ``None`` without any."""
     for module in model.modules():
-        hook = getattr(module, "_hf_hook", None)
-        for part in getattr(hook, "hooks", (hook,)):
-            if (
-                part is not None
-                and getattr(part, "offload", False)
-                and hasattr(part, "tied_pointers_to_remove")
-            ):
-                part.post_forward(module, ())
-
-
-def remove_hooks(model: Any) -> None:
-    """Take all hooks off; offloaded weights stay on the meta device."""
-    from accelerate.hooks import remove_hook_from_submodules
-
-    remove_hook_from_submodules(model)
+        weights = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
+        loader = getattr(weights, "dataset", weights)
+        if loader is not None:
+            return loader
+    return None

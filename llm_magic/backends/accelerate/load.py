@@ -1,8 +1,4 @@
-"""Load a model as its plan says: transformers reads, Accelerate places, we check and report.
-
-Offloaded weights stay behind Accelerate's own hooks, and ``hf_device_map`` stays the truth that
-other libraries can read.
-"""
+"""Load a model as its plan says: transformers reads, Accelerate places, we check, take over and report."""
 
 from __future__ import annotations
 
@@ -15,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from llm_magic.backends.accelerate.default_dtype import default_dtype_kept
 from llm_magic.backends.accelerate.offload_folder import OffloadFolder, check_tensor_names, disk_error
+from llm_magic.backends.accelerate.placed import PlacedModel, accelerate_device_map
 from llm_magic.backends.accelerate.quiet import bars_into, quiet
 from llm_magic.errors import EngineError, LLMMagicError, PlanError, SourceError
 from llm_magic.events import PhaseEvent, Progress
@@ -34,11 +31,10 @@ _TOKENIZER = re.compile(r".*(token|vocab|merges|spiece|sentencepiece|\.model$|\.
 
 @dataclass
 class LoadedWeights:
-    """A placed model, its tokenizer, and the folder of its re-written weights (``None`` without disk)."""
+    """A placed model and its tokenizer."""
 
-    model: Any
+    placed: PlacedModel
     tokenizer: Any
-    offload_folder: OffloadFolder | None
 
 
 def load(files: ModelFiles, spec: ModelSpec, plan: Plan, progress: Progress) -> LoadedWeights:
@@ -64,9 +60,10 @@ def load(files: ModelFiles, spec: ModelSpec, plan: Plan, progress: Progress) -> 
         with quiet():
             tokenizer = _read_tokenizer(files)
             model = _read_model(files, spec, plan, folder, progress)
-        if folder:
-            folder.protect()
-        return LoadedWeights(model, tokenizer, folder)
+            if folder:
+                folder.protect()
+            placed = PlacedModel(model, plan, files.weight_files, folder)
+        return LoadedWeights(placed, tokenizer)
     except BaseException as error:
         # Frames of the failed call still hold the tensors that were read.
         traceback.clear_frames(error.__traceback__)
@@ -79,14 +76,6 @@ def load(files: ModelFiles, spec: ModelSpec, plan: Plan, progress: Progress) -> 
         if known is None:
             raise
         raise known from None
-
-
-def accelerate_device_map(device_map: Mapping[str, str]) -> dict[str, int | str]:
-    """Accelerate's form of a device map: ``"cuda:1"`` becomes ``1``, other names stay."""
-    return {
-        name: int(device.removeprefix("cuda:")) if device.startswith("cuda:") else device
-        for name, device in device_map.items()
-    }
 
 
 def refuse_what_does_not_fit(plan: Plan) -> None:

@@ -38,6 +38,13 @@ class OffloadFolder:
         self.path = _make_private(base)
         self._remove = weakref.finalize(self, _remove_tree, self.path, _identity(self.path))
 
+    def new_file(self, name: str) -> Path:
+        """A path in it that does not exist yet, for the bytes of the block ``name``."""
+        path, number = self.path / f"{name}.bin", 1
+        while path.exists():
+            path, number = self.path / f"{name}.{number}.bin", number + 1
+        return path
+
     def protect(self) -> None:
         """Give the files in it mode 0600 (the folder's own mode kept others out until now)."""
         for path in self.path.iterdir():

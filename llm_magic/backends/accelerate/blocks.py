@@ -1,0 +1,347 @@
+"""One block of the model: its tensors as views of one buffer of bytes, and the places that hold them.
+
+A block travels as a whole. Its tensors lie one after the other in a flat buffer, so that it is one
+copy, one transfer over the bus, one range of a file. `BlockTensors` knows that order and puts views of
+a buffer into the block's modules; a store (`RamStore`, `FileStore`) is a place where the bytes stay
+between their uses.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from llm_magic.backends.accelerate import packing
+from llm_magic.backends.accelerate.extents import Extent, FileImage, file_image
+from llm_magic.backends.accelerate.reader import FileReader, page_buffer
+
+ALIGNMENT = 256
+"""Bytes to which tensors are aligned in a buffer: what device kernels load fastest."""
+
+Binding = list[tuple[dict[str, Any], str, Any]]
+"""Assignments ``mapping[key] = value`` that put tensors into modules."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One tensor of a block.
+
+    Attributes
+    ----------
+    name
+        Parameter, relative to the block (``"self_attn.q_proj.weight"``).
+    part
+        Which tensor of the parameter; empty for the parameter itself (see `packing`).
+    dtype, shape
+        torch dtype and shape of this tensor.
+    bytes, at
+        Its size, and where it begins in the block's flat buffer.
+    """
+
+    name: str
+    part: str
+    dtype: Any
+    shape: tuple[int, ...]
+    bytes: int
+    at: int
+
+
+class BlockTensors:
+    """The parameters of a block's module, as pieces of one flat buffer.
+
+    Parameters
+    ----------
+    module
+        The block.
+    without
+        Parameters that are held elsewhere, by name relative to the block.
+
+    Attributes
+    ----------
+    pieces
+        In the order of the buffer.
+    bytes
+        Size of the flat buffer.
+    """
+
+    def __init__(self, module: Any, without: Collection[str] = ()) -> None:
+        self.module = module
+        self._owners = {
+            name: _owner(module, name) for name, _ in module.named_parameters() if name not in without
+        }
+        self._templates = {name: packing.template(*owner) for name, owner in self._owners.items()}
+        self.pieces = tuple(self._laid_out())
+        self.bytes = sum(_aligned(piece.bytes) for piece in self.pieces)
+        self._empty = [entry for template in self._templates.values() for entry in template.empty()]
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether every parameter is its own only tensor: nothing is packed."""
+        return all(not piece.part for piece in self.pieces)
+
+    @property
+    def offsets(self) -> tuple[int, ...]:
+        """Where each piece begins in the flat buffer."""
+        return tuple(piece.at for piece in self.pieces)
+
+    def current(self) -> list[Any]:
+        """The tensors that are in the module now, in the order of the pieces."""
+        found = {name: packing.parts(*owner) for name, owner in self._owners.items()}
+        return [found[piece.name][piece.part] for piece in self.pieces]
+
+    def views(self, buffer: Any, offsets: Sequence[int] | None = None) -> list[Any]:
+        """The pieces of a buffer (uint8) as tensors; ``offsets`` are those of the flat buffer by default."""
+        places = self.offsets if offsets is None else offsets
+        return [
+            buffer[at : at + piece.bytes].view(piece.dtype).view(piece.shape)
+            for piece, at in zip(self.pieces, places, strict=True)
+        ]
+
+    def copy_to(self, buffer: Any) -> None:
+        """Copy what is in the module now into a flat buffer."""
+        for tensor, view in zip(self.current(), self.views(buffer), strict=True):
+            view.copy_(tensor)
+
+    def binding(self, tensors: Sequence[Any]) -> Binding:
+        """What puts these tensors into the module: made once, assigned in every sweep."""
+        by_name: dict[str, dict[str, Any]] = {name: {} for name in self._templates}
+        for piece, tensor in zip(self.pieces, tensors, strict=True):
+            by_name[piece.name][piece.part] = tensor
+        return [
+            entry for name, template in self._templates.items() for entry in template.bindings(by_name[name])
+        ]
+
+    def bind(self, tensors: Sequence[Any]) -> None:
+        """Put these tensors into the module."""
+        assign(self.binding(tensors))
+
+    def clear(self) -> None:
+        """Leave tensors without bytes in the module."""
+        assign(self._empty)
+
+    def parameter(self, name: str, tensors: Sequence[Any]) -> Any:
+        """One parameter, made of the block's tensors, without putting it into the module."""
+        parts = {p.part: t for p, t in zip(self.pieces, tensors, strict=True) if p.name == name}
+        leaf = name.rpartition(".")[2]
+        return next(value for _, key, value in self._templates[name].bindings(parts) if key == leaf)
+
+    def move_buffers(self, device: Any) -> None:
+        """Put the block's buffers (rotary tables, counters), which stay where it computes, there."""
+        for name, buffer in list(self.module.named_buffers()):
+            if buffer.device != device:
+                owner, leaf = _owner(self.module, name)
+                owner._buffers[leaf] = buffer.to(device)
+
+    def _laid_out(self) -> Iterator[Piece]:
+        at = 0
+        for name, owner in self._owners.items():
+            for part, tensor in packing.parts(*owner).items():
+                yield Piece(name, part, tensor.dtype, tuple(tensor.shape), tensor.nbytes, at)
+                at += _aligned(tensor.nbytes)
+
+
+def assign(binding: Binding) -> None:
+    """Carry out a binding."""
+    for mapping, key, value in binding:
+        mapping[key] = value
+
+
+class Store(Protocol):
+    """A place where the bytes of a block stay."""
+
+    def tensors(self) -> list[Any]:
+        """The block's tensors in RAM, in the order of its pieces."""
+
+    def close(self) -> None:
+        """Give the place back."""
+
+
+class RamStore:
+    """A block in RAM, in one flat buffer.
+
+    Parameters
+    ----------
+    tensors
+        The block.
+    memory
+        Its flat buffer (uint8).
+    lender
+        The store whose memory it is, when it is another block's: that one pins it and gives it back.
+    """
+
+    def __init__(self, tensors: BlockTensors, memory: Any, lender: RamStore | None = None) -> None:
+        self._tensors = tensors
+        self._lender = lender
+        self._is_pinned = False
+        self.memory = memory
+
+    @property
+    def is_pinned(self) -> bool:
+        """Whether a device can fetch it by itself."""
+        return self._lender.is_pinned if self._lender else self._is_pinned
+
+    def pin(self) -> bool:
+        """Lock the buffer in RAM so that a device can fetch it; ``False`` when the system refuses.
+
+        The buffer is registered at its exact size: torch's own pinned allocations are rounded up to
+        powers of two.
+        """
+        if not self.is_pinned and self._lender is None:
+            self._is_pinned = pin(self.memory)
+        return self.is_pinned
+
+    def tensors(self) -> list[Any]:
+        return self._tensors.views(self.memory)
+
+    def read(self, executor: Executor, buffer: Any, before: Callable[[], object] | None) -> Future[None]:
+        """Copy the block into a pinned buffer on another thread: for memory that could not be pinned."""
+
+        def copy() -> None:
+            if before is not None:
+                before()
+            buffer[: self.memory.numel()].copy_(self.memory)
+
+        return executor.submit(copy)
+
+    def pairs(self, buffer: Any, slot: Any) -> list[tuple[Any, Any]]:
+        """What is copied from such a buffer to a slot."""
+        size = self.memory.numel()
+        return [(buffer[:size], slot[:size])]
+
+    def close(self) -> None:
+        if self._is_pinned:
+            unpin(self.memory)
+            self._is_pinned = False
+
+
+class FileStore:
+    """A block in files: those of the model itself, or one that was written for it.
+
+    Parameters
+    ----------
+    tensors
+        The block.
+    extents
+        Where each piece is, in the order of the pieces.
+    reader
+        What reads them.
+    """
+
+    def __init__(self, tensors: BlockTensors, extents: Sequence[Extent], reader: FileReader) -> None:
+        self._tensors = tensors
+        self._reader = reader
+        self.extents = tuple(extents)
+        self.image: FileImage = file_image(self.extents)
+
+    def read(self, buffer: Any, before: Callable[[], object] | None = None) -> Future[None]:
+        """Start to read the files' image into ``buffer``; its views are at ``image.offsets``."""
+        return self._reader.read(self.image, buffer, before)
+
+    def pairs(self, buffer: Any, slot: Any) -> list[tuple[Any, Any]]:
+        """What is copied from an image to a slot that holds the block flat."""
+        return [
+            (buffer[at : at + piece.bytes], slot[piece.at : piece.at + piece.bytes])
+            for piece, at in zip(self._tensors.pieces, self.image.offsets, strict=True)
+        ]
+
+    def tensors(self) -> list[Any]:
+        buffer = page_buffer(self.image.bytes)
+        self.read(buffer).result()
+        return self._tensors.views(buffer, self.image.offsets)
+
+    def close(self) -> None:
+        """The files stay: they are the model's own, or go with the offload folder."""
+
+
+class StoredWeights(Mapping[str, Any]):
+    """A block's parameters by name, read from where they are: what other libraries ask a hook for."""
+
+    def __init__(self, tensors: BlockTensors, store: Store) -> None:
+        self._tensors = tensors
+        self._store = store
+        self._names = tuple(dict.fromkeys(piece.name for piece in tensors.pieces))
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._tensors.parameter(name, self._store.tensors())
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def flat_buffer(tensors: BlockTensors, device: Any = "cpu") -> Any:
+    """A flat buffer (uint8) for a block."""
+    import torch
+
+    if str(device) == "cpu":
+        return page_buffer(tensors.bytes)[: tensors.bytes]
+    return torch.empty(tensors.bytes, dtype=torch.uint8, device=device)
+
+
+def write_block(tensors: BlockTensors, values: Sequence[Any], path: Path) -> list[Extent]:
+    """Write a block's tensors, in the order of its pieces, to a new file with mode 0600.
+
+    Raises
+    ------
+    OSError
+        When it cannot be written; what was written of it is gone then.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
+    with os.fdopen(os.open(path, flags, stat.S_IRUSR | stat.S_IWUSR), "wb") as file:
+        try:
+            for piece, value in zip(tensors.pieces, values, strict=True):
+                file.seek(piece.at)
+                file.write(raw(value.cpu()).numpy().data)
+            file.truncate(tensors.bytes)
+        except BaseException:
+            path.unlink()
+            raise
+    return [Extent(path, piece.at, piece.bytes) for piece in tensors.pieces]
+
+
+def is_equal(first: Sequence[Any], second: Sequence[Any]) -> bool:
+    """Whether two lists of tensors hold the same bytes."""
+    import torch
+
+    return all(torch.equal(raw(a.cpu()), raw(b.cpu())) for a, b in zip(first, second, strict=True))
+
+
+def raw(tensor: Any) -> Any:
+    """The bytes of a tensor (uint8, flat); copied when it is not contiguous."""
+    import torch
+
+    return tensor.detach().contiguous().flatten().view(torch.uint8)
+
+
+def pin(memory: Any) -> bool:
+    """Register RAM with CUDA; ``False`` when it refuses, or there is no CUDA."""
+    import torch
+
+    if not memory.numel() or not torch.cuda.is_available():
+        return False
+    return int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0)) == 0
+
+
+def unpin(memory: Any) -> None:
+    """Undo ``pin``."""
+    import torch
+
+    torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
+
+
+def _owner(module: Any, name: str) -> tuple[Any, str]:
+    path, _, leaf = name.rpartition(".")
+    return module.get_submodule(path), leaf
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT

@@ -1,0 +1,479 @@
+"""A loaded model with every block where its plan says, and the moving of blocks while it stays loaded.
+
+transformers and Accelerate load the model; then this takes over what they offloaded. Accelerate's
+hooks inside of blocks go, and each block that must travel gets one hook that lets a `Lane` bring it.
+``hf_device_map`` stays what it was: the truth that other libraries can read.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from llm_magic.backends.accelerate import hooks
+from llm_magic.backends.accelerate.blocks import (
+    BlockTensors,
+    FileStore,
+    RamStore,
+    StoredWeights,
+    flat_buffer,
+    is_equal,
+    write_block,
+)
+from llm_magic.backends.accelerate.checkpoint import Checkpoint
+from llm_magic.backends.accelerate.extents import Extent
+from llm_magic.backends.accelerate.lanes import DeviceLane, Traveller
+from llm_magic.backends.accelerate.mapped import MappedFiles
+from llm_magic.backends.accelerate.offload_folder import OffloadFolder, disk_error
+from llm_magic.backends.accelerate.reader import FileReader, choose_direct
+from llm_magic.plan import Placement, Plan
+from llm_magic.planning.costs import slots_for
+
+Moved = Mapping[tuple[str, str], int]
+"""(source, target) -> bytes."""
+
+Report = Callable[[int, int, str], None]
+"""Blocks done, blocks in all, label of the next one."""
+
+_AHEAD = 2  # mapped blocks that the system is asked for while one computes
+
+
+@dataclass
+class PlacedBlock:
+    """A block, where it is, and what holds its bytes there.
+
+    Attributes
+    ----------
+    place
+        Where it is now.
+    module, tensors
+        Its module, and the module's parameters.
+    shared
+        Parameters that are another block's: name -> (that block's module, name there).
+    store
+        What holds the bytes of a block that travels, or the copy in RAM of one on disk; ``None``
+        when its module holds them.
+    file
+        Where the bytes are in files, as far as that is known.
+    """
+
+    place: Placement
+    module: Any
+    tensors: BlockTensors
+    shared: Mapping[str, tuple[Any, str]]
+    store: RamStore | FileStore | None = None
+    file: FileStore | None = None
+
+    @property
+    def name(self) -> str:
+        """Module path, a key of the device map."""
+        return self.place.block.name
+
+    @property
+    def is_borrowed(self) -> bool:
+        """Whether all of its parameters are another block's (a tied head)."""
+        return bool(self.shared) and all(piece.name in self.shared for piece in self.tensors.pieces)
+
+    @property
+    def travels(self) -> bool:
+        """Whether its modules hold no weights between two uses."""
+        if self.place.kept and self.place.compute == "cpu":
+            return False
+        return self.store is not None
+
+
+class PlacedModel:
+    """The blocks of a loaded model, and what brings those that travel.
+
+    Parameters
+    ----------
+    model
+        A model that was loaded and dispatched as ``plan`` says.
+    plan
+        Where everything is.
+    files
+        The weight files that it was loaded from.
+    folder
+        What loading has written to, if it has.
+    streams
+        Device -> its order of copies and computation; what suits the device by default.
+
+    Attributes
+    ----------
+    plan
+        Where everything is now.
+    blocks
+        By name, in model order.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        plan: Plan,
+        files: Sequence[Path] = (),
+        folder: OffloadFolder | None = None,
+        streams: Callable[[str], Any] = lambda _device: None,
+    ) -> None:
+        self.model = model
+        self.plan = plan
+        self._files = tuple(files)
+        self._folder = folder
+        self._streams = streams
+        self._checkpoint = Checkpoint(model, files)
+        self._mapped = MappedFiles()
+        self._lanes: dict[str, DeviceLane] = {}
+        self._stream_hooks: list[hooks.StreamHook] = []
+        self._advice: list[Any] = []
+        self._skip_keys = getattr(model, "_skip_keys_device_placement", None)
+        self.blocks = self._take_over()
+        self._attach()
+
+    @property
+    def lanes(self) -> list[Any]:
+        """What brings the blocks that travel, one for each device."""
+        return [lane.lane for lane in self._lanes.values()]
+
+    def memory(self) -> dict[str, Counter[str]]:
+        """Device -> ``"weights"``, ``"kept"`` or ``"slots"`` -> bytes."""
+        held: dict[str, Counter[str]] = defaultdict(Counter)
+        for block in self.blocks.values():
+            held[block.place.home]["weights"] += block.place.block.bytes
+            if block.place.kept:
+                held["cpu"]["kept"] += block.place.block.bytes
+        for device, lane in self._lanes.items():
+            held[device]["slots"] += lane.slot_bytes
+            held["cpu"]["slots"] += lane.staging_bytes
+        return held
+
+    def apply(self, plan: Plan, report: Report = lambda *_: None) -> Moved:
+        """Move the blocks that ``plan`` places elsewhere.
+
+        Parameters
+        ----------
+        report
+            Called before each block and after the last one; what it raises undoes the moves.
+
+        Raises
+        ------
+        PlanError
+            When the disk is full or cannot be written.
+        BaseException
+            What went wrong, or was raised by ``report``; every block is back in its place then.
+        """
+        changed = [place for place in plan.placements if self._is_elsewhere(place, plan)]
+        changed.sort(key=lambda place: _TIERS.get(place.home, 2))  # to the slowest first: that makes room
+        before = {place.block.name: self.blocks[place.block.name].place for place in changed}
+        done: list[str] = []
+        self._detach()
+        try:
+            for number, place in enumerate(changed):
+                report(number, len(changed), place.block.label)
+                done.append(place.block.name)
+                self._put(self.blocks[place.block.name], place, plan)
+            report(len(changed), len(changed), "")
+            self._attach(plan)
+        except BaseException as error:
+            self._detach()
+            for name in reversed(done):
+                self._put(self.blocks[name], before[name], self.plan)
+            self._attach()
+            full = disk_error(error) if isinstance(error, OSError) else None
+            if full is not None:
+                raise full from None
+            raise
+        self.plan = plan
+        return _moved(before, changed)
+
+    def settle(self) -> None:
+        """Make the next forward pass right after one that did not end."""
+        for hook in self._stream_hooks:
+            hook.settle()
+        for lane in self.lanes:
+            lane.settle()
+
+    def close(self) -> None:
+        """Give everything back; the model is of no use any more."""
+        self._detach()
+        hooks.strip(self.model)
+        for block in self.blocks.values():
+            block.tensors.clear()
+            if block.store is not None:
+                block.store.close()
+        self.blocks.clear()
+        if "_reader" in self.__dict__:
+            self._reader.close()
+        self._mapped.close()
+        if self._folder is not None:
+            self._folder.remove()
+        self.model = None
+
+    # Taking over what was loaded
+
+    def _take_over(self) -> dict[str, PlacedBlock]:
+        modules = dict(self.model.named_modules())
+        loader = hooks.weights_loader(self.model)
+        extents = self._checkpoint.extents(getattr(loader, "index", None) or {})
+        blocks: dict[str, PlacedBlock] = {}
+        owners: dict[int, tuple[Any, str]] = {}
+        for place in self.plan.placements:
+            module = modules.get(place.block.name)
+            if module is None or not place.block.name:
+                continue  # a bare parameter stays behind Accelerate's own hook
+            hooks.strip(module)
+            block = PlacedBlock(place, module, BlockTensors(module), _shared(module, owners))
+            if place.home == "disk" and block.tensors.pieces and _is_empty(block):
+                self._take_from_disk(block, extents, loader)
+            blocks[place.block.name] = block
+        self.blocks = blocks
+        for block in blocks.values():
+            self._put(block, block.place, self.plan)
+        return blocks
+
+    def _take_from_disk(self, block: PlacedBlock, extents: Mapping[str, Extent], loader: Any) -> None:
+        """Find the block's bytes in the files; write them when no file has them as they are needed."""
+        names = [f"{block.name}.{piece.name}" for piece in block.tensors.pieces]
+        if all(name in extents for name in names):
+            block.file = FileStore(block.tensors, [extents[name] for name in names], self._reader)
+        else:
+            block.file = self._written(block, [loader[name] for name in names])
+
+    # Putting one block somewhere
+
+    def _is_elsewhere(self, place: Placement, plan: Plan) -> bool:
+        block = self.blocks.get(place.block.name)
+        if block is None:
+            return False
+        now = block.place
+        same = (now.home, now.compute, now.kept) == (place.home, place.compute, place.kept)
+        return not same or (place.way == "read" and plan.mapped != self.plan.mapped)
+
+    def _put(self, block: PlacedBlock, place: Placement, plan: Plan) -> None:
+        """Bring a block's bytes to where ``place`` wants them, from wherever they are."""
+        import torch
+
+        block.tensors.move_buffers(torch.device(place.compute))
+        if block.tensors.pieces:
+            old = block.store
+            self._hold(block, place, plan)
+            if old is not None and old is not block.store:
+                old.close()
+        block.place = place
+
+    def _hold(self, block: PlacedBlock, place: Placement, plan: Plan) -> None:
+        if place.home == "disk" and block.file is None:
+            block.file = self._file_of(block)
+        is_bound = place.way in ("resident", "cpu") or (
+            place.compute == "cpu" and (place.kept or plan.mapped)
+        )
+        if is_bound and block.is_borrowed:
+            self._borrow(block)
+        elif place.way in ("resident", "cpu"):
+            self._hold_in_module(block, place)
+        elif place.way == "streamed" or place.kept:
+            self._hold_in_ram(block, place)
+        elif is_bound:
+            block.tensors.bind(self._map(block))
+            block.store = None
+        else:
+            block.store = block.file
+            block.tensors.clear()
+
+    def _borrow(self, block: PlacedBlock) -> None:
+        """Show another block's parameters, which are in their module by now."""
+        for name, (lender, leaf) in block.shared.items():
+            path, _, key = name.rpartition(".")
+            block.module.get_submodule(path)._parameters[key] = lender._parameters[leaf]
+        block.store = None
+
+    def _hold_in_module(self, block: PlacedBlock, place: Placement) -> None:
+        """Put the tensors into the module, for good."""
+        import torch
+
+        device = torch.device(place.home)
+        tensors = self._held(block)
+        is_there = block.store is None and block.place.way in ("resident", "cpu")
+        if is_there and all(tensor.device == device for tensor in tensors):
+            return
+        if not (isinstance(block.store, RamStore) and device.type == "cpu"):
+            tensors = _copied(block.tensors, tensors, flat_buffer(block.tensors, device))
+        block.tensors.bind(tensors)
+        block.store = None
+
+    def _hold_in_ram(self, block: PlacedBlock, place: Placement) -> None:
+        """Keep the bytes in one buffer in RAM: to be fetched from there, or to compute with."""
+        if not isinstance(block.store, RamStore):
+            block.store = self._lent(block) or self._copied_to_ram(block)
+        if place.compute == "cpu":
+            block.tensors.bind(block.store.tensors())
+        else:
+            block.store.pin()
+            block.tensors.clear()
+
+    def _copied_to_ram(self, block: PlacedBlock) -> RamStore:
+        memory = flat_buffer(block.tensors)
+        _copied(block.tensors, self._held(block), memory)
+        return RamStore(block.tensors, memory)
+
+    def _lent(self, block: PlacedBlock) -> RamStore | None:
+        """A tied tensor is in RAM once: as a part of its owner's buffer."""
+        if not block.is_borrowed or len(block.tensors.pieces) > 1:
+            return None
+        ((lender, leaf),) = block.shared.values()
+        for owner in self.blocks.values():
+            for piece in owner.tensors.pieces:
+                path, _, name = piece.name.rpartition(".")
+                is_it = name == leaf and owner.module.get_submodule(path) is lender
+                if is_it and isinstance(owner.store, RamStore):
+                    memory = owner.store.memory[piece.at : piece.at + piece.bytes]
+                    return RamStore(block.tensors, memory, owner.store)
+        return None
+
+    def _held(self, block: PlacedBlock) -> list[Any]:
+        """The block's tensors, wherever they are now."""
+        if block.store is not None:
+            return block.store.tensors()
+        if block.file is not None and _is_empty(block):
+            return block.file.tensors()
+        return block.tensors.current()
+
+    def _map(self, block: PlacedBlock) -> list[Any]:
+        assert block.file is not None
+        pieces = zip(block.tensors.pieces, block.file.extents, strict=True)
+        return [self._mapped.tensor(extent, piece.dtype, piece.shape) for piece, extent in pieces]
+
+    def _file_of(self, block: PlacedBlock) -> FileStore:
+        """Where the block's bytes are on disk: in the model's own files, or in one that is written now."""
+        extents = self._checkpoint.extents()
+        names = [f"{block.name}.{piece.name}" for piece in block.tensors.pieces]
+        held = self._held(block)
+        if block.tensors.is_plain and all(name in extents for name in names):
+            file = FileStore(block.tensors, [extents[name] for name in names], self._reader)
+            if is_equal(file.tensors(), held):
+                return file
+        return self._written(block, held)
+
+    def _written(self, block: PlacedBlock, values: list[Any]) -> FileStore:
+        if self._folder is None:
+            self._folder = OffloadFolder(self.plan.options.get("offload_folder", ""))
+        path = self._folder.new_file(block.name)
+        return FileStore(block.tensors, write_block(block.tensors, values, path), self._reader)
+
+    @cached_property
+    def _reader(self) -> FileReader:
+        largest = max(self._files, key=lambda path: path.stat().st_size, default=None)
+        return FileReader(direct=largest is not None and choose_direct(largest))
+
+    # Lanes and hooks
+
+    def _detach(self) -> None:
+        for handles in self._advice:
+            while handles:
+                handles.pop().remove()
+        self._advice.clear()
+        for lane in self._lanes.values():
+            lane.close()
+        self._lanes.clear()
+        for hook in self._stream_hooks:
+            hook.settle()
+        self._stream_hooks.clear()
+        for block in self.blocks.values():
+            hooks.detach(block.module)
+
+    def _attach(self, plan: Plan | None = None) -> None:
+        """One hook for each block that needs one, and a lane for each device to which blocks travel."""
+        travellers: dict[str, list[PlacedBlock]] = defaultdict(list)
+        devices = {block.place.compute for block in self.blocks.values()}
+        for block in self.blocks.values():
+            if block.travels:
+                travellers[block.place.compute].append(block)
+            elif len(devices) > 1:
+                hooks.align_inputs(block.module, block.place.compute, self._skip_keys)
+        for device, blocks in travellers.items():
+            self._attach_lane(device, blocks, align=len(devices) > 1)
+        if len(devices) > 1:
+            hooks.align_model(self.model, self.plan.placements[0].compute, self._skip_keys)
+        self._advise()
+        self.model.hf_device_map = accelerate_device_map((plan or self.plan).device_map)
+
+    def _attach_lane(self, device: str, blocks: list[PlacedBlock], *, align: bool) -> None:
+        travellers: list[Traveller] = [(b.tensors, b.store) for b in blocks if b.store is not None]
+        lane = DeviceLane(device, travellers, slots_for(device), self._streams(device))
+        self._lanes[device] = lane
+        for number, (block, (tensors, store)) in enumerate(zip(blocks, travellers, strict=True)):
+            hook = hooks.StreamHook(
+                tensors,
+                StoredWeights(tensors, store),
+                lane.lane,
+                number,
+                lane.bindings(number),
+                execution_device=device,
+                align=align,
+                skip_keys=self._skip_keys,
+            )
+            self._stream_hooks.append(hook)
+            hooks.attach(block.module, hook)
+        lane.lane.prime()
+
+    def _advise(self) -> None:
+        """Ask the system for mapped blocks before they are used, in the first sweep; then it has them."""
+        mapped = [block for block in self.blocks.values() if block.place.way == "read" and not block.travels]
+        for number, block in enumerate(mapped):
+            following = mapped[number + 1 : number + 1 + _AHEAD]
+            extents = [extent for b in following if b.file is not None for extent in b.file.extents]
+            handles: list[Any] = []
+
+            def advise(_module: Any, _inputs: Any, handles: Any = handles, extents: Any = extents) -> None:
+                while handles:
+                    handles.pop().remove()
+                self._mapped.will_need(extents)
+
+            handles.append(block.module.register_forward_pre_hook(advise))
+            self._advice.append(handles)
+
+
+_TIERS = {"disk": 0, "cpu": 1}
+
+
+def accelerate_device_map(device_map: Mapping[str, str]) -> dict[str, int | str]:
+    """Accelerate's form of a device map: ``"cuda:1"`` becomes ``1``, other names stay."""
+    return {
+        name: int(device.removeprefix("cuda:")) if device.startswith("cuda:") else device
+        for name, device in device_map.items()
+    }
+
+
+def _shared(module: Any, owners: dict[int, tuple[Any, str]]) -> dict[str, tuple[Any, str]]:
+    """The module's parameters that an earlier block has too; the others become its own."""
+    found = {}
+    for name, parameter in module.named_parameters():
+        path, _, leaf = name.rpartition(".")
+        if id(parameter) in owners:
+            found[name] = owners[id(parameter)]
+        else:
+            owners[id(parameter)] = (module.get_submodule(path), leaf)
+    return found
+
+
+def _is_empty(block: PlacedBlock) -> bool:
+    return any(parameter.is_meta for parameter in block.module.parameters())
+
+
+def _copied(tensors: BlockTensors, values: Sequence[Any], buffer: Any) -> list[Any]:
+    """The values in another buffer."""
+    views = tensors.views(buffer)
+    for view, value in zip(views, values, strict=True):
+        view.copy_(value)
+    return views
+
+
+def _moved(before: Mapping[str, Placement], after: Sequence[Placement]) -> Moved:
+    moved: Counter[tuple[str, str]] = Counter()
+    for place in after:
+        home = before[place.block.name].home
+        if home != place.home:
+            moved[home, place.home] += place.block.bytes
+    return moved

@@ -1,0 +1,277 @@
+"""Lanes: every block arrives whole and in time, whatever the delays, faults and detours."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+
+from llm_magic.backends.accelerate.stream import (
+    HostStreams,
+    Lane,
+    RamSource,
+    ReadSource,
+    StagedSource,
+    Staging,
+)
+from tests.fake_streams import FakeStreams
+
+BYTES = 64
+
+
+@pytest.fixture
+def streams() -> Iterator[FakeStreams]:
+    made = FakeStreams(seed=3)
+    yield made
+    made.close()
+
+
+def block(number: int) -> torch.Tensor:
+    return torch.full((BYTES,), number + 1, dtype=torch.uint8)
+
+
+def slots(count: int) -> list[torch.Tensor]:
+    return [torch.zeros(BYTES, dtype=torch.uint8) for _ in range(count)]
+
+
+class Computer:
+    """Enqueues a sum over the slot of every block, as a kernel would read it, and gathers them."""
+
+    def __init__(self, lane: Lane, memory: list[torch.Tensor], streams: FakeStreams) -> None:
+        self.lane, self.memory, self.streams = lane, memory, streams
+        self.sums: list[int] = []
+
+    def run(self, index: int) -> None:
+        slot = self.memory[self.lane.take(index)]
+        self.streams.compute.enqueue(lambda: self.sums.append(int(slot.sum())))
+        self.lane.release(index)
+
+    def run_all(self, order: Iterable[int]) -> None:
+        for index in order:
+            self.run(index)
+
+    def finished(self) -> list[int]:
+        self.streams.mark().synchronize()
+        return self.sums
+
+
+def expected(order: list[int]) -> list[int]:
+    return [BYTES * (index + 1) for index in order]
+
+
+@pytest.mark.parametrize("slot_count", [1, 2, 3])
+@pytest.mark.parametrize("layers", range(1, 8))
+def test_every_block_is_whole_for_all_layers_and_slots(
+    layers: int, slot_count: int, streams: FakeStreams
+) -> None:
+    memory = slots(slot_count)
+    lane = Lane([RamSource(block(i), streams) for i in range(layers)], memory, streams)
+    lane.prime()
+    computer = Computer(lane, memory, streams)
+    order = list(range(layers)) * 4
+    for index in order:
+        computer.run(index)
+    assert computer.finished() == expected(order)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_blocks_may_be_skipped_repeated_and_run_backwards(seed: int) -> None:
+    streams = FakeStreams(seed)
+    memory = slots(2)
+    lane = Lane([RamSource(block(i), streams) for i in range(5)], memory, streams)
+    computer = Computer(lane, memory, streams)
+    order = [random.Random(seed).randrange(5) for _ in range(40)]
+    for index in order:
+        computer.run(index)
+    assert computer.finished() == expected(order)
+    streams.close()
+
+
+def test_a_block_is_on_its_way_before_it_is_needed(streams: FakeStreams) -> None:
+    memory = slots(2)
+    lane = Lane([RamSource(block(i), streams) for i in range(5)], memory, streams)
+    lane.prime()
+    computer = Computer(lane, memory, streams)
+    for index in [*range(5)] * 3:
+        computer.run(index)
+    assert lane.missed == 0
+    computer.finished()
+
+
+def test_blocks_that_all_fit_the_slots_are_brought_once(streams: FakeStreams) -> None:
+    memory = slots(3)
+    lane = Lane([RamSource(block(i), streams) for i in range(3)], memory, streams)
+    computer = Computer(lane, memory, streams)
+    order = [*range(3)] * 5
+    for index in order:
+        computer.run(index)
+    assert computer.finished() == expected(order)
+    assert lane.fetched == 3
+
+
+class Faulty:
+    """A source that fails until it is mended, at the start or on the way."""
+
+    def __init__(self, inner: Any, fault: str) -> None:
+        self._inner, self.fault = inner, fault
+
+    def start(self, slot: Any, after: Any) -> Any:
+        if self.fault == "start":
+            raise OSError("no such disk")
+        if self.fault == "way":
+            failed: Future[None] = Future()
+            failed.set_exception(OSError("lost on the way"))
+            return ReadSource(lambda _buffer, _before: failed).start(slot, after)
+        return self._inner.start(slot, after)
+
+
+@pytest.mark.parametrize("fault", ["start", "way"])
+@pytest.mark.parametrize("broken", range(4))
+def test_a_fault_at_any_block_is_raised_there_and_gone_the_next_time(
+    broken: int, fault: str, streams: FakeStreams
+) -> None:
+    memory = slots(2)
+    sources: list[Any] = [RamSource(block(i), streams) for i in range(4)]
+    sources[broken] = faulty = Faulty(sources[broken], fault)
+    lane = Lane(sources, memory, streams)
+    computer = Computer(lane, memory, streams)
+    with pytest.raises(OSError, match=r"disk|way"):
+        computer.run_all(range(4))
+    faulty.fault = ""
+    lane.settle()
+    computer.finished()
+    computer.sums.clear()
+    order = [*range(4)] * 2
+    for index in order:
+        computer.run(index)
+    assert computer.finished() == expected(order)
+
+
+@pytest.mark.parametrize("stopped_at", range(4))
+def test_after_a_sweep_that_did_not_end_the_next_one_is_right(stopped_at: int, streams: FakeStreams) -> None:
+    memory = slots(2)
+    lane = Lane([RamSource(block(i), streams) for i in range(4)], memory, streams)
+    computer = Computer(lane, memory, streams)
+    for index in range(stopped_at):
+        computer.run(index)
+    lane.take(stopped_at)  # and no release: the computation was interrupted
+    lane.settle()
+    computer.finished()
+    computer.sums.clear()
+    order = [*range(4)] * 2
+    for index in order:
+        computer.run(index)
+    assert computer.finished() == expected(order)
+
+
+def test_two_threads_share_a_lane(streams: FakeStreams) -> None:
+    memory = slots(2)
+    lane = Lane([RamSource(block(i), streams) for i in range(4)], memory, streams)
+    errors: list[BaseException] = []
+
+    def sweep() -> None:
+        try:
+            for index in [*range(4)] * 5:
+                slot = memory[lane.take(index)]
+                streams.mark().synchronize()
+                assert int(slot.sum()) == BYTES * (index + 1)
+                lane.release(index)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=sweep) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not errors
+
+
+def test_more_blocks_at_once_than_slots_is_an_error_not_a_deadlock(streams: FakeStreams) -> None:
+    lane = Lane([RamSource(block(i), streams) for i in range(2)], slots(1), streams)
+    lane.take(0)
+    with pytest.raises(RuntimeError, match="more offloaded blocks"):
+        lane.take(1)
+
+
+def test_a_captured_sweep_brings_all_of_its_blocks_itself(streams: FakeStreams) -> None:
+    memory = slots(2)
+    lane = Lane([RamSource(block(i), streams) for i in range(3)], memory, streams)
+    computer = Computer(lane, memory, streams)
+    for index in range(3):
+        computer.run(index)
+    for _ in range(2):
+        before = lane.fetched
+        lane.begin_captured_sweep()
+        for index in range(3):
+            computer.run(index)
+        lane.end_captured_sweep()
+        assert lane.fetched - before == 3
+    for index in range(3):
+        computer.run(index)
+    assert computer.finished() == expected([*range(3)] * 4)
+
+
+class SlowReader:
+    """Reads on threads, late; remembers nothing but its blocks."""
+
+    def __init__(self, seed: int) -> None:
+        self._pool = ThreadPoolExecutor(4)
+        self._random = random.Random(seed)
+
+    def of(self, number: int) -> Any:
+        delay = self._random.random() * 0.004
+
+        def read(buffer: Any, before: Any) -> Future[None]:
+            def work() -> None:
+                if before is not None:
+                    before()
+                buffer.fill_(255)
+                time.sleep(delay)
+                buffer.copy_(block(number))
+
+            return self._pool.submit(work)
+
+        return read
+
+    def close(self) -> None:
+        self._pool.shutdown()
+
+
+@pytest.mark.parametrize("layers", range(1, 8))
+@pytest.mark.parametrize("slot_count", [1, 2, 3])
+def test_staged_blocks_are_whole_with_a_ring_as_small_as_the_slots(layers: int, slot_count: int) -> None:
+    streams, reader = FakeStreams(layers), SlowReader(layers)
+    memory = slots(slot_count)
+    staging = Staging(slots(slot_count))
+    sources = [
+        StagedSource(reader.of(i), lambda buffer, slot: [(buffer, slot)], staging, streams)
+        for i in range(layers)
+    ]
+    lane = Lane(sources, memory, streams)
+    lane.prime()
+    computer = Computer(lane, memory, streams)
+    order = [*range(layers)] * 3
+    for index in order:
+        computer.run(index)
+    assert computer.finished() == expected(order)
+    lane.close()
+    reader.close()
+    streams.close()
+
+
+@pytest.mark.parametrize("layers", [1, 2, 5])
+def test_blocks_are_read_straight_into_slots_where_the_cpu_computes(layers: int) -> None:
+    reader, memory = SlowReader(1), slots(2)
+    lane = Lane([ReadSource(reader.of(i)) for i in range(layers)], memory, HostStreams())
+    for index in [*range(layers)] * 4:
+        assert int(memory[lane.take(index)].sum()) == BYTES * (index + 1)
+        lane.release(index)
+    lane.close()
+    reader.close()
