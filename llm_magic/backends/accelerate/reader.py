@@ -3,14 +3,10 @@
 Files stay open. A long read is cut into pieces that a few threads fetch side by side, since one
 thread does not keep a fast disk busy. Direct reads bypass the page cache: weights that are swept
 in a circle would only push each other out of it, and copying them out of it takes a core's time.
-What a direct read cannot do (the last, partial page of a file; file systems that refuse) is read
-through the page cache instead.
 """
 
 from __future__ import annotations
 
-import errno
-import io
 import mmap
 import os
 import sys
@@ -24,9 +20,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llm_magic.backends.accelerate.extents import PAGE, Extent, FileImage, Span, file_image, pages
+from llm_magic.backends.accelerate.open_file import LOAD_AGAIN, OpenFile
 from llm_magic.errors import EngineError
-from llm_magic.folders import display_path
-from llm_magic.units import MIB, format_bytes
+from llm_magic.units import MIB
 
 if TYPE_CHECKING:
     import torch
@@ -35,11 +31,9 @@ THREADS = 4  # with pieces of 8 MiB they reach what 16 do
 _PIECE_BYTES = 8 * MIB
 _SHORT_PIECE_BYTES = MIB
 _WAITING_THREADS = 64  # made as they are needed: one for each buffer that is still in use
-_CANNOT_DIRECT = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)
 _SAMPLE_BYTES = 64 * MIB
 _LEAST_SAMPLE_BYTES = 16 * MIB
 _SAMPLE_S = 0.15
-_AGAIN = "Load the model again: %llm load"
 
 
 def page_buffer(size: int) -> torch.Tensor:
@@ -61,7 +55,7 @@ def page_buffer(size: int) -> torch.Tensor:
 
 
 def _want_huge_pages(memory: mmap.mmap) -> None:
-    """Fewer pages to look up, for the disk and for the cores; no harm where the system has none."""
+    """Direct reads pin every page they write to: with small ones they reach less than half of a fast disk's rate."""
     with suppress(AttributeError, OSError):
         memory.madvise(mmap.MADV_HUGEPAGE)
 
@@ -79,7 +73,7 @@ class FileReader:
 
     def __init__(self, *, direct: bool, threads: int = THREADS) -> None:
         self._direct, self._threads = direct, threads
-        self._files: dict[Path, _File] = {}
+        self._files: dict[Path, OpenFile] = {}
         self._lock = threading.RLock()
         self._closed = False
         self._readers = ThreadPoolExecutor(threads, "llm-magic-read")
@@ -119,7 +113,7 @@ class FileReader:
         reading = _Reading()
         with self._lock:
             if self._closed:
-                raise EngineError("The files of this model are closed.", _AGAIN)
+                raise EngineError("The files of this model are closed.", LOAD_AGAIN)
             if before is None:
                 self._start(reading, image, view)
             else:
@@ -177,10 +171,10 @@ class FileReader:
             at = span.at + start
             yield _Piece(file, span.file_offset + start, count, view[at : at + pages(count)])
 
-    def _file(self, path: Path) -> _File:
+    def _file(self, path: Path) -> OpenFile:
         with self._lock:
             if path not in self._files:
-                self._files[path] = _File(path, direct=self._direct)
+                self._files[path] = OpenFile(path, direct=self._direct)
             return self._files[path]
 
 
@@ -227,123 +221,10 @@ class _Reading:
 class _Piece:
     """What one thread reads at a time: ``bytes`` bytes, into a view that has whole pages for them."""
 
-    file: _File
+    file: OpenFile
     offset: int
     bytes: int
     view: memoryview
-
-
-class _File:
-    """An open file, as it was when it was opened."""
-
-    def __init__(self, path: Path, *, direct: bool) -> None:
-        self.path = path
-        self._seek_lock = threading.Lock()
-        self._direct: io.FileIO | None = None
-        try:
-            self._plain = path.open("rb", buffering=0)
-            self._seen = _state(self._plain)
-            self.size = self._seen[0]
-            self._direct = _open_direct(path) if direct else None
-        except OSError as error:
-            raise self._unreadable(error) from None
-        self.is_direct = self._direct is not None
-
-    def close(self) -> None:
-        """Close it."""
-        self._plain.close()
-        if self._direct is not None:
-            self._direct.close()
-
-    def check_reaches(self, end: int) -> None:
-        """Refuse to read beyond the end.
-
-        Raises
-        ------
-        EngineError
-            When the file has fewer bytes.
-        """
-        if self.size < end:
-            raise EngineError(
-                f"{display_path(self.path)} is cut short: {format_bytes(end)} are needed, "
-                f"it has {format_bytes(self.size)}.",
-                "Download or convert the model again, then load it again.",
-            )
-
-    def fill(self, offset: int, count: int, view: memoryview) -> None:
-        """Read ``count`` bytes at ``offset``, a multiple of `PAGE`, into a view that has whole pages for them.
-
-        Raises
-        ------
-        EngineError
-            When they cannot be read, or the file is another one than was opened.
-        """
-        try:
-            done = self._fill_directly(offset, view) if self.is_direct else 0
-            while done < count:
-                got = self._read(self._plain, offset + done, view[done:count])
-                if not got:
-                    break
-                done += got
-            changed = _state(self._plain) != self._seen
-        except OSError as error:
-            raise self._unreadable(error) from None
-        if changed or done < count:
-            raise EngineError(f"{display_path(self.path)} changed while its model was loaded.", _AGAIN)
-
-    def _fill_directly(self, offset: int, view: memoryview) -> int:
-        """Read the whole pages that the file has; the number of bytes that came, which may be 0."""
-        whole = min(len(view), (self.size - offset) // PAGE * PAGE)
-        done = 0
-        assert self._direct is not None
-        while done < whole and done % PAGE == 0:
-            try:
-                got = self._read(self._direct, offset + done, view[done:whole])
-            except OSError as error:
-                if error.errno not in _CANNOT_DIRECT:
-                    raise
-                self.is_direct = False
-                break
-            if not got:
-                break
-            done += got
-        return done
-
-    def _read(self, file: io.FileIO, offset: int, view: memoryview) -> int:
-        if hasattr(os, "preadv"):
-            return os.preadv(file.fileno(), [view], offset)
-        with self._seek_lock:  # Windows
-            file.seek(offset)
-            return file.readinto(view) or 0
-
-    def _unreadable(self, error: OSError) -> EngineError:
-        return EngineError(
-            f"{display_path(self.path)} cannot be read: {error.strerror or 'input error'}.",
-            "Check that its disk is there, then load the model again.",
-        )
-
-
-def _state(file: io.FileIO) -> tuple[int, int]:
-    seen = os.fstat(file.fileno())
-    return seen.st_size, seen.st_mtime_ns
-
-
-def _open_direct(path: Path) -> io.FileIO | None:
-    """The file, opened so that the page cache is bypassed; ``None`` where that cannot be."""
-    if sys.platform == "darwin":
-        import fcntl
-
-        file = path.open("rb", buffering=0)
-        fcntl.fcntl(file.fileno(), fcntl.F_NOCACHE, 1)
-        return file
-    if not hasattr(os, "O_DIRECT"):
-        return None
-    try:
-        return io.FileIO(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_DIRECT))
-    except OSError as error:
-        if error.errno not in _CANNOT_DIRECT:
-            raise
-        return None
 
 
 # ------------------------------------------------------------------------------------ calibration
@@ -376,14 +257,14 @@ def choose_direct(path: Path, sample_bytes: int = _SAMPLE_BYTES) -> bool:
 
 
 def _size(path: Path) -> int:
-    file = _File(path, direct=False)
+    file = OpenFile(path, direct=False)
     file.close()
     return file.size
 
 
 def _takes_direct(path: Path) -> bool:
     """Whether a direct read of the first page succeeds: some file systems open a file so and then refuse."""
-    file = _File(path, direct=True)
+    file = OpenFile(path, direct=True)
     try:
         file.fill(0, PAGE, page_buffer(PAGE).numpy().data)
         return file.is_direct
