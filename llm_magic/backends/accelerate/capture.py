@@ -1,0 +1,504 @@
+"""Decode steps that are recorded once and then replayed, without Python between their kernels.
+
+A sweep of a large model is a thousand small kernels, and for one token launching them takes longer than
+running them. So a sweep over fixed addresses (see `static_cache`) is captured as a CUDA graph the first
+time it is needed: its first run is an ordinary one, whose result counts, and every later one is a single
+launch, copies of streamed blocks included. There is one graph for each number of sequences, of tokens and
+of visible tokens; tokens are rounded up to a few sizes, and what is too much is masked.
+
+Whatever cannot be captured runs as it is over the same cache, and the step says why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from weakref import WeakSet
+
+from llm_magic.backends.accelerate.static_cache import StaticCache, to_dynamic, to_static
+from llm_magic.backends.accelerate.warmup import WarmUp, short
+
+if TYPE_CHECKING:
+    from llm_magic.plan import Plan
+
+SWEEP_TOKENS = (1, 2, 4, 8, 16)
+"""Tokens per sweep that are captured; others are rounded up."""
+
+_FIRST_VISIBLE = 512
+_ROUND = 64  # attention kernels like masks of round widths
+_FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError)
+
+
+class Step(Protocol):
+    """What a decoding loop calls for every sweep of one answer, between ``begin`` and ``end``."""
+
+    def begin(self, cache: Any, attention_mask: Any, room: int) -> None:
+        """Take over the prompt's ``DynamicCache``.
+
+        Parameters
+        ----------
+        cache
+            Holds the prompt but its last token; the caller's again after ``end``.
+        attention_mask
+            ``[batch, prompt]``, 0 where a row is padded, or ``None``.
+        room
+            Tokens of prompt and answer together, at most.
+        """
+
+    def __call__(self, ids: Any, cache_length: int) -> Any:
+        """Logits ``[batch, tokens, vocabulary]`` of ``ids`` (``[batch, tokens]``).
+
+        ``cache_length`` tokens came before them; what an earlier call wrote behind those is forgotten.
+        """
+
+    def end(self, cache_length: int) -> None:
+        """Hand the cache back with its first ``cache_length`` tokens."""
+
+    def reset(self) -> None:
+        """After an error: drop the answer's cache; the next answer begins anew."""
+
+    def close(self) -> None:
+        """Give all memory back."""
+
+
+class Recorder(Protocol):
+    """Turns a sweep into something that can be run again."""
+
+    def record(self, sweep: Callable[[], None]) -> Callable[[], object]:
+        """Run ``sweep`` now, and return what runs the same work on the same addresses again."""
+
+
+class Lane(Protocol):
+    """Streamed blocks, as far as a captured sweep has to know them."""
+
+    def begin_captured_sweep(self) -> None:
+        """Start a sweep whose copies are part of it."""
+
+    def end_captured_sweep(self) -> None:
+        """End it."""
+
+    def fence(self) -> None:
+        """Order all copies before what comes next, and trust no slot: others wrote to them."""
+
+
+class Shape(NamedTuple):
+    """What tells one graph from another: ``visible`` is how much of the cache it attends to."""
+
+    batch: int
+    tokens: int
+    visible: int
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A captured sweep, and whether its layers were compiled ones."""
+
+    replay: Callable[[], object]
+    compiled: bool
+
+
+class Inputs:
+    """What a sweep reads, at fixed addresses.
+
+    Attributes
+    ----------
+    ids
+        int64 ``[batch, tokens]``, for each such shape.
+    length, count
+        int64 ``[]``: tokens in the cache before the sweep, and tokens of the sweep that are real.
+    kept
+        bool ``[batch, capacity]``: whether a place of the cache may be seen at all (padding may not).
+    padding
+        int64 ``[batch]``: places of each row that hold padding.
+    """
+
+    def __init__(self, batch: int, capacity: int, device: Any) -> None:
+        import torch
+
+        self._device = device
+        self.ids: dict[tuple[int, int], Any] = {}
+        self.length = torch.zeros((), dtype=torch.int64, device=device)
+        self.count = torch.ones((), dtype=torch.int64, device=device)
+        self.kept = torch.ones((batch, capacity), dtype=torch.bool, device=device)
+        self.padding = torch.zeros(batch, dtype=torch.int64, device=device)
+
+    def pad(self, attention_mask: Any) -> None:
+        """Hide the padding of a new answer's prompt."""
+        self.kept.fill_(True)
+        self.padding.zero_()
+        if attention_mask is not None:
+            rows, width = attention_mask.shape
+            real = attention_mask.to(self.kept.dtype)
+            self.kept[:rows, :width].copy_(real)
+            self.padding[:rows].copy_(width - real.sum(-1))
+
+    def fill(self, shape: Shape, ids: Any, cache_length: int) -> None:
+        """Set the next sweep's tokens; the rest of a rounded sweep is token 0."""
+        import torch
+
+        key = (shape.batch, shape.tokens)
+        if key not in self.ids:
+            self.ids[key] = torch.zeros(key, dtype=torch.int64, device=self._device)
+        self.ids[key][:, : ids.shape[1]].copy_(ids)
+        self.ids[key][:, ids.shape[1] :].zero_()
+        self.length.fill_(cache_length)
+        self.count.fill_(ids.shape[1])
+
+    def slots(self, shape: Shape) -> Any:
+        """Where the sweep writes: int64 ``[tokens]``."""
+        import torch
+
+        return torch.arange(shape.tokens, device=self._device) + self.length
+
+    def positions(self, shape: Shape, slots: Any) -> Any:
+        """Position of every token in its own sequence; those that are not real repeat the last.
+
+        A model with learned positions has none behind the end of its context.
+        """
+        last = self.length + self.count - 1
+        return (slots.minimum(last)[None] - self.padding[: shape.batch, None]).clamp_min(0)
+
+    def mask(self, shape: Shape, slots: Any) -> Any:
+        """Whether a token (third) may see a place (fourth): bool ``[batch, 1, tokens, visible]``."""
+        import torch
+
+        places = torch.arange(shape.visible, device=self._device)
+        before = places[None, :] <= slots[:, None]
+        return before[None, None] & self.kept[: shape.batch, None, None, : shape.visible]
+
+
+class CapturedStep:
+    """Sweeps of a model that are captured on first use.
+
+    Parameters
+    ----------
+    model
+        The causal language model; ``why_not`` has nothing against it.
+    context
+        Tokens that the KV cache is planned for.
+    recorder
+        ``CudaGraphs`` on a GPU.
+    device
+        Where the model takes its input.
+    lanes
+        Streamed blocks.
+    warm_up
+        Layers that are compiled in the background, and joined projections; ``None`` for neither.
+
+    Attributes
+    ----------
+    reason
+        Why sweeps are not captured; empty as long as they are.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        context: int,
+        recorder: Recorder,
+        device: Any,
+        *,
+        lanes: Sequence[Lane] = (),
+        warm_up: WarmUp | None = None,
+    ) -> None:
+        self.reason = ""
+        self._model = model
+        self._context = context
+        self._recorder = recorder
+        self._device = device
+        self._lanes = tuple(lanes)
+        self._warm_up = warm_up
+        self._static = StaticCache(_cache_layers(model))
+        self._inputs: Inputs | None = None
+        self._graphs: dict[Shape, Recorded] = {}
+        self._logits: dict[tuple[int, int], Any] = {}
+        self._dynamic: Any = None
+        self._batch = 0
+
+    # The protocol of a step
+
+    def begin(self, cache: Any, attention_mask: Any, room: int) -> None:
+        """Take over the prompt's cache; see `Step`."""
+        batch = cache.layers[0].keys.shape[0]
+        if self._static.reserve(batch, self._capacity(room)) or self._inputs is None:
+            self._forget_graphs()
+            self._inputs = Inputs(self._static.batch, self._static.capacity, self._device)
+        self._prefer_compiled()
+        self._dynamic, self._batch = cache, batch
+        to_static(cache, self._static)
+        self._inputs.pad(attention_mask)
+        self._fence()
+
+    def __call__(self, ids: Any, cache_length: int) -> Any:
+        """Logits of ``ids`` after ``cache_length`` tokens, the caller's own; see `Step`.
+
+        Raises
+        ------
+        ValueError
+            When there are more tokens than a sweep takes, or more than there is room for.
+        """
+        import torch
+
+        shape = self._shape(ids, cache_length)
+        assert self._inputs is not None
+        with torch.no_grad():
+            self._inputs.fill(shape, ids, cache_length)
+            self._run(shape)
+            # The next sweep writes to the same place.
+            return self._logits[shape[:2]][:, : ids.shape[1]].clone()
+
+    def end(self, cache_length: int) -> None:
+        """Hand the cache back; see `Step`."""
+        if self._dynamic is None:
+            return
+        self._fence()
+        cache, self._dynamic = self._dynamic, None
+        to_dynamic(self._static, cache, self._batch, cache_length)
+
+    def reset(self) -> None:
+        """After an error: forget the answer. What was captured stays."""
+        self._dynamic = None
+        self._fence()
+
+    def close(self) -> None:
+        """Give all memory back. The next ``begin`` starts with nothing; blocks may move in between."""
+        self._dynamic = self._inputs = None
+        self._forget_graphs()
+        self._static.free()
+
+    # What others want to know
+
+    @property
+    def status(self) -> str:
+        """In a few words, for ``%llm ps``."""
+        if self.reason:
+            return f"eager decode: {self.reason}"
+        compiled = any(recorded.compiled for recorded in self._graphs.values())
+        return "captured decode, compiled layers" if compiled else "captured decode"
+
+    def tensors(self) -> Iterator[Any]:
+        """The KV cache's memory."""
+        return self._static.tensors()
+
+    # Inside
+
+    def _run(self, shape: Shape) -> None:
+        recorded = self._graphs.get(shape)
+        if recorded is not None:
+            recorded.replay()
+        elif self.reason:
+            self._sweep(shape)
+        elif not self._record_compiled(shape):
+            self._record_plain(shape)
+
+    def _record_compiled(self, shape: Shape) -> bool:
+        """Capture with compiled layers; ``False`` when those are not ready, or fail."""
+        warm_up = self._warm_up
+        if warm_up is None or not warm_up.is_ready(shape):
+            return False
+        try:
+            with warm_up.without_compiling() as ready:
+                if not ready:
+                    return False
+                replay = self._recorder.record(lambda: self._sweep(shape, compiled=True))
+        except _FAILURES as error:
+            self._fence()
+            warm_up.give_up(short(error))
+            return False
+        self._graphs[shape] = Recorded(replay, compiled=True)
+        return True
+
+    def _record_plain(self, shape: Shape) -> None:
+        try:
+            replay = self._recorder.record(lambda: self._sweep(shape))
+        except _FAILURES as error:
+            self.reason = short(error)
+            self._forget_graphs()
+            self._fence()
+            self._sweep(shape)
+            return
+        self._graphs[shape] = Recorded(replay, compiled=False)
+        if self._warm_up is not None:
+            self._warm_up.want(shape)
+
+    def _sweep(self, shape: Shape, *, compiled: bool = False) -> None:
+        """One forward pass from the fixed inputs to the fixed logits: what is recorded."""
+        inputs = self._inputs
+        assert inputs is not None
+        slots = inputs.slots(shape)
+        self._static.show(shape.batch, shape.visible, slots)
+        for lane in self._lanes:
+            lane.begin_captured_sweep()
+        with ExitStack() as stack:
+            if self._warm_up is not None:
+                stack.enter_context(self._warm_up.at_work(shape, self._static, compiled=compiled))
+            logits = self._model(
+                input_ids=inputs.ids[shape[:2]],
+                attention_mask=self._mask(inputs.mask(shape, slots)),
+                position_ids=inputs.positions(shape, slots),
+                past_key_values=self._static.cache,
+                use_cache=True,
+                return_dict=True,
+            ).logits
+        for lane in self._lanes:
+            lane.end_captured_sweep()
+        # The first run of a sweep, which is not captured, makes the place for its logits.
+        self._logits.setdefault(shape[:2], logits).copy_(logits)
+
+    def _mask(self, visible: Any) -> Any:
+        """A mask as the model's attention takes it: a 4D mask is passed on as it is."""
+        import torch
+
+        if _attention(self._model) == "sdpa":
+            return visible
+        dtype = next(layer.keys.dtype for layer in self._static.layers)
+        return torch.where(visible, 0.0, torch.finfo(dtype).min).to(dtype)
+
+    def _shape(self, ids: Any, cache_length: int) -> Shape:
+        batch, count = ids.shape
+        tokens = next((size for size in SWEEP_TOKENS if size >= count), 0)
+        end = cache_length + tokens
+        if not tokens or batch != self._batch or end > self._static.capacity:
+            raise ValueError(f"a sweep of {batch} x {count} tokens after {cache_length} is not prepared")
+        return Shape(batch, tokens, min(_rounded(end), self._static.capacity))
+
+    def _capacity(self, room: int) -> int:
+        """Room for an answer and for what a rounded sweep writes behind it."""
+        most = max(room, self._context) + SWEEP_TOKENS[-1]
+        return min(_rounded(room + SWEEP_TOKENS[-1]), -(-most // _ROUND) * _ROUND)
+
+    def _prefer_compiled(self) -> None:
+        """Between answers: let graphs go that compiled layers can replace."""
+        if self._warm_up is not None:
+            for shape, recorded in list(self._graphs.items()):
+                if not recorded.compiled and self._warm_up.is_ready(shape):
+                    del self._graphs[shape]
+
+    def _forget_graphs(self) -> None:
+        self._graphs.clear()
+        self._logits.clear()
+
+    def _fence(self) -> None:
+        for lane in self._lanes:
+            lane.fence()
+
+
+class CudaGraphs:
+    """Captures on one GPU; all graphs share one pool of memory, since only one runs at a time.
+
+    Parameters
+    ----------
+    device
+        ``torch.device("cuda", 0)``.
+    """
+
+    def __init__(self, device: Any) -> None:
+        import torch
+
+        self._device = device
+        cuda: Any = torch.cuda
+        with cuda.device(device):
+            self._stream = cuda.Stream()
+        self._pool: Any = None
+        self._alive: WeakSet[Any] = WeakSet()
+
+    def record(self, sweep: Callable[[], None]) -> Callable[[], object]:
+        """Run once on a stream of its own, then capture.
+
+        Raises
+        ------
+        RuntimeError
+            When something in the sweep cannot be captured: a kernel that waits for the host, for one.
+        """
+        import torch
+
+        with torch.cuda.device(self._device):
+            current = torch.cuda.current_stream()
+            self._stream.wait_stream(current)
+            with torch.cuda.stream(self._stream):
+                sweep()
+            current.wait_stream(self._stream)
+            graph = torch.cuda.CUDAGraph()
+            if not self._alive:  # the pool went with the last graph
+                self._pool = torch.cuda.graph_pool_handle()
+            # What other threads allocate meanwhile (a compilation, a widget) must not end the capture.
+            with torch.cuda.graph(
+                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+            ):
+                sweep()
+        self._alive.add(graph)
+        replay: Callable[[], object] = graph.replay
+        return replay
+
+
+def why_not(model: Any, plan: Plan) -> str:
+    """Why the sweeps of a model cannot be captured as it is placed, in a few words; empty when they can.
+
+    What this cannot foresee shows when the capture is tried.
+    """
+    return _placement_reason(plan) or _model_reason(model)
+
+
+def _placement_reason(plan: Plan) -> str:
+    devices = {placement.compute for placement in plan.placements}
+    gpus = {device for device in devices if device.startswith("cuda")}
+    if not gpus:
+        return "no CUDA device"
+    if "cpu" in devices:
+        return "the CPU computes some blocks"
+    if len(devices) > 1:
+        return "several GPUs"
+    for placement in plan.placements:
+        if placement.way == "read":
+            return "blocks are read from the disk"
+        if placement.block.experts and placement.is_offloaded:
+            return "experts move on demand"
+    return ""
+
+
+def _model_reason(model: Any) -> str:
+    import inspect
+    import sys
+
+    takes = inspect.signature(model.forward).parameters
+    attention = _attention(model)
+    checks = {
+        "encoder-decoder": not model.config.is_encoder_decoder,
+        "a forward pass without cache or positions": {"position_ids", "past_key_values"} <= set(takes),
+        "layers that are not full attention": _has_only_full_attention(model),
+        # transformers' own word for models that work with a cache of fixed size.
+        "the architecture needs a cache that grows": getattr(model, "_can_compile_fullgraph", False),
+        f"{attention} attention": attention in ("sdpa", "eager"),
+        # Others make masks of their own (ALiBi) out of one with two dimensions.
+        "the architecture makes its own masks": hasattr(
+            sys.modules[type(model).__module__], "create_causal_mask"
+        ),
+    }
+    return next((reason for reason, passed in checks.items() if not passed), "")
+
+
+def _has_only_full_attention(model: Any) -> bool:
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    layers = DynamicCache(config=model.config).layers
+    return bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
+
+
+def _cache_layers(model: Any) -> int:
+    from transformers import DynamicCache
+
+    return len(DynamicCache(config=model.config).layers)
+
+
+def _attention(model: Any) -> str:
+    return str(model.config.get_text_config(decoder=True)._attn_implementation)
+
+
+def _rounded(tokens: int) -> int:
+    visible = _FIRST_VISIBLE
+    while visible < tokens:
+        visible *= 2
+    return visible

@@ -1,0 +1,297 @@
+"""Faster layers, made while the model answers already.
+
+Compilation merges the small kernels between a decoder layer's matrices. All layers of a model are the same
+code, so one of them is compiled, on a thread and a stream of its own and on inputs that an ordinary sweep
+left; every layer is run once to see that it fits. The sweeps that were captured meanwhile are captured
+again, between two answers. Nothing waits for a compilation, and one that fails changes nothing.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from llm_magic.backends.accelerate.joined import JoinedProjections
+from llm_magic.backends.accelerate.static_cache import OneLayer
+from llm_magic.harmless.paths import without_paths
+
+if TYPE_CHECKING:
+    from llm_magic.backends.accelerate.capture import Shape
+    from llm_magic.backends.accelerate.static_cache import StaticCache
+
+Compile = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+def regional(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile for the shapes that come, with torch's default backend."""
+    import torch
+
+    return torch.compile(forward, dynamic=False)
+
+
+@dataclass(frozen=True)
+class Example:
+    """What a sweep of some shape gave to its first layer, and the cache that the layer saw."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    cache: Any
+    layer: OneLayer
+    after: Any  # the point of the stream at which all of it is there; None on the CPU
+
+
+class WarmUp:
+    """Joined projections at once, and compiled layers once they are ready.
+
+    Parameters
+    ----------
+    layers
+        Decoder layers that stay on the device, by their index in the cache. Blocks that move between
+        sweeps are left as they are: the bus decides their speed.
+    compiler
+        What compiles a layer's forward function; ``None``: layers are not compiled.
+
+    Attributes
+    ----------
+    reason
+        Why layers are not compiled, when that was tried; empty otherwise.
+    """
+
+    def __init__(self, layers: Mapping[int, Any], compiler: Compile | None = regional) -> None:
+        self.reason = ""
+        self._layers = dict(layers)
+        self._joined = JoinedProjections(self._layers.values())
+        self._compiler = compiler
+        self._functions: dict[Any, Callable[..., Any]] = {}
+        self._examples: dict[Shape, Example] = {}
+        self._waiting: list[Shape] = []
+        self._ready: set[Shape] = set()
+        self._thread: threading.Thread | None = None
+        self._closed = False
+        self._state = threading.Lock()
+        self._compiling = threading.Lock()  # held while torch compiles, or must not
+
+    @property
+    def status(self) -> tuple[str, ...]:
+        """In a few words each, for ``%llm ps``."""
+        said = ["joined projections"] if len(self._joined) else []
+        if self.reason:
+            said.append(f"layers not compiled: {self.reason}")
+        elif self._ready:
+            said.append("compiled layers")
+        elif self._thread is not None:
+            said.append("compiling layers in the background")
+        return tuple(said)
+
+    # What a captured step asks for
+
+    def is_ready(self, shape: Shape) -> bool:
+        """Whether compiled layers can run sweeps of this shape."""
+        return shape in self._ready and not self._compiling.locked()
+
+    @contextmanager
+    def without_compiling(self) -> Iterator[bool]:
+        """While it lasts, compiled layers fail rather than compile; ``False`` when one is compiled just now."""
+        import torch
+
+        if not self._compiling.acquire(blocking=False):
+            yield False
+            return
+        try:
+            with torch.compiler.set_stance("fail_on_recompile"):
+                yield True
+        finally:
+            self._compiling.release()
+
+    @contextmanager
+    def at_work(self, shape: Shape, static: StaticCache, *, compiled: bool) -> Iterator[None]:
+        """Around a sweep: run compiled layers, or look at what is to be compiled."""
+        with ExitStack() as stack:
+            for index, layer in self._layers.items():
+                if compiled:
+                    function = self._function(layer)
+                    one = static.layers[index].alone()
+                    stack.enter_context(_replaced(layer, function, static.cache, one))
+                elif self._lacks(shape):
+                    stack.enter_context(self._watched(layer, shape, static, index))
+                    break
+            yield
+
+    def want(self, shape: Shape) -> None:
+        """Compile for sweeps of this shape, in the background."""
+        with self._state:
+            if self._closed or self.reason or shape not in self._examples or shape in self._waiting:
+                return
+            self._waiting.append(shape)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name="llm_magic-compile", daemon=True)
+                self._thread.start()
+
+    def give_up(self, reason: str) -> None:
+        """Compile nothing more, and use nothing that was compiled."""
+        with self._state:
+            self.reason = reason
+            self._ready.clear()
+            self._waiting.clear()
+            self._examples.clear()
+
+    def wait(self, timeout_s: float | None = None) -> None:
+        """Until nothing is being compiled."""
+        thread = self._thread
+        if thread is not None:
+            thread.join(timeout_s)
+
+    def close(self) -> None:
+        """Everything as it was: before blocks move, or the model goes.
+
+        A compilation that is under way ends by itself, without effect.
+        """
+        with self._state:
+            self._closed = True
+            self._waiting.clear()
+            self._examples.clear()
+            self._ready.clear()
+        self._joined.undo()
+
+    # Inside
+
+    def _lacks(self, shape: Shape) -> bool:
+        known = shape in self._ready or shape in self._examples
+        return not (known or self._compiler is None or self.reason or self._closed)
+
+    def _function(self, layer: Any) -> Callable[..., Any]:
+        forward = type(layer).forward
+        if forward not in self._functions:
+            assert self._compiler is not None
+            self._functions[forward] = self._compiler(forward)
+        return self._functions[forward]
+
+    @contextmanager
+    def _watched(self, layer: Any, shape: Shape, static: StaticCache, index: int) -> Iterator[None]:
+        def look(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            one = static.layers[index].alone()
+            self._examples[shape] = Example(args, kwargs, static.cache, one, _now(one.keys))
+
+        handle = layer.register_forward_pre_hook(look, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _work(self) -> None:
+        while True:
+            with self._state:
+                if not self._waiting or self._closed:
+                    self._thread = None
+                    return
+                shape = self._waiting[0]
+                example = self._examples[shape]
+            try:
+                with self._compiling, _compiling_layers():
+                    self._compile(example)
+            except Exception as error:
+                self.give_up(short(error))
+                continue
+            with self._state:
+                if shape in self._waiting:
+                    self._waiting.remove(shape)
+                    del self._examples[shape]
+                    self._ready.add(shape)
+
+    def _compile(self, example: Example) -> None:
+        """Run every layer, one after the other, on a cache of their own."""
+        import torch
+
+        with torch.no_grad(), _own_stream(example.layer.keys.device, example.after):
+            seen = example.layer
+            scratch = OneLayer(_empty_like(seen.keys), _empty_like(seen.values), seen.slots.clone())
+            first, *rest = example.args or (None,)
+            for layer in self._layers.values():
+                if self._closed:
+                    return
+                args, kwargs = with_cache((first, *rest), example.kwargs, example.cache, scratch)
+                out = self._function(layer)(layer, *(args if example.args else ()), **kwargs)
+                first = out[0] if isinstance(out, tuple) else out
+
+
+def with_cache(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], cache: Any, one: OneLayer
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A layer's arguments with one layer's cache in place of the model's."""
+    changed = tuple(one if value is cache else value for value in args)
+    return changed, {name: one if value is cache else value for name, value in kwargs.items()}
+
+
+@contextmanager
+def _replaced(layer: Any, function: Callable[..., Any], cache: Any, one: OneLayer) -> Iterator[None]:
+    """Let a layer run a compiled function in place of its forward, whatever is in its place now."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        args, kwargs = with_cache(args, kwargs, cache, one)
+        return function(layer, *args, **kwargs)
+
+    before = vars(layer).get("forward")
+    layer.forward = forward
+    try:
+        yield
+    finally:
+        del layer.forward
+        if before is not None:
+            layer.forward = before
+
+
+@contextmanager
+def _compiling_layers() -> Iterator[None]:
+    """Set torch up for one compilation that serves all layers."""
+    import torch._dynamo
+
+    # A number in a layer (its index) must not make it another program.
+    with torch._dynamo.config.patch(allow_unspec_int_on_nn_module=True, recompile_limit=64):
+        yield
+
+
+@contextmanager
+def _own_stream(device: Any, after: Any) -> Iterator[None]:
+    """A stream beside the one that answers; its work is over at the end."""
+    import torch
+
+    if device.type != "cuda":
+        yield
+        return
+    cuda: Any = torch.cuda
+    with cuda.device(device):
+        stream = cuda.Stream()
+        stream.wait_event(after)
+    with cuda.device(device), cuda.stream(stream):
+        try:
+            yield
+        finally:
+            stream.synchronize()
+
+
+def _now(tensor: Any) -> Any:
+    import torch
+
+    if tensor.device.type != "cuda":
+        return None
+    cuda: Any = torch.cuda
+    event = cuda.Event()
+    event.record(cuda.current_stream(tensor.device))
+    return event
+
+
+def _empty_like(view: Any) -> Any:
+    """Zeros with the strides of a view: compiled code is made for them."""
+    import torch
+
+    empty = torch.empty_strided(view.shape, view.stride(), dtype=view.dtype, device=view.device)
+    return empty.zero_()
+
+
+def short(error: BaseException) -> str:
+    """The first line of what went wrong, fit for a status line."""
+    lines = without_paths(str(error)).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:120].rstrip(": ")
