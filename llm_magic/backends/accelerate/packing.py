@@ -1,0 +1,496 @@
+"""One parameter and the plain tensors that it is made of.
+
+A block travels as bytes in one flat buffer, so every parameter in it must come apart into plain
+tensors and be put together again around views of another buffer. A plain weight is its own single
+part; a packed one (bitsandbytes, optimum.quanto) has its data and its statistics. What is left when
+the parts are taken away is a ``Template``: shapes, dtypes, code tables, classes. It makes the
+assignments that bind given tensors into the module, once for every buffer; a sweep then only runs
+those assignments, so that nothing is packed, copied or allocated while tokens are made.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Any
+
+Parts = dict[str, Any]
+"""Plain contiguous tensors by the name of what they are in their parameter; ``""`` is the data."""
+
+Assignment = tuple[dict[str, Any], str, object]
+"""``(mapping, key, value)``: binding is ``mapping[key] = value``."""
+
+
+@dataclass(frozen=True)
+class Template(ABC):
+    """A parameter without its bytes.
+
+    Attributes
+    ----------
+    module, name
+        The parameter is ``module.name``.
+    tensors
+        Shape and torch dtype of every part, in the order of ``parts``.
+    """
+
+    module: Any
+    name: str
+    tensors: Mapping[str, tuple[tuple[int, ...], Any]]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all parts, without padding between them."""
+        total = 0
+        for shape, dtype in self.tensors.values():
+            count = dtype.itemsize
+            for extent in shape:
+                count *= extent
+            total += count
+        return total
+
+    @abstractmethod
+    def bindings(self, parts: Mapping[str, Any]) -> list[Assignment]:
+        """What to assign so that the module computes with ``parts``, which are neither copied nor moved.
+
+        The parts must have the shapes and dtypes of ``tensors`` and lie on one device.
+        """
+
+    def empty(self) -> list[Assignment]:
+        """What to assign so that the module holds no bytes: the same parameter on the meta device."""
+        import torch
+
+        return self.bindings(
+            {
+                part: torch.empty(shape, dtype=dtype, device="meta")
+                for part, (shape, dtype) in self.tensors.items()
+            }
+        )
+
+
+def parts(module: Any, name: str) -> Parts:
+    """The plain tensors of ``module.name``; contiguous, and sharing its memory where it is.
+
+    ==================  =========================================================================
+    plain               ``""``
+    bitsandbytes 4-bit  ``""``, ``absmax``; with packed statistics also ``offset``, ``state2.absmax``
+    bitsandbytes 8-bit  ``""`` and ``SCB``
+    optimum.quanto      the inner tensors: ``_data`` (or ``_data._data``), ``_scale``, ``_shift``, …
+    ==================  =========================================================================
+
+    Raises
+    ------
+    ValueError
+        When the parameter is of a packed kind and was not packed yet, or of an unknown kind.
+    """
+    return {part: _plain(tensor) for part, tensor in _kind(module, name).parts(module, name).items()}
+
+
+def template(module: Any, name: str) -> Template:
+    """What is left of ``module.name`` without its bytes.
+
+    Raises
+    ------
+    ValueError
+        As ``parts``.
+    """
+    return _kind(module, name).template(module, name)
+
+
+def bind(assignments: list[Assignment]) -> None:
+    """Run assignments: dictionary writes only."""
+    for mapping, key, value in assignments:
+        mapping[key] = value
+
+
+def parameters(block: Any) -> Iterator[tuple[str, Any, str]]:
+    """``(dotted name, owner, leaf)`` of every parameter of a block; a shared one once."""
+    seen: set[int] = set()
+    for path, module in block.named_modules():
+        for leaf, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) not in seen:
+                seen.add(id(parameter))
+                yield (f"{path}.{leaf}" if path else leaf), module, leaf
+
+
+def arrange(block: Any, device: Any, *, fresh: bool = False) -> None:
+    """Put the packed parameters of ``block`` into the order that the kernels of ``device`` read.
+
+    Values and number of bytes stay the same. Two kernels want an order of their own: 4-bit
+    bitsandbytes on CPUs with AVX-512 bfloat16, and 4-bit quanto in bfloat16, whose CPU and CUDA
+    orders differ. Do it when another kind of device is to compute the block, never in a sweep. The
+    parameters must hold their bytes; new tensors, which may lie on ``device``, replace those whose
+    order changes.
+
+    Parameters
+    ----------
+    device
+        The torch device that will compute the block.
+    fresh
+        The weights were packed just now, and may still take a kernel's own statistics: quanto's
+        are rounded once more for it.
+    """
+    import torch
+
+    for _, module, leaf in list(parameters(block)):
+        kind = _kind(module, leaf)
+        if isinstance(kind, _Ordered):
+            kind.arrange(module, leaf, torch.device(device), fresh)
+
+
+# ------------------------------------------------------------------------------- kinds of parameters
+
+
+class _Kind(ABC):
+    """How one library keeps a parameter."""
+
+    @abstractmethod
+    def parts(self, module: Any, name: str) -> Parts: ...
+
+    @abstractmethod
+    def template(self, module: Any, name: str) -> Template: ...
+
+
+class _Ordered(_Kind):
+    """A kind whose bytes some devices want in an order of their own."""
+
+    @abstractmethod
+    def arrange(self, module: Any, name: str, device: Any, fresh: bool) -> None: ...
+
+
+def _kind(module: Any, name: str) -> _Kind:
+    import torch
+
+    parameter = module._parameters[name]
+    # Whoever holds a packed parameter has imported its library: ours to look at, not to import.
+    if (library := sys.modules.get("bitsandbytes")) is not None:
+        if isinstance(parameter, library.nn.Params4bit):
+            return _FourBitKind()
+        if isinstance(parameter, library.nn.Int8Params):
+            return _EightBitKind()
+    if (library := sys.modules.get("optimum.quanto")) is not None and isinstance(parameter, library.QTensor):
+        return _QuantoKind()
+    if type(parameter) not in (torch.nn.Parameter, torch.Tensor):
+        raise ValueError(f"{name} is a {type(parameter).__name__}, whose bytes nobody here can take apart.")
+    return _PlainKind()
+
+
+def _plain(tensor: Any) -> Any:
+    """The tensor itself, without a subclass and without gaps."""
+    import torch
+
+    data = tensor.detach() if type(tensor) is torch.Tensor else tensor.data.as_subclass(torch.Tensor)
+    return data.contiguous()
+
+
+def _shapes(tensors: Parts) -> dict[str, tuple[tuple[int, ...], Any]]:
+    return {part: (tuple(tensor.shape), tensor.dtype) for part, tensor in tensors.items()}
+
+
+class _PlainKind(_Kind):
+    def parts(self, module: Any, name: str) -> Parts:
+        return {"": module._parameters[name]}
+
+    def template(self, module: Any, name: str) -> Template:
+        return _PlainTemplate(module, name, _shapes(self.parts(module, name)))
+
+
+@dataclass(frozen=True)
+class _PlainTemplate(Template):
+    def bindings(self, parts: Mapping[str, Any]) -> list[Assignment]:
+        return [(self.module._parameters, self.name, _parameter(parts[""]))]
+
+
+def _parameter(data: Any) -> Any:
+    import torch
+
+    return torch.nn.Parameter(data, requires_grad=False)
+
+
+# ------------------------------------------------------------------------------- bitsandbytes, 4 bits
+
+
+class _FourBitKind(_Ordered):
+    def parts(self, module: Any, name: str) -> Parts:
+        parameter = module._parameters[name]
+        state = _state(module, parameter)
+        found = {"": parameter.data, "absmax": state.absmax}
+        if state.nested:
+            found |= {"offset": state.offset, "state2.absmax": state.state2.absmax}
+        return found
+
+    def template(self, module: Any, name: str) -> Template:
+        parameter = module._parameters[name]
+        state = copy.copy(_state(module, parameter))
+        tensors = _shapes(self.parts(module, name))
+        state.absmax = state.offset = None  # bytes: they travel
+        if state.nested:
+            state.state2 = copy.copy(state.state2)
+            state.state2.absmax = None
+        options = {
+            key: getattr(parameter, key)
+            for key in ("blocksize", "compress_statistics", "quant_type", "quant_storage")
+        }
+        return _FourBitTemplate(module, name, tensors, state, options)
+
+    def arrange(self, module: Any, name: str, device: Any, fresh: bool) -> None:  # noqa: ARG002
+        state = _state(module, module._parameters[name])
+        for_cpu = device.type == "cpu" and _has_cpu_order(module, state)
+        if for_cpu == getattr(state, "packing_format_for_cpu", False):
+            return
+        reorder = _into_cpu_order if for_cpu else _out_of_cpu_order
+        found, shape = parts(module, name), state.shape
+        found[""] = reorder(found[""], state, module._parameters[name].quant_storage)
+        # In float32 both ways, where the library rounds to bfloat16: its kernel rounds what it reads,
+        # so the results are the same, and the way back loses nothing.
+        rows, groups = shape[0], shape[1] // state.blocksize
+        scales = found["absmax"].view(rows, groups) if for_cpu else found["absmax"]
+        found["absmax"] = scales.T.contiguous() if for_cpu else scales.T.reshape(-1)
+        left = template(module, name)
+        assert isinstance(left, _FourBitTemplate)
+        state = copy.copy(left.state)
+        state.packing_format_for_cpu = for_cpu
+        bind(replace(left, tensors=_shapes(found), state=state).bindings(found))
+
+
+def _state(module: Any, parameter: Any) -> Any:
+    # The library keeps it in both places, and looks in the module when the parameter has lost it.
+    state = (
+        parameter.quant_state if parameter.quant_state is not None else getattr(module, "quant_state", None)
+    )
+    if state is None:
+        raise ValueError("This 4-bit weight was not packed yet.")
+    return state
+
+
+def _has_cpu_order(module: Any, state: Any) -> bool:
+    from bitsandbytes.functional import has_avx512bf16
+    from bitsandbytes.nn import Linear4bit
+
+    rows, columns = state.shape
+    whole = rows % 32 == 0 and columns % state.blocksize == 0
+    return bool(has_avx512bf16()) and whole and not state.nested and isinstance(module, Linear4bit)
+
+
+def _into_cpu_order(data: Any, state: Any, _storage: Any) -> Any:
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu
+
+    return _convert_weight_packed_for_cpu(data, copy.copy(state))[0]
+
+
+def _out_of_cpu_order(data: Any, state: Any, storage: Any) -> Any:
+    import torch
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+    state = copy.copy(state)
+    state.original_nested, state.original_dtype = False, state.dtype
+    state.original_qshape = torch.Size((data.numel(), 1))
+    nibbles = _convert_weight_packed_for_cpu_inverse(data, state)[0]
+    return nibbles.view(-1, storage.itemsize).view(storage)
+
+
+@dataclass(frozen=True)
+class _FourBitTemplate(Template):
+    state: Any = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def bindings(self, parts: Mapping[str, Any]) -> list[Assignment]:
+        from bitsandbytes.nn import Params4bit
+
+        device = parts[""].device
+        state = copy.copy(self.state)
+        state.absmax, state.code = parts["absmax"], state.code.to(device)
+        if state.nested:
+            state.offset, state.state2 = parts["offset"], copy.copy(state.state2)
+            state.state2.absmax, state.state2.code = parts["state2.absmax"], state.state2.code.to(device)
+        packed = Params4bit(
+            parts[""],
+            requires_grad=False,
+            quant_state=state,
+            module=self.module,
+            bnb_quantized=True,
+            **self.options,
+        )
+        return [
+            (self.module._parameters, self.name, packed),
+            (self.module.__dict__, "quant_state", state),
+            # Or its forward would look for a new order of the weight, and put it elsewhere.
+            (self.module.__dict__, "support_avx512bf16_for_cpu", False),
+        ]
+
+
+# ------------------------------------------------------------------------------- bitsandbytes, 8 bits
+
+
+class _EightBitKind(_Kind):
+    def parts(self, module: Any, name: str) -> Parts:
+        parameter = module._parameters[name]
+        # The first forward moves them from the weight to the module's state.
+        scales = parameter.SCB if parameter.SCB is not None else module.state.SCB
+        if scales is None:
+            raise ValueError("This 8-bit weight was not packed yet.")
+        return {"": parameter.data, "SCB": scales}
+
+    def template(self, module: Any, name: str) -> Template:
+        return _EightBitTemplate(module, name, _shapes(self.parts(module, name)))
+
+
+@dataclass(frozen=True)
+class _EightBitTemplate(Template):
+    def bindings(self, parts: Mapping[str, Any]) -> list[Assignment]:
+        from bitsandbytes.nn import Int8Params
+
+        state = self.module.state.__dict__
+        # Where a forward expects them from the second one on; it then moves nothing.
+        packed = Int8Params(parts[""], requires_grad=False, has_fp16_weights=False)
+        return [
+            (self.module._parameters, self.name, packed),
+            (state, "CB", parts[""]),
+            (state, "SCB", parts["SCB"]),
+        ]
+
+
+# ----------------------------------------------------------------------------------- optimum.quanto
+
+
+class _QuantoKind(_Ordered):
+    def parts(self, module: Any, name: str) -> Parts:
+        return dict(_leaves(module._parameters[name], ""))
+
+    def template(self, module: Any, name: str) -> Template:
+        tensors = _shapes(self.parts(module, name))
+        return _QuantoTemplate(module, name, tensors, _shell(module._parameters[name]))
+
+    def arrange(self, module: Any, name: str, device: Any, fresh: bool) -> None:
+        from optimum.quanto.tensor.weights.tinygemm import TinyGemmWeightQBitsTensor as TinyGemm
+
+        weight, target = module._parameters[name], None
+        if isinstance(weight, TinyGemm):
+            if not _has_tinygemm(device):
+                target = weight.weight_qbits_tensor()
+            elif weight.device.type != device.type:
+                # Its own .to() would round the statistics again; they have one format everywhere.
+                target = _tinygemm(weight, weight._data.to(device), weight._scale_shift.to(device))
+        elif fresh and _fits_tinygemm(weight) and _has_tinygemm(device):
+            statistics = (weight._scale.to(device), weight._shift.to(device))
+            target = _tinygemm(weight, _unpacked(weight._data).to(device), statistics)
+        if target is not None:
+            module._parameters[name] = _parameter(target)
+            bind(template(module, name).bindings(parts(module, name)))
+
+
+def _fits_tinygemm(weight: Any) -> bool:
+    """Whether torch's 4-bit kernel takes it; the rule is quanto's."""
+    import torch
+    from optimum.quanto import WeightQBitsTensor, qint4
+
+    if not isinstance(weight, WeightQBitsTensor) or weight.qtype != qint4:
+        return False
+    return (
+        weight.dtype == torch.bfloat16 and weight._group_size == 128 and weight.axis == 0 and weight.ndim == 2
+    )
+
+
+def _has_tinygemm(device: Any) -> bool:
+    import torch
+
+    if device.type != "cuda":
+        return bool(device.type == "cpu")
+    return bool(torch.version.cuda) and bool(torch.cuda.get_device_capability(device) >= (8, 0))
+
+
+def _tinygemm(weight: Any, data: Any, statistics: Any) -> Any:
+    from optimum.quanto.tensor.weights.tinygemm import TinyGemmWeightQBitsTensor
+
+    shape = (weight.size(), weight.stride())
+    return TinyGemmWeightQBitsTensor(weight.qtype, weight.axis, weight._group_size, *shape, data, statistics)
+
+
+def _unpacked(packed: Any) -> Any:
+    """Quanto's integers, one in a byte: row blocks that share bytes, the first in the lowest bits."""
+    import torch
+
+    bits, mask = packed._bits, (1 << packed._bits) - 1
+    blocks = [packed._data >> shift & mask for shift in range(0, 8, bits)]
+    return torch.cat(blocks)[: packed.shape[0]]
+
+
+def _leaves(tensor: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    import torch
+
+    for name in tensor.__tensor_flatten__()[0]:
+        inner = getattr(tensor, name)
+        if type(inner) is torch.Tensor:
+            yield prefix + name, inner
+        else:
+            yield from _leaves(inner, f"{prefix}{name}.")
+
+
+@dataclass(frozen=True)
+class _Shell:
+    """A tensor subclass without its tensors: what rebuilds it, and the shells of what is inside."""
+
+    kind: Any
+    meta: Mapping[str, Any]
+    inner: Mapping[str, _Shell | None]
+
+    def fill(self, parts: Mapping[str, Any], prefix: str = "") -> Any:
+        tensors = {
+            name: parts[prefix + name] if shell is None else shell.fill(parts, f"{prefix}{name}.")
+            for name, shell in self.inner.items()
+        }
+        return self.kind.__tensor_unflatten__(tensors, dict(self.meta), None, None)
+
+
+def _shell(tensor: Any) -> _Shell:
+    import torch
+    from optimum.quanto.tensor.packed import PackedTensor
+
+    names, meta = tensor.__tensor_flatten__()
+    tensors = {name: getattr(tensor, name) for name in names}
+    inner = {name: None if type(part) is torch.Tensor else _shell(part) for name, part in tensors.items()}
+    return _Shell(_torch_packed() if type(tensor) is PackedTensor else type(tensor), meta, inner)
+
+
+@dataclass(frozen=True)
+class _QuantoTemplate(Template):
+    shell: _Shell | None = None
+
+    def bindings(self, parts: Mapping[str, Any]) -> list[Assignment]:
+        assert self.shell is not None
+        return [(self.module._parameters, self.name, _parameter(self.shell.fill(parts)))]
+
+
+@cache
+def _torch_packed() -> Any:
+    """Quanto's packed 2- and 4-bit integers, unpacked by torch's operators.
+
+    Quanto unpacks by an extension that it compiles at the first use: a minute with a compiler, an
+    error without one, for the same few shifts.
+    """
+    from optimum.quanto.tensor.packed import PackedTensor
+
+    class TorchPacked(PackedTensor):  # type: ignore[misc]  # its library has no types
+        @staticmethod
+        def __new__(cls: Any, *args: Any, **options: Any) -> Any:
+            return PackedTensor.__new__(cls, *args, **options)
+
+        def unpack(self) -> Any:
+            return _unpacked(self)
+
+        @staticmethod
+        def __tensor_unflatten__(tensors: Any, meta: Any, size: Any, stride: Any) -> Any:
+            return _rewrapped(PackedTensor.__tensor_unflatten__(tensors, meta, size, stride))
+
+        @classmethod
+        def __torch_dispatch__(cls, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = super().__torch_dispatch__(op, types, args, kwargs)
+            return _rewrapped(result) if isinstance(result, PackedTensor) else result
+
+    def _rewrapped(packed: Any) -> Any:
+        return TorchPacked(packed._data, packed._bits, packed.size(), packed.stride())
+
+    return TorchPacked

@@ -1,0 +1,392 @@
+"""Packing a model's linear layers into 8, 4 or 2 bits, block by block.
+
+The library's own loaders pack while they load and refuse any placement that is not all on one
+device. Here a model is prepared on the meta device, where every linear layer becomes the library's
+packed module, and each block is packed as its weights arrive. The bits are those that
+transformers makes; where the block goes then is the plan's business.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import logging
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from llm_magic.backends.accelerate.default_dtype import default_dtype_kept
+from llm_magic.backends.accelerate.packing import arrange, bind, parts, template
+from llm_magic.backends.accelerate.quiet import quiet
+from llm_magic.errors import OptionError, PlanError
+
+_PACKAGES = {"bitsandbytes": "bitsandbytes>=0.50", "optimum.quanto": "optimum-quanto>=0.2.7"}
+_NOISE = {
+    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
+    "bitsandbytes.autograd._functions": "MatMul8bitLt: inputs will be cast",
+}
+"""Warnings about what a user cannot change, by their logger; the second comes with every layer."""
+
+_BLOCK = 64
+"""Weights that share one scale in bitsandbytes' 4-bit formats."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to pack linear layers.
+
+    Every method can be offloaded: its parts are plain tensors, which travel as they are.
+
+    Attributes
+    ----------
+    name
+        As in ``--quantize NAME``.
+    library
+        Module that packs and computes.
+    bits
+        Of one weight, without its share of the statistics.
+    devices
+        Types of torch devices that can compute with it.
+    """
+
+    name: str
+    library: str
+    bits: int
+    devices: tuple[str, ...] = ("cpu", "cuda", "xpu", "mps")
+
+
+METHODS: Mapping[str, Method] = {
+    method.name: method
+    for method in (
+        Method("nf4", "bitsandbytes", 4),
+        Method("fp4", "bitsandbytes", 4),
+        Method("int8", "bitsandbytes", 8),
+        Method("int4", "optimum.quanto", 4),
+        Method("int2", "optimum.quanto", 2),
+        Method("float8", "optimum.quanto", 8, ("cpu", "cuda", "xpu")),
+        Method("quanto-int8", "optimum.quanto", 8),
+    )
+}
+
+
+# ------------------------------------------------------------------------------ which method, and can it
+
+
+def find_method(name: str) -> Method:
+    """The method of this name; ``int8`` is quanto's where only that library is installed.
+
+    Raises
+    ------
+    OptionError
+        When there is no such method, or its library is not installed.
+    """
+    if name not in METHODS:
+        raise OptionError(f"{name!r} is no way to pack weights.", f"Choose one of {', '.join(METHODS)}.")
+    method = METHODS[name]
+    if name == "int8" and not _installed(method.library) and _installed("optimum.quanto"):
+        return METHODS["quanto-int8"]
+    if not _installed(method.library):
+        raise OptionError(
+            f"--quantize {name} needs {method.library}, which is not installed.",
+            f"Install it: pip install '{_PACKAGES[method.library]}'",
+        )
+    return method
+
+
+def refuse_devices(name: str, devices: set[str]) -> None:
+    """Refuse, before anything is loaded, a placement that computes where the method cannot.
+
+    Parameters
+    ----------
+    devices
+        Torch device names of the placement's ``compute``, such as ``{"cuda:0", "cpu"}``.
+
+    Raises
+    ------
+    PlanError
+        With the device, and the methods that can.
+    """
+    for device in sorted(devices):
+        kind = device.partition(":")[0]
+        if kind not in METHODS[name].devices:
+            able = [method.name for method in METHODS.values() if kind in method.devices]
+            raise PlanError(
+                f"{name} weights cannot be computed on {device}.",
+                f"Use --quantize {' or '.join(able)}." if able else "Leave out --quantize.",
+            )
+
+
+def _installed(library: str) -> bool:
+    try:
+        return library in sys.modules or importlib.util.find_spec(library) is not None
+    except ImportError:  # the package around it is missing, or broken
+        return False
+
+
+def import_library(name: str) -> Any:
+    """Import ``bitsandbytes`` or ``optimum.quanto`` without its noise and without the network."""
+    for logger, start in _NOISE.items():
+        found = logging.getLogger(logger)
+        if not any(isinstance(known, _Silenced) for known in found.filters):
+            found.addFilter(_Silenced(start))
+    with _no_kernels_from_the_hub():
+        return importlib.import_module(name)
+
+
+class _Silenced(logging.Filter):
+    """Drops the messages that start so."""
+
+    def __init__(self, start: str) -> None:
+        super().__init__()
+        self._start = start
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not str(record.msg).startswith(self._start)
+
+
+@contextmanager
+def _no_kernels_from_the_hub() -> Iterator[None]:
+    # bitsandbytes, where the package "kernels" is installed, downloads code while it is imported.
+    before = sys.modules.get("kernels", _NOISE)
+    sys.modules["kernels"] = None  # type: ignore[assignment]  # how Python spells "not to be imported"
+    try:
+        yield
+    finally:
+        del sys.modules["kernels"]
+        if before is not _NOISE:
+            sys.modules["kernels"] = before  # type: ignore[assignment]  # a module, or the None of somebody else
+
+
+# --------------------------------------------------------------------------------- preparing the model
+
+
+def prepare(model: Any, name: str, dtype: Any) -> tuple[str, ...]:
+    """Replace the linear layers of a model on the meta device by packed ones, still without bytes.
+
+    As transformers chooses: all but the head, tied layers and what is kept in float32. Layers
+    whose weight is also read without a call stay too (the time steps of a Mamba). Weights that
+    belong to no linear layer, such as stacked experts, stay as they are.
+
+    Parameters
+    ----------
+    dtype
+        torch dtype in which the packed layers compute.
+
+    Returns
+    -------
+    tuple of str
+        Names of the parameters that ``pack_block`` will pack.
+
+    Raises
+    ------
+    OptionError
+        When the library is missing, or finds nothing to pack in this model.
+    """
+    import torch
+
+    method = find_method(name)
+    import_library(method.library)
+    skipped = _skipped(model)
+    before = dict(model.named_modules())
+    with quiet(), default_dtype_kept():
+        outer = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            _replace(model, method, dtype, skipped)
+        finally:
+            torch.set_default_dtype(outer)
+    packed = tuple(
+        f"{path}.weight" for path, module in model.named_modules() if before.get(path) is not module
+    )
+    if not packed:
+        raise OptionError(
+            f"{name} finds no linear layer to pack in {type(model).__name__}.",
+            "Use --quantize nf4 or int8, which pack more kinds of layers."
+            if method.library != "bitsandbytes"
+            else "Leave out --quantize.",
+        )
+    model.eval().requires_grad_(False)
+    return packed
+
+
+def _skipped(model: Any) -> list[str]:
+    from transformers.quantizers.base import HfQuantizer
+
+    named = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
+    # Its names are patterns; ours are whole names.
+    return [*named, *(f"{re.escape(path)}$" for path in _read_directly(model))]
+
+
+def _read_directly(model: Any) -> Iterator[str]:
+    """Linear layers whose owner's code uses ``self.<layer>.weight``, which would be packed bytes."""
+    for path, owner in model.named_modules():
+        kind: Any = type(owner)
+        names = _weights_in_code(kind)
+        for leaf in owner._modules:
+            if leaf in names:
+                yield f"{path}.{leaf}" if path else leaf
+
+
+@cache
+def _weights_in_code(kind: Any) -> frozenset[str]:
+    try:
+        code = inspect.getsource(kind)
+    except (OSError, TypeError):
+        return frozenset()
+    return frozenset(re.findall(r"self\.(\w+)\.weight\b(?!\.(?:dtype|device|shape))", code))
+
+
+def _replace(model: Any, method: Method, dtype: Any, skipped: list[str]) -> None:
+    if method.library == "bitsandbytes":
+        from transformers import BitsAndBytesConfig
+        from transformers.integrations import replace_with_bnb_linear
+
+        config = (
+            BitsAndBytesConfig(load_in_8bit=True)
+            if method.bits == 8
+            else BitsAndBytesConfig(
+                load_in_4bit=True, bnb_4bit_quant_type=method.name, bnb_4bit_compute_dtype=dtype
+            )
+        )
+        replace_with_bnb_linear(model, skipped, config)
+        setattr(model, f"is_loaded_in_{method.bits}bit", True)
+        return
+    from transformers import QuantoConfig
+    from transformers.integrations import replace_with_quanto_layers
+
+    config = QuantoConfig(weights=method.name.removeprefix("quanto-"))
+    replace_with_quanto_layers(model, config, skipped)
+
+
+# ------------------------------------------------------------------------------------ packing a block
+
+
+def pack_block(block: Any, weights: Mapping[str, Any], device: Any, compute: Any = None) -> None:
+    """Give a block of a prepared model its weights, packed where its layers are.
+
+    Parameters
+    ----------
+    block
+        A module of a prepared model.
+    weights
+        Tensors by name within the block, of the checkpoint's orientation, on any device; cast to
+        the layers' dtype here where they are packed. Others are taken as they are.
+    device
+        Where to do the work; a GPU is quick. The parameters lie there afterwards, or on ``compute``.
+    compute
+        The device that will compute the block, if another one: it decides the order of the bytes.
+
+    Raises
+    ------
+    KeyError
+        When a name is not a parameter of the block.
+    """
+    import torch
+
+    device = torch.device(device)
+    for name, value in weights.items():
+        path, _, leaf = name.rpartition(".")
+        module = block.get_submodule(path)
+        meta = module._parameters[leaf]
+        if leaf == "weight" and (pack := _packer(module)) is not None:
+            module._parameters[leaf] = pack(module, value.to(device, meta.dtype))
+            # Once through the template: what it binds now is what every later buffer gets.
+            bind(template(module, leaf).bindings(parts(module, leaf)))
+        else:
+            module._parameters[leaf] = torch.nn.Parameter(value.to(device), requires_grad=False)
+    arrange(block, device if compute is None else compute, fresh=True)
+
+
+def _packer(module: Any) -> Any:
+    bitsandbytes, quanto = (sys.modules.get(library) for library in _PACKAGES)
+    if bitsandbytes is not None and isinstance(module, bitsandbytes.nn.Linear4bit):
+        return _pack_4_bits
+    if bitsandbytes is not None and isinstance(module, bitsandbytes.nn.Linear8bitLt):
+        return _pack_8_bits
+    if quanto is not None and isinstance(module, quanto.QModuleMixin):
+        return _pack_quanto
+    return None
+
+
+def _pack_4_bits(module: Any, value: Any) -> Any:
+    from bitsandbytes.nn import Params4bit
+
+    meta = module._parameters["weight"]
+    return Params4bit(
+        _as_linear(module, value),
+        requires_grad=False,
+        blocksize=meta.blocksize,
+        compress_statistics=meta.compress_statistics,
+        quant_type=meta.quant_type,
+        quant_storage=meta.quant_storage,
+        module=module,
+    ).to(value.device)
+
+
+def _pack_8_bits(module: Any, value: Any) -> Any:
+    from bitsandbytes.nn import Int8Params
+
+    # It packs what comes from the CPU, on the device where it goes.
+    weight = Int8Params(_as_linear(module, value).cpu(), requires_grad=False, has_fp16_weights=False)
+    return weight.to(value.device)
+
+
+def _as_linear(module: Any, value: Any) -> Any:
+    """The weight as ``(out, in)``: that of a GPT-2 ``Conv1D`` is stored the other way round."""
+    from transformers.pytorch_utils import Conv1D
+
+    return value.T if issubclass(module.source_cls, Conv1D) else value
+
+
+def _pack_quanto(module: Any, value: Any) -> Any:
+    import torch
+    from optimum.quanto import quantize_weight
+
+    kind, groups = module.weight_qtype, module.weight_group_size
+    if kind.bits == 8:
+        scale, shift = module.optimizer(value, qtype=kind, axis=0), None
+    else:
+        scale, shift = module.optimizer(value, qtype=kind, axis=0, group_size=groups)
+    # Not "optimized": for some GPUs that means kernels which it compiles at the first use. ``arrange``
+    # chooses the one that torch has.
+    packed = quantize_weight(
+        value, kind, 0, scale, shift, group_size=groups, activation_qtype=None, optimized=False
+    )
+    for scale_name in ("input_scale", "output_scale"):
+        meta = module._buffers[scale_name]
+        module._buffers[scale_name] = torch.ones(meta.shape, dtype=meta.dtype, device=value.device)
+    return torch.nn.Parameter(packed, requires_grad=False)
+
+
+# -------------------------------------------------------------------------------- bytes, before packing
+
+
+def packed_bytes(module: Any, dtype: Any) -> int:
+    """Bytes that the weight of a prepared module takes once packed, its statistics included.
+
+    Parameters
+    ----------
+    module
+        A module whose weight ``prepare`` named.
+    dtype
+        torch dtype in which it computes.
+    """
+    rows, columns = int(module.out_features), int(module.in_features)
+    itemsize, pack = int(dtype.itemsize), _packer(module)
+    if pack is _pack_4_bits:
+        count = rows * columns
+        return -(-count // 2) + 4 * -(-count // _BLOCK)  # nibbles, and a float32 scale for each group
+    if pack is _pack_8_bits:
+        return rows * columns + 4 * rows
+    bits = int(module.weight_qtype.bits)
+    if bits == 8:
+        return rows * columns + itemsize * rows
+    if groups := module.weight_group_size:
+        rows, columns = rows * columns // int(groups), int(groups)
+    # Rows are packed on top of each other; each has a scale and a shift.
+    return -(-rows * bits // 8) * columns + 2 * itemsize * rows

@@ -1,0 +1,393 @@
+"""A packed parameter comes apart, lies in a flat buffer, and computes the same when it is bound again."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from llm_magic.backends.accelerate.packing import Template, arrange, bind, parameters, parts, template
+from llm_magic.backends.accelerate.quantize import import_library
+
+FOUR_BIT = ["nf4", "fp4", "nf4-nested", "nf4-words"]
+QUANTO = ["quanto-int8", "int4", "int2", "float8"]
+METHODS = ["plain", *FOUR_BIT, "int8", *QUANTO]
+WIDTH = 256
+"""Quanto's groups are 128 wide, and narrower layers have none."""
+ALIGNMENT = 64
+
+
+# ------------------------------------------------------------------ small packed networks
+
+
+def network_of(method: str, dtype: str = "bfloat16", seed: int = 0) -> Any:
+    """Two packed layers with a norm between them, packed by the libraries themselves."""
+    import torch
+
+    torch.manual_seed(seed)
+    network = torch.nn.Sequential(
+        torch.nn.Linear(WIDTH, 128), torch.nn.LayerNorm(128), torch.nn.Linear(128, WIDTH, bias=False)
+    )
+    network = network.to(getattr(torch, dtype)).requires_grad_(False).eval()
+    for place in (0, 2) if method != "plain" else ():
+        network[place] = packed_layer(network[place], method).requires_grad_(False).eval()
+    return network
+
+
+def packed_layer(linear: Any, method: str) -> Any:
+    return (quanto_layer if method in QUANTO else bitsandbytes_layer)(linear, method)
+
+
+def quanto_layer(linear: Any, method: str) -> Any:
+    quanto = import_library("optimum.quanto")
+    kind = getattr(quanto, "qint8" if method == "quanto-int8" else f"q{method}")
+    layer = quanto.QLinear.from_module(linear, weights=kind)
+    layer.freeze()
+    return layer
+
+
+def bitsandbytes_layer(linear: Any, method: str) -> Any:
+    import torch
+
+    nn = import_library("bitsandbytes").nn
+    sizes = (linear.in_features, linear.out_features, linear.bias is not None)
+    if method == "int8":
+        layer = nn.Linear8bitLt(*sizes, has_fp16_weights=False, threshold=6.0)
+        layer.weight = nn.Int8Params(linear.weight.data, requires_grad=False, has_fp16_weights=False)
+    else:
+        options = {
+            "compress_statistics": method == "nf4-nested",
+            "quant_type": method[:3],
+            "quant_storage": torch.bfloat16 if method == "nf4-words" else torch.uint8,
+        }
+        layer = nn.Linear4bit(*sizes, compute_dtype=linear.weight.dtype, **options)
+        layer.weight = nn.Params4bit(linear.weight.data, requires_grad=False, module=layer, **options)
+    layer.bias = linear.bias
+    return layer.to("cpu")
+
+
+def inputs(dtype: str = "bfloat16", rows: int = 5) -> Any:
+    import torch
+
+    torch.manual_seed(1)
+    x = torch.randn(rows, WIDTH).to(getattr(torch, dtype))
+    x[:, 3] *= 20  # beyond the threshold of LLM.int8: the outliers' path
+    return x
+
+
+def forward(network: Any, x: Any) -> Any:
+    import torch
+
+    with torch.no_grad():
+        return network(x)
+
+
+@pytest.fixture(autouse=True)
+def _no_compiler() -> Iterator[None]:
+    """Quanto's own unpacking would compile an extension: nothing here may ask for it."""
+    yield
+    import_library("optimum.quanto")
+    from optimum.quanto.library.extensions import get_extension
+
+    assert get_extension("quanto_cpp")._lib is None
+
+
+# ------------------------------------------------------------------------------ a flat buffer
+
+
+class Buffer:
+    """A block's parts in one stretch of bytes, as views."""
+
+    def __init__(self, templates: list[Template]) -> None:
+        import torch
+
+        self.templates = templates
+        offsets, total = [], 0
+        for left in templates:
+            places = {}
+            for part, (shape, dtype) in left.tensors.items():
+                places[part] = total
+                count = dtype.itemsize * torch.Size(shape).numel()
+                total += -(-count // ALIGNMENT) * ALIGNMENT
+            offsets.append(places)
+        self.flat = torch.zeros(total, dtype=torch.uint8)
+        self.views = [
+            {part: self._view(places[part], *left.tensors[part]) for part in left.tensors}
+            for left, places in zip(templates, offsets, strict=True)
+        ]
+
+    def _view(self, offset: int, shape: tuple[int, ...], dtype: Any) -> Any:
+        import torch
+
+        count = torch.Size(shape).numel() * dtype.itemsize
+        return self.flat[offset : offset + count].view(dtype).view(shape)
+
+    def fill(self, found: list[dict[str, Any]]) -> None:
+        for views, tensors in zip(self.views, found, strict=True):
+            assert views.keys() == tensors.keys()
+            for part, view in views.items():
+                view.copy_(tensors[part])
+
+    def assignments(self) -> list[Any]:
+        pairs = zip(self.templates, self.views, strict=True)
+        return [assignment for left, views in pairs for assignment in left.bindings(views)]
+
+    def holds(self, tensor: Any) -> bool:
+        start = self.flat.data_ptr()
+        return bool(start <= tensor.data_ptr() < start + self.flat.nbytes)
+
+
+def taken_apart(network: Any) -> tuple[list[Template], list[dict[str, Any]]]:
+    found = list(parameters(network))
+    templates = [template(module, leaf) for _, module, leaf in found]
+    copies = [{k: t.clone() for k, t in parts(module, leaf).items()} for _, module, leaf in found]
+    return templates, copies
+
+
+def emptied(templates: list[Template]) -> list[Any]:
+    return [assignment for left in templates for assignment in left.empty()]
+
+
+def reference(method: str, dtype: str = "bfloat16", seed: int = 0) -> Any:
+    """What the libraries' own modules answer; quanto's without the extension that it would compile."""
+    network = network_of(method, dtype, seed)
+    if method in QUANTO:
+        for layer in (network[0], network[2]):
+            if type(getattr(layer.weight, "_data", None)).__name__ == "PackedTensor":
+                layer.weight._data = unpacked(layer.weight._data)  # plain bytes, which it takes as well
+    for layer in (network[0], network[2]):
+        if method == "nf4-nested":  # its order for CPUs drops the packed statistics
+            layer.support_avx512bf16_for_cpu = False
+    return forward(network, inputs(dtype))
+
+
+def unpacked(packed: Any) -> Any:
+    """One number at a time, as its documentation says."""
+    import torch
+
+    bits, rows = packed.bits, packed.shape[0]
+    stored = packed._data.tolist()
+    lines = [
+        [value >> bits * place & (1 << bits) - 1 for value in line]
+        for place in range(8 // bits)
+        for line in stored
+    ]
+    return torch.tensor(lines[:rows], dtype=torch.uint8)
+
+
+# -------------------------------------------------------------------------------------- sweeps
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_packed_network_computes_the_same_from_a_flat_buffer(method: str, dtype: str) -> None:
+    import torch
+
+    expected = reference(method, dtype)
+    network, x = network_of(method, dtype), inputs(dtype)
+    arrange(network, "cpu")
+    templates, copies = taken_apart(network)
+    buffer = Buffer(templates)
+    buffer.fill(copies)
+    bound, unbound = buffer.assignments(), emptied(templates)
+    before = buffer.flat.clone()
+    for _sweep in range(3):
+        bind(unbound)
+        assert all(p.device.type == "meta" for p in network.parameters())
+        bind(bound)
+        assert torch.equal(forward(network, x), expected)
+    assert torch.equal(buffer.flat, before)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_bound_parameters_lie_in_the_buffer(method: str) -> None:
+    network = network_of(method)
+    arrange(network, "cpu")
+    templates, copies = taken_apart(network)
+    buffer = Buffer(templates)
+    buffer.fill(copies)
+    bind(buffer.assignments())
+    for _sweep in range(2):
+        held = [tensor for _, module, leaf in parameters(network) for tensor in parts(module, leaf).values()]
+        assert all(buffer.holds(tensor) for tensor in held)
+        assert sum(t.nbytes for t in held) == sum(left.bytes for left in templates)
+        forward(network, inputs())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_blocks_take_turns_in_two_slots(method: str) -> None:
+    """As streamed blocks do: whatever the other slot holds, even not-a-number everywhere."""
+    import torch
+
+    x = inputs()
+    networks = [network_of(method, seed=seed) for seed in (0, 1)]
+    expected = [reference(method, seed=seed) for seed in (0, 1)]
+    for network in networks:
+        arrange(network, "cpu")
+    apart = [taken_apart(network) for network in networks]
+    slots = [[Buffer(templates) for _slot in range(2)] for templates, _ in apart]
+    for sweep, (turn, network) in itertools.product(range(3), enumerate(networks)):
+        (templates, copies), slot = apart[turn], slots[turn][sweep % 2]
+        slot.fill(copies)
+        bind(slot.assignments())
+        assert torch.equal(forward(network, x), expected[turn])
+        bind(emptied(templates))
+        slot.flat.fill_(0xFF)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_nothing_is_packed_again(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    network, x = network_of(method), inputs()
+    arrange(network, "cpu")
+    templates, copies = taken_apart(network)
+    buffer = Buffer(templates)
+    buffer.fill(copies)
+    calls = count_packing(monkeypatch)
+    network_of(method)
+    assert bool(calls) == (method != "plain")  # the count can see it
+    calls.clear()
+    for _sweep in range(2):
+        bind(emptied(templates))
+        bind(buffer.assignments())
+        forward(network, x)
+    assert calls == []
+
+
+def count_packing(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the packing operators, each time one meets a weight."""
+    functional = import_library("bitsandbytes").functional
+    calls: list[str] = []
+
+    def watch(owner: Any, name: str, of_weights: Callable[[Any], bool] = lambda _tensor: True) -> None:
+        real = getattr(owner, name)
+
+        def watched(tensor: Any, *args: Any, **options: Any) -> Any:
+            if of_weights(tensor):
+                calls.append(name)
+            return real(tensor, *args, **options)
+
+        monkeypatch.setattr(owner, name, watched)
+
+    modules = import_library("bitsandbytes").nn.modules
+    watch(functional, "quantize_4bit")
+    watch(functional, "int8_vectorwise_quant", lambda tensor: tensor.shape[0] > 5)  # not of activations
+    watch(modules, "_convert_weight_packed_for_cpu")
+    quanto = import_library("optimum.quanto")
+    watch(quanto.QModuleMixin, "freeze")
+    return calls
+
+
+# ------------------------------------------------------------------------- orders of the bytes
+
+
+@pytest.mark.parametrize("method", ["nf4", "fp4", "nf4-words"])
+def test_the_order_for_cpus_loses_nothing(method: str) -> None:
+    """There and back: every bit, so that a block may move between CPU and GPU as often as one likes."""
+    import torch
+
+    network = network_of(method)
+    _, before = taken_apart(network)
+    arrange(network, "cpu")
+    _, on_cpu = taken_apart(network)
+    arrange(network, "cpu")
+    _, twice = taken_apart(network)
+    arrange(network, "cuda")
+    _, back = taken_apart(network)
+    has_order = import_library("bitsandbytes").functional.has_avx512bf16()
+    assert [sum(t.nbytes for t in p.values()) for p in before] == [
+        sum(t.nbytes for t in p.values()) for p in on_cpu
+    ]
+    assert same(before, back)
+    assert same(on_cpu, twice)
+    assert same(before, on_cpu) != bool(has_order)
+    assert torch.equal(forward(network, inputs()), forward(network, inputs()))
+
+
+def same(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> bool:
+    import torch
+
+    def equal(a: Any, b: Any) -> bool:  # as bytes, which may spell not-a-number
+        return a.shape == b.shape and torch.equal(a.view(-1).view(torch.uint8), b.view(-1).view(torch.uint8))
+
+    return all(
+        a.keys() == b.keys() and all(equal(a[part], b[part]) for part in a)
+        for a, b in zip(one, other, strict=True)
+    )
+
+
+def test_layers_that_the_cpu_kernel_cannot_read_stay_as_they_are() -> None:
+    """Its rows come in groups of 32, and the library stops with an assertion where they do not."""
+    import torch
+
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(64, 40, bias=False).bfloat16().requires_grad_(False)
+    layer = packed_layer(linear, "nf4").eval()
+    network = torch.nn.Sequential(layer)
+    _, before = taken_apart(network)
+    arrange(network, "cpu")
+    assert same(before, taken_apart(network)[1])
+    bind([a for left, tensors in zip(*taken_apart(network), strict=True) for a in left.bindings(tensors)])
+    x = torch.randn(3, 64).bfloat16()
+    weight = import_library("bitsandbytes").functional.dequantize_4bit(layer.weight.data, layer.quant_state)
+    assert torch.equal(forward(network, x), torch.nn.functional.linear(x, weight))
+
+
+# --------------------------------------------------------------------------------- the templates
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_empty_parameter_says_what_it_is(method: str) -> None:
+    network = network_of(method)
+    kinds = {name: (type(p), p.dtype, p.shape) for name, p in network.named_parameters()}
+    templates, _ = taken_apart(network)
+    bind(emptied(templates))
+    assert {name: (type(p), p.dtype, p.shape) for name, p in network.named_parameters()} == kinds
+    assert all(p.is_meta and not p.requires_grad for p in network.parameters())
+    held = [t for _, module, leaf in parameters(network) for t in parts(module, leaf).values()]
+    assert all(tensor.is_meta for tensor in held)
+    assert [template(module, leaf).tensors for _, module, leaf in parameters(network)] == [
+        left.tensors for left in templates
+    ]
+
+
+def test_the_names_of_the_parts() -> None:
+    found = {method: list(parts(network_of(method)[0], "weight")) for method in METHODS}
+    assert found["plain"] == [""]
+    assert found["nf4"] == found["fp4"] == ["", "absmax"]
+    assert found["nf4-nested"] == ["", "absmax", "offset", "state2.absmax"]
+    assert found["int8"] == ["", "SCB"]
+    assert found["quanto-int8"] == found["float8"] == ["_data", "_scale"]
+    assert found["int2"] == ["_data._data", "_scale", "_shift"]
+    assert found["int4"] == ["_data._data", "_scale_shift"]
+    assert list(parts(network_of("int4", "float32")[0], "weight")) == ["_data._data", "_scale", "_shift"]
+
+
+def test_a_tied_parameter_is_met_once() -> None:
+    import torch
+
+    one, other = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+    other.weight = one.weight
+    network = torch.nn.Sequential(one, other)
+    assert [name for name, _, _ in parameters(network)] == ["0.weight", "0.bias", "1.bias"]
+
+
+def test_what_was_not_packed_yet_is_refused() -> None:
+    import torch
+
+    nn = import_library("bitsandbytes").nn
+    with torch.device("meta"):
+        layers = [nn.Linear4bit(64, 64), nn.Linear8bitLt(64, 64, has_fp16_weights=False)]
+    for layer in layers:
+        with pytest.raises(ValueError, match="not packed yet"):
+            parts(layer, "weight")
+
+
+def test_an_unknown_kind_is_refused() -> None:
+    import torch
+
+    layer = torch.nn.LazyLinear(4)
+    with warnings.catch_warnings(), pytest.raises(ValueError, match="UninitializedParameter"):
+        parts(layer, "weight")
