@@ -65,6 +65,8 @@ class FakeStreams:
     ``poison`` fills a slot with ones in every bit, which are NaNs, as soon as a copy into it begins.
     """
 
+    needs_pinned = False
+
     def __init__(self, seed: int = 0, longest_delay_s: float = 0.002, *, poison: bool = True) -> None:
         self.compute = FakeStream(seed, longest_delay_s)
         self.copies = FakeStream(seed + 1, longest_delay_s)

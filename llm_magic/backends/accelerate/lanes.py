@@ -28,6 +28,7 @@ from llm_magic.backends.accelerate.stream import (
     Staging,
     Streams,
 )
+from llm_magic.planning.costs import slots_for
 
 Traveller = tuple[BlockTensors, RamStore | FileStore]
 
@@ -98,7 +99,7 @@ class DeviceLane:
         for _, store in self._travellers:
             if isinstance(store, FileStore) and self._is_read_in_place(store):
                 yield ReadSource(store.read)
-            elif isinstance(store, RamStore) and (store.is_pinned or self._device == "cpu"):
+            elif isinstance(store, RamStore) and (store.is_pinned or not self._streams.needs_pinned):
                 yield RamSource(store.memory, self._streams)
             else:
                 staging = staging or self._staging()
@@ -111,12 +112,12 @@ class DeviceLane:
         return StagedSource(partial(store.read, self._copier), store.pairs, staging, self._streams)
 
     def _staging(self) -> Staging:
-        """Pinned buffers, as many as there are slots: so no thread ever waits for a later one's copy."""
+        """Pinned buffers: one is filled while another is copied from."""
         sizes = [
             store.image.bytes if isinstance(store, FileStore) else tensors.bytes
             for tensors, store in self._travellers
         ]
-        buffers = [page_buffer(max(sizes)) for _ in range(self._count)]
+        buffers = [page_buffer(max(sizes)) for _ in range(min(slots_for("cpu"), self._count))]
         self._pinned += [buffer for buffer in buffers if pin(buffer)]
         self.staging_bytes = max(sizes) * len(buffers)
         return Staging(buffers)

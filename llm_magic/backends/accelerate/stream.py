@@ -44,7 +44,12 @@ class Source(Protocol):
 
 
 class Streams(Protocol):
-    """The order of copies and computation on one device."""
+    """The order of copies and computation on one device.
+
+    ``needs_pinned`` says whether a copy from RAM that is not pinned would hold up its caller.
+    """
+
+    needs_pinned: bool
 
     def mark(self) -> Mark:
         """The end of everything that was computed so far."""
@@ -245,6 +250,8 @@ DONE = _Done()
 class HostStreams:
     """The CPU's own memory, where a copy is over when it returns."""
 
+    needs_pinned = False
+
     def mark(self) -> Mark:
         """Everything was computed."""
         return DONE
@@ -286,6 +293,8 @@ class AcceleratorStreams:
     device
         ``"cuda:0"``, ``"xpu:0"``.
     """
+
+    needs_pinned = True
 
     def __init__(self, device: str) -> None:
         import torch
@@ -345,9 +354,9 @@ class ReadSource:
 
     read: Read
 
-    def start(self, slot: Any, after: Mark | None) -> Arrival:
-        """Start to read; nothing computes while a block is released, so the slot is free."""
-        return _Reading(self.read(slot, after.synchronize if after is not None else None))
+    def start(self, slot: Any, after: Mark | None) -> Arrival:  # noqa: ARG002
+        """Start to read: on this device a computation is over when its call is."""
+        return _Reading(self.read(slot, None))
 
 
 class _Reading:
