@@ -1,0 +1,291 @@
+"""The experts that a device holds: a set of hot ones, and those that the tokens of this pass ask for.
+
+The router says which experts a pass needs before the first one computes. All that are missing start
+at once, in the order of their use, as far as there are slots; each slot that was used makes room for
+the next. What is used least gives way: every token counts for its experts, and counts fade as tokens
+pass, so that the set follows the topic.
+
+Slots are tagged, and a slot that a pass still needs is never given away, so a pass that failed or was
+interrupted costs at worst some fetches.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llm_magic.backends.accelerate.expert_stores import ExpertStore
+    from llm_magic.backends.accelerate.stream import Arrival, Mark, Streams
+
+_HALF_LIFE_TOKENS = 256  # a use counts half after as many tokens: some paragraphs
+
+
+class ExpertLayer:
+    """The experts of one layer, and how often each of them was asked for.
+
+    Parameters
+    ----------
+    store
+        Where they stay.
+
+    Attributes
+    ----------
+    tokens
+        How many have passed.
+    heat
+        For each expert, log2 of its faded uses plus ``tokens`` in half-lives. Fading takes the same
+        from all of them, so that heats of any time and layer compare.
+    """
+
+    def __init__(self, store: ExpertStore) -> None:
+        import numpy
+
+        self.store = store
+        self.tokens = 0
+        self.heat = numpy.full(store.experts, -math.inf)
+
+    def count(self, uses: Mapping[int, int], tokens: int) -> None:
+        """``tokens`` more have passed, and used experts as often as ``uses`` says."""
+        import numpy
+
+        self.tokens += tokens
+        now = self.tokens / _HALF_LIFE_TOKENS
+        for index, count in uses.items():
+            self.heat[index] = numpy.logaddexp2(self.heat[index], math.log2(count) + now)
+
+
+@dataclass(eq=False)
+class _Slot:
+    """Room for one expert. ``users`` counts the passes that need it now; ``has_come`` says its bytes are there."""
+
+    number: int
+    memory: Any
+    tag: tuple[ExpertLayer, int] | None = None
+    arrival: Arrival | None = None
+    has_come: bool = False
+    used: Mark | None = None
+    users: int = 0
+    views: tuple[Any, ...] = ()
+
+
+@dataclass(eq=False)
+class _Pass:
+    """One layer's experts at work on one thread: those that it holds, and those still to be fetched."""
+
+    layer: ExpertLayer
+    held: dict[int, _Slot] = field(default_factory=dict)
+    wanted: list[int] = field(default_factory=list)
+    current: int | None = None
+
+
+class ExpertCache:
+    """Slots for the experts of all layers that compute on one device.
+
+    Parameters
+    ----------
+    memory
+        All slots in one piece (uint8, on the device).
+    slot_bytes
+        Room for the largest expert.
+    streams
+        The device's order of copies and computation.
+
+    Attributes
+    ----------
+    device
+        Where the slots are.
+    slots
+        How many experts fit.
+    hits, misses
+        Experts that a pass needed and that were there, or were not.
+    fetched_bytes
+        What came to the device, evicted experts that were asked for again included.
+
+    Raises
+    ------
+    ValueError
+        When not even one expert fits.
+    """
+
+    def __init__(self, memory: Any, slot_bytes: int, streams: Streams) -> None:
+        import numpy
+
+        self.slots = memory.numel() // slot_bytes
+        if not self.slots:
+            raise ValueError(f"no room for an expert of {slot_bytes} bytes in {memory.numel()}")
+        self.slot_bytes = slot_bytes
+        self.device = memory.device
+        self.hits = self.misses = self.fetched_bytes = 0
+        self._streams = streams
+        self._slots = [
+            _Slot(number, memory[number * slot_bytes : (number + 1) * slot_bytes])
+            for number in range(self.slots)
+        ]
+        self._held: dict[tuple[ExpertLayer, int], _Slot] = {}
+        self._coldness = numpy.full(
+            self.slots, -math.inf
+        )  # heat of what a slot holds; +inf while it is needed
+        self._passes: dict[int, _Pass] = {}
+        self._changed = threading.Condition()
+
+    def begin(self, layer: ExpertLayer, uses: Mapping[int, int], tokens: int) -> None:
+        """A pass of ``tokens`` tokens will use these experts (index -> how often), in ascending order.
+
+        Those that are missing start to come.
+        """
+        with self._changed:
+            self._drop_own()
+            layer.count(uses, tokens)
+            work = self._passes[threading.get_ident()] = _Pass(layer)
+            for index in sorted(uses):
+                slot = self._held.get((layer, index))
+                if slot is None:
+                    work.wanted.append(index)
+                else:
+                    self.hits += 1
+                    self._hold(work, index, slot)
+            self.misses += len(work.wanted)
+            self._fetch_ahead(work)
+
+    def take(self, layer: ExpertLayer, index: int) -> tuple[Any, ...]:
+        """The tensors of one expert. They are its own until another one is taken, or the pass ends.
+
+        Raises
+        ------
+        BaseException
+            What went wrong with its transfer; a later pass tries it anew.
+        """
+        with self._changed:
+            work = self._passes.get(threading.get_ident())
+            if work is None or work.layer is not layer:
+                self.begin(layer, {index: 1}, 1)
+                work = self._passes[threading.get_ident()]
+            if work.current != index:
+                self._release_current(work)
+                slot = work.held.get(index) or self._bring(work, index)
+                self._fetch_ahead(work)
+                _arrived(slot)
+                work.current = index
+            return work.held[index].views
+
+    def end(self) -> None:
+        """The pass of this thread is over."""
+        with self._changed:
+            self._drop_own()
+
+    def settle(self) -> None:
+        """After passes that did not end, on any thread: nobody needs their slots any more."""
+        with self._changed:
+            for thread in list(self._passes):
+                self._drop(self._passes.pop(thread))
+
+    def forget(self, layer: ExpertLayer) -> None:
+        """The layer's experts will not be asked for again: their slots are the first to be given away."""
+        with self._changed:
+            for slot in self._slots:
+                if slot.tag and slot.tag[0] is layer:
+                    self._untag(slot)
+
+    def close(self) -> None:
+        """Wait for what is on its way, and let the slots go."""
+        with self._changed:
+            self._passes.clear()
+            self._held.clear()
+            for slot in self._slots:
+                _settled(slot)
+            self._slots.clear()
+
+    # Inside; the lock is held
+
+    def _fetch_ahead(self, work: _Pass) -> None:
+        while work.wanted:
+            slot = self._coldest()
+            if slot is None:
+                return
+            self._fill(slot, work, work.wanted.pop(0))
+
+    def _bring(self, work: _Pass, index: int) -> _Slot:
+        """Fetch what is needed right now, whatever it takes."""
+        if index in work.wanted:
+            work.wanted.remove(index)
+        while (slot := self._coldest()) is None:
+            if work.held:
+                self._give_back_last(work)
+            else:
+                self._changed.wait()  # other threads need all of them now
+        self._fill(slot, work, index)
+        return slot
+
+    def _give_back_last(self, work: _Pass) -> None:
+        """Part with the expert that this pass needs last, to have it fetched again."""
+        index = max(work.held)
+        self._leave(work, index)
+        bisect.insort(work.wanted, index)
+
+    def _coldest(self) -> _Slot | None:
+        number = int(self._coldness.argmin())
+        return None if self._coldness[number] == math.inf else self._slots[number]
+
+    def _fill(self, slot: _Slot, work: _Pass, index: int) -> None:
+        self._untag(slot)
+        _settled(slot)
+        slot.arrival = None
+        slot.arrival = work.layer.store.source(index).start(slot.memory, slot.used)
+        slot.views = work.layer.store.views(index, slot.memory)
+        slot.tag = (work.layer, index)
+        self._held[slot.tag] = slot
+        self.fetched_bytes += work.layer.store.expert_bytes
+        self._hold(work, index, slot)
+
+    def _hold(self, work: _Pass, index: int, slot: _Slot) -> None:
+        slot.users += 1
+        work.held[index] = slot
+        self._coldness[slot.number] = math.inf
+
+    def _release_current(self, work: _Pass) -> None:
+        if work.current is not None:
+            current, work.current = work.current, None
+            self._leave(work, current)
+
+    def _leave(self, work: _Pass, index: int) -> None:
+        slot = work.held.pop(index)
+        slot.used = self._streams.mark()
+        slot.users -= 1
+        if not slot.users:
+            if not slot.has_come:
+                self._untag(slot)  # nobody has seen whether it came well
+            else:
+                self._coldness[slot.number] = work.layer.heat[index]
+            self._changed.notify_all()
+
+    def _drop_own(self) -> None:
+        work = self._passes.pop(threading.get_ident(), None)
+        if work is not None:
+            self._drop(work)
+
+    def _drop(self, work: _Pass) -> None:
+        work.current = None
+        for index in list(work.held):
+            self._leave(work, index)
+
+    def _untag(self, slot: _Slot) -> None:
+        if slot.tag is not None:
+            self._held.pop(slot.tag, None)
+        slot.tag, slot.has_come, slot.views = None, False, ()
+        self._coldness[slot.number] = math.inf if slot.users else -math.inf
+
+
+def _arrived(slot: _Slot) -> None:
+    assert slot.arrival is not None  # a slot that is held was filled
+    slot.arrival.wait()
+    slot.has_come = True
+
+
+def _settled(slot: _Slot) -> None:
+    if slot.arrival is not None:
+        slot.arrival.settle()

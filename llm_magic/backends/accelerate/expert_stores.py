@@ -1,0 +1,246 @@
+"""Where the experts of one layer stay, and the way of a single one of them into a slot.
+
+transformers keeps the experts of a layer in stacks: parameters whose first dimension counts experts.
+An expert is the same entry of every stack. It lies in one piece in each of them, so it can be copied,
+or read from a file that has the stacks in the model's own order, without touching the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
+
+from llm_magic.backends.accelerate.extents import Extent, FileImage, file_image
+from llm_magic.backends.accelerate.stream import Arrival, Mark, ReadSource, Source, StagedSource
+
+if TYPE_CHECKING:
+    from llm_magic.backends.accelerate.reader import FileReader
+    from llm_magic.backends.accelerate.stream import Staging, Streams
+
+_ALIGNMENT = 256  # what device kernels load fastest
+
+
+@dataclass(frozen=True)
+class Stack:
+    """One parameter that holds an entry for each expert of a layer.
+
+    Attributes
+    ----------
+    module_name
+        The module of the experts, relative to the block (``"mlp.experts"``).
+    parameter_name
+        Its parameter (``"gate_up_proj"``).
+    experts
+        Number of entries.
+    bytes_per_expert
+        Size of one of them.
+    dtype, shape
+        torch dtype and shape of the whole stack.
+    """
+
+    module_name: str
+    parameter_name: str
+    experts: int
+    bytes_per_expert: int
+    dtype: Any
+    shape: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        """The parameter, relative to the block (``"mlp.experts.gate_up_proj"``)."""
+        return f"{self.module_name}.{self.parameter_name}" if self.module_name else self.parameter_name
+
+    def view(self, memory: Any, at: int) -> Any:
+        """The entry of one expert whose bytes begin at ``at`` in ``memory`` (uint8)."""
+        return memory[at : at + self.bytes_per_expert].view(self.dtype).view(self.shape[1:])
+
+
+class ExpertStore(Protocol):
+    """The experts of one layer, in the place where they stay.
+
+    Attributes
+    ----------
+    experts
+        How many there are.
+    expert_bytes
+        What moves when one of them is fetched.
+    slot_bytes
+        Room that one of them takes in a slot.
+    """
+
+    experts: int
+    expert_bytes: int
+    slot_bytes: int
+
+    def source(self, index: int) -> Source:
+        """What brings an expert into a slot."""
+
+    def views(self, index: int, slot: Any) -> tuple[Any, ...]:
+        """The expert's tensors in the slot that it was brought to, in the order of the stacks."""
+
+
+class RamExperts:
+    """Experts in RAM, on their way to an accelerator.
+
+    Parameters
+    ----------
+    stacks
+        What they are made of.
+    tensors
+        The stacks in RAM, contiguous; pinned, unless ``staging`` is given.
+    streams
+        The device's order of copies and computation.
+    staging, executor
+        For memory that is not pinned: a ring of pinned buffers of ``slot_bytes`` each, and a thread
+        that copies into them.
+    """
+
+    def __init__(
+        self,
+        stacks: Sequence[Stack],
+        tensors: Sequence[Any],
+        streams: Streams,
+        staging: Staging | None = None,
+        executor: Executor | None = None,
+    ) -> None:
+        self._stacks, self._tensors, self._streams = tuple(stacks), tuple(tensors), streams
+        self._staging, self._executor = staging, executor
+        self._offsets = _offsets(stacks)
+        self.experts = _count(stacks)
+        self.expert_bytes = _bytes(stacks)
+        self.slot_bytes = _flat_bytes(stacks)
+
+    def source(self, index: int) -> Source:
+        if self._staging is None:
+            return _Copied(self._streams, partial(self._pairs, index))
+        return StagedSource(partial(self._read, index), self._flat_pair, self._staging, self._streams)
+
+    def views(self, index: int, slot: Any) -> tuple[Any, ...]:  # noqa: ARG002 (they all lie alike)
+        return _views(self._stacks, slot, self._offsets)
+
+    def _pairs(self, index: int, slot: Any) -> list[tuple[Any, Any]]:
+        views = _views(self._stacks, slot, self._offsets)
+        return [(tensor[index], view) for tensor, view in zip(self._tensors, views, strict=True)]
+
+    def _flat_pair(self, buffer: Any, slot: Any) -> list[tuple[Any, Any]]:
+        return [(buffer[: self.slot_bytes], slot[: self.slot_bytes])]
+
+    def _read(self, index: int, buffer: Any, before: Callable[[], object] | None) -> Future[None]:
+        def copy() -> None:
+            if before is not None:
+                before()
+            for entry, view in self._pairs(index, buffer):
+                view.copy_(entry)
+
+        assert self._executor is not None
+        return self._executor.submit(copy)
+
+
+class FileExperts:
+    """Experts in files that hold the stacks as the model does.
+
+    Parameters
+    ----------
+    stacks
+        What they are made of.
+    extents
+        Where each stack is.
+    reader
+        What reads it.
+    staging, streams
+        For an accelerator: a ring of pinned buffers of ``image_bytes`` each, and its order of copies
+        and computation. Without them threads read straight into the slots, which are in RAM then.
+
+    Attributes
+    ----------
+    image_bytes
+        Size of the buffer that one expert is read into.
+    """
+
+    def __init__(
+        self,
+        stacks: Sequence[Stack],
+        extents: Sequence[Extent],
+        reader: FileReader,
+        staging: Staging | None = None,
+        streams: Streams | None = None,
+    ) -> None:
+        self._stacks, self._reader = tuple(stacks), reader
+        self._staging, self._streams = staging, streams
+        self._offsets = _offsets(stacks)
+        self.experts = _count(stacks)
+        self._images = [_image(stacks, extents, index) for index in range(self.experts)]
+        self.expert_bytes = _bytes(stacks)
+        self.image_bytes = max(image.bytes for image in self._images)
+        self.slot_bytes = self.image_bytes if staging is None else _flat_bytes(stacks)
+
+    def source(self, index: int) -> Source:
+        read = partial(self._reader.read, self._images[index])
+        if self._staging is None:
+            return ReadSource(read)
+        assert self._streams is not None
+        return StagedSource(read, partial(self._pairs, index), self._staging, self._streams)
+
+    def views(self, index: int, slot: Any) -> tuple[Any, ...]:
+        in_place = self._staging is None
+        return _views(self._stacks, slot, self._images[index].offsets if in_place else self._offsets)
+
+    def _pairs(self, index: int, buffer: Any, slot: Any) -> list[tuple[Any, Any]]:
+        size = [stack.bytes_per_expert for stack in self._stacks]
+        places = zip(self._images[index].offsets, self._offsets, size, strict=True)
+        return [(buffer[read : read + count], slot[at : at + count]) for read, at, count in places]
+
+
+@dataclass(frozen=True)
+class _Copied:
+    """Copies that need nothing before them."""
+
+    streams: Streams
+    pairs: Callable[[Any], Sequence[tuple[Any, Any]]]
+
+    def start(self, slot: Any, after: Mark | None) -> Arrival:
+        return self.streams.copy(self.pairs(slot), after)
+
+
+def expert_extents(stacks: Sequence[Stack], extents: Sequence[Extent], index: int) -> list[Extent]:
+    """Where one expert is in the files that hold the stacks."""
+    return [
+        Extent(extent.path, extent.offset + index * stack.bytes_per_expert, stack.bytes_per_expert)
+        for stack, extent in zip(stacks, extents, strict=True)
+    ]
+
+
+def _image(stacks: Sequence[Stack], extents: Sequence[Extent], index: int) -> FileImage:
+    return file_image(expert_extents(stacks, extents, index))
+
+
+def _views(stacks: Sequence[Stack], memory: Any, offsets: Sequence[int]) -> tuple[Any, ...]:
+    return tuple(stack.view(memory, at) for stack, at in zip(stacks, offsets, strict=True))
+
+
+def _offsets(stacks: Sequence[Stack]) -> tuple[int, ...]:
+    """Where each entry begins in a slot that holds them one after the other."""
+    places = [0]
+    for stack in stacks:
+        places.append(places[-1] + _aligned(stack.bytes_per_expert))
+    return tuple(places[:-1])
+
+
+def _flat_bytes(stacks: Sequence[Stack]) -> int:
+    return sum(_aligned(stack.bytes_per_expert) for stack in stacks)
+
+
+def _bytes(stacks: Sequence[Stack]) -> int:
+    return sum(stack.bytes_per_expert for stack in stacks)
+
+
+def _count(stacks: Sequence[Stack]) -> int:
+    """Experts that have an entry in every stack."""
+    return min(stack.experts for stack in stacks)
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT

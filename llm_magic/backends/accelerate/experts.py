@@ -1,0 +1,275 @@
+"""Mixture of experts: of an offloaded layer, only the experts that its router chose move.
+
+A layer's experts are stacked in a few parameters, and transformers' "eager" implementation takes them
+one at a time: ``self.down_proj[expert]``. `RoutedExperts` puts an object in the place of each stack that
+answers with the expert's tensor in a slot of an `ExpertCache`. The parameters themselves stay where
+other libraries look for them, without bytes.
+
+Whether a module can be treated so is not decided by its name: `can_route` lets it run once on tensors
+without bytes and looks at what it asks for. Architectures that compute with whole stacks (Llama 4,
+JetMoE, DBRX) cannot, and experts that are quantized do not have plain stacks: such layers move whole.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from llm_magic.backends.accelerate.expert_cache import ExpertCache, ExpertLayer
+from llm_magic.backends.accelerate.expert_stores import ExpertStore, Stack, expert_extents
+
+if TYPE_CHECKING:
+    from llm_magic.backends.accelerate.extents import Extent
+
+__all__ = ["RoutedExperts", "Stack", "advise_routed", "can_route", "find_stacks"]
+
+_ARGUMENTS = 3  # hidden states [tokens, width], experts of each token [tokens, k], their weights
+
+
+def find_stacks(block: Any) -> tuple[Stack, ...]:
+    """The parameters of a block that hold its routed experts; empty when it has to move whole.
+
+    Stacks of one module follow each other, in the order of its parameters.
+    """
+    return tuple(
+        stack
+        for name, module in block.named_modules()
+        if can_route(module)
+        for stack in _stacks(name, module)
+    )
+
+
+def can_route(experts: Any) -> bool:
+    """Whether a module takes its experts one at a time, each of them once, and only those that are asked for."""
+    if not _is_routed(experts):
+        return False
+    stacks = _stacks("", experts)
+    widths = sorted({size for stack in stacks for size in stack.shape[1:]})
+    return any(_takes_one_at_a_time(experts, stacks, width) for width in widths)
+
+
+class RoutedExperts:
+    """The experts of one module, fetched when a token is routed to them.
+
+    From here to ``detach`` the module computes with transformers' eager implementation, whatever the
+    rest of the model uses.
+
+    Parameters
+    ----------
+    module
+        The experts; `can_route` is true for them.
+    store
+        Where they stay.
+    cache
+        Where they compute.
+
+    Raises
+    ------
+    ValueError
+        When an expert does not fit into a slot of the cache.
+    """
+
+    def __init__(self, module: Any, store: ExpertStore, cache: ExpertCache) -> None:
+        if store.slot_bytes > cache.slot_bytes:
+            raise ValueError(f"an expert takes {store.slot_bytes} bytes, a slot has {cache.slot_bytes}")
+        self._module, self._cache = module, cache
+        self._layer = ExpertLayer(store)
+        self._asked: tuple[Any, int] = (None, -1)
+        self._usual = {name: module.__dict__[name] for name in ("config",) if name in module.__dict__}
+        self._names = [stack.parameter_name for stack in _stacks("", module)]
+        module.__dict__.update(_eager(module))
+        # An instance's attribute is found before the parameter of that name.
+        for number, name in enumerate(self._names):
+            module.__dict__[name] = _RoutedStack(self, number, module._parameters[name], cache.device)
+        self._handles = [
+            module.register_forward_pre_hook(self._begin, with_kwargs=True),
+            module.register_forward_hook(self._end, always_call=True),
+        ]
+
+    def piece(self, index: Any, number: int) -> Any:
+        """The tensor of one expert (an int or a tensor with one) in stack ``number``."""
+        return self._cache.take(self._layer, self._number(index))[number]
+
+    def detach(self) -> None:
+        """Leave the module as it was, with parameters without bytes. Safe to call twice."""
+        for handle in self._handles:
+            handle.remove()
+        for name in self._names:
+            self._module.__dict__.pop(name, None)
+        self._module.__dict__.update(self._usual)
+        self._names.clear()
+        self._usual.clear()
+        self._cache.forget(self._layer)
+
+    def _begin(self, module: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        chosen = _chosen(module, inputs, named)
+        self._cache.begin(self._layer, _uses(chosen, self._layer.store.experts), len(chosen))
+
+    def _end(self, *_: Any) -> None:
+        self._cache.end()
+
+    def _number(self, index: Any) -> int:
+        """The index as a number; a model asks every stack with the same tensor, and a GPU's is slow to read."""
+        asked, number = self._asked
+        if asked is not index:
+            number = int(index)
+            self._asked = (index, number)
+        return number
+
+
+class _RoutedStack:
+    """Stands for a stack: ``stack[index]`` is the tensor of one expert."""
+
+    def __init__(self, experts: RoutedExperts, number: int, parameter: Any, device: Any) -> None:
+        self._experts, self._number = experts, number
+        self.shape, self.dtype, self.device = parameter.shape, parameter.dtype, device
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._experts.piece(index, self._number)
+
+
+def advise_routed(
+    experts: Any,
+    stacks: Sequence[Stack],
+    extents: Sequence[Extent],
+    will_need: Callable[[list[Extent]], object],
+) -> Any:
+    """For experts in mapped files: ask the system for the routed ones before the first is computed.
+
+    Nothing else is to be done for them: pages that no token is routed to are never read.
+
+    Parameters
+    ----------
+    experts
+        Their module.
+    stacks, extents
+        What they are made of, and where that is.
+    will_need
+        Called with the places that will be read.
+
+    Returns
+    -------
+    handle
+        Its ``remove()`` ends it.
+    """
+    count = min(stack.experts for stack in stacks)
+
+    def advise(module: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        uses = _uses(_chosen(module, inputs, named), count)
+        will_need([place for index in uses for place in expert_extents(stacks, extents, index)])
+
+    return experts.register_forward_pre_hook(advise, with_kwargs=True)
+
+
+def _chosen(module: Any, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
+    """The experts of each token [tokens, k] among the arguments of a call."""
+    return inputs[1] if len(inputs) > 1 else named[_argument_names(module)[1]]
+
+
+def _uses(chosen: Any, experts: int) -> dict[int, int]:
+    """Expert -> how many tokens were routed to it; ids beyond the last one mean none."""
+    import torch
+
+    ids = chosen.detach().flatten().cpu()
+    counts = torch.bincount(ids[(ids >= 0) & (ids < experts)]).tolist()
+    return {index: count for index, count in enumerate(counts) if count}
+
+
+# --- Which modules can be routed
+
+
+def _is_routed(module: Any) -> bool:
+    parameters = list(module.parameters(recurse=False))
+    if not any(parameter.dim() == 3 for parameter in parameters):
+        return False
+    return len(_argument_names(module)) == _ARGUMENTS and all(parameter.dim() > 1 for parameter in parameters)
+
+
+def _argument_names(module: Any) -> list[str]:
+    """Of the class: a hook may have put another ``forward`` on the instance."""
+    return list(inspect.signature(type(module).forward).parameters)[1:]
+
+
+def _stacks(module_name: str, module: Any) -> tuple[Stack, ...]:
+    return tuple(
+        Stack(
+            module_name,
+            name,
+            parameter.shape[0],
+            parameter[0].nbytes,
+            parameter.dtype,
+            tuple(parameter.shape),
+        )
+        for name, parameter in module.named_parameters(recurse=False)
+    )
+
+
+def _takes_one_at_a_time(experts: Any, stacks: Sequence[Stack], width: int) -> bool:
+    """Run the module for two tokens and two experts, the first and the last, with recorders for stacks."""
+    import torch
+
+    last = min(stack.experts for stack in stacks) - 1
+    asked: list[tuple[str, int]] = []
+    trial = copy.copy(experts)
+    trial.__dict__.update(_eager(experts))
+    trial.__dict__.update({stack.parameter_name: _Recorder(stack, asked) for stack in stacks})
+    hidden = torch.empty(2, width, dtype=stacks[0].dtype, device="meta")
+    weights = torch.empty(2, 2, dtype=stacks[0].dtype, device="meta")
+    try:
+        with torch.no_grad(), _on_meta():
+            type(experts).forward(trial, hidden, torch.tensor([[0, last], [last, 0]]), weights)
+    except Exception:  # whatever it did, it was not to take experts one at a time
+        return False
+    return _is_in_turn(asked, [stack.parameter_name for stack in stacks], sorted({0, last}))
+
+
+def _is_in_turn(asked: Sequence[tuple[str, int]], names: Sequence[str], experts: Sequence[int]) -> bool:
+    """Whether everything of one expert was asked for, then everything of the next, and nothing else."""
+    order = [index for _, index in asked]
+    return order == sorted(order) and set(asked) == {(name, index) for name in names for index in experts}
+
+
+class _Recorder:
+    """Stands for a stack in a trial, and writes down which experts are asked for."""
+
+    def __init__(self, stack: Stack, asked: list[tuple[str, int]]) -> None:
+        self._stack, self._asked = stack, asked
+        self.shape, self.dtype = stack.shape, stack.dtype
+
+    def __getitem__(self, index: Any) -> Any:
+        import torch
+
+        self._asked.append((self._stack.parameter_name, int(index)))
+        return torch.empty(self._stack.shape[1:], dtype=self._stack.dtype, device="meta")
+
+
+def _on_meta() -> Any:
+    """Lets tensors with and without bytes meet: what comes of them has none."""
+    import torch
+    from torch.overrides import TorchFunctionMode
+    from torch.utils import _pytree as trees
+
+    class OnMeta(TorchFunctionMode):
+        def __torch_function__(self, function: Any, _types: Any, inputs: Any = (), named: Any = None) -> Any:
+            arguments = (inputs, named or {})
+            found = {tensor.is_meta for tensor in _tensors(arguments)}
+            if len(found) > 1:
+                arguments = trees.tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), arguments)
+            return function(*arguments[0], **arguments[1])
+
+    def _tensors(arguments: Any) -> Iterator[Any]:
+        return (leaf for leaf in trees.tree_leaves(arguments) if isinstance(leaf, torch.Tensor))
+
+    return OnMeta()
+
+
+def _eager(module: Any) -> dict[str, Any]:
+    """What makes a module's own implementation run: a config of its own that asks for it."""
+    config = getattr(module, "config", None)
+    if config is None or not hasattr(config, "_experts_implementation"):
+        return {}
+    config = copy.deepcopy(config)
+    config._experts_implementation = "eager"
+    return {"config": config}
