@@ -12,7 +12,10 @@ import io
 import os
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from llm_magic.backends.accelerate.extents import PAGE
 from llm_magic.errors import EngineError
@@ -43,13 +46,15 @@ class OpenFile:
         self.path = path
         self._seek_lock = threading.Lock()
         self._direct: io.FileIO | None = None
-        try:
-            self._plain = path.open("rb", buffering=0)
+        with self._errors_named(), ExitStack() as opened:
+            self._plain = opened.enter_context(path.open("rb", buffering=0))
             self._seen = _state(self._plain)
-            self.size = self._seen[0]
             self._direct = _open_direct(path) if direct else None
-        except OSError as error:
-            raise self._unreadable(error) from None
+            if self._direct is not None and not os.path.sameopenfile(self.fileno(), self._direct.fileno()):
+                opened.push(self._direct)  # it was replaced between the two
+                raise self._changed()
+            opened.pop_all()  # from here on `close` closes it
+        self.size = self._seen.size
         self.is_direct = self._direct is not None
 
     def close(self) -> None:
@@ -77,15 +82,13 @@ class OpenFile:
         EngineError
             When they cannot be read, or the file is another one than was opened.
         """
-        try:
+        with self._errors_named():
             done = self._fill_directly(offset, view) if self.is_direct else 0
             while done < count:
                 got = self._read(self._plain, offset + done, view[done:count])
                 if not got:
                     break
                 done += got
-        except OSError as error:
-            raise self._unreadable(error) from None
         self.check_unchanged()
         if done < count:
             raise self._cut_short(offset + count)
@@ -101,7 +104,7 @@ class OpenFile:
             When its size or time of change differs.
         """
         if _state(self._plain) != self._seen:
-            raise EngineError(f"{display_path(self.path)} changed while its model was loaded.", LOAD_AGAIN)
+            raise self._changed()
 
     def _fill_directly(self, offset: int, view: memoryview) -> int:
         """Read the whole pages that the file has; the number of bytes that came, which may be 0."""
@@ -132,22 +135,34 @@ class OpenFile:
         """The descriptor of buffered reads."""
         return self._plain.fileno()
 
+    def _changed(self) -> EngineError:
+        return EngineError(f"{display_path(self.path)} changed while its model was loaded.", LOAD_AGAIN)
+
     def _cut_short(self, end: int) -> EngineError:
         return EngineError(
             f"{display_path(self.path)} is cut short: {end} bytes are needed, it has {self.size}.",
             "Download or convert the model again, then load it again.",
         )
 
-    def _unreadable(self, error: OSError) -> EngineError:
-        return EngineError(
-            f"{display_path(self.path)} cannot be read: {error.strerror or 'input error'}.",
-            "Check that its disk is there, then load the model again.",
-        )
+    @contextmanager
+    def _errors_named(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise EngineError(
+                f"{display_path(self.path)} cannot be read: {error.strerror or 'input error'}.",
+                "Check that its disk is there, then load the model again.",
+            ) from None
 
 
-def _state(file: io.FileIO) -> tuple[int, int]:
+class _State(NamedTuple):
+    size: int
+    changed_ns: int
+
+
+def _state(file: io.FileIO) -> _State:
     seen = os.fstat(file.fileno())
-    return seen.st_size, seen.st_mtime_ns
+    return _State(seen.st_size, seen.st_mtime_ns)
 
 
 def _open_direct(path: Path) -> io.FileIO | None:
