@@ -11,6 +11,7 @@ import pytest
 
 from llm_magic.backends.accelerate.packing import Template, arrange, bind, parameters, parts, template
 from llm_magic.backends.accelerate.quantize import import_library
+from tests.packed import extension_was_loaded, without_extension
 
 FOUR_BIT = ["nf4", "fp4", "nf4-nested", "nf4-words"]
 QUANTO = ["quanto-int8", "int4", "int2", "float8"]
@@ -88,11 +89,9 @@ def forward(network: Any, x: Any) -> Any:
 @pytest.fixture(autouse=True)
 def _no_compiler() -> Iterator[None]:
     """Quanto's own unpacking would compile an extension: nothing here may ask for it."""
-    yield
     import_library("optimum.quanto")
-    from optimum.quanto.library.extensions import get_extension
-
-    assert get_extension("quanto_cpp")._lib is None
+    yield
+    assert not extension_was_loaded()
 
 
 # ------------------------------------------------------------------------------ a flat buffer
@@ -153,29 +152,11 @@ def emptied(templates: list[Template]) -> list[Any]:
 
 def reference(method: str, dtype: str = "bfloat16", seed: int = 0) -> Any:
     """What the libraries' own modules answer; quanto's without the extension that it would compile."""
-    network = network_of(method, dtype, seed)
-    if method in QUANTO:
-        for layer in (network[0], network[2]):
-            if type(getattr(layer.weight, "_data", None)).__name__ == "PackedTensor":
-                layer.weight._data = unpacked(layer.weight._data)  # plain bytes, which it takes as well
+    network = without_extension(network_of(method, dtype, seed))
     for layer in (network[0], network[2]):
         if method == "nf4-nested":  # its order for CPUs drops the packed statistics
             layer.support_avx512bf16_for_cpu = False
     return forward(network, inputs(dtype))
-
-
-def unpacked(packed: Any) -> Any:
-    """One number at a time, as its documentation says."""
-    import torch
-
-    bits, rows = packed.bits, packed.shape[0]
-    stored = packed._data.tolist()
-    lines = [
-        [value >> bits * place & (1 << bits) - 1 for value in line]
-        for place in range(8 // bits)
-        for line in stored
-    ]
-    return torch.tensor(lines[:rows], dtype=torch.uint8)
 
 
 # -------------------------------------------------------------------------------------- sweeps

@@ -383,15 +383,14 @@ class _QuantoKind(_Ordered):
 
 
 def _fits_tinygemm(weight: Any) -> bool:
-    """Whether torch's 4-bit kernel takes it; the rule is quanto's."""
+    """Whether torch's 4-bit kernel takes it: quanto's rule, and the rows in 16s that it wants on CPUs."""
     import torch
     from optimum.quanto import WeightQBitsTensor, qint4
 
-    if not isinstance(weight, WeightQBitsTensor) or weight.qtype != qint4:
+    if not isinstance(weight, WeightQBitsTensor) or weight.qtype != qint4 or weight.ndim != 2:
         return False
-    return (
-        weight.dtype == torch.bfloat16 and weight._group_size == 128 and weight.axis == 0 and weight.ndim == 2
-    )
+    grouped = weight._group_size == 128 and weight.axis == 0 and weight.shape[0] % 16 == 0
+    return bool(grouped and weight.dtype == torch.bfloat16)
 
 
 def _has_tinygemm(device: Any) -> bool:

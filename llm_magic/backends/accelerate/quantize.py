@@ -123,7 +123,7 @@ def refuse_devices(name: str, devices: set[str]) -> None:
 
 def _installed(library: str) -> bool:
     try:
-        return library in sys.modules or importlib.util.find_spec(library) is not None
+        return importlib.util.find_spec(library) is not None
     except ImportError:  # the package around it is missing, or broken
         return False
 
@@ -283,7 +283,7 @@ def pack_block(block: Any, weights: Mapping[str, Any], device: Any, compute: Any
 
     Raises
     ------
-    KeyError
+    AttributeError, KeyError
         When a name is not a parameter of the block.
     """
     import torch
