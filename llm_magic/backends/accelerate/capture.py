@@ -263,10 +263,16 @@ class CapturedStep:
         self._fence()
 
     def close(self) -> None:
-        """Give all memory back. The next ``begin`` starts with nothing; blocks may move in between."""
+        """Give all memory back, and the layers as they were: blocks may move then.
+
+        A step can be used again, without compiled layers.
+        """
         self._dynamic = self._inputs = None
         self._forget_graphs()
         self._static.free()
+        if self._warm_up is not None:
+            self._warm_up.close()
+            self._warm_up = None
 
     # What others want to know
 
@@ -315,6 +321,8 @@ class CapturedStep:
             replay = self._recorder.record(lambda: self._sweep(shape))
         except _FAILURES as error:
             self.reason = short(error)
+            if self._warm_up is not None:
+                self._warm_up.give_up("sweeps are not captured")
             self._forget_graphs()
             self._fence()
             self._sweep(shape)
@@ -332,7 +340,7 @@ class CapturedStep:
         for lane in self._lanes:
             lane.begin_captured_sweep()
         with ExitStack() as stack:
-            if self._warm_up is not None:
+            if self._warm_up is not None and not self.reason:
                 stack.enter_context(self._warm_up.at_work(shape, self._static, compiled=compiled))
             logits = self._model(
                 input_ids=inputs.ids[shape[:2]],

@@ -11,7 +11,7 @@ A prefill, which computes many tokens at once, takes the single matrices: it gai
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
+from types import MethodType
 from typing import Any
 
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -30,44 +30,44 @@ class JoinedGroup:
     """
 
     def __init__(self, modules: Sequence[Any], weight: Any, bias: Any) -> None:
+        self.weight, self.bias = weight, bias
+        self.widths = [module.out_features for module in modules]
+        self.last = len(modules) - 1
+        self.input: Any = None
+        self.parts: tuple[Any, ...] = ()
         self._modules = tuple(modules)
-        self._weight, self._bias = weight, bias
-        self._widths = [module.out_features for module in modules]
-        self._input: Any = None
-        self._parts: tuple[Any, ...] = ()
         for place, module in enumerate(modules):
-            module.forward = partial(self._forward, place)
+            # One function for all layers, with the state beside it: compiled once, it serves them all.
+            module.joined_group, module.joined_place = self, place
+            module.forward = MethodType(_joined_forward, module)
 
     def undo(self) -> None:
         """Let every module work by itself, with weights of its own."""
         for module in self._modules:
-            del module.forward
+            del module.forward, module.joined_group, module.joined_place
             for parameter in module.parameters(recurse=False):
-                if parameter.untyped_storage().nbytes() != parameter.nbytes:
+                if not _is_whole(parameter):
                     parameter.data = parameter.data.clone()
-        self._modules, self._weight, self._bias = (), None, None
+        self._modules = ()
 
-    def _forward(self, place: int, states: Any) -> Any:
-        import torch
 
-        module = self._modules[place]
-        if states.shape[-2] <= FEW_TOKENS:
-            if place == 0:
-                return self._first(states)
-            if self._input is states:
-                part = self._parts[place]
-                if place == len(self._modules) - 1:
-                    self._input, self._parts = None, ()
-                return part
-        return torch.nn.functional.linear(states, module.weight, module.bias)
+def _joined_forward(module: Any, states: Any) -> Any:
+    """The forward of a module in a group: its own part of what the first one has computed for all."""
+    import torch
 
-    def _first(self, states: Any) -> Any:
-        import torch
-
-        product: Any = torch.nn.functional.linear(states, self._weight, self._bias)
-        self._parts = product.split(self._widths, dim=-1)
-        self._input = states
-        return self._parts[0]
+    group, place = module.joined_group, module.joined_place
+    if states.shape[-2] <= FEW_TOKENS:
+        if place == 0:
+            product: Any = torch.nn.functional.linear(states, group.weight, group.bias)
+            group.parts = product.split(group.widths, dim=-1)
+            group.input = states
+            return group.parts[0]
+        if group.input is states:
+            part = group.parts[place]
+            if place == group.last:
+                group.input, group.parts = None, ()
+            return part
+    return torch.nn.functional.linear(states, module.weight, module.bias)
 
 
 class JoinedProjections:

@@ -115,8 +115,9 @@ class StaticCache:
     """
 
     def __init__(self, layers: int) -> None:
-        from transformers.cache_utils import Cache
+        from transformers.cache_utils import Cache, CacheLayerMixin
 
+        CacheLayerMixin.register(FixedLayer)  # transformers asks whether a layer is one of attention
         self.layers = [FixedLayer() for _ in range(layers)]
         self.cache: Any = Cache(layers=list(self.layers))
         self.batch = 0

@@ -293,5 +293,6 @@ def _empty_like(view: Any) -> Any:
 
 def short(error: BaseException) -> str:
     """The first line of what went wrong, fit for a status line."""
-    lines = without_paths(str(error)).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:120].rstrip(": ")
+    cause = getattr(error, "inner_exception", error)  # what torch's compiler wraps into pages of advice
+    lines = without_paths(str(cause)).strip().splitlines()
+    return f"{type(cause).__name__}: {lines[0] if lines else ''}"[:120].rstrip(": ")

@@ -1,0 +1,485 @@
+"""Captured decode steps, with a recorder that does to tensors what a CUDA graph does, on the CPU.
+
+``Tape`` writes down every kernel with its operands and runs the same list again: a number that Python
+computed at capture stays what it was, and a value that the host wants to read cannot be captured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map
+
+from llm_magic.backends.accelerate.capture import CapturedStep, why_not
+from llm_magic.plan import Placement, Plan
+from tests import tiny
+from tests.engines import plan_for
+
+CONTEXT = 256
+
+
+class Tape(TorchDispatchMode):
+    """The kernels of one sweep, in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernels: list[tuple[Any, Any, Any, Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        out = func(*args, **(kwargs or {}))
+        self.kernels.append((func, args, kwargs or {}, out))
+        return out
+
+    def replay(self) -> None:
+        made: dict[int, torch.Tensor] = {}
+
+        def current(value: Any) -> Any:
+            return made.get(id(value), value) if isinstance(value, torch.Tensor) else value
+
+        for func, args, kwargs, out in self.kernels:
+            again = func(*tree_map(current, args), **tree_map(current, kwargs))
+            for old, new in zip(tree_flatten(out)[0], tree_flatten(again)[0], strict=True):
+                if isinstance(old, torch.Tensor) and not any(old is arg for arg in tree_flatten(args)[0]):
+                    made[id(old)] = new
+
+
+class Tapes:
+    """A recorder like ``CudaGraphs``: the first run counts, the second one is only written down."""
+
+    def __init__(self) -> None:
+        self.recorded = 0
+
+    def record(self, sweep: Callable[[], None]) -> Callable[[], object]:
+        sweep()
+        self.recorded += 1
+        with Tape() as tape:
+            sweep()
+        return tape.replay
+
+
+class Failing(Tapes):
+    """Refuses as CUDA does: while it captures, after the sweep ran once."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__()
+        self.error = error
+
+    def record(self, sweep: Callable[[], None]) -> Callable[[], object]:
+        sweep()
+        raise self.error
+
+
+def qwen3(folder: Path) -> Path:
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    config = Qwen3Config(**tiny._common(3), num_key_value_heads=2, head_dim=16, tie_word_embeddings=True)
+    return tiny._save(Qwen3ForCausalLM, config, folder)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    from transformers import AutoModelForCausalLM
+
+    made: dict[Any, Any] = {}
+
+    def read(name: str, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+        key = (name, dtype, *options.items())
+        if key not in made:
+            save = {**tiny.MODELS, "qwen3": qwen3}[name]
+            folder = save(tmp_path_factory.mktemp("capture") / name)
+            made[key] = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options).eval()
+        return made[key]
+
+    return read
+
+
+def prompts(batch: int = 1, length: int = 9, seed: int = 3) -> torch.Tensor:
+    torch.manual_seed(seed)
+    return torch.randint(6, tiny.VOCABULARY, (batch, length))
+
+
+def prefilled(model: Any, ids: torch.Tensor, mask: torch.Tensor | None = None) -> Any:
+    """A cache of all tokens but the last."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=model.config)
+    mask = torch.ones_like(ids) if mask is None else mask
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    with torch.no_grad():
+        model(
+            ids[:, :-1],
+            attention_mask=mask[:, :-1],
+            position_ids=positions[:, :-1],
+            past_key_values=cache,
+            use_cache=True,
+        )
+    return cache
+
+
+def eager(model: Any, ids: torch.Tensor, count: int, mask: torch.Tensor | None = None) -> torch.Tensor:
+    mask = torch.ones_like(ids) if mask is None else mask
+    out = model.generate(
+        ids, attention_mask=mask, max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=2
+    )
+    return out[:, ids.shape[1] :]
+
+
+def full_logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(ids, use_cache=False).logits
+
+
+def assert_close(first: torch.Tensor, second: torch.Tensor) -> None:
+    """Up to what other kernels round differently; logits are around 10."""
+    torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-3)
+
+
+def greedy(
+    step: CapturedStep, model: Any, ids: torch.Tensor, count: int, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    cache, length = prefilled(model, ids, mask), ids.shape[1] - 1
+    step.begin(cache, mask, ids.shape[1] + count)
+    tokens, last = [], ids[:, -1:]
+    for _ in range(count):
+        last = step(last, length)[:, -1:].argmax(-1)
+        length += 1
+        tokens.append(last)
+    step.end(length)
+    assert cache.get_seq_length() == length
+    return torch.cat(tokens, dim=1)
+
+
+def step_of(model: Any, recorder: Any = None, **options: Any) -> CapturedStep:
+    return CapturedStep(model, CONTEXT, recorder or Tapes(), torch.device("cpu"), **options)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3"])
+def test_tokens_are_those_of_generate(model: Any, name: str, attention: str) -> None:
+    tested, tapes = model(name, attn_implementation=attention), Tapes()
+    step = step_of(tested, tapes)
+    for seed in range(3):
+        ids = prompts(length=4 + 5 * seed, seed=seed)
+        assert torch.equal(greedy(step, tested, ids, 20), eager(tested, ids, 20))
+    assert (tapes.recorded, step.reason, step.status) == (1, "", "captured decode")
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3"])
+def test_half_precision_differs_by_rounding_only(model: Any, name: str) -> None:
+    tested = model(name, torch.bfloat16)
+    ids = prompts()
+    tokens = greedy(step_of(tested), tested, ids, 16)
+    whole = torch.cat([ids, tokens], dim=1)
+    logits = full_logits(tested, whole)[:, ids.shape[1] - 1 : -1].float()
+    chosen = logits.gather(-1, tokens[..., None])[..., 0]
+    assert (logits.max(-1).values - chosen <= 0.03 * logits.abs().amax(-1)).all()
+
+
+def test_a_batch_is_padded_on_the_left(model: Any) -> None:
+    for name in ("llama", "gpt2"):
+        tested = model(name)
+        ids, mask = prompts(3, 8), torch.ones(3, 8, dtype=torch.long)
+        mask[0, :5] = mask[2, :2] = 0
+        ids[mask == 0] = 2
+        step = step_of(tested)
+        assert torch.equal(greedy(step, tested, ids, 12, mask), eager(tested, ids, 12, mask))
+        alone = prompts()  # smaller batches and other masks use the same room
+        assert torch.equal(greedy(step, tested, alone, 12), eager(tested, alone, 12))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_rejected_tokens_leave_no_trace(model: Any, name: str) -> None:
+    tested, tapes = model(name), Tapes()
+    ids = prompts()
+    truth = eager(tested, ids, 24)[0].tolist()
+    step, tokens, wrong = step_of(tested, tapes), [], 300
+    step.begin(prefilled(tested, ids), None, 64)
+    length, last = ids.shape[1] - 1, int(ids[0, -1])
+    while len(tokens) < 20:  # every draft is right, then wrong: 0 to 3 tokens of it are accepted
+        right = len(tokens) % 4
+        draft = truth[len(tokens) : len(tokens) + right] + [wrong] * (3 - right)
+        said = step(torch.tensor([[last, *draft]]), length)[0].argmax(-1).tolist()
+        accepted = next((i for i in range(3) if draft[i] != said[i]), 3)
+        tokens += said[: accepted + 1]
+        length, last = length + accepted + 1, tokens[-1]
+    step.end(length)
+    assert tokens == truth[: len(tokens)]
+    assert tapes.recorded == 1
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 8, 11, 16])
+def test_token_counts_are_rounded_up_and_what_is_too_much_is_unseen(model: Any, count: int) -> None:
+    tested = model("llama")
+    ids = prompts(2, 30)
+    step = step_of(tested)
+    start = 30 - count - 1
+    step.begin(prefilled(tested, ids[:, : start + 1]), None, 40)
+    expected = full_logits(tested, ids)
+    assert_close(step(ids[:, start : start + count], start), expected[:, start : start + count])
+    assert_close(step(ids[:, -1:], 29), expected[:, -1:])
+    step.end(30)
+
+
+def test_the_last_positions_of_a_context(model: Any) -> None:
+    """A rounded sweep must not ask for positions that the model has not learned."""
+    tested = model("gpt2")
+    ids = prompts(1, tiny.CONTEXT)
+    step = step_of(tested)
+    start = tiny.CONTEXT - 5
+    step.begin(prefilled(tested, ids[:, : start + 1]), None, tiny.CONTEXT)
+    assert_close(step(ids[:, start:], start), full_logits(tested, ids)[:, start:])
+
+
+def test_more_is_seen_as_the_answer_grows() -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    widths = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = LlamaConfig(**widths, vocab_size=tiny.VOCABULARY, initializer_range=0.3)
+    tested, tapes = LlamaForCausalLM(config).eval(), Tapes()
+    step = CapturedStep(tested, 2048, tapes, torch.device("cpu"))
+    ids = prompts(1, 506)
+    assert torch.equal(greedy(step, tested, ids, 12), eager(tested, ids, 12))
+    assert tapes.recorded == 2
+    assert {tensor.shape[2] for tensor in step.tensors()} == {1024}
+    assert torch.equal(greedy(step, tested, prompts(), 5), eager(tested, prompts(), 5))
+    assert tapes.recorded == 2
+
+
+def test_no_more_room_than_the_context_needs(model: Any) -> None:
+    step = step_of(model("llama"))
+    greedy(step, model("llama"), prompts(), 3)
+    assert {tensor.shape[2] for tensor in step.tensors()} == {320}  # 256 and one sweep, in steps of 64
+
+
+def test_logits_are_the_callers_own(model: Any) -> None:
+    tested = model("llama")
+    ids = prompts()
+    step = step_of(tested)
+    step.begin(prefilled(tested, ids), None, 32)
+    first = step(ids[:, -1:], 8)
+    copy = first.clone()
+    step(first.argmax(-1), 9)
+    assert torch.equal(first, copy)
+
+
+def test_the_cache_that_comes_back_is_what_the_model_would_have_made(model: Any) -> None:
+    tested = model("llama")
+    ids = prompts()
+    step = step_of(tested)
+    cache = prefilled(tested, ids)
+    before = [layer.keys.clone() for layer in cache.layers]
+    step.begin(cache, None, 32)
+    step(torch.cat([ids[:, -1:], ids[:, :3]], dim=1), 8)
+    step.end(9)
+    expected = prefilled(tested, torch.cat([ids, ids[:, :1]], dim=1))
+    for layer, kept, other in zip(cache.layers, before, expected.layers, strict=True):
+        assert torch.equal(layer.keys[:, :, :8], kept)
+        assert_close(layer.keys, other.keys)
+        assert_close(layer.values, other.values)
+
+
+def test_a_sweep_that_was_not_prepared_is_refused(model: Any) -> None:
+    tested = model("llama")
+    step = step_of(tested)
+    step.begin(prefilled(tested, prompts()), None, 32)
+    for ids, length in ((prompts(1, 17), 8), (prompts(2, 1), 8), (prompts(1, 1), 320)):
+        with pytest.raises(ValueError, match="not prepared"):
+            step(ids, length)
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("operation not permitted when capturing\nmore"), TypeError("x")]
+)
+def test_what_cannot_be_captured_runs_as_it_is_and_says_why(model: Any, error: Exception) -> None:
+    tested = model("llama")
+    step = step_of(tested, Failing(error))
+    ids = prompts()
+    assert torch.equal(greedy(step, tested, ids, 12), eager(tested, ids, 12))
+    assert step.reason.startswith(type(error).__name__)
+    assert "\n" not in step.reason
+    assert step.status == f"eager decode: {step.reason}"
+
+
+def test_a_model_that_reads_values_on_the_host_is_not_captured(model: Any) -> None:
+    tested = model("llama")
+    step = step_of(tested)
+    looked = tested.model.layers[1].register_forward_pre_hook(
+        lambda _module, args: float(args[0].sum()) and None
+    )
+    try:
+        assert torch.equal(greedy(step, tested, prompts(), 8), eager(tested, prompts(), 8))
+        assert "not permitted" in step.reason
+    finally:
+        looked.remove()
+
+
+class _Stopped(Exception):  # noqa: N818
+    pass
+
+
+@pytest.mark.parametrize("error", [_Stopped, KeyboardInterrupt])
+@pytest.mark.parametrize("pass_number", [1, 2])
+def test_an_interrupt_passes_and_the_next_answer_is_right(
+    model: Any, error: type[BaseException], pass_number: int
+) -> None:
+    """In the first run of a sweep, and while it is captured."""
+    tested = model("llama")
+    step, seen = step_of(tested), []
+
+    def interrupt(_module: Any, _args: Any) -> None:
+        seen.append(1)
+        if len(seen) == pass_number:
+            raise error
+
+    ids = prompts()
+    cache = prefilled(tested, ids)
+    step.begin(cache, None, 32)
+    hook = tested.model.layers[2].register_forward_pre_hook(interrupt)
+    with pytest.raises(error):
+        step(ids[:, -1:], 8)
+    hook.remove()
+    step.end(8)
+    assert cache.get_seq_length() == 8
+    assert torch.equal(greedy(step, tested, ids, 8), eager(tested, ids, 8))
+    assert step.reason == ""
+
+
+def test_after_a_reset_the_next_answer_begins_anew(model: Any) -> None:
+    tested = model("llama")
+    step = step_of(tested)
+    step.begin(prefilled(tested, prompts()), None, 32)
+    step(prompts()[:, -1:], 8)
+    step.reset()
+    step.end(9)
+    assert torch.equal(greedy(step, tested, prompts(), 8), eager(tested, prompts(), 8))
+
+
+def test_after_closing_nothing_is_held_and_it_starts_again(model: Any) -> None:
+    tested, tapes = model("llama"), Tapes()
+    step = step_of(tested, tapes)
+    greedy(step, tested, prompts(), 4)
+    step.close()
+    assert not list(step.tensors())
+    assert torch.equal(greedy(step, tested, prompts(), 8), eager(tested, prompts(), 8))
+    assert tapes.recorded == 2
+
+
+class WrittenLane:
+    """Writes down what is asked of it, between the layers of the model."""
+
+    def __init__(self, log: list[str]) -> None:
+        self.log = log
+
+    def begin_captured_sweep(self) -> None:
+        self.log.append("begin")
+
+    def end_captured_sweep(self) -> None:
+        self.log.append("end")
+
+    def fence(self) -> None:
+        self.log.append("fence")
+
+
+def test_streamed_blocks_are_part_of_the_sweep(model: Any) -> None:
+    tested, log = model("llama"), []
+    step = step_of(tested, lanes=[WrittenLane(log)])
+    ids = prompts()
+    cache = prefilled(tested, ids)
+    hooks = [layer.register_forward_pre_hook(lambda *_: log.append("layer")) for layer in tested.model.layers]
+    step.begin(cache, None, 32)
+    assert log == ["fence"]  # the prefill's copies are over before a replay writes to their slots
+    step(ids[:, -1:], 8)
+    assert log[1:] == 2 * ["begin", *4 * ["layer"], "end"]
+    del log[:]
+    step(ids[:, -1:], 9)
+    assert not log
+    step.end(10)
+    assert log == ["fence"]
+    for hook in hooks:
+        hook.remove()
+
+
+def test_streamed_blocks_are_put_in_order_after_a_capture_that_failed(model: Any) -> None:
+    tested, log = model("llama"), []
+    step = step_of(tested, Failing(RuntimeError("no")), lanes=[WrittenLane(log)])
+    step.begin(prefilled(tested, prompts()), None, 32)
+    step(prompts()[:, -1:], 8)
+    assert log == ["fence", "begin", "end", "fence", "begin", "end"]
+
+
+# --- What cannot be captured
+
+
+def on_gpu(plan: Plan, change: Callable[[int, Placement], Placement] = lambda _i, p: p) -> Plan:
+    placed = [replace(p, home="cuda:0", compute="cuda:0") for p in plan.placements]
+    return replace(plan, placements=tuple(change(i, p) for i, p in enumerate(placed)))
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
+    return plan_for(tiny.MODELS["llama"](tmp_path_factory.mktemp("plan") / "llama"))[1]
+
+
+def third(**changes: Any) -> Callable[[int, Placement], Placement]:
+    return lambda index, placement: replace(placement, **changes) if index == 2 else placement
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, ""),
+        ({"home": "cpu"}, ""),
+        ({"home": "disk", "kept": True}, ""),
+        ({"home": "disk"}, "blocks are read from the disk"),
+        ({"home": "cpu", "compute": "cpu"}, "the CPU computes some blocks"),
+        ({"home": "cuda:1", "compute": "cuda:1"}, "several GPUs"),
+    ],
+)
+def test_placements(model: Any, plan: Plan, changes: dict[str, Any], reason: str) -> None:
+    assert why_not(model("llama"), on_gpu(plan, third(**changes))) == reason
+
+
+def test_experts_that_move(model: Any, plan: Plan) -> None:
+    block = replace(plan.placements[2].block, experts=4)
+    assert why_not(model("llama"), on_gpu(plan, third(block=block))) == ""
+    assert why_not(model("llama"), on_gpu(plan, third(block=block, home="cpu"))) == "experts move on demand"
+
+
+def test_without_a_gpu(model: Any, plan: Plan) -> None:
+    assert why_not(model("llama"), plan) == "no CUDA device"
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("gpt2", ""),
+        ("qwen3", ""),
+        ("gemma", "layers that are not full attention"),
+        ("mamba", "a forward pass without cache or positions"),
+    ],
+)
+def test_architectures(model: Any, plan: Plan, name: str, reason: str) -> None:
+    assert why_not(model(name), on_gpu(plan)) == reason
+
+
+def test_encoder_decoders(plan: Plan) -> None:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(vocab_size=32, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    assert why_not(T5ForConditionalGeneration(config), on_gpu(plan)) == "encoder-decoder"
+
+
+def test_architectures_that_make_their_own_masks(plan: Plan) -> None:
+    from transformers import BloomConfig, BloomForCausalLM
+
+    bloom = BloomForCausalLM(BloomConfig(vocab_size=32, hidden_size=8, n_layer=1, n_head=2))
+    assert why_not(bloom, on_gpu(plan)) == "a forward pass without cache or positions"

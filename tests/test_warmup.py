@@ -1,0 +1,351 @@
+"""Joined projections, and layers that are compiled beside the answers."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llm_magic.backends.accelerate.capture import CapturedStep
+from llm_magic.backends.accelerate.joined import FEW_TOKENS, JoinedProjections
+from llm_magic.backends.accelerate.warmup import WarmUp
+from tests import tiny
+from tests.test_capture import CONTEXT, Failing, Tapes, assert_close, eager, greedy, prefilled, prompts
+
+
+class Plain:
+    """A recorder whose replay is the sweep itself: compiled code cannot be written down kernel by kernel."""
+
+    def __init__(self) -> None:
+        self.recorded = 0
+
+    def record(self, sweep: Callable[[], None]) -> Callable[[], object]:
+        self.recorded += 1
+        sweep()
+        return sweep
+
+
+class Compiler:
+    """torch.compile with a backend that counts the programs that it gets and runs them as they are."""
+
+    def __init__(self, before: Callable[[], None] = lambda: None) -> None:
+        self.programs = 0
+        self._before = before
+
+    def __call__(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        return torch.compile(forward, dynamic=False, backend=self._backend)
+
+    def _backend(self, program: Any, _inputs: Any) -> Any:
+        self._before()
+        self.programs += 1
+        return program.forward
+
+
+@pytest.fixture(autouse=True)
+def _forget_compiled_code() -> None:
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def fresh(tmp_path: Path) -> Callable[..., Any]:
+    """A model of the test's own: what is joined changes it."""
+    from transformers import AutoModelForCausalLM
+
+    def read(name: str = "llama", dtype: torch.dtype = torch.float32) -> Any:
+        folder = tmp_path / name
+        if not folder.exists():
+            tiny.MODELS[name](folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+        for parameter in model.parameters():  # weights of their own, as on a device
+            parameter.data = parameter.data.clone()
+        return model
+
+    return read
+
+
+def layers_of(model: Any) -> dict[int, Any]:
+    blocks = model.model.layers if hasattr(model, "model") else model.transformer.h
+    return dict(enumerate(blocks))
+
+
+def step_of(model: Any, warm_up: WarmUp, recorder: Any = None) -> CapturedStep:
+    device = torch.device("cpu")
+    return CapturedStep(model, CONTEXT, recorder or Plain(), device, warm_up=warm_up)
+
+
+def unique_bytes(model: Any) -> int:
+    storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
+    return sum(storages.values())
+
+
+# --- Joined projections
+
+
+@pytest.mark.parametrize("tokens", [1, 4, FEW_TOKENS, FEW_TOKENS + 1])
+def test_joined_projections_give_the_same_logits(fresh: Any, tokens: int) -> None:
+    model, ids = fresh(), prompts(2, tokens)
+    with torch.no_grad():
+        expected = model(ids).logits
+        joined = JoinedProjections(model.model.layers)
+        assert len(joined) == 2 * tiny.LAYERS
+        logits = model(ids).logits
+    assert_close(logits, expected)
+    if tokens > FEW_TOKENS:
+        assert torch.equal(logits, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_joined_projections_give_the_same_tokens(fresh: Any, dtype: torch.dtype) -> None:
+    model, ids = fresh(dtype=dtype), prompts()
+    expected = eager(model, ids, 16)
+    JoinedProjections(model.model.layers)
+    assert torch.equal(eager(model, ids, 16), expected)
+
+
+def test_joining_counts_products(fresh: Any) -> None:
+    """Seven matrices a layer become four."""
+    model, counted = fresh(), []
+
+    class Count(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            counted.append(func is torch.nn.functional.linear)
+            return func(*args, **(kwargs or {}))
+
+    def products() -> int:
+        counted.clear()
+        with torch.no_grad(), Count():
+            model(prompts(1, 2))
+        return sum(counted)
+
+    assert products() == 7 * tiny.LAYERS + 1
+    joined = JoinedProjections(model.model.layers)
+    assert products() == 4 * tiny.LAYERS + 1
+    joined.undo()
+    assert products() == 7 * tiny.LAYERS + 1
+
+
+def test_no_more_bytes_and_the_same_names(fresh: Any, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = fresh()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    parameters, held = dict(model.named_parameters()), unique_bytes(model)
+    joined = JoinedProjections(model.model.layers)
+    assert unique_bytes(model) == held
+    assert dict(model.named_parameters()).keys() == parameters.keys()
+    assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
+    model.save_pretrained(tmp_path / "saved")
+    joined.undo()
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    for state in (model.state_dict(), saved.state_dict()):
+        assert state.keys() == before.keys()
+        assert all(torch.equal(tensor, before[name]) for name, tensor in state.items())
+    assert unique_bytes(model) == held
+    assert all("forward" not in vars(module) for module in model.modules())
+    assert len({p.untyped_storage().data_ptr() for p in model.parameters()}) == len(parameters)
+
+
+def test_an_error_between_two_projections_leaves_nothing_wrong(fresh: Any) -> None:
+    model, ids = fresh(), prompts(1, 3)
+    JoinedProjections(model.model.layers)
+    with torch.no_grad():
+        expected = model(ids).logits
+        attention = model.model.layers[1].self_attn
+        attention.q_proj(torch.ones(1, 3, 64))
+        assert torch.equal(
+            attention.k_proj(torch.zeros(1, 3, 64)), torch.zeros(1, 3, attention.k_proj.out_features)
+        )
+        assert torch.equal(model(ids).logits, expected)
+
+
+class Special(torch.nn.Linear):
+    """As a packed or an adapted layer: not a plain one."""
+
+
+def attention(**changes: Any) -> torch.nn.Module:
+    module = torch.nn.Module()
+    for name in ("q_proj", "k_proj", "v_proj"):
+        setattr(module, name, changes.get(name) or torch.nn.Linear(4, 4))
+    return module
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"k_proj": Special(4, 4)},
+        {"k_proj": torch.nn.Linear(4, 4, bias=False)},
+        {"k_proj": torch.nn.Linear(8, 4)},
+        {"k_proj": torch.nn.Linear(4, 4, dtype=torch.float16)},
+        {"k_proj": torch.nn.Linear(4, 4, device="meta")},
+    ],
+)
+def test_what_differs_is_not_joined(changes: dict[str, Any]) -> None:
+    assert len(JoinedProjections([attention(**changes)])) == 0
+
+
+def test_what_is_held_elsewhere_is_not_joined() -> None:
+    buffer = torch.zeros(64)
+    module = attention()
+    assert len(JoinedProjections([module])) == 1
+    held, hooked = attention(), attention()
+    held.k_proj.weight.data = buffer[:16].view(4, 4)
+    hooked.v_proj.register_forward_pre_hook(lambda _module, _args: None)
+    assert len(JoinedProjections([held, hooked, module])) == 0
+
+
+def test_biases_are_joined_too() -> None:
+    module = attention(k_proj=torch.nn.Linear(4, 6))
+    states = torch.randn(1, 2, 4)
+    projections = (module.q_proj, module.k_proj, module.v_proj)
+    with torch.no_grad():
+        expected = [projection(states) for projection in projections]
+        assert len(JoinedProjections([module])) == 1
+        for projection, before in zip(projections, expected, strict=True):
+            torch.testing.assert_close(projection(states), before)
+
+
+# --- Compiled layers
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_compiled_layers_take_over_between_two_answers(fresh: Any, name: str) -> None:
+    model, compiler, recorder, ids = fresh(name), Compiler(), Plain(), prompts()
+    expected = eager(model, ids, 12)
+    warm_up = WarmUp(layers_of(model), compiler)
+    step = step_of(model, warm_up, recorder)
+    assert torch.equal(greedy(step, model, ids, 12), expected)
+    warm_up.wait()
+    assert (step.status, warm_up.reason, compiler.programs) == ("captured decode", "", 1)
+    assert "compiled layers" in warm_up.status
+    for _ in range(2):
+        assert torch.equal(greedy(step, model, ids, 12), expected)
+        assert step.status == "captured decode, compiled layers"
+    # One program serves every layer, and nothing was compiled while an answer waited.
+    assert (compiler.programs, recorder.recorded) == (1, 2)
+
+
+def test_each_size_of_a_sweep_is_compiled_for_itself(fresh: Any) -> None:
+    model, compiler, recorder, ids = fresh(), Compiler(), Plain(), prompts()
+    warm_up = WarmUp(layers_of(model), compiler)
+    step = step_of(model, warm_up, recorder)
+    seen = []
+    for _ in range(2):
+        step.begin(prefilled(model, ids), None, 32)
+        seen.append((step(ids[:, -1:], 8), step(ids[:, :3], 9)))
+        step.end(12)
+        warm_up.wait()
+    assert (compiler.programs, recorder.recorded) == (2, 4)
+    for before, after in zip(*seen, strict=True):
+        assert_close(after, before)
+
+
+def test_an_answer_does_not_wait_for_a_compilation(fresh: Any) -> None:
+    """Here one never ends while the answers run."""
+    release, entered = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        entered.set()
+        assert release.wait(60)
+
+    model, ids = fresh(), prompts()
+    expected = eager(model, ids, 8)
+    warm_up = WarmUp(layers_of(model), Compiler(hold))
+    step = step_of(model, warm_up)
+    greedy(step, model, ids, 8)
+    assert entered.wait(60)
+    assert "compiling layers in the background" in warm_up.status
+    assert torch.equal(greedy(step, model, ids, 8), expected)
+    assert step.status == "captured decode"
+    release.set()
+    warm_up.wait()
+    assert torch.equal(greedy(step, model, ids, 8), expected)
+    assert step.status == "captured decode, compiled layers"
+
+
+def test_a_compilation_that_fails_changes_nothing(fresh: Any) -> None:
+    def fail() -> None:
+        raise RuntimeError("no compiler here\nand more")
+
+    model, recorder, ids = fresh(), Plain(), prompts()
+    expected = eager(model, ids, 8)
+    warm_up = WarmUp(layers_of(model), Compiler(fail))
+    step = step_of(model, warm_up, recorder)
+    for _ in range(2):
+        assert torch.equal(greedy(step, model, ids, 8), expected)
+        warm_up.wait()
+    assert "no compiler here" in warm_up.reason
+    assert f"layers not compiled: {warm_up.reason}" in warm_up.status
+    assert (step.status, recorder.recorded) == ("captured decode", 1)
+
+
+def test_what_would_have_to_be_compiled_again_is_captured_as_it_was(fresh: Any) -> None:
+    """A setting that compiled code depends on has changed since."""
+    model, compiler, ids = fresh(), Compiler(), prompts()
+    expected = eager(model, ids, 8)
+    warm_up = WarmUp(layers_of(model), compiler)
+    step = step_of(model, warm_up)
+    greedy(step, model, ids, 8)
+    warm_up.wait()
+    for layer in model.model.layers:
+        layer.input_layernorm.variance_epsilon = 1.1e-6
+    assert torch.equal(greedy(step, model, ids, 8), expected)
+    assert (step.status, compiler.programs) == ("captured decode", 1)
+    assert warm_up.reason
+
+
+def test_a_sweep_that_cannot_be_captured_is_not_compiled(fresh: Any) -> None:
+    model, compiler, ids = fresh(), Compiler(), prompts()
+    warm_up = WarmUp(layers_of(model), compiler)
+    step = step_of(model, warm_up, Failing(RuntimeError("no")))
+    assert torch.equal(greedy(step, model, ids, 8), eager(model, ids, 8))
+    warm_up.wait()
+    assert compiler.programs == 0
+    assert warm_up.reason == "sweeps are not captured"
+
+
+def test_closing_leaves_the_model_as_it_was(fresh: Any) -> None:
+    model, ids = fresh(), prompts()
+    expected = eager(model, ids, 8)
+    warm_up = WarmUp(layers_of(model), Compiler())
+    step = step_of(model, warm_up)
+    greedy(step, model, ids, 8)
+    warm_up.wait()
+    greedy(step, model, ids, 8)
+    step.close()
+    assert all("forward" not in vars(module) for module in model.modules())
+    assert all(not module._forward_pre_hooks for module in model.modules())
+    assert torch.equal(eager(model, ids, 8), expected)
+    assert torch.equal(greedy(step, model, ids, 8), expected)
+
+
+def test_closing_while_layers_are_compiled(fresh: Any) -> None:
+    release, entered = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        entered.set()
+        assert release.wait(60)
+
+    model, ids = fresh(), prompts()
+    warm_up = WarmUp(layers_of(model), Compiler(hold))
+    step = step_of(model, warm_up)
+    greedy(step, model, ids, 4)
+    assert entered.wait(60)
+    step.close()
+    release.set()
+    warm_up.wait()
+    assert "compiled layers" not in warm_up.status
+    assert torch.equal(greedy(step, model, ids, 8), eager(model, ids, 8))
+
+
+def test_joined_projections_are_captured(fresh: Any) -> None:
+    """Without compilation; kernels and operands written down one by one."""
+    model, tapes, ids = fresh(), Tapes(), prompts()
+    expected = eager(model, ids, 12)
+    warm_up = WarmUp(layers_of(model), None)
+    step = step_of(model, warm_up, tapes)
+    assert torch.equal(greedy(step, model, ids, 12), expected)
+    assert (warm_up.status, tapes.recorded) == (("joined projections",), 1)
