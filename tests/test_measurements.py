@@ -13,7 +13,10 @@ from llm_magic.host.measurements import (
     DiskSpeed,
     Measurements,
     fingerprint,
+    here,
+    load_fit,
     load_measurements,
+    save_fit,
     save_measurements,
 )
 from llm_magic.machine import Device, Link, Machine
@@ -145,3 +148,51 @@ def test_fingerprint_changes_with_the_cards_in_the_computer(tmp_path):
         (driver / "information").write_text(f"Model: \t\t RTX\nIRQ: 5\nGPU UUID: \t {uuid}\n")
         found.add(fingerprint(root=tmp_path))
     assert len(found) == 4
+
+
+# What was fitted to models
+
+
+def test_a_fit_is_kept_by_model_and_outlives_a_new_measurement(path):
+    save_measurements(path, "here", KEPT)
+    save_fit(path, "here", "llama", {"launch_s": 0.001})
+    save_fit(path, "here", "qwen", {"launch_s": 0.002})
+    save_measurements(path, "here", KEPT)
+    assert load_measurements(path, "here") == KEPT
+    assert load_fit(path, "here", "llama") == {"launch_s": 0.001}
+    assert load_fit(path, "there", "llama") is None
+
+
+def test_a_model_that_was_not_fitted_gets_the_newest_fit(path):
+    assert load_fit(path, "here", "gemma") is None
+    save_fit(path, "here", "llama", {"n": 1})
+    save_fit(path, "here", "qwen", {"n": 2})
+    assert load_fit(path, "here", "gemma") == {"n": 2}
+    save_fit(path, "here", "llama", {"n": 3})
+    assert load_fit(path, "here", "gemma") == {"n": 3}
+
+
+def test_the_oldest_fits_make_room(path):
+    for number in range(70):
+        save_fit(path, "here", str(number), {"n": number})
+    assert load_fit(path, "here", "69") == {"n": 69}
+    assert load_fit(path, "here", "6") == {"n": 6}
+    assert load_fit(path, "here", "5") == {"n": 69}  # 64 are kept: 6 to 69
+
+
+@pytest.mark.parametrize("fits", [None, [], {"llama": 7}, "x"])
+def test_fits_that_are_none_do_not_count(path, fits):
+    save_measurements(path, "here", KEPT)
+    data = json.loads(path.read_text())
+    data["machines"]["here"]["fits"] = fits
+    path.write_text(json.dumps(data))
+    assert load_fit(path, "here", "llama") is None
+    assert load_measurements(path, "here") == KEPT
+    save_fit(path, "here", "llama", {"n": 1})
+    assert load_fit(path, "here", "llama") == {"n": 1}
+
+
+def test_this_computer_has_a_key_and_a_file_in_the_cache_folder(cache_folder):
+    path, key = here()
+    assert path == cache_folder / "machine.json"
+    assert key == here()[1]

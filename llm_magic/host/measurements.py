@@ -2,6 +2,9 @@
 
 One file for all: a home folder that several computers share holds an entry for each, under a
 fingerprint of the hardware and of what uses it. A file that cannot be read counts as empty.
+
+Beside a computer's speeds lies what was fitted to models that ran on it, by model: constants of the
+cost model, which this module stores and does not read.
 """
 
 from __future__ import annotations
@@ -21,7 +24,8 @@ from typing import Any
 import psutil
 
 from llm_magic.errors import LLMMagicError
-from llm_magic.folders import make_private
+from llm_magic.folders import cache_folder, make_private
+from llm_magic.host import nvml
 from llm_magic.host.machine_file import machine_from_json, machine_to_json
 from llm_magic.host.processors import cpu_cores, cpu_name
 from llm_magic.machine import Machine
@@ -29,6 +33,7 @@ from llm_magic.machine import Machine
 ROOT = Path("/")
 VERSION = 1
 _MACHINES_KEPT = 16
+_FITS_KEPT = 64
 _VISIBILITY = (
     "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES",
     "ZE_AFFINITY_MASK", "ONEAPI_DEVICE_SELECTOR",
@@ -51,6 +56,11 @@ class Measurements:
 
     machine: Machine
     disks: Mapping[str, DiskSpeed] = field(default_factory=dict)
+
+
+def here() -> tuple[Path, str]:
+    """The file, and the key of the computer at hand."""
+    return cache_folder() / "machine.json", fingerprint(tuple(gpu.uuid for gpu in nvml.gpus()))
 
 
 def fingerprint(gpu_uuids: tuple[str, ...] = (), root: Path = ROOT) -> str:
@@ -81,14 +91,43 @@ def save_measurements(path: Path, key: str, measurements: Measurements) -> None:
     The file is replaced as a whole, so that a reader never sees half of it. A cache folder that
     cannot be written is no error: then the next session measures again.
     """
-    machines = {other: entry for other, entry in _read(path).items() if other != key}
+    _keep(
+        path,
+        key,
+        {
+            "machine": machine_to_json(measurements.machine),
+            "uuids": {device.id: device.uuid for device in measurements.machine.devices if device.uuid},
+            "disks": {disk: vars(speed) for disk, speed in measurements.disks.items()},
+        },
+    )
+
+
+def load_fit(path: Path, key: str, model: str) -> Mapping[str, Any] | None:
+    """What was fitted to ``model`` on the computer ``key``, else to the model that was fitted last."""
+    fits = _fits(_read(path).get(key))
+    found = fits.get(model) or next(reversed(fits.values()), None)
+    return found if isinstance(found, dict) else None
+
+
+def save_fit(path: Path, key: str, model: str, facts: Mapping[str, Any]) -> None:
+    """Keep what was fitted to ``model`` on the computer ``key``, as the newest; see `save_measurements`."""
+    fits = {other: fit for other, fit in _fits(_read(path).get(key)).items() if other != model}
+    kept = dict(list(fits.items())[-(_FITS_KEPT - 1) :])
+    _keep(path, key, {"fits": kept | {model: dict(facts)}})
+
+
+def _fits(entry: object) -> dict[str, Any]:
+    fits = entry.get("fits") if isinstance(entry, dict) else None
+    return fits if isinstance(fits, dict) else {}
+
+
+def _keep(path: Path, key: str, facts: Mapping[str, Any]) -> None:
+    """Write ``facts`` into the entry of a computer, which becomes the newest; the rest of it stays."""
+    machines = _read(path)
+    entry = machines.pop(key, None)
     for oldest in list(machines)[: max(0, len(machines) + 1 - _MACHINES_KEPT)]:
         del machines[oldest]
-    machines[key] = {
-        "machine": machine_to_json(measurements.machine),
-        "uuids": {device.id: device.uuid for device in measurements.machine.devices if device.uuid},
-        "disks": {disk: vars(speed) for disk, speed in measurements.disks.items()},
-    }
+    machines[key] = (entry if isinstance(entry, dict) else {}) | facts
     with contextlib.suppress(OSError):
         _write(path, json.dumps({"version": VERSION, "machines": machines}, indent=1))
 
