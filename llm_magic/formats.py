@@ -23,7 +23,7 @@ from llm_magic.text.safe_html import (
     markdown_to_html,
     text_to_html,
 )
-from llm_magic.units import format_rate, format_seconds
+from llm_magic.units import format_bytes, format_rate, format_seconds
 
 _ENDINGS = {
     "length": "cut at the token limit: %%llm -c continues it",
@@ -32,6 +32,7 @@ _ENDINGS = {
     "error": "ended by an error",
 }
 _MUTED = "margin-top:0.5em;font-size:85%;color:var(--jp-ui-font-color2, #767676)"
+_ONE_TOKEN = 1.05  # tokens per sweep; below, they came one by one
 _PYTHON = ("python", "py", "python3", "ipython", "ipython3", "pycon")
 
 
@@ -41,8 +42,9 @@ _PYTHON = ("python", "py", "python3", "ipython", "ipython3", "pycon")
 def footer_text(generation: Generation) -> str:
     """One line about how the answer was made; empty when nothing is known.
 
-    Tokens, speed and time to the first token are those of ``generation.footprint``; then come the
-    placement, the tier that bounds the speed, and why the answer ended when it was cut short.
+    Why the answer ended when it was cut short, tokens and speeds, the placement, what moved for a
+    token and how near that came to the hardware's limit, and what happened on the way: all of
+    ``generation.footprint``, as far as it is worth a word.
     """
     return sanitize(" · ".join(_footer_parts(generation))).replace("\n", " ")
 
@@ -59,10 +61,8 @@ def _footer_parts(generation: Generation) -> Iterator[str]:
         yield _ENDINGS[generation.finish_reason]
     if footprint.generated_tokens or footprint.prompt_tokens:
         yield from _speed_parts(footprint)
-    if footprint.placement:
-        yield footprint.placement
-    if footprint.bound_by:
-        yield f"bound by {footprint.bound_by}"
+    yield from _placement_parts(footprint)
+    yield from footprint.notes
     if footprint.seed is not None:
         yield f"seed {footprint.seed}"
 
@@ -71,10 +71,23 @@ def _speed_parts(footprint: Footprint) -> Iterator[str]:
     yield f"{footprint.generated_tokens:,} token{'s' if footprint.generated_tokens != 1 else ''}"
     if footprint.generation_tps:
         yield format_rate(footprint.generation_tps)
+    if footprint.tokens_per_sweep > _ONE_TOKEN:
+        yield f"{footprint.tokens_per_sweep:.1f} tokens per sweep"
     if footprint.first_token_s:
         yield f"first token after {format_seconds(footprint.first_token_s)}"
     if footprint.cached_tokens:
         yield f"{footprint.cached_tokens:,} of {footprint.prompt_tokens:,} prompt tokens reused"
+
+
+def _placement_parts(footprint: Footprint) -> Iterator[str]:
+    if footprint.placement:
+        yield footprint.placement
+    if footprint.moved_bytes:
+        yield f"{format_bytes(footprint.moved_bytes)} moved per token"
+    if footprint.bound_by:
+        yield f"bound by {footprint.bound_by}"
+    if footprint.moved_bytes and footprint.limit_share:
+        yield f"{100 * footprint.limit_share:.0f} % of the limit"
 
 
 # --- The formats ----------------------------------------------------------------------------------

@@ -36,6 +36,33 @@ def bundle(text: str, output_format: str) -> dict[str, str]:
     return Generation(text, display_format=output_format)._repr_mimebundle_()
 
 
+# --- The footer -----------------------------------------------------------------------------------
+
+
+def footer(**facts: object) -> str:
+    return footer_text(Generation("x", "stop", replace(FOOTPRINT, **facts)))  # type: ignore[arg-type]
+
+
+def test_the_footer_says_what_moved_and_how_near_the_limit_that_came() -> None:
+    assert footer(moved_bytes=12 << 20, limit_share=0.94).endswith(
+        " · 60 % RAM · 40 % disk · 12.0 MiB moved per token · bound by disk, 0.8 GB/s · 94 % of the limit"
+    )
+    assert "moved" not in footer(limit_share=0.94)
+    assert "of the limit" not in footer(limit_share=0.94)  # where nothing moves there is nothing to watch
+    assert "of the limit" not in footer(moved_bytes=12 << 20)
+
+
+@pytest.mark.parametrize(("tokens", "says"), [(2.34, True), (1.06, True), (1.04, False), (0.0, False)])
+def test_the_footer_counts_tokens_per_sweep_where_it_is_more_than_one(tokens: float, says: bool) -> None:
+    assert (f"31.4 tok/s · {tokens:.1f} tokens per sweep · first" in footer(tokens_per_sweep=tokens)) == says
+
+
+def test_the_footer_says_what_happened_on_the_way() -> None:
+    text = footer(notes=("layers.3 moved to disk: memory ran out", "a\nb\x1b[31m"))
+    assert " · layers.3 moved to disk: memory ran out · a b" in text
+    assert "\x1b" not in text
+
+
 # --- Safety ---------------------------------------------------------------------------------------
 
 
@@ -43,7 +70,7 @@ def bundle(text: str, output_format: str) -> dict[str, str]:
 @pytest.mark.parametrize("payload", NAMED_PAYLOADS)
 def test_every_payload_in_every_format_is_harmless(payload: str, output_format: str) -> None:
     text = NAMED_PAYLOADS[payload]
-    hostile = replace(FOOTPRINT, model=text, placement=text, bound_by=text)
+    hostile = replace(FOOTPRINT, model=text, placement=text, bound_by=text, notes=(text,))
     shown = Generation(text, "length", hostile, Turn(text), output_format)._repr_mimebundle_()
     assert set(shown) == {"text/plain", "text/html"}
     assert violations(shown["text/html"]) == []
