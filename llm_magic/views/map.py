@@ -17,12 +17,12 @@ from llm_magic.views import theme
 from llm_magic.views.report import Report
 from llm_magic.views.words import (
     device_title,
+    grouped,
     headline,
     on_device,
     percents,
     placement_words,
     processor_words,
-    ranges,
     tier_bytes,
     verdict,
     wrapped,
@@ -280,20 +280,8 @@ def _text_strip(plan: Plan) -> Iterator[str]:
     for row in _strip_rows(plan):
         yield f"  {''.join(signs[place.home] for place in row)}"
     for home in signs:
-        yield wrapped(f"  {device_title(home)}: {', '.join(_grouped(plan, home))}", "    ")
-
-
-def _grouped(plan: Plan, home: str) -> Iterator[str]:
-    """Blocks of one home, numbered ones as ranges: ``"embed"``, ``"layers.0–9"``."""
-    families: dict[str, list[int]] = {}
-    for place in plan.placements:
-        family, _, index = place.block.label.rpartition(".")
-        if place.home == home:
-            families.setdefault(family if index.isdecimal() else place.block.label, []).extend(
-                [int(index)] if index.isdecimal() else []
-            )
-    for family, numbers in families.items():
-        yield f"{family}.{ranges(numbers)}" if numbers else family
+        labels = grouped(place.block.label for place in plan.placements if place.home == home)
+        yield wrapped(f"  {device_title(home)}: {', '.join(labels)}", "    ")
 
 
 def _text_legend(tiers: Sequence[_Tier]) -> str:

@@ -34,6 +34,17 @@ def processor_words(plan: Plan) -> str:
     return f"{'/'.join(f'{shares[k]}%' for k in kinds)} {'/'.join(names[k] for k in kinds)}"
 
 
+def moved_bytes(plan: Plan) -> int:
+    """Bytes that travel to where they are used, for one sweep that decodes."""
+    moves = plan.forecast.bytes_per_token.items()
+    return sum(size for (source, target), size in moves if source != target)
+
+
+def share_words(share: float) -> str:
+    """``0.94`` as ``"94 %"``."""
+    return f"{100 * share:.0f} %"
+
+
 def percents(sizes: Mapping[str, int]) -> dict[str, int]:
     """Whole percents that add up to 100, by largest remainder; what is there shows at least 1 %."""
     total = sum(sizes.values())
@@ -98,6 +109,16 @@ def ranges(numbers: Iterable[int]) -> str:
         else:
             runs.append([number])
     return ", ".join("–".join(map(str, run)) for run in runs)
+
+
+def grouped(labels: Iterable[str]) -> list[str]:
+    """Labels of blocks, numbered ones as ranges: ``["embed", "layers.0–9"]``."""
+    families: dict[str, list[int]] = {}
+    for label in labels:
+        family, _, index = label.rpartition(".")
+        numbers = families.setdefault(family if index.isdecimal() else label, [])
+        numbers += [int(index)] if index.isdecimal() else []
+    return [f"{family}.{ranges(numbers)}" if numbers else family for family, numbers in families.items()]
 
 
 def wrapped(text: str, indent: str = "  ") -> str:
