@@ -37,6 +37,9 @@ _PHASES = {
     "downloading": "downloading",
     "loading": "loading",
     "converting": "converting (once)",
+    "quantizing": "packing the weights",
+    "moving": "moving",
+    "measuring": "measuring",
     "prefill": "reading the prompt",
     "generating": "generating",
 }
