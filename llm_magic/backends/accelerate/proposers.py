@@ -1,0 +1,204 @@
+"""Who guesses how an answer goes on: the text so far, or a small model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from llm_magic.backends.accelerate.kv_cache import crop
+from llm_magic.backends.accelerate.speculate import Proposal
+from llm_magic.errors import OptionError
+
+_INDEXED = (1, 2, 3, 4)  # lengths of the runs of tokens that are found at once
+_LONGEST_MATCH = 32  # beyond that a longer match says nothing more
+_GRADES = (1, 2, 3, 5, 9)  # tokens that a match has at least, from grade 0 up
+_PART_TOKENS = 512  # of the prompt that a draft model reads at once
+_SHAPING = (  # processors that say how to choose, and hold no state of the model's own answer
+    "TemperatureLogitsWarper",
+    "TopKLogitsWarper",
+    "TopPLogitsWarper",
+    "MinPLogitsWarper",
+)
+
+
+class PromptLookup:
+    """Copies what followed the same words earlier, in the prompt or in the answer.
+
+    Every run of one to four tokens is found in constant time where it was last; of these places, and
+    the one that the previous proposal was copied from, the one whose words before agree furthest is
+    taken. What reaches the end of the text goes on with itself, as a text that repeats itself does.
+    """
+
+    priors = (0.25, 0.4, 0.55, 0.7, 0.9)
+
+    def __init__(self) -> None:
+        self._places: dict[tuple[int, ...], int] = {}
+        self._indexed = 0
+        self._distance = 0
+
+    def begin(self, ids: list[int], processors: Sequence[Any] | None, device: Any) -> None:  # noqa: ARG002
+        """Forget the last answer."""
+        self._places.clear()
+        self._indexed = self._distance = 0
+        self._index(ids)
+
+    def propose(self, ids: list[int], most: int) -> Proposal:
+        """What followed the longest match; the grade says how long it is."""
+        self._index(ids)
+        places = [place for length in _INDEXED if (place := self._places.get(tuple(ids[-length:])))]
+        if self._distance:
+            places.append(len(ids) - self._distance)
+        matches = [(self._match(ids, place), place) for place in places]
+        length, place = max(matches, default=(0, 0))
+        if not length:
+            return Proposal()
+        self._distance = period = len(ids) - place
+        tokens = [ids[place + step % period] for step in range(most)]
+        return Proposal(tokens, grade=sum(length >= least for least in _GRADES) - 1)
+
+    def _index(self, ids: list[int]) -> None:
+        """Note what has come: a run of tokens -> the place behind it. The last one has nothing behind it yet."""
+        for end in range(self._indexed + 1, len(ids)):
+            for length in _INDEXED:
+                if length <= end:
+                    self._places[tuple(ids[end - length : end])] = end
+        self._indexed = max(self._indexed, len(ids) - 1)
+
+    @staticmethod
+    def _match(ids: list[int], place: int) -> int:
+        """Tokens before ``place`` that are the same as those at the end."""
+        length = 0
+        while length < min(place, _LONGEST_MATCH) and ids[place - 1 - length] == ids[-1 - length]:
+            length += 1
+        return length
+
+
+class DraftModel:
+    """A small model that answers ahead, with a KV cache of its own.
+
+    Parameters
+    ----------
+    model
+        A transformers model for causal language, resident on one device.
+    vocabulary
+        Tokens that the large model's logits have; those of the small one are cut or filled to it.
+    """
+
+    priors = (0.7,)
+
+    def __init__(self, model: Any, vocabulary: int) -> None:
+        self._model, self._vocabulary = model, vocabulary
+        self._cache: Any = None
+        self._fed: list[int] = []
+        self._processors: list[Any] | None = None
+        self._device: Any = None
+        self._options = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
+
+    def begin(self, ids: list[int], processors: Sequence[Any] | None, device: Any) -> None:
+        """Read the prompt, or what is new in it."""
+        self._device = device
+        self._processors = None
+        if processors is not None:
+            self._processors = [step for step in processors if type(step).__name__ in _SHAPING]
+        self._feed_safely(ids[:-1])
+
+    def propose(self, ids: list[int], most: int) -> Proposal:
+        """The ``most`` likely next tokens one by one, or tokens drawn with their distributions."""
+        import torch
+
+        text, rows = list(ids), []
+        for _ in range(most):
+            logits = self._feed_safely(text)
+            token, row = self._choose(logits, text)
+            text.append(token)
+            rows.append(row)
+        return Proposal(text[len(ids) :], torch.stack(rows) if self._processors is not None else None)
+
+    def close(self) -> None:
+        """Give the model and its cache back."""
+        self._model = self._cache = None
+        self._fed = []
+
+    def tensors(self) -> list[Any]:
+        """Tensors of the KV cache."""
+        layers = getattr(self._cache, "layers", ())
+        return [t for layer in layers if layer.is_initialized for t in (layer.keys, layer.values)]
+
+    def _choose(self, logits: Any, text: list[int]) -> tuple[int, Any]:
+        import torch
+
+        if self._processors is None:
+            return int(torch.argmax(logits, dim=-1)), None
+        scores, ids = logits.to(self._device), torch.tensor([text], device=self._device)
+        for step in self._processors:
+            scores = step(ids, scores)
+        row = torch.softmax(scores, dim=-1)
+        return int(torch.multinomial(row, num_samples=1)), row[0]
+
+    def _feed_safely(self, ids: list[int]) -> Any:
+        """As ``_feed``; after an error the next call starts over."""
+        try:
+            return self._feed(ids)
+        except BaseException:
+            self._cache, self._fed = None, []
+            raise
+
+    def _feed(self, ids: list[int]) -> Any:
+        """Have the cache hold ``ids`` and no more; float32 logits ``[1, vocabulary]`` behind them."""
+        import torch
+
+        start = self._go_back(ids)
+        logits = None
+        with torch.no_grad():
+            for begin in range(start, len(ids), _PART_TOKENS):
+                part = torch.tensor([ids[begin : begin + _PART_TOKENS]], device=self._model.device)
+                output = self._model(part, past_key_values=self._cache, use_cache=True, **self._options)
+                logits = output.logits[:, -1]
+        self._fed = list(ids)
+        return self._fitted(logits) if logits is not None else None
+
+    def _go_back(self, ids: list[int]) -> int:
+        """Cut the cache back to what it shares with ``ids``; returns how many tokens these are."""
+        from transformers import DynamicCache
+
+        shared = _shared(self._fed, ids[:-1])
+        if self._cache is None or not shared or not crop(self._cache, shared):
+            self._cache, shared = DynamicCache(config=self._model.config.get_text_config(decoder=True)), 0
+        return shared
+
+    def _fitted(self, logits: Any) -> Any:
+        import torch
+
+        logits = logits[:, : self._vocabulary].float()
+        missing = self._vocabulary - logits.shape[1]
+        return torch.nn.functional.pad(logits, (0, missing), value=-torch.inf) if missing else logits
+
+
+def _shared(fed: list[int], ids: list[int]) -> int:
+    """Tokens that both begin with; few at the end differ as a rule."""
+    longest = min(len(fed), len(ids))
+    for length in range(longest, max(longest - _LONGEST_MATCH, 0), -1):
+        if fed[:length] == ids[:length]:
+            return length
+    pairs = zip(fed, ids, strict=False)
+    return next((place for place, (left, right) in enumerate(pairs) if left != right), longest)
+
+
+def same_vocabulary(tokenizer: Any, draft: Any) -> bool:
+    """Whether two tokenizers have the same tokens with the same ids."""
+    return bool(tokenizer.get_vocab() == draft.get_vocab())
+
+
+def require_same_vocabulary(tokenizer: Any, draft: Any, draft_name: str) -> None:
+    """Refuse a draft model that speaks in other tokens.
+
+    Raises
+    ------
+    OptionError
+        When the vocabularies differ.
+    """
+    if not same_vocabulary(tokenizer, draft):
+        raise OptionError(
+            f"{draft_name} has other tokens than the model, and cannot propose any.",
+            "Take a smaller model of the same family for --draft, or leave it out.",
+        )
