@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,9 @@ MAPS: dict[str, Callable[[ModelLayout], dict[str, str]]] = {
     "ram": all_in_ram,
     "half": half_on_disk,
     "disk": all_but_first_on_disk,
+    "mapped": half_on_disk,
 }
+"""``half`` and ``disk`` read blocks into slots, ``mapped`` uses them in the page cache."""
 
 
 def plan_for(
@@ -77,7 +79,7 @@ def plan_for(
         source=Path(str(source)).name,
         options=options or {},
     )
-    return spec, plan
+    return spec, replace(plan, mapped=placement == "mapped") if placement in MAPS else plan
 
 
 def load(

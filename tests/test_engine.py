@@ -89,7 +89,7 @@ def test_the_map_covers_the_model_and_memory_counts_it_all(name: str, tiny_model
     engine = load(tiny_model(name), "half")
     try:
         held = engine.memory()
-        assert held["cpu"]["weights"] + held["disk"]["weights"] == engine._plan.layout.bytes
+        assert held["cpu"]["weights"] + held["disk"]["weights"] == engine.plan.layout.bytes
         assert not engine.model.training
         assert not any(weight.requires_grad for weight in engine.model.parameters())
     finally:
@@ -285,7 +285,7 @@ def test_a_prompt_is_read_in_parts_where_memory_is_short(tight: Any, tiny_model:
     with fed_lengths(tight) as lengths:
         answer = ask(tight, LONG)
     prompt = answer.finish.prompt_tokens
-    size = longest_pass(tight._plan, prompt)
+    size = longest_pass(tight.plan, prompt)
     assert 16 <= size < prompt / 4
     whole, rest = divmod(prompt, size)
     assert lengths == [size] * whole + [rest] * (rest > 0) + [1] * 11
@@ -372,12 +372,13 @@ def test_stop_before_every_block_of_several_tokens_then_a_right_answer(llama: An
 
 
 def assert_nothing_is_left_on_the_compute_device(engine: Any) -> None:
-    offloaded = tuple(placement.block.name for placement in engine._plan.offloaded)
-    left = (
-        [n for n, w in engine.model.named_parameters() if n.startswith(offloaded) and w.device.type != "meta"]
-        if offloaded
-        else []
-    )
+    travelling = [block for block in engine._placed.blocks.values() if block.travels]
+    left = [
+        name
+        for block in travelling
+        for name, weight in block.module.named_parameters()
+        if weight.device.type != "meta"
+    ]
     assert not left
 
 

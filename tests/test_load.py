@@ -165,7 +165,7 @@ def test_a_tied_head_that_is_saved_again_is_shared(own_copy: TinyModel) -> None:
     folder = own_copy("llama-tied")
     edit_weights(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
     engine = load(folder)
-    assert engine.memory()["cpu"]["weights"] == engine._plan.layout.bytes
+    assert engine.memory()["cpu"]["weights"] == engine.plan.layout.bytes
     engine.close()
 
 
@@ -177,7 +177,7 @@ def test_a_tied_head_with_values_of_its_own_is_refused(own_copy: TinyModel) -> N
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
     engine = load(folder)  # what the next step says
-    assert engine.memory()["cpu"]["weights"] == engine._plan.layout.bytes
+    assert engine.memory()["cpu"]["weights"] == engine.plan.layout.bytes
     engine.close()
 
 
@@ -335,7 +335,7 @@ def test_a_full_disk_is_said_and_leaves_nothing(tiny_model: TinyModel, tmp_path:
 
 def test_half_on_disk_really_leaves_weights_out_of_memory(tiny_model: TinyModel) -> None:
     engine = load(tiny_model("llama"), "half")
-    on_disk = [name for name, home in half_on_disk(engine._plan.layout).items() if home == "disk"]
+    on_disk = [name for name, home in half_on_disk(engine.plan.layout).items() if home == "disk"]
     weights = dict(engine.model.named_parameters())
     assert all(w.device.type == "meta" for n, w in weights.items() if n.startswith(tuple(on_disk)))
     engine.close()

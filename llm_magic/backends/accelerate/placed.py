@@ -209,7 +209,7 @@ class PlacedModel:
         self._mapped.close()
         if self._folder is not None:
             self._folder.remove()
-        self.model = None
+        del self.model, self._checkpoint
 
     # Taking over what was loaded
 
