@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 import random
+import sys
 import threading
 import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
@@ -430,6 +431,34 @@ def test_a_disk_error_in_one_piece_is_told_once_and_ends_with_the_fault(
         assert read(reader, [Extent(file, 0, SIZE)]) == [noise(SIZE)]
 
 
+def test_pieces_that_have_not_begun_are_left_out_after_an_error(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def preadv(fd: int, views: list[memoryview], offset: int) -> int:
+        calls.append(offset)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    with closing(FileReader(direct=False, threads=1)) as reader, pytest.raises(EngineError):
+        read(reader, [Extent(file, 0, 10), Extent(file, MIB, 10), Extent(file, 2 * MIB, 10)])
+    assert calls == [0]
+
+
+@pytest.mark.skipif(not HAS_O_DIRECT, reason="no O_DIRECT here")
+def test_a_direct_read_that_ends_within_a_page_is_finished_through_the_page_cache(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda fd, views, offset: min(plain(fd, views, offset), PAGE + 1000))
+    with closing(OpenFile(file, direct=True)) as opened:
+        buffer, was_direct = page_buffer(4 * PAGE), opened.is_direct
+        opened.fill(0, 4 * PAGE, buffer.numpy().data)
+        assert buffer.numpy().tobytes() == noise(SIZE)[: 4 * PAGE]
+        assert opened.is_direct == was_direct
+
+
 def test_short_reads_are_continued(file: Path, monkeypatch: pytest.MonkeyPatch, reader: FileReader) -> None:
     plain = os.preadv
     lengths = random.Random(2)
@@ -535,9 +564,21 @@ def test_systems_without_reads_at_an_offset(
     files: dict[Path, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delattr(os, "preadv")
-    extents = [Extent(path, at, 200_000) for path in files for at in (0, 1_000_000, 2_000_000)]
-    with closing(FileReader(direct=False)) as reader:
-        assert read(reader, extents) == expected(files, extents)
+    path = next(iter(files))
+    requests = [[Extent(path, at, 1000)] for at in range(0, 1_000_000, 5000)]
+    buffers = [page_buffer(file_image(extents).bytes) for extents in requests]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # threads that share a position get into each other's way at once
+    try:
+        with closing(FileReader(direct=False, threads=8)) as reader:
+            futures = [reader.read(file_image(e), b) for e, b in zip(requests, buffers, strict=True)]
+            for future in futures:
+                future.result(WAIT_S)
+    finally:
+        sys.setswitchinterval(interval)
+    assert [cut(b, e) for b, e in zip(buffers, requests, strict=True)] == [
+        expected(files, e) for e in requests
+    ]
 
 
 # -------------------------------------------------------------------------------- calibration
@@ -551,6 +592,7 @@ def long_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def opens_directly(path: Path) -> bool:
+    """Whether the file system here takes direct reads."""
     with closing(OpenFile(path, direct=True)) as file:
         return file.is_direct
 
@@ -576,8 +618,16 @@ def test_the_quicker_way_is_chosen_and_direct_reads_when_it_is_a_tie(
 
     monkeypatch.setattr(os, "preadv", preadv)
     monkeypatch.setattr(reader_module.time, "perf_counter", lambda: clock[0])
+    dropped: list[tuple[int, int, float]] = []
+    monkeypatch.setattr(
+        os, "posix_fadvise", lambda _fd, start, count, advice: dropped.append((start, count, clock[0]))
+    )
     assert choose_direct(long_file) is is_direct
-    assert clock[0] < 0.6
+    assert clock[0] < 0.8
+    ((start, count, when),) = dropped
+    assert start == 0
+    assert count > 39 * MIB  # all that is read
+    assert when < 0.02  # before it is, but for one page
 
 
 def test_small_files_are_left_to_the_page_cache(file: Path) -> None:

@@ -32,8 +32,8 @@ _PIECE_BYTES = 8 * MIB
 _SHORT_PIECE_BYTES = MIB
 _WAITING_THREADS = 64  # made as they are needed: one for each buffer that is still in use
 _SAMPLE_BYTES = 64 * MIB
-_LEAST_SAMPLE_BYTES = 16 * MIB
-_SAMPLE_S = 0.15
+_LEAST_SAMPLE_BYTES = 8 * MIB
+_SAMPLE_S = 0.1
 
 
 def page_buffer(size: int) -> torch.Tensor:
@@ -164,7 +164,6 @@ class FileReader:
     def _cut(self, span: Span, view: memoryview) -> Iterator[_Piece]:
         """Pieces of a span: all threads get a share of it, unless it is short."""
         file = self._file(span.path)
-        file.check_reaches(span.file_offset + span.bytes)
         step = min(max(pages(span.bytes // self._threads), _SHORT_PIECE_BYTES), _PIECE_BYTES)
         for start in range(0, span.bytes, step):
             count = min(step, span.bytes - start)
@@ -233,27 +232,30 @@ class _Piece:
 def choose_direct(path: Path, sample_bytes: int = _SAMPLE_BYTES) -> bool:
     """Whether direct reads of this file are as quick as buffered ones that find nothing in the page cache.
 
-    Two halves of a sample from the start of the file are dropped from the page cache and read, one
-    directly and one through it, in 0.3 s at most (more where the disk gives less than 20 MB/s).
-    Direct reads win on fast local disks: the copy out of the page cache costs more than the disk.
-    Buffered ones win where the system reads far ahead of a slow or remote disk. A tie within a tenth
-    goes to direct reads, which leave the page cache and the cores to others. No measurement is made
-    of a file of less than 32 MiB (buffered: the page cache will keep it), where the file system
-    refuses direct reads (buffered), and where pages cannot be dropped (macOS: direct).
+    A sample from the start of the file is dropped from the page cache; a third of it is read
+    directly, one buffered, one directly again (the better of the two counts: other programs may be
+    busy), in 0.3 s at most (more where the disk gives less than 10 MB/s). Direct reads win on fast
+    local disks: the copy out of the page cache takes longer than the disk. Buffered ones win where
+    the system reads far ahead of a slow or remote disk. A tie within a tenth goes to direct reads,
+    which leave the page cache and the cores to others. Nothing is measured for a file of less than
+    24 MiB (buffered: the page cache will keep it), where the file system refuses direct reads
+    (buffered), and where pages cannot be dropped (macOS: direct).
 
     Raises
     ------
     EngineError
         When the file cannot be read.
     """
-    half = min(sample_bytes, _size(path)) // 2 // PAGE * PAGE
-    if half < _LEAST_SAMPLE_BYTES or not _takes_direct(path):
+    third = min(sample_bytes, _size(path)) // 3 // PAGE * PAGE
+    if third < _LEAST_SAMPLE_BYTES or not _takes_direct(path):
         return False
     if not hasattr(os, "posix_fadvise"):
         return True
-    _drop_pages(path, 2 * half)
-    buffered = _rate(Extent(path, half, half), direct=False)
-    return _rate(Extent(path, 0, half), direct=True) >= 0.9 * buffered
+    _drop_pages(path, 3 * third)
+    first, buffered, second = (
+        _rate(Extent(path, part * third, third), direct=part != 1) for part in range(3)
+    )
+    return max(first, second) >= 0.9 * buffered
 
 
 def _size(path: Path) -> int:
@@ -278,15 +280,18 @@ def _drop_pages(path: Path, count: int) -> None:
 
 
 def _rate(extent: Extent, *, direct: bool) -> float:
-    """Bytes per second, read in growing steps until the time for it is over."""
-    reader = FileReader(direct=direct)
-    buffer = page_buffer(extent.bytes + PAGE).fill_(0)
-    done, step, start = 0, MIB, time.perf_counter()
+    """Bytes per second, of as much as can be read in the time for it."""
+    reader, buffer = FileReader(direct=direct), page_buffer(extent.bytes + PAGE).fill_(0)
+
+    def seconds(start: int, count: int) -> float:
+        image = file_image([Extent(extent.path, extent.offset + start, count)])
+        begin = time.perf_counter()
+        reader.read(image, buffer).result()
+        return time.perf_counter() - begin
+
     try:
-        while done < extent.bytes and time.perf_counter() - start < _SAMPLE_S:
-            step = min(2 * step, extent.bytes - done)
-            reader.read(file_image([Extent(extent.path, extent.offset + done, step)]), buffer).result()
-            done += step
-        return done / (time.perf_counter() - start)
+        first_s = max(seconds(0, MIB), 1e-6)
+        count = min(extent.bytes - MIB, int(MIB * _SAMPLE_S / first_s) // PAGE * PAGE)
+        return count / seconds(MIB, count) if count > MIB else MIB / first_s
     finally:
         reader.close()
