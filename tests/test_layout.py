@@ -8,14 +8,17 @@ import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from llm_magic.backends.accelerate.layout import read_layout
+from llm_magic.backends.accelerate.layout import build_skeleton, draft_spec, read_layout, with_draft
+from llm_magic.backends.accelerate.packing import parameters, template
+from llm_magic.backends.accelerate.quantize import pack_block, prepare
 from llm_magic.backends.accelerate.sources import resolve
-from llm_magic.errors import SourceError
+from llm_magic.errors import OptionError, SourceError
 from llm_magic.events import PhaseEvent
 from llm_magic.model import Block, ModelLayout, ModelSpec
 from tests import engines, tiny
@@ -491,9 +494,108 @@ def test_fp8_weights_are_unpacked_while_they_load(
         engine = engines.load(folder, placement)
         texts.append(engines.ask(engine, "The capital of France").text)
         held = sum(purposes.get("weights", 0) for purposes in engine.memory().values())
-        assert held == engine._plan.layout.bytes == layout_of(plain).bytes
-        assert any("fp8 weights are loaded as float32" in w for w in engine._plan.warnings) == (
+        assert held == engine.plan.layout.bytes == layout_of(plain).bytes
+        assert any("fp8 weights are loaded as float32" in w for w in engine.plan.warnings) == (
             folder is packed
         )
         engine.close()
     assert texts[0] == texts[1]
+
+
+# -------------------------------------------------------------------------------- packed while loading
+
+
+@pytest.mark.parametrize("method", ["nf4", "fp4", "int8", "int4", "int2", "float8", "quanto-int8"])
+@pytest.mark.parametrize("name", ["llama", "qwen3-moe", "gpt2", "mamba", "t5", "gemma"])
+def test_the_bytes_of_packed_blocks_are_those_that_they_will_take(
+    tiny_model: Callable[[str], Path], name: str, method: str
+) -> None:
+    import torch
+
+    if name == "gpt2" and method not in ("nf4", "fp4", "int8"):
+        with pytest.raises(OptionError, match="no linear layer"):
+            packed_layout(tiny_model(name), method)
+        return
+    folder = tiny_model(name)
+    layout, plain = packed_layout(folder, method), layout_of(folder)
+    full, model = load(folder, dtype="auto"), build_skeleton(load(folder).config, torch.float32)
+    assert (layout.quantization, layout.dtype, plain.quantization) == (method, "float32", "")
+    prepare(model, method, torch.float32)
+    for block, before in zip(layout.blocks, plain.blocks, strict=True):
+        assert [(t.name, t.shape) for t in block.tensors] == [(t.name, t.shape) for t in before.tensors]
+        if block.kind not in ("encoder", "decoder"):
+            assert block == before
+            continue
+        module = model.get_submodule(block.name)
+        weights = {n: p.detach() for n, p in full.get_submodule(block.name).named_parameters()}
+        pack_block(module, weights, "cpu")
+        held = {f"{block.name}.{n}": template(m, leaf).bytes for n, m, leaf in parameters(module)}
+        assert {tensor.name: tensor.bytes for tensor in block.tensors} == held
+        assert block.cache == before.cache
+        assert block.bytes < before.bytes
+        assert block.buffer_bytes == sum(buffer.nbytes for buffer in module.buffers())
+
+
+def packed_layout(folder: Path, method: str) -> ModelLayout:
+    spec = ModelSpec(str(folder), quantize=method)
+    return read_layout(spec, resolve(spec, ignore))
+
+
+def test_packed_bytes_by_hand(tiny_model: Callable[[str], Path]) -> None:
+    layout = packed_layout(tiny_model("llama"), "nf4")
+    # q and o 64 x 64, k and v 32 x 64, three of 128 x 64: 36,864 weights of half a byte, a float32 for
+    # each 64 of them; two norms of 64 in float32
+    assert layout.block("layers.0").bytes == 36_864 // 2 + 36_864 // 64 * 4 + 2 * 64 * 4
+    kinds = {tensor.name.split(".")[-2]: tensor.dtype for tensor in layout.block("layers.0").tensors}
+    assert kinds["q_proj"] == "nf4"
+    assert kinds["input_layernorm"] == "float32"
+    assert "unpacked_bytes" not in layout_of(tiny_model("llama")).details
+    assert layout.details["unpacked_bytes"] == 0
+
+
+def test_stacked_experts_are_counted_as_what_stays_unpacked(tiny_model: Callable[[str], Path]) -> None:
+    layout, plain = packed_layout(tiny_model("qwen3-moe"), "nf4"), layout_of(tiny_model("qwen3-moe"))
+    for block, before in zip(layout.layers, plain.layers, strict=True):
+        assert (block.experts, block.active_experts) == (4, 2)
+        assert block.expert_bytes == before.expert_bytes == 4 * 3 * 32 * 64 * 4
+    # 4 layers: the experts, and a router of 4 x 64
+    assert layout.details["unpacked_bytes"] == 4 * (4 * 3 * 32 * 64 + 4 * 64) * 4
+
+
+def test_experts_that_are_linear_layers_are_counted_packed(tmp_path: Path) -> None:
+    from transformers import SwitchTransformersConfig
+
+    config = SwitchTransformersConfig(
+        vocab_size=96, d_model=64, d_kv=16, d_ff=128, expert_capacity=4, num_layers=2, num_decoder_layers=2,
+        num_sparse_encoder_layers=1, num_sparse_decoder_layers=1, num_heads=4, num_experts=4, dtype="float32",
+    )  # fmt: skip
+    config.save_pretrained(tmp_path)
+    block = next(block for block in packed_layout(tmp_path, "nf4").layers if block.experts)
+    # Four experts: wi of 128 x 64 in half bytes with a float32 for each 64; wo stays in float32
+    assert block.expert_bytes == 4 * (128 * 64 // 2 + 128 * 4 + 64 * 128 * 4)
+    assert block.bytes > block.expert_bytes
+
+
+def test_a_checkpoint_that_is_packed_already_is_not_packed_again(
+    tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = copy_with(tiny_model("llama"), tmp_path / "packed", "fp8")
+    with pytest.raises(OptionError, match="packed already"):
+        packed_layout(folder, "nf4")
+
+
+def test_a_draft_model_is_part_of_the_layout(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    main, small = tiny_model("llama"), tiny.save_llama(tmp_path / "small", layers=1)
+    spec = ModelSpec(str(main), dtype="bfloat16", quantize="nf4", draft=str(small), revision="v2")
+    layout = packed_layout(main, "nf4")
+    drafted = with_draft(layout, spec, ignore)
+    assert drafted.draft == layout_of(small, "bfloat16")
+    assert replace(drafted, draft=None) == layout
+    assert draft_spec(spec).revision is None
+    assert with_draft(layout, ModelSpec(str(main)), ignore) is layout
+
+
+def test_a_draft_model_that_is_not_there_is_refused(tiny_model: Callable[[str], Path]) -> None:
+    spec = ModelSpec(str(tiny_model("llama")), draft="./nowhere")
+    with pytest.raises(SourceError, match="nowhere"):
+        with_draft(layout_of(tiny_model("llama")), spec, ignore)

@@ -233,15 +233,37 @@ def test_what_is_packed_and_what_is_not(tiny_model: Callable[[str], Path]) -> No
     assert leaves("t5") == {"q", "k", "v", "o", "wi"}  # wo stays in float32
 
 
-@pytest.mark.parametrize("name", QUANTO)
+def falcon(_folder: Path) -> Any:
+    """Its linear layers are of a class of their own."""
+    import torch
+    from transformers import FalconConfig
+
+    config = FalconConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
+    return build_skeleton(config, torch.float32)
+
+
+def gpt2(folder: Path) -> Any:
+    import torch
+
+    return skeleton(folder, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("make", "finds_nothing", "others"), [(gpt2, QUANTO, BITSANDBYTES), (falcon, BITSANDBYTES, QUANTO)]
+)
 def test_a_method_that_finds_nothing_is_refused_with_those_that_do(
-    tiny_model: Callable[[str], Path], name: str
+    tiny_model: Callable[[str], Path],
+    make: Callable[[Path], Any],
+    finds_nothing: list[str],
+    others: list[str],
 ) -> None:
     import torch
 
-    with pytest.raises(OptionError, match="GPT2LMHeadModel") as caught:
-        prepare(skeleton(tiny_model("gpt2"), torch.float32), name, torch.float32)
-    assert "nf4" in caught.value.next_step
+    for name in finds_nothing:
+        with pytest.raises(OptionError, match=f"{name} finds no linear layer to pack in") as caught:
+            prepare(make(tiny_model("gpt2")), name, torch.float32)
+        assert caught.value.next_step == f"Use --quantize {' or '.join(others)}."
+    assert prepare(make(tiny_model("gpt2")), others[0], torch.float32)
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -15,8 +15,10 @@ from llm_magic.backends.accelerate import gguf_model, hub
 from llm_magic.backends.accelerate.cache_cost import cache_costs
 from llm_magic.backends.accelerate.convert import MARK, most_common_type
 from llm_magic.backends.accelerate.default_dtype import default_dtype_kept
-from llm_magic.backends.accelerate.sources import ModelFiles, read_json, weight_headers
-from llm_magic.errors import SourceError
+from llm_magic.backends.accelerate.quantize import Method, find_method, packed_bytes, prepare
+from llm_magic.backends.accelerate.sources import ModelFiles, read_json, resolve, weight_headers
+from llm_magic.errors import OptionError, SourceError
+from llm_magic.events import Progress
 from llm_magic.headers import GgufHeader, read_gguf_header
 from llm_magic.model import Block, BlockKind, ModelLayout, ModelSpec, TensorInfo
 
@@ -34,12 +36,18 @@ def read_layout(spec: ModelSpec, files: ModelFiles) -> ModelLayout:
     ------
     SourceError
         When transformers does not support the architecture, or the configuration is invalid.
+    OptionError
+        When ``spec.quantize`` is no method, its library is missing, or it finds nothing to pack.
     """
     header = read_gguf_header(files.gguf) if files.gguf and not files.weight_files else None
     config = gguf_model.gguf_config(files.gguf, header) if files.gguf and header else load_config(files)
-    dtype = _dtype(spec, files, config, header)
+    method, dtype = _method(spec, config), _dtype(spec, files, config, header)
     model = build_skeleton(config, dtype)
     blocks = _read_blocks(model, dtype)
+    details = _details(config, files, header) | {"attention": model.config._attn_implementation or ""}
+    if method is not None:
+        blocks = _with_packed(model, blocks, method, dtype)
+        details |= {"unpacked_bytes": _unpacked_bytes(blocks, method)}
     return ModelLayout(
         name=files.name,
         architecture=type(model).__name__,
@@ -52,8 +60,28 @@ def read_layout(spec: ModelSpec, files: ModelFiles) -> ModelLayout:
         is_encoder_decoder=bool(config.is_encoder_decoder),
         has_chat_template=_has_chat_template(files, header),
         license=_license(files, header),
-        details=_details(config, files, header) | {"attention": model.config._attn_implementation or ""},
+        quantization=method.name if method else "",
+        details=details,
     )
+
+
+def with_draft(layout: ModelLayout, spec: ModelSpec, progress: Progress) -> ModelLayout:
+    """The layout with that of the model that ``spec.draft`` names, if it names one.
+
+    Raises
+    ------
+    SourceError
+        When the draft model cannot be found or read.
+    """
+    if not spec.draft:
+        return layout
+    draft = draft_spec(spec)
+    return replace(layout, draft=read_layout(draft, resolve(draft, progress)))
+
+
+def draft_spec(spec: ModelSpec) -> ModelSpec:
+    """What to load as the draft model: the newest revision, unpacked, under the same permissions."""
+    return ModelSpec(spec.draft, dtype=spec.dtype, backend=spec.backend, allow_pickle=spec.allow_pickle)
 
 
 # ------------------------------------------------------------------------------------ the model
@@ -363,6 +391,47 @@ class _DtypePlan:
                 dtype = self.patterns[groups[match.lastgroup]]
         count = parameter.numel() * dtype.itemsize
         return TensorInfo(name, tuple(parameter.shape), str(dtype).removeprefix("torch."), count)
+
+
+def _with_packed(model: Any, blocks: tuple[Block, ...], method: Method, dtype: Any) -> tuple[Block, ...]:
+    """The blocks with the bytes that they will have once ``model`` is packed."""
+    sizes = {
+        name: packed_bytes(model.get_submodule(name.removesuffix(".weight")), dtype)
+        for name in prepare(model, method.name, dtype)
+    }
+    modules = dict(model.named_modules())
+
+    def repacked(block: Block) -> Block:
+        tensors = tuple(
+            replace(tensor, dtype=method.name, bytes=sizes[tensor.name]) if tensor.name in sizes else tensor
+            for tensor in block.tensors
+        )
+        buffers = sum(buffer.nbytes for buffer in modules[block.name].buffers())
+        changed = replace(block, tensors=tensors, buffer_bytes=buffers)
+        return _with_experts(changed, model.config) if block.experts else changed
+
+    return tuple(
+        repacked(block) if any(tensor.name in sizes for tensor in block.tensors) else block
+        for block in blocks
+    )
+
+
+def _unpacked_bytes(blocks: tuple[Block, ...], method: Method) -> int:
+    """Bytes of the layers' matrices that stay as they are: stacked experts above all."""
+    layers = [block for block in blocks if block.kind in ("encoder", "decoder")]
+    tensors = [tensor for block in layers for tensor in block.tensors if len(tensor.shape) > 1]
+    return sum(tensor.bytes for tensor in tensors if tensor.dtype != method.name)
+
+
+def _method(spec: ModelSpec, config: Any) -> Method | None:
+    if not spec.quantize:
+        return None
+    if getattr(config, "quantization_config", None):
+        raise OptionError(
+            "The weights are packed already, and would be unpacked to be packed again.",
+            "Leave out --quantize, or load the model that they were made from.",
+        )
+    return find_method(spec.quantize)
 
 
 def _with_experts(block: Block, config: Any) -> Block:

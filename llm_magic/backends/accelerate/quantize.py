@@ -204,14 +204,27 @@ def prepare(model: Any, name: str, dtype: Any) -> tuple[str, ...]:
         f"{path}.weight" for path, module in model.named_modules() if before.get(path) is not module
     )
     if not packed:
+        able = _able(model, skipped)
         raise OptionError(
             f"{name} finds no linear layer to pack in {type(model).__name__}.",
-            "Use --quantize nf4 or int8, which pack more kinds of layers."
-            if method.library != "bitsandbytes"
-            else "Leave out --quantize.",
+            f"Use --quantize {' or '.join(able)}." if able else "Leave out --quantize.",
         )
     model.eval().requires_grad_(False)
     return packed
+
+
+def _able(model: Any, skipped: list[str]) -> list[str]:
+    """Methods that would find something: quanto's pack all that is a ``Linear``, the others just that."""
+    from torch.nn import Linear
+    from transformers.pytorch_utils import Conv1D
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    modules = [m for path, m in model.named_modules() if should_convert_module(path, skipped)]
+    found = {
+        "bitsandbytes": any(type(module) in (Linear, Conv1D) for module in modules),
+        "optimum.quanto": any(isinstance(module, Linear) for module in modules),
+    }
+    return [method.name for method in METHODS.values() if found[method.library]]
 
 
 def _skipped(model: Any) -> list[str]:
