@@ -13,7 +13,6 @@ from typing import Literal
 from llm_magic.machine import Machine
 from llm_magic.model import Block, ModelLayout
 
-
 Way = Literal["resident", "streamed", "cpu", "read", "kept"]
 
 
@@ -137,8 +136,9 @@ class Forecast:
     bytes_per_token
         ``(source, target) -> bytes`` that move or are read for one sweep that decodes one token.
     limit_tps
-        Decode rate at the hardware's limit: these bytes at the measured bandwidths, every device
-        and link busy at once, one token a sweep. 0 when a bandwidth is unknown.
+        Decode rate at the hardware's limit: these bytes at the measured bandwidths, layers one after
+        the other without launches, every copy hidden behind them, one token a sweep. 0 when a
+        bandwidth is unknown.
     """
 
     decode_tps: float
@@ -154,6 +154,8 @@ class Plan:
 
     ``policy`` is the planner's name or the file that the map came from; ``problems`` says why it
     does not fit, in sentences, and is empty when it does; ``remedies`` says what would fit.
+    ``mapped`` says that the CPU uses blocks on disk right in the system's page cache, which has
+    room for all of them.
     """
 
     source: str
@@ -169,6 +171,7 @@ class Plan:
     problems: tuple[str, ...] = ()
     remedies: tuple[str, ...] = ()
     options: Mapping[str, str] = field(default_factory=dict)
+    mapped: bool = False
 
     def __repr__(self) -> str:
         fits = "fits" if self.fits else "does not fit"

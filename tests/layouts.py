@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from llm_magic.machine import Device, Link, Machine
 from llm_magic.model import Block, CacheCost, ModelLayout, TensorInfo
 from llm_magic.units import GIB, MIB
@@ -93,6 +95,35 @@ def qwen32b() -> ModelLayout:
     )
 
 
+def llama8b() -> ModelLayout:
+    """The shape of an 8B model, 32 layers of 218 M parameters, whose speeds were measured on an H100."""
+    return llama(
+        "Llama-3.1-8B",
+        layers=32,
+        layer_elements=218_112_000,
+        embed_elements=128256 * 4096,
+        kv_per_token=2 * 8 * 128 * 2,
+        hidden=4096,
+        intermediate=14336,
+        vocab=128256,
+        context=131072,
+    )
+
+
+def packed(layout: ModelLayout, method: str = "nf4", bits: float = 4.25, columns: int = 4096) -> ModelLayout:
+    """The same model with its layers' matrices packed: logical shapes, ``bits`` a weight with the scales."""
+
+    def pack(info: TensorInfo) -> TensorInfo:
+        shape = (info.shape[0] // columns, columns)
+        return replace(info, shape=shape, dtype="uint8", bytes=round(info.shape[0] * bits / 8))
+
+    blocks = tuple(
+        replace(block, tensors=tuple(map(pack, block.tensors))) if block.kind == "decoder" else block
+        for block in layout.blocks
+    )
+    return replace(layout, blocks=blocks, quantization=method)
+
+
 def llama405b() -> ModelLayout:
     """The shape of a 405B model: 126 layers of 3.2 B parameters."""
     return llama(
@@ -155,6 +186,19 @@ def machine(*devices: Device, bus: float = 2.51e10, described: bool = True) -> M
         if d.kind == "gpu" and not d.unified:
             links += [Link("cpu", d.id, bus, "PCIe 4"), Link(d.id, "cpu", bus, "PCIe 4")]
     return Machine("test machine", devices, tuple(links), described)
+
+
+def h100() -> Machine:
+    """The machine of the measured figures: 16 cores, PCIe 5, a slow disk."""
+    device = replace(gpu(0, 80 * GIB, name="H100", read=3.107e12), flops=6.0e14)
+    memory = replace(ram(256 * GIB, read=6.0e10), flops=3.0e12)
+    return machine(device, memory, disk(2000 * GIB, read=8.3e8), bus=5.47e10)
+
+
+def cramped(usable: int) -> Machine:
+    """No GPU, and RAM of which ``usable`` bytes are free after the reserve: no page cache beside a plan."""
+    total = 8 * GIB
+    return machine(ram(total, usable + 512 * MIB + total * 3 // 100), disk(500 * GIB, 120 * GIB))
 
 
 def laptop() -> Machine:

@@ -14,7 +14,9 @@ _PURPOSES = (
     ("weights", "weights"),
     ("kv_cache", "KV cache"),
     ("activations", "activations"),
-    ("slots", "room for offloaded blocks"),
+    ("slots", "room for blocks that arrive"),
+    ("kept", "blocks kept from the disk"),
+    ("draft", "draft model"),
     ("buffers", "buffers"),
 )
 _LITTLE_SPARE = 0.05  # of a RAM: below it other programs start to swap
@@ -32,13 +34,16 @@ def shortage_bytes(plan: Plan) -> int:
 
 
 def too_large_block(plan: Plan) -> str:
-    """A sentence about the largest offloaded block when no device that computes could take it alone."""
-    slots = [use for use in plan.uses if use.slots > use.limit]
-    if not slots:
+    """A sentence about the largest offloaded block when it cannot arrive where it is used."""
+    use = next((use for use in plan.uses if use.slots > use.limit), None)
+    if use is None:
         return ""
     block = max((p.block for p in plan.offloaded), key=lambda b: streamed_bytes(b, plan.layout))
-    size = format_bytes(streamed_bytes(block, plan.layout))
-    return f"One block of {size} ({block.label}) does not fit the {format_bytes(slots[0].limit)} of {slots[0].device}."
+    size = streamed_bytes(block, plan.layout)
+    count = max(1, use.slots // max(size, 1))
+    what = f"One block of {format_bytes(size)} ({block.label}) does" if count == 1 else ""
+    what = what or f"{count} blocks at a time of {format_bytes(size)} ({block.label}) do"
+    return f"{what} not fit the {format_bytes(use.limit)} of {use.device}."
 
 
 def warnings(plan: Plan, max_memory: dict[str, int]) -> tuple[str, ...]:
@@ -99,7 +104,7 @@ def _unused_gpu(plan: Plan) -> Iterator[str]:
         why = (
             "as the placement asks"
             if plan.policy not in ("auto", "balanced", "balanced_low_0", "sequential")
-            else f"its {format_bytes(room)} cannot take the KV cache, the activations and one block"
+            else f"its {format_bytes(room)} cannot take the KV cache, the activations and blocks that arrive"
         )
         yield f"{gpus[0].id} is not used, {why}: the CPU computes."
     if unified_pool(plan.machine):
@@ -109,15 +114,24 @@ def _unused_gpu(plan: Plan) -> Iterator[str]:
 
 def _disk(plan: Plan) -> Iterator[str]:
     blocks = [place for place in plan.offloaded if place.home == "disk"]
+    read = [place for place in blocks if not place.kept]
     if not blocks:
         return
-    disk, size = plan.machine.device("disk"), sum(place.block.bytes for place in blocks)
+    disk = plan.machine.device("disk")
     speed = f" at {format_bandwidth(disk.read_bytes_per_s)}" if disk.read_bytes_per_s else ""
-    yield (
-        f"{_blocks(len(blocks))} of {format_bytes(size)} on disk, read again for every token{speed}: "
-        "slow, unless the system's page cache can hold them."
-    )
-    if size > max(0, disk.free_bytes - reserve_bytes(disk)):
+    what, size = _blocks(len(read)), sum(place.block.bytes for place in read)
+    if read and plan.mapped:
+        yield (
+            f"{what} of {format_bytes(size)} on disk, read once{speed}: the system's page cache has room "
+            "for them, as long as other programs leave it."
+        )
+    elif read:
+        yield f"{what} of {format_bytes(size)} on disk, read again for every token{speed}: slow."
+    if len(read) < len(blocks):
+        kept = sum(place.block.bytes for place in blocks if place.kept)
+        yield f"{_blocks(len(blocks) - len(read))} of {format_bytes(kept)} on disk, of which RAM keeps a copy."
+    whole = sum(place.block.bytes for place in blocks)
+    if whole > max(0, disk.free_bytes - reserve_bytes(disk)):
         yield (
             f"The disk has {format_bytes(disk.free_bytes)} free. That is enough while blocks are read from "
             "the model's own files, not if they must be converted."
@@ -134,8 +148,9 @@ def _context(plan: Plan) -> Iterator[str]:
 
 
 def _unpacked(plan: Plan) -> Iterator[str]:
-    """Only what is turned into plain weights while it loads comes so far."""
-    if method := plan.layout.details.get("quantization"):
+    """What the files have packed, and is loaded as plain weights."""
+    method = plan.layout.details.get("quantization")
+    if method and not plan.layout.quantization:
         yield f"Its {method} weights are loaded as {plan.layout.dtype}, larger than in the files."
 
 

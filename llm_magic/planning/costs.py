@@ -1,22 +1,22 @@
 """What a placement costs on every device, by purpose: weights, buffers, KV cache, activations, slots.
 
-The engine that these numbers describe is stock Accelerate: with a GPU in the map, blocks on
-``"cpu"`` and ``"disk"`` are streamed through the first GPU of the map, which also keeps their KV
-cache; a map without a GPU computes on the CPU, and blocks on ``"disk"`` arrive in RAM.
+A block in RAM or on disk that a GPU computes arrives in one of a few slots there; from the disk it
+passes a ring of pinned buffers in RAM. A block that the CPU computes has its KV cache in RAM. On a
+map without a GPU, blocks on disk are used where the system's page cache holds them when there is
+room for all of them, and arrive in a ring of buffers in RAM when there is not.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from math import prod
 
 from llm_magic.machine import Device, Machine
 from llm_magic.model import Block, ModelLayout
 from llm_magic.plan import DeviceUse, MemoryBudget, Placement, Plan, Workload
-
-STREAMING_SLOTS = 1
-"""Offloaded blocks that are on the computing device at a time: Accelerate brings them one by one."""
 
 SCAN_CHUNK_TOKENS = 64
 """Tokens for which a chunked recurrent scan keeps one state (the chunk size of transformers' kernels)."""
@@ -27,6 +27,15 @@ _DTYPE_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int8":
 def dtype_bytes(dtype: str) -> int:
     """Bytes of one element of a torch dtype; 8-bit floats take 1, names that are unknown count as 2."""
     return 1 if dtype.startswith("float8") else _DTYPE_BYTES.get(dtype, 2)
+
+
+def slots_for(device: str) -> int:
+    """How many offloaded blocks have room at a time: one is used, the next ones arrive.
+
+    Three on a device that streams; two in RAM, where blocks come from the disk. Never more than
+    there are offloaded blocks.
+    """
+    return 2 if device == "cpu" else 3
 
 
 def activation_bytes(layout: ModelLayout, workload: Workload) -> int:
@@ -42,6 +51,7 @@ def activation_bytes(layout: ModelLayout, workload: Workload) -> int:
       + half of the largest layer's KV cache        ``torch.cat`` holds old and new keys at once
       + what attention over a prefix adds           see ``_attention_bytes``
       + 3 states for every scanned token            recurrent layers, see ``_scan_bytes``
+      + the largest packed matrix in ``e`` bytes    a prefill unpacks one weight at a time
 
     A pass that is shorter than the context comes after a prefix (an earlier part of the prompt, a
     kept chat) that fills the rest of it.
@@ -49,7 +59,7 @@ def activation_bytes(layout: ModelLayout, workload: Workload) -> int:
     Read off ``LlamaMLP``, ``LlamaRMSNorm``, ``DynamicLayer.update`` and ``MambaMixer.slow_forward``
     of transformers 5. sdpa never materialises the T x T scores, eager attention does.
     """
-    tokens = min(workload.prefill_tokens, workload.context_length) * workload.batch
+    tokens = _tokens(workload)
     row = tokens * layout.hidden_size * dtype_bytes(layout.dtype)
     experts = max((block.active_experts for block in layout.blocks), default=0) or 1
     gathered = experts * row if experts > 1 else 0
@@ -57,7 +67,7 @@ def activation_bytes(layout: ModelLayout, workload: Workload) -> int:
     mlp = 3 * tokens * experts * width * dtype_bytes(layout.dtype) + gathered
     largest_cache = max((workload.cache_bytes(block) for block in layout.blocks), default=0)
     peak = 2 * row + max(6 * row, 8 * tokens * layout.hidden_size, mlp)
-    rest = _attention_bytes(layout, workload) + _scan_bytes(layout, workload)
+    rest = _attention_bytes(layout, workload) + _scan_bytes(layout, workload) + _unpacked_bytes(layout)
     return peak + largest_cache // 2 + rest
 
 
@@ -107,18 +117,8 @@ def logits_bytes(layout: ModelLayout, workload: Workload) -> int:
     return workload.batch * layout.vocab_size * (dtype_bytes(layout.dtype) + 20)
 
 
-def placements(layout: ModelLayout, device_map: Mapping[str, str], machine: Machine) -> tuple[Placement, ...]:
-    """Homes and computing devices of all blocks, in model order."""
-    main = main_device((device_map[block.name] for block in layout.blocks), machine)
-    stores = {"cpu", "disk"} if main != "cpu" else {"disk"}
-    return tuple(
-        Placement(block, home, main if home in stores else home)
-        for block, home in ((block, device_map[block.name]) for block in layout.blocks)
-    )
-
-
 def main_device(homes: Iterable[str], machine: Machine) -> str:
-    """Where offloaded blocks compute: the first GPU of the map, or the CPU when it names none."""
+    """Where a forward pass starts: the first GPU of the map, or the CPU when it names none."""
     gpus = {gpu.id for gpu in machine.gpus}
     return next((home for home in homes if home in gpus), "cpu")
 
@@ -149,9 +149,8 @@ def device_uses(
     placed: Sequence[Placement],
 ) -> tuple[DeviceUse, ...]:
     """Bytes by purpose of every device; the CPU of a unified memory appears only when it is used."""
-    purposes = _bytes_by_purpose(layout, workload, placed)
-    shared = {device.id for device in unified_pool(machine) if device.kind == "cpu"}
-    return tuple(
+    purposes = _bytes_by_purpose(layout, machine, workload, placed)
+    uses = tuple(
         DeviceUse(
             device=device.id,
             total=device.total_bytes,
@@ -161,26 +160,96 @@ def device_uses(
             **purposes[device.id],
         )
         for device in placeable(machine)
-        if device.id not in shared or any(purposes[device.id].values())
     )
+    slots = _slot_bytes(layout, machine, placed, is_mapped=reads_mapped(machine, uses, placed))
+    shared = {device.id for device in unified_pool(machine) if device.kind == "cpu"}
+    uses = tuple(replace(use, slots=slots[use.device]) for use in uses)
+    return tuple(use for use in uses if use.planned or use.device not in shared)
+
+
+def reads_mapped(machine: Machine, uses: Sequence[DeviceUse], placed: Sequence[Placement]) -> bool:
+    """Whether the CPU uses the disk's blocks right in the page cache, without a copy of its own.
+
+    So it does on a map without a GPU, when the RAM that the plan leaves free holds all of them.
+    """
+    computes_alone = {place.compute for place in placed} == {"cpu"}
+    return computes_alone and in_page_cache(machine, uses, placed)
+
+
+def in_page_cache(machine: Machine, uses: Sequence[DeviceUse], placed: Sequence[Placement]) -> bool:
+    """Whether the RAM that the plan leaves free holds all blocks that are read from the disk.
+
+    Buffers to read them into are not counted: blocks that are in the page cache need none.
+    """
+    size = sum(place.block.bytes for place in placed if place.way == "read")
+    if not size or not machine.has("cpu"):
+        return False
+    shared = [use for use in uses if use.device == "cpu" or machine.device(use.device).unified]
+    held = sum(use.planned - (use.slots if use.device == "cpu" else 0) for use in shared)
+    reserve = max((use.reserve for use in shared), default=0)
+    return size <= machine.device("cpu").free_bytes - held - reserve
 
 
 def _bytes_by_purpose(
-    layout: ModelLayout, workload: Workload, placed: Sequence[Placement]
+    layout: ModelLayout, machine: Machine, workload: Workload, placed: Sequence[Placement]
 ) -> defaultdict[str, Counter[str]]:
+    """Everything but slots."""
     purposes: defaultdict[str, Counter[str]] = defaultdict(Counter)
-    activations = activation_bytes(layout, workload)
     for place in placed:
         purposes[place.home]["weights"] += place.block.bytes
+        purposes["cpu"]["kept"] += place.block.bytes if place.kept else 0
         there = purposes[place.compute]
         there["buffers"] += place.block.buffer_bytes
         there["kv_cache"] += workload.cache_bytes(place.block)
-        there["activations"] = activations
-        if place.is_offloaded:
-            there["slots"] = max(there["slots"], STREAMING_SLOTS * streamed_bytes(place.block, layout))
+    for device, kinds in _kinds_by_device(placed).items():
+        # Looking up rows makes hidden states only.
+        looks_up = kinds == {"embedding"}
+        row = _tokens(workload) * layout.hidden_size * dtype_bytes(layout.dtype)
+        purposes[device]["activations"] = row if looks_up else activation_bytes(layout, workload)
     if placed:
         purposes[logits_place(placed).compute]["activations"] += logits_bytes(layout, workload)
+    if layout.draft and placed:
+        main = main_device((place.home for place in placed), machine)
+        purposes[main]["draft"] += draft_bytes(layout.draft, workload)
     return purposes
+
+
+def draft_bytes(draft: ModelLayout, workload: Workload) -> int:
+    """Weights, buffers and KV cache of a draft model."""
+    return sum(block.bytes + block.buffer_bytes + workload.cache_bytes(block) for block in draft.blocks)
+
+
+def _kinds_by_device(placed: Sequence[Placement]) -> dict[str, set[str]]:
+    """Computing device -> kinds of its blocks."""
+    kinds: defaultdict[str, set[str]] = defaultdict(set)
+    for place in placed:
+        kinds[place.compute].add(place.block.kind)
+    return kinds
+
+
+def _slot_bytes(
+    layout: ModelLayout, machine: Machine, placed: Sequence[Placement], *, is_mapped: bool
+) -> Counter[str]:
+    """Room in which blocks arrive: on the GPUs, and in RAM for those that come from the disk."""
+    arriving: defaultdict[str, list[int]] = defaultdict(list)
+    staged: defaultdict[str, list[int]] = defaultdict(list)
+    for place in placed:
+        if not place.is_offloaded or (place.compute == "cpu" and (is_mapped or place.kept)):
+            continue
+        size = streamed_bytes(place.block, layout)
+        arriving[place.compute].append(size)
+        if place.way == "read" and place.compute != "cpu":
+            staged[place.compute].append(size)
+    slots = Counter[str]()
+    for device, sizes in arriving.items():
+        slots[device] += _ring_bytes(device, sizes)
+    for device, sizes in staged.items():  # of a shared memory there is one only
+        slots[device if machine.device(device).unified else "cpu"] += _ring_bytes("cpu", sizes)
+    return slots
+
+
+def _ring_bytes(device: str, sizes: Sequence[int]) -> int:
+    return min(slots_for(device), len(sizes)) * max(sizes)
 
 
 def logits_place(placed: Sequence[Placement]) -> Placement:
@@ -219,3 +288,25 @@ def _scan_bytes(layout: ModelLayout, workload: Workload) -> int:
     tokens = min(workload.prefill_tokens, workload.context_length)
     states = tokens if "Mamba" in layout.architecture else -(-tokens // SCAN_CHUNK_TOKENS)
     return 3 * workload.batch * states * state
+
+
+def _unpacked_bytes(layout: ModelLayout) -> int:
+    """The largest packed matrix as it is while a prefill multiplies with it."""
+    width = dtype_bytes(layout.dtype)
+    return max((prod(shape) * width for shape in _packed_shapes(layout)), default=0)
+
+
+def _packed_shapes(layout: ModelLayout) -> Iterator[tuple[int, ...]]:
+    """Logical shapes of the matrices that take fewer bytes than in the dtype that computes."""
+    if not layout.quantization:
+        return
+    width = dtype_bytes(layout.dtype)
+    for block in layout.blocks:
+        for tensor in block.tensors:
+            if len(tensor.shape) >= 2 and tensor.bytes < prod(tensor.shape) * width:
+                yield tensor.shape[-2:]  # experts are unpacked one by one
+
+
+def _tokens(workload: Workload) -> int:
+    """Tokens of one prefill pass."""
+    return min(workload.prefill_tokens, workload.context_length) * workload.batch

@@ -17,11 +17,14 @@ from llm_magic.model import Block, CacheCost, ModelLayout
 from llm_magic.plan import Plan, Workload
 from llm_magic.planning import checks
 from llm_magic.planning.budget import device_name, make_budget
-from llm_magic.planning.costs import device_uses, dtype_bytes, placeable, placements
+from llm_magic.planning.constants import Constants
+from llm_magic.planning.costs import dtype_bytes, placeable, reads_mapped
 from llm_magic.planning.device_map import read_device_map, resolve_device_map
 from llm_magic.planning.forecast import make_forecast
 from llm_magic.planning.policies import POLICIES
 from llm_magic.planning.policies import auto as _auto
+from llm_magic.planning.setting import Setting
+from llm_magic.planning.ways import place_blocks
 from llm_magic.units import MIB, format_bytes, format_rate
 
 __all__ = ["make_budget", "make_plan", "read_device_map", "refusal", "register_planners"]
@@ -48,6 +51,7 @@ def make_plan(
     max_memory: Mapping[str, int] | None = None,
     source: str = "",
     options: Mapping[str, str] | None = None,
+    constants: Constants | None = None,
 ) -> Plan:
     """Place the blocks and say what that costs.
 
@@ -64,6 +68,8 @@ def make_plan(
     source, options
         What the user asked to load, for the equivalent Python (``options["dtype"]``,
         ``options["revision"]``, ``options["offload_folder"]``, ``options["gguf_file"]``).
+    constants
+        What the cost model assumes of this machine; without them, what was measured on others.
 
     Raises
     ------
@@ -74,7 +80,17 @@ def make_plan(
     if not layout.blocks:
         raise PlanError(f"{layout.name} has no blocks to place.", "Choose a model with weights.")
     limits = {device_name(key, machine): limit for key, limit in (max_memory or {}).items()}
-    request = _Request(layout, machine, workload, placement, policy, max_memory or {}, source, options or {})
+    request = _Request(
+        layout,
+        machine,
+        workload,
+        placement,
+        policy,
+        max_memory or {},
+        source,
+        options or {},
+        constants or Constants(),
+    )
     plan = _place(request)
     plan = replace(plan, problems=checks.problems(plan), warnings=checks.warnings(plan, limits))
     if not plan.fits:
@@ -98,6 +114,7 @@ class _Request:
     max_memory: Mapping[str, int]
     source: str
     options: Mapping[str, str]
+    constants: Constants
 
 
 def _place(request: _Request) -> Plan:
@@ -108,9 +125,9 @@ def _place(request: _Request) -> Plan:
         device_map = _planned(request.placement, request)
     else:
         device_map = resolve_device_map(request.placement, layout, machine)
-    placed = placements(layout, device_map, machine)
-    uses = device_uses(layout, machine, budget, workload, placed)
-    forecast = make_forecast(layout, machine, workload, placed, uses)
+    setting = Setting(layout, machine, budget, workload, request.constants)
+    placed = place_blocks(setting, device_map)
+    uses = setting.uses(placed)
     return Plan(
         request.source,
         layout,
@@ -120,8 +137,9 @@ def _place(request: _Request) -> Plan:
         request.policy,
         placed,
         uses,
-        forecast,
+        make_forecast(setting, placed, uses),
         options=request.options,
+        mapped=reads_mapped(machine, uses, placed),
     )
 
 

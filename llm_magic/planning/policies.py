@@ -1,14 +1,14 @@
 """The placement policies behind ``--device-map auto|balanced|balanced_low_0|sequential|cpu``.
 
-All of them place *units* (blocks that share a tensor are one unit), in model order. A unit that
-stays where it computes needs its weights, buffers and KV cache there; one that is offloaded needs
-its weights in a store (RAM beside a GPU, disk), its cache on the first computing device, and a
-slot there to arrive in.
+All of them place *units* (blocks that share a tensor are one unit), in model order. A policy makes
+candidates, homes with more and more units offloaded, and the first one that fits is taken: what a
+candidate takes is counted by `costs.py`, as for every other plan.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,13 +18,17 @@ from llm_magic.machine import Machine
 from llm_magic.model import Block, ModelLayout
 from llm_magic.plan import MemoryBudget, Workload
 from llm_magic.planning.costs import (
-    STREAMING_SLOTS,
     activation_bytes,
+    draft_bytes,
     logits_bytes,
     placeable,
+    slots_for,
     streamed_bytes,
     unified_pool,
 )
+from llm_magic.planning.setting import Setting
+from llm_magic.planning.sweep import link_bytes_per_s
+from llm_magic.planning.ways import Uses, computing_places, evenly, shared_out
 
 Homes = dict[int, str]  # index of a unit -> device
 
@@ -36,20 +40,30 @@ class Unit:
     blocks: tuple[Block, ...]
     weights: int
     kept: int
-    slot: int
+    largest: int  # bytes of a slot for it
     is_layer: bool
     logits: int
+
+    @property
+    def whole(self) -> int:
+        """Bytes where it lives and computes."""
+        return self.weights + self.kept + self.logits
 
 
 @dataclass(frozen=True)
 class Task:
     """A model to spread over ``compute`` devices, the rest over ``stores`` (fastest first)."""
 
+    setting: Setting
     units: tuple[Unit, ...]
     activations: int
     compute: tuple[str, ...]
     stores: tuple[str, ...]
-    limits: Mapping[str, int]
+
+    @property
+    def limits(self) -> Mapping[str, int]:
+        """Device -> bytes."""
+        return self.setting.budget.limits
 
     @cached_property
     def most_offloaded(self) -> int:
@@ -60,21 +74,29 @@ class Task:
         """Block name -> device."""
         return {block.name: homes[i] for i, unit in enumerate(self.units) for block in unit.blocks}
 
+    def uses(self, homes: Homes) -> Uses:
+        """What the homes take on every device."""
+        return self.setting.uses(computing_places(self.setting, self.names(homes)))
+
+    def shortage(self, homes: Homes, devices: tuple[str, ...]) -> int:
+        """Bytes that lack on some of the devices."""
+        return sum(max(0, -use.spare) for use in self.uses(homes) if use.device in devices)
+
 
 Choice = Callable[[list[int], int], list[int]]  # some units, how many of them -> which
-Eviction = Callable[[Task, int], frozenset[int]]  # how many units to offload -> which
+Residents = Callable[[Task, int], Homes | None]  # how many units to offload -> homes of the others
 
 
 def auto(layout: ModelLayout, budget: MemoryBudget, machine: Machine, workload: Workload) -> dict[str, str]:
     """Fill the GPUs, then RAM, then disk, with the offloaded layers evenly among the resident ones."""
-    return _on_gpus_or_cpu(layout, budget, machine, workload, lambda task: _fill(task, spread_layers))
+    return _on_gpus_or_cpu(layout, budget, machine, workload, lambda task: _fill(task, spread))
 
 
 def sequential(
     layout: ModelLayout, budget: MemoryBudget, machine: Machine, workload: Workload
 ) -> dict[str, str]:
     """Fill device after device in model order."""
-    return _on_gpus_or_cpu(layout, budget, machine, workload, lambda task: _fill(task, last_units, _last))
+    return _on_gpus_or_cpu(layout, budget, machine, workload, lambda task: _fill(task, tail, _last))
 
 
 def balanced(
@@ -125,22 +147,33 @@ def tied_groups(layout: ModelLayout) -> tuple[tuple[Block, ...], ...]:
     return tuple(tuple(blocks) for blocks in groups.values())
 
 
-def spread_layers(task: Task, count: int) -> frozenset[int]:
-    """``count`` units to offload: layers evenly spaced, and only then embedding, norm and head.
+def spread(task: Task, count: int) -> Homes | None:
+    """Offload ``count`` layers, evenly among those that stay: the next one arrives while they compute.
 
-    With the offloaded layers apart, the next one can arrive while resident ones compute.
+    Several GPUs get a range of the model each, with a share of the offloaded layers as its bus is fast.
     """
+    if len(task.compute) > 1 and count:
+        return _ranges(task, task.compute, count)
+    if len(task.compute) > 1:
+        return _pack(task, frozenset(), task.limits)
+    offloaded = _spread_units(task, count)
+    return {i: task.compute[0] for i in range(len(task.units)) if i not in offloaded}
+
+
+def tail(task: Task, count: int) -> Homes | None:
+    """Offload the last ``count`` units of the model."""
+    offloaded = frozenset(range(len(task.units) - count, len(task.units)))
+    return _pack(task, offloaded, task.limits)
+
+
+def _spread_units(task: Task, count: int) -> frozenset[int]:
+    """``count`` units: layers evenly spaced, and only then embedding, norm and head."""
     layers = [i for i, unit in enumerate(task.units) if unit.is_layer]
     if count <= len(layers):
-        return frozenset(_evenly(layers, count))
+        return frozenset(evenly(layers, count))
     others = [i for i, unit in enumerate(task.units) if not unit.is_layer]
     largest_first = sorted(others, key=lambda i: -task.units[i].weights)
     return frozenset(layers + largest_first[: count - len(layers)])
-
-
-def last_units(task: Task, count: int) -> frozenset[int]:
-    """``count`` units to offload: the last ones of the model."""
-    return frozenset(range(len(task.units) - count, len(task.units)))
 
 
 def _unit(blocks: tuple[Block, ...], head: Block, layout: ModelLayout, workload: Workload) -> Unit:
@@ -148,7 +181,7 @@ def _unit(blocks: tuple[Block, ...], head: Block, layout: ModelLayout, workload:
         blocks=blocks,
         weights=sum(block.bytes for block in blocks),
         kept=sum(block.buffer_bytes + workload.cache_bytes(block) for block in blocks),
-        slot=STREAMING_SLOTS * max(streamed_bytes(block, layout) for block in blocks),
+        largest=max(streamed_bytes(block, layout) for block in blocks),
         is_layer=any(block.kind in ("encoder", "decoder") for block in blocks),
         logits=logits_bytes(layout, workload) if head in blocks else 0,
     )
@@ -162,8 +195,9 @@ def _on_gpus_or_cpu(
     place: Callable[[Task], Homes | None],
 ) -> dict[str, str]:
     """Try the GPUs; when their memory cannot even stream the model, the CPU; else the best there is."""
+    setting = Setting(layout, machine, budget, workload)
     units, activations = units_of(layout, workload), activation_bytes(layout, workload)
-    tasks = [Task(units, activations, *tiers, budget.limits) for tiers in _tiers(machine)]
+    tasks = [Task(setting, units, activations, *tiers) for tiers in _tiers(machine, budget)]
     for task in tasks:
         homes = place(task)
         if homes is not None:
@@ -171,30 +205,36 @@ def _on_gpus_or_cpu(
     return tasks[0].names(_most_offloaded(tasks[0]))
 
 
-def _tiers(machine: Machine) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
+def _tiers(machine: Machine, budget: MemoryBudget) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
     """(computing devices, stores) to try in turn. Shared memory is no store: moving there frees nothing."""
     stores = tuple(device.id for device in placeable(machine) if device.kind != "gpu")
     on_cpu = (("cpu",), tuple(name for name in stores if name != "cpu"))
     if not machine.gpus:
         return [on_cpu]
     beside_gpu = on_cpu[1] if unified_pool(machine) else stores
-    gpus = (tuple(gpu.id for gpu in machine.gpus), beside_gpu)
-    return [gpus, on_cpu] if machine.has("cpu") else [gpus]
+    gpus = tuple(gpu.id for gpu in machine.gpus)
+    roomiest = max(gpus, key=lambda name: budget.limits.get(name, 0))
+    tiers = [(gpus, beside_gpu), *([((roomiest,), beside_gpu)] if len(gpus) > 1 else [])]
+    return [*tiers, on_cpu] if machine.has("cpu") else tiers
 
 
-def _fill(task: Task, evict: Eviction, choose: Choice | None = None) -> Homes | None:
+def _fill(task: Task, residents: Residents, choose: Choice = evenly) -> Homes | None:
     """Offload as few units as the computing devices allow; ``None`` when that does not fit."""
     counts = range(task.most_offloaded + 1)
-    limits = task.limits
+
+    def homes_of(count: int) -> Homes | None:
+        there = residents(task, count)
+        if there is None or (len(there) < len(task.units) and not task.stores):
+            return None
+        return _stored(task, there, choose)
 
     def fits(count: int) -> bool:
-        return _pack(task, evict(task, count), limits) is not None
+        homes = homes_of(count)
+        return homes is not None and not task.shortage(homes, task.compute)
 
     count = bisect_left(counts, True, key=fits)  # more offloaded, more room
-    offloaded = evict(task, min(count, task.most_offloaded))
-    resident = _pack(task, offloaded, limits)
-    stored = _store(task, offloaded, choose or _evenly)
-    return {**resident, **stored} if resident is not None and stored is not None else None
+    homes = homes_of(min(count, task.most_offloaded))
+    return None if homes is None or task.shortage(homes, (*task.compute, *task.stores)) else homes
 
 
 def _even(task: Task, devices: tuple[str, ...]) -> Homes | None:
@@ -206,7 +246,7 @@ def _even(task: Task, devices: tuple[str, ...]) -> Homes | None:
 
     loads = range(max(full.values(), default=0) + 1)
     if not loads or at(loads[-1]) is None:
-        return _fill(task, spread_layers)
+        return _fill(task, spread)
     return at(bisect_left(loads, True, key=lambda load: at(load) is not None))
 
 
@@ -221,51 +261,113 @@ def _low_0(task: Task) -> Homes | None:
 
     loads = range(task.limits[first] + 1)
     if at(loads[-1]) is None:
-        return _fill(task, spread_layers)
+        return _fill(task, spread)
     return at(bisect_left(loads, True, key=lambda load: at(load) is not None))
 
 
 def _pack(task: Task, offloaded: frozenset[int], limits: Mapping[str, int]) -> Homes | None:
-    """Put the units that stay onto the computing devices in order; ``None`` when they do not fit.
-
-    The first device that gets one also carries what belongs to the offloaded units.
-    """
-    carried = sum(task.units[i].kept for i in offloaded)
-    carried += max((task.units[i].slot for i in offloaded), default=0)
-    carried += sum(task.units[i].logits for i in offloaded)
-    devices = iter([name for name in task.compute if name in limits])
+    """Put the units that stay onto the computing devices in order; ``None`` when they do not fit."""
+    names = [name for name in task.compute if name in limits]
+    carried = _carried(task, offloaded, names)
+    devices = iter(names)
     device = next(devices, None)
-    room = limits[device] - task.activations - carried if device else 0
+    room = limits[device] - carried[device] if device else 0
     homes: Homes = {}
     for i, unit in enumerate(task.units):
         if i in offloaded:
             continue
-        need = unit.weights + unit.kept + unit.logits
-        while device is not None and need > room:
+        while device is not None and unit.whole > room:
             device = next(devices, None)
-            room = limits[device] - task.activations - (0 if homes else carried) if device else 0
+            room = limits[device] - carried[device] if device else 0
         if device is None:
             return None
-        homes[i], room = device, room - need
+        homes[i], room = device, room - unit.whole
     return homes if homes or (room >= 0 and task.compute == ("cpu",)) else None
 
 
-def _store(task: Task, offloaded: frozenset[int], choose: Choice, *, overflow: bool = False) -> Homes | None:
-    """Homes of the offloaded units: the fast store as full as it gets, the others where ``choose`` says."""
-    left = sorted(offloaded)
+def _carried(task: Task, offloaded: frozenset[int], devices: list[str]) -> Counter[str]:
+    """Bytes on each device beside its own units: for work, for the draft, for what is offloaded."""
+    carried = Counter(dict.fromkeys(devices, task.activations))
+    draft = task.setting.layout.draft
+    if draft and devices:
+        carried[devices[0]] += draft_bytes(draft, task.setting.workload)
+    units = [task.units[i] for i in sorted(offloaded)]
+    speeds = [link_bytes_per_s(task.setting.machine, name) for name in devices if name != "cpu"] or [1.0]
+    largest: defaultdict[str, list[int]] = defaultdict(list)
+    for unit, share in zip(units, shared_out([unit.weights for unit in units], speeds), strict=True):
+        carried[devices[share]] += unit.kept + unit.logits
+        largest[devices[share]].append(unit.largest)
+    for name, sizes in largest.items():
+        carried[name] += min(slots_for(name), len(sizes)) * max(sizes)
+    return carried
+
+
+def _ranges(task: Task, devices: tuple[str, ...], count: int) -> Homes | None:
+    """A contiguous range of the model for each GPU, with ``count`` offloaded layers shared among them.
+
+    Every range is as long as its GPU has room for; ``None`` when they do not reach the model's end.
+    """
+    speeds = [link_bytes_per_s(task.setting.machine, name) for name in devices]
+    shares = Counter(shared_out([1] * count, speeds))
     homes: Homes = {}
+    start = 0
+    for number, device in enumerate(devices):
+        end = _longest_range(task, device, start, shares[number], is_first=not number)
+        if start == end < len(task.units) and len(devices) > 1:  # it has no room: without it
+            return _ranges(task, tuple(name for name in devices if name != device), count)
+        offloaded = _in_range(task, start, end, shares[number], is_first=not number)
+        homes.update({i: device for i in range(start, end) if i not in offloaded})
+        start = end
+    return homes if start == len(task.units) and homes else None
+
+
+def _longest_range(task: Task, device: str, start: int, count: int, *, is_first: bool) -> int:
+    """Where a range must end so that the GPU holds it with ``count`` of its layers offloaded."""
+
+    def is_too_long(end: int) -> bool:
+        offloaded = _in_range(task, start, end, count, is_first=is_first)
+        sizes = [task.units[i].largest for i in offloaded]
+        slots = min(slots_for(device), len(sizes)) * max(sizes, default=0)
+        draft = task.setting.layout.draft if is_first else None
+        held = sum(unit.whole for unit in task.units[start:end])
+        held += draft_bytes(draft, task.setting.workload) if draft else 0
+        return (
+            held - sum(task.units[i].weights for i in offloaded) + slots + task.activations
+            > task.limits[device]
+        )
+
+    ends = range(start + 1, len(task.units) + 1)
+    return start + bisect_left(ends, True, key=is_too_long)
+
+
+def _in_range(task: Task, start: int, end: int, count: int, *, is_first: bool) -> frozenset[int]:
+    """``count`` layers of a range, evenly; the one that a later range begins with stays, to mark it."""
+    layers = [i for i in range(start if is_first else start + 1, end) if task.units[i].is_layer]
+    return frozenset(evenly(layers, min(count, len(layers))))
+
+
+def _stored(task: Task, residents: Homes, choose: Choice) -> Homes:
+    """All homes: residents as given, the others in the fastest stores that have room for them."""
+    offloaded = [i for i in range(len(task.units)) if i not in residents]
+    room = dict(task.limits)
+    while True:
+        stored = _in_stores(task, offloaded, room, choose)
+        lacks = task.shortage(residents | stored, task.stores[:-1])
+        held = sum(task.units[i].weights for i, home in stored.items() if home in task.stores[:-1])
+        if not lacks or not held:
+            return residents | stored
+        room[task.stores[0]] = held - lacks  # buffers for what comes from the disk take room too
+
+
+def _in_stores(task: Task, offloaded: list[int], room: Mapping[str, int], choose: Choice) -> Homes:
+    """The fast store as full as it gets, the others where ``choose`` says."""
+    left, homes = list(offloaded), Homes()
     for store in task.stores[:-1]:
-        slower = _overflow(task, left, task.limits[store], choose)
+        slower = _overflow(task, left, room[store], choose)
         homes.update({i: store for i in left if i not in slower})
         left = [i for i in left if i in slower]
-    if not left:
-        return homes
-    if not task.stores:
-        return None
-    last = task.stores[-1]
-    fits = sum(task.units[i].weights for i in left) <= task.limits[last]
-    homes.update(dict.fromkeys(left, last))
-    return homes if fits or overflow else None
+    homes.update(dict.fromkeys(left, task.stores[-1]) if task.stores else {})
+    return homes
 
 
 def _overflow(task: Task, units: list[int], room: int, choose: Choice) -> set[int]:
@@ -278,17 +380,12 @@ def _overflow(task: Task, units: list[int], room: int, choose: Choice) -> set[in
     return set(choose(units, bisect_left(range(len(units)), True, key=fits)))
 
 
-def _evenly(items: list[int], count: int) -> list[int]:
-    """``count`` of the items at equal distances, half a distance from either end."""
-    return [items[(2 * k + 1) * len(items) // (2 * count)] for k in range(count)]
-
-
 def _last(items: list[int], count: int) -> list[int]:
     return items[len(items) - count :]
 
 
 def _most_offloaded(task: Task) -> Homes:
     """Where to show what lacks when nothing fits: everything in the stores that can be."""
-    offloaded = spread_layers(task, task.most_offloaded)
-    stored = _store(task, offloaded, _evenly, overflow=True) or {}
-    return {i: stored.get(i, task.compute[0]) for i in range(len(task.units))}
+    offloaded = _spread_units(task, task.most_offloaded)
+    residents = {i: task.compute[0] for i in range(len(task.units)) if i not in offloaded}
+    return _stored(task, residents, evenly) if task.stores else residents

@@ -1,0 +1,100 @@
+"""What the cost model assumes beside measured bandwidths: overheads of a layer, shares of a peak.
+
+The defaults come from measurements on other machines. `planning/fitting.py` replaces them by what a
+loaded model was measured to do on this one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import Field, dataclass, field, fields, replace
+from typing import Any
+
+
+def _between(least: float, most: float, default: float) -> Any:
+    return field(default=default, metadata={"least": least, "most": most})
+
+
+@dataclass(frozen=True)
+class Constants:
+    """Overheads and efficiencies of one machine.
+
+    Attributes
+    ----------
+    cpu_layer_s, gpu_layer_s
+        Seconds of Python and launches for one eager transformers layer. On a CPU they come on top of
+        the reads (30 layers of 7 MB on two cores: 23 ms, 9 more than the reads), on a GPU kernels are
+        queued ahead and the longer one counts (32 layers on an H100: 34 ms).
+    captured_layer_s
+        Seconds of a captured layer beyond the read of its weights: norms, rotary embedding, residuals
+        (32 layers and a head of 15.0 GB on an H100 that reads 3,107 GB/s: 9.3 ms, 4.5 more than the
+        reads; divided by 32).
+    cpu_share, gpu_share
+        Of the measured read speed, what the layers reach.
+    cpu_beside_bus
+        Of its read speed, what the CPU keeps while copies run and their driver takes cores (measured:
+        42–46 of 52–72 GB/s).
+    packed_cpu_share, packed_gpu_share
+        Of its read speed, what a device reaches on packed weights that it must unpack first (measured:
+        nf4 0.8 of 32 GB/s on two cores; 3.7 GB in 2.8 ms on an H100 that reads 3,107 GB/s).
+    bus_share, disk_share
+        Of the measured bandwidth, what pipelined copies and reads reach (96–100 % of the bus).
+    page_cache_share
+        Of the CPU's read speed, what it reaches on blocks that it uses in the page cache.
+    page_copy_share
+        Of the CPU's read speed, what copies out of the page cache reach: each byte is read and written.
+    dram_factor
+        All that RAM gives to CPU and buses together, as a multiple of what the faster one reaches
+        alone (measured: 92–99 GB/s beside 52–67 alone).
+    cpu_prefill, gpu_prefill
+        Of the measured operations per second, what the matrix products of a prefill reach.
+    """
+
+    cpu_layer_s: float = _between(0.0, 20e-3, 0.3e-3)
+    gpu_layer_s: float = _between(0.05e-3, 20e-3, 1.0e-3)
+    captured_layer_s: float = _between(0.0, 5e-3, 0.14e-3)
+    cpu_share: float = _between(0.05, 2.0, 1.0)
+    gpu_share: float = _between(0.05, 2.0, 1.0)
+    cpu_beside_bus: float = _between(0.1, 1.0, 0.7)
+    packed_cpu_share: float = _between(0.002, 2.0, 0.025)
+    packed_gpu_share: float = _between(0.02, 2.0, 0.42)
+    bus_share: float = _between(0.3, 1.2, 0.97)
+    disk_share: float = _between(0.1, 4.0, 0.9)
+    page_cache_share: float = _between(0.05, 2.0, 0.9)
+    page_copy_share: float = _between(0.02, 2.0, 0.5)
+    dram_factor: float = _between(1.0, 8.0, 2.0)
+    cpu_prefill: float = _between(0.02, 2.0, 0.4)
+    gpu_prefill: float = _between(0.02, 2.0, 0.5)
+
+    def to_json(self) -> dict[str, float]:
+        """Name -> value, to be written to a file."""
+        return {each.name: getattr(self, each.name) for each in fields(self)}
+
+    @staticmethod
+    def from_json(data: object) -> Constants:
+        """What ``to_json`` wrote; the default for everything that is missing or is no sane number."""
+        if not isinstance(data, Mapping):
+            return Constants()
+        sane = {name: value for name, value in data.items() if _is_sane(name, value)}
+        return Constants(**sane)
+
+    def changed(self, name: str, value: float) -> Constants:
+        """These constants with one of them set, within its sane range."""
+        least, most = limits(name)
+        return replace(self, **{name: min(max(value, least), most)})
+
+
+_FIELDS: dict[str, Field[Any]] = {each.name: each for each in fields(Constants)}
+
+
+def limits(name: str) -> tuple[float, float]:
+    """The least and the most that a constant may be."""
+    return _FIELDS[name].metadata["least"], _FIELDS[name].metadata["most"]
+
+
+def _is_sane(name: object, value: Any) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not isinstance(name, str) or name not in _FIELDS or not is_number:
+        return False
+    least, most = limits(name)
+    return bool(least <= value <= most)  # NaN is not

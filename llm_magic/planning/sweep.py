@@ -1,0 +1,322 @@
+"""One pass through the model: what is read, moved and computed where, and how long each part takes.
+
+A sweep over M tokens takes as long as its slowest part, because copies run ahead while blocks
+compute::
+
+    T = max(bytes on a bus / its bandwidth,               one for each GPU
+            bytes from the disk / its bandwidth,
+            sum over the blocks of reading and launching,  one after the other, on CPU and GPUs
+            bytes to the buses and the CPU / what RAM gives)
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from llm_magic.machine import Machine
+from llm_magic.model import Block, ModelLayout
+from llm_magic.plan import Placement, Workload
+from llm_magic.planning.constants import Constants
+from llm_magic.planning.costs import can_prefill_in_parts, dtype_bytes, streamed_bytes
+from llm_magic.units import format_bandwidth
+
+UNPACKED_IN_KERNELS = ("quanto-int8", "int4")
+"""Methods whose matrix-vector products on a CPU read packed weights as fast as plain ones (measured)."""
+
+Way = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Engine:
+    """How the loaded model will run, beside where its blocks are.
+
+    ``is_mapped``: the CPU uses the disk's blocks in the page cache; ``is_cached``: the page cache
+    holds what is read from the disk; ``is_captured``: a decode step is one CUDA graph.
+    """
+
+    machine: Machine
+    constants: Constants
+    is_mapped: bool = False
+    is_cached: bool = False
+    is_captured: bool = False
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Amounts of one pass, which add up over the blocks.
+
+    ``reads``: device -> bytes of weights and caches that it computes with, of which ``mapped`` lie in
+    the page cache and ``packed`` must be unpacked; ``moves``: (where from, computing device) -> bytes,
+    of which ``routed`` are known to be needed only when the block runs; ``layers``: device -> layers;
+    ``flops``: device -> operations.
+    """
+
+    reads: Counter[str] = field(default_factory=Counter)
+    mapped: Counter[str] = field(default_factory=Counter)
+    packed: Counter[str] = field(default_factory=Counter)
+    moves: Counter[Way] = field(default_factory=Counter)
+    routed: Counter[Way] = field(default_factory=Counter)
+    layers: Counter[str] = field(default_factory=Counter)
+    flops: Counter[str] = field(default_factory=Counter)
+
+    def add(self, other: Sweep, times: int = 1) -> None:
+        """Count another one in, some times; negative: take it out."""
+        for mine, theirs in zip(vars(self).values(), vars(other).values(), strict=True):
+            for key, count in theirs.items():
+                mine[key] += times * count
+
+
+@dataclass(frozen=True)
+class Leg:
+    """One part of the time of a sweep; ``words`` name it in "bound by ...", ``cause`` for the constants."""
+
+    words: str
+    seconds: float
+    cause: str = ""
+
+
+def sweep_of(layout: ModelLayout, workload: Workload, placed: Iterable[Placement], *, tokens: int) -> Sweep:
+    """What a pass over ``tokens`` tokens of each sequence does."""
+    whole = Sweep()
+    for place in placed:
+        whole.add(block_sweep(layout, workload, place, tokens=tokens))
+    return whole
+
+
+def block_sweep(layout: ModelLayout, workload: Workload, place: Placement, *, tokens: int) -> Sweep:
+    """The part of one block; an encoder runs once, in the prefill."""
+    block, device, part = place.block, place.compute, Sweep()
+    source = "cpu" if place.kept else place.home
+    if tokens == 1 and block.kind == "encoder":
+        return part
+    read = _read_bytes(block, layout, tokens)
+    part.reads[device] = read + _cache_read(block, workload)
+    is_layer = block.kind in ("encoder", "decoder")
+    is_packed = layout.quantization and not (device == "cpu" and layout.quantization in UNPACKED_IN_KERNELS)
+    if is_packed and is_layer:
+        part.packed[device] = read
+    elif source == "disk" and device == "cpu":
+        part.mapped[device] = read
+    part.layers[device] = int(is_layer)
+    part.flops[device] = _flops(block, tokens) * workload.batch
+    if source != device:
+        part.moves[source, device] = _moved_bytes(block, layout, workload, tokens)
+        part.routed[source, device] = _routed_bytes(block, workload, tokens)
+    return part
+
+
+def can_capture(layout: ModelLayout, machine: Machine, placed: Iterable[Placement]) -> bool:
+    """Whether a decode step can be one CUDA graph: no block on disk or CPU, none that routes what moves."""
+    if not can_prefill_in_parts(layout):
+        return False
+    for place in placed:
+        is_cuda = place.compute.startswith("cuda") and not machine.device(place.compute).unified
+        if not is_cuda or place.way == "read" or (place.is_offloaded and place.block.experts):
+            return False
+    return True
+
+
+def seconds(sweep: Sweep, engine: Engine, *, is_prefill: bool = False) -> float | None:
+    """How long the sweep takes; ``None`` when a bandwidth that it needs is unknown."""
+    legs = parts(sweep, engine, is_prefill=is_prefill)
+    return None if legs is None else max(leg.seconds for leg in legs)
+
+
+def parts(sweep: Sweep, engine: Engine, *, is_prefill: bool = False) -> tuple[Leg, ...] | None:
+    """What runs at the same time: the chain of the blocks, every bus, the disk, RAM."""
+    chain = chain_of(sweep, engine, is_prefill=is_prefill)
+    buses, disk = _buses(sweep, engine), _disk(sweep, engine)
+    if chain is None or buses is None or disk is None:
+        return None
+    longest = max(chain, key=lambda leg: leg.seconds, default=Leg("nothing", 0.0))
+    whole = Leg(longest.words, sum(leg.seconds for leg in chain), longest.cause)
+    return (whole, *buses, *disk, *_ram(sweep, engine))
+
+
+def chain_of(sweep: Sweep, engine: Engine, *, is_prefill: bool = False) -> tuple[Leg, ...] | None:
+    """What comes one after the other: layers need what the layers before them made."""
+    legs: list[Leg] = []
+    for device, count in sweep.reads.items():
+        speed = engine.machine.device(device).read_bytes_per_s
+        if not count and not sweep.layers[device]:
+            continue
+        if not speed:
+            return None
+        if is_prefill and not engine.machine.device(device).flops and sweep.flops[device]:
+            return None
+        legs += _computing(device, sweep, engine, is_prefill=is_prefill)
+    return (*legs, *_waits(sweep, engine))
+
+
+def _computing(device: str, sweep: Sweep, engine: Engine, *, is_prefill: bool) -> list[Leg]:
+    """The legs of one device: work and launches, in turn on a CPU, whose cores do both, and in a graph.
+
+    An eager GPU has its kernels queued ahead, so that one hides behind the other.
+    """
+    work = _reading(device, sweep, engine)
+    if is_prefill and sweep.flops[device]:
+        work = max(work, _multiplying(device, sweep, engine), key=lambda leg: leg.seconds)
+    launch = _launching(device, sweep, engine, is_prefill=is_prefill)
+    is_hidden = launch.cause == "gpu_layer_s"
+    return [max(work, launch, key=lambda leg: leg.seconds)] if is_hidden else [work, launch]
+
+
+def _reading(device: str, sweep: Sweep, engine: Engine) -> Leg:
+    """Weights and caches from the device's memory; what is packed or in the page cache comes slower."""
+    machine, constants = engine.machine, engine.constants
+    speed = machine.device(device).read_bytes_per_s
+    words = f"{_memory(device)}, {format_bandwidth(speed)}"
+    mapped = sweep.mapped[device] if engine.is_mapped else 0
+    packed = sweep.packed[device]
+    plain = sweep.reads[device] - mapped - packed
+    family = "cpu" if device == "cpu" else "gpu"
+    share = "cpu_beside_bus" if device == "cpu" and _copies(sweep) else f"{family}_share"
+    spent = (
+        plain + mapped / constants.page_cache_share + packed / getattr(constants, f"packed_{family}_share")
+    )
+    if 2 * packed > sweep.reads[device]:
+        cause = f"packed_{family}_share"
+    else:
+        cause = "page_cache_share" if 2 * mapped > sweep.reads[device] else share
+    return Leg(words, spent / (speed * getattr(constants, share)), cause)
+
+
+def _multiplying(device: str, sweep: Sweep, engine: Engine) -> Leg:
+    """The matrix products of a prefill."""
+    name = "cpu_prefill" if device == "cpu" else "gpu_prefill"
+    speed = engine.machine.device(device).flops * getattr(engine.constants, name)
+    return Leg(f"matrix products on {device}", sweep.flops[device] / speed, name)
+
+
+def _launching(device: str, sweep: Sweep, engine: Engine, *, is_prefill: bool) -> Leg:
+    """Python and launches of a device's layers, or what a graph has between its matrix products."""
+    is_captured = engine.is_captured and not is_prefill
+    name = "cpu_layer_s" if device == "cpu" else "captured_layer_s" if is_captured else "gpu_layer_s"
+    words = f"launching kernels on {device}"
+    return Leg(words, sweep.layers[device] * getattr(engine.constants, name), name)
+
+
+def _copies(sweep: Sweep) -> int:
+    """Bytes on their way to GPUs, which take a core for their driver."""
+    return sum(count for (_, target), count in sweep.moves.items() if target != "cpu")
+
+
+def _waits(sweep: Sweep, engine: Engine) -> tuple[Leg, ...]:
+    """Experts move when the router has chosen them: nothing hides their copies."""
+    waits: dict[str, float] = {}
+    for (_, target), count in sweep.routed.items():
+        if speed := _bus_speed(target, engine):
+            waits[target] = waits.get(target, 0.0) + count / speed
+    return tuple(
+        Leg(_bus_words(target, engine), spent, "bus_share") for target, spent in waits.items() if spent
+    )
+
+
+def _buses(sweep: Sweep, engine: Engine) -> tuple[Leg, ...] | None:
+    """The way to each GPU; what comes from the disk takes it too."""
+    counts = Counter[str]()
+    for (_, target), count in sweep.moves.items():
+        counts[target] += count if target != "cpu" else 0
+    legs = []
+    for target, count in (+counts).items():
+        speed = _bus_speed(target, engine)
+        if not speed:
+            return None
+        legs.append(Leg(_bus_words(target, engine), count / speed, "bus_share"))
+    return tuple(legs)
+
+
+def link_bytes_per_s(machine: Machine, device: str) -> float:
+    """What the way from RAM to a GPU carries as measured; a shared memory is its own way."""
+    return machine.bytes_per_s("cpu", device) or (
+        machine.device(device).read_bytes_per_s if machine.device(device).unified else 0.0
+    )
+
+
+def _bus_speed(device: str, engine: Engine) -> float:
+    return link_bytes_per_s(engine.machine, device) * engine.constants.bus_share
+
+
+def _bus_words(device: str, engine: Engine) -> str:
+    return f"bus to {device}, {format_bandwidth(link_bytes_per_s(engine.machine, device))}"
+
+
+def _disk(sweep: Sweep, engine: Engine) -> tuple[Leg, ...] | None:
+    count = sum(size for (source, target), size in sweep.moves.items() if source == "disk")
+    if not count or engine.is_mapped:
+        return ()
+    machine, constants = engine.machine, engine.constants
+    if engine.is_cached:
+        speed = machine.device("cpu").read_bytes_per_s * constants.page_copy_share
+        words, cause = f"disk (page cache), {format_bandwidth(speed)}", "page_copy_share"
+    else:
+        raw = disk_bytes_per_s(machine)
+        speed, words, cause = raw * constants.disk_share, f"disk, {format_bandwidth(raw)}", "disk_share"
+    return (Leg(words, count / speed, cause),) if speed else None
+
+
+def disk_bytes_per_s(machine: Machine) -> float:
+    """Sequential reads of the disk; 0 when unknown."""
+    return machine.bytes_per_s("disk", "cpu") or machine.device("disk").read_bytes_per_s
+
+
+def _ram(sweep: Sweep, engine: Engine) -> tuple[Leg, ...]:
+    """Buses and CPU share what RAM gives; it matters when more than one of them takes from it."""
+    machine = engine.machine
+    alone = machine.device("cpu").read_bytes_per_s if machine.has("cpu") else 0.0
+    targets = {target for (_, target), count in sweep.moves.items() if count and target != "cpu"}
+    links = [0.0, *(machine.bytes_per_s("cpu", target) for target in targets)]
+    speed = engine.constants.dram_factor * max(alone, *links)
+    takers = len(targets) + bool(sweep.reads["cpu"])
+    if takers < 2 or not speed:
+        return ()
+    count = _copies(sweep) + sweep.reads["cpu"]
+    return (Leg(f"RAM for CPU and buses, {format_bandwidth(speed)}", count / speed, "dram_factor"),)
+
+
+def _read_bytes(block: Block, layout: ModelLayout, tokens: int) -> int:
+    """Weights that the block's computation reads: an embedding reads rows, a head its (tied) matrix."""
+    if block.kind == "embedding":
+        return tokens * layout.hidden_size * dtype_bytes(layout.dtype)
+    if block.kind == "head":
+        return streamed_bytes(block, layout)
+    return block.bytes_per_token if tokens == 1 else block.bytes
+
+
+def _moved_bytes(block: Block, layout: ModelLayout, workload: Workload, tokens: int) -> int:
+    """Bytes that travel: of experts only those that are routed to."""
+    routed = _routed_bytes(block, workload, tokens)
+    return streamed_bytes(block, layout) - (block.expert_bytes - routed if routed else 0)
+
+
+def _routed_bytes(block: Block, workload: Workload, tokens: int) -> int:
+    """Bytes of the experts that a decoding sweep needs, when not all of them; 0 in a prefill."""
+    if tokens > 1 or not block.experts or not block.active_experts:
+        return 0
+    idle = (
+        1 - block.active_experts / block.experts
+    ) ** workload.batch  # share of experts that no sequence takes
+    return round(block.expert_bytes * (1 - idle))
+
+
+def _cache_read(block: Block, workload: Workload) -> int:
+    tokens = min(workload.prefill_tokens, workload.context_length)
+    return workload.batch * block.cache.bytes_for(tokens)
+
+
+def _flops(block: Block, tokens: int) -> int:
+    """Two operations for each weight that works on a token; the head works on the last one only."""
+    if block.kind not in ("encoder", "decoder") or not block.bytes:
+        return 0
+    return 2 * tokens * block.parameters * block.bytes_per_token // block.bytes
+
+
+def _memory(device: str) -> str:
+    return "RAM" if device == "cpu" else f"memory of {device}"
+
+
+def slowest(legs: Sequence[Leg]) -> Leg:
+    """What a sweep is bound by."""
+    return max(legs, key=lambda leg: leg.seconds)

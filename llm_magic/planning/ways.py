@@ -1,0 +1,258 @@
+"""What happens to every block in a sweep, given its home: which device computes it, and what stays in RAM.
+
+Offloaded blocks are shared over the buses of all GPUs that the map names. Of those in RAM, some are
+computed by the CPU where they are, when that answers faster than streaming them: CPU and buses work
+at once. Of those on disk, copies of as many as RAM has room for are kept there.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from llm_magic.model import Block
+from llm_magic.plan import DeviceUse, Placement
+from llm_magic.planning.costs import activation_bytes, reads_mapped, streamed_bytes, unified_pool
+from llm_magic.planning.forecast import engine_of
+from llm_magic.planning.setting import Setting
+from llm_magic.planning.sweep import Engine, Sweep, block_sweep, link_bytes_per_s, seconds, sweep_of
+
+ANSWER_TOKENS = 64
+"""Tokens of the answer that the CPU's share is chosen for; few, so that nobody waits long for the first.
+
+A CPU may decode as fast as a bus brings weights, but it reads a prompt much slower than a GPU.
+"""
+
+WORTH_IT = 1.05
+"""Decode rate that computing on the CPU must gain."""
+
+_UNEVEN = 1.1  # of the least time of the busiest bus: a layer stays beside its neighbours up to here
+
+Placements = tuple[Placement, ...]
+Uses = tuple[DeviceUse, ...]
+
+
+def place_blocks(setting: Setting, homes: Mapping[str, str]) -> Placements:
+    """Every block with its home, the device that computes it, and whether a copy is kept in RAM."""
+    placed = computing_places(setting, homes)
+    if not any(place.is_offloaded for place in placed):
+        return placed
+    return _with_cpu(setting, _with_kept(setting, placed))
+
+
+def computing_places(setting: Setting, homes: Mapping[str, str]) -> Placements:
+    """Blocks where they are computed before the CPU takes some over: on the map's GPUs, else on the CPU."""
+    gpus = {gpu.id for gpu in setting.machine.gpus}
+    used = [home for home in dict.fromkeys(homes[b.name] for b in setting.layout.blocks) if home in gpus]
+    if len(used) < 2:
+        return _placed(setting, homes, [used[0] if used else "cpu"] * len(setting.layout.blocks))
+    beside = _placed(setting, homes, _beside_neighbours(setting, homes, used))
+    if not any(place.is_offloaded for place in beside):
+        return beside
+    even = _placed(setting, homes, _evenly_shared(setting, homes, used))
+    is_even = _busiest_s(setting, beside) <= _UNEVEN * _busiest_s(setting, even)
+    if is_even and _fits(setting, beside):
+        return beside
+    return even if _fits(setting, even) else beside
+
+
+def shared_out(sizes: Sequence[int], speeds: Sequence[float]) -> list[int]:
+    """Contiguous shares of ``sizes`` in proportion to ``speeds``: the index of the share of each.
+
+    Speeds that are unknown (0) count as equal.
+    """
+    speeds = speeds if all(speeds) else [1.0] * len(speeds)
+    total, passed, shares = sum(sizes), 0, []
+    ends = [sum(speeds[: i + 1]) / sum(speeds) for i in range(len(speeds))]
+    for size in sizes:
+        middle = (passed + size / 2) / max(total, 1)
+        shares.append(next((i for i, end in enumerate(ends) if middle < end), len(ends) - 1))
+        passed += size
+    return shares
+
+
+def evenly(items: list[int], count: int) -> list[int]:
+    """``count`` of the items at equal distances, half a distance from either end."""
+    return [items[(2 * k + 1) * len(items) // (2 * count)] for k in range(count)]
+
+
+# --- Which GPU
+
+
+def _placed(setting: Setting, homes: Mapping[str, str], devices: Sequence[str]) -> Placements:
+    """Placements with the device that computes each block if it is not on a GPU."""
+    gpus = {gpu.id for gpu in setting.machine.gpus}
+    return tuple(
+        Placement(block, home, home if home in gpus else "cpu" if _is_looked_up(block, home) else device)
+        for block, device in zip(setting.layout.blocks, devices, strict=True)
+        for home in (homes[block.name],)
+    )
+
+
+def _is_looked_up(block: Block, home: str) -> bool:
+    """Whether the CPU looks up rows where they are; a head that shares the matrix wants it on its GPU."""
+    return block.kind == "embedding" and home == "cpu" and not block.tied_to
+
+
+def _beside_neighbours(setting: Setting, homes: Mapping[str, str], used: Sequence[str]) -> list[str]:
+    """The GPU of the block before, so that hidden states cross between GPUs as rarely as they can."""
+    device, devices = used[0], []
+    for block in setting.layout.blocks:
+        device = homes[block.name] if homes[block.name] in used else device
+        devices.append(device)
+    return devices
+
+
+def _evenly_shared(setting: Setting, homes: Mapping[str, str], used: Sequence[str]) -> list[str]:
+    """Contiguous shares of what is offloaded, in proportion to the buses."""
+    layout = setting.layout
+    sizes = [0 if homes[b.name] in used else streamed_bytes(b, layout) for b in layout.blocks]
+    speeds = [link_bytes_per_s(setting.machine, device) for device in used]
+    return [used[share] for share in shared_out(sizes, speeds)]
+
+
+def _busiest_s(setting: Setting, placed: Placements) -> float:
+    """Seconds of the bus that carries the most for its speed; every block counts as a whole."""
+    carried = Counter[str]()
+    for place in placed:
+        if place.is_offloaded:
+            carried[place.compute] += streamed_bytes(place.block, setting.layout)
+    speeds = {device: link_bytes_per_s(setting.machine, device) or 1.0 for device in carried}
+    return max((size / speeds[device] for device, size in carried.items()), default=0.0)
+
+
+def _fits(setting: Setting, placed: Placements) -> bool:
+    return all(use.spare >= 0 for use in setting.uses(placed))
+
+
+# --- What stays in RAM of the disk's blocks
+
+
+def _with_kept(setting: Setting, placed: Placements) -> Placements:
+    """Keep as many copies as RAM has room for, always of the same blocks.
+
+    A cyclic sweep would push every one out of a cache that is too small for all.
+    """
+    read = [i for i, p in enumerate(placed) if p.way == "read" and p.block.bytes and not p.block.tied_to]
+    is_possible = setting.machine.has("cpu") and not unified_pool(setting.machine)
+    if not read or not is_possible or reads_mapped(setting.machine, setting.uses(placed), placed):
+        return placed
+
+    def overflows(count: int) -> bool:
+        kept = _kept(placed, evenly(read, count))
+        return any(use.spare < 0 for use in setting.uses(kept) if use.device == "cpu")
+
+    if not overflows(len(read)):  # then nothing is read, and no buffers are needed
+        return _kept(placed, read)
+    count = bisect_left(range(len(read)), True, key=overflows)
+    return _kept(placed, evenly(read, count - 1)) if count > 1 else placed
+
+
+def _kept(placed: Placements, chosen: Sequence[int]) -> Placements:
+    them = set(chosen)
+    return tuple(replace(place, kept=True) if i in them else place for i, place in enumerate(placed))
+
+
+# --- What the CPU computes
+
+
+@dataclass(frozen=True)
+class _Swap:
+    """What changes in a sweep that decodes, and in a prefill, when the CPU computes a block."""
+
+    decode: Sweep
+    prefill: Sweep
+
+
+def _with_cpu(setting: Setting, placed: Placements) -> Placements:
+    """Let the CPU compute so many blocks in RAM, spread evenly, that it and the buses finish together."""
+    candidates = [i for i, place in enumerate(placed) if _could_be_computed_by_cpu(place)]
+    machine, uses = setting.machine, setting.uses(placed)
+    is_known = machine.has("cpu") and machine.device("cpu").read_bytes_per_s
+    if not candidates or not is_known or unified_pool(machine):
+        return placed
+    room = next(use for use in uses if use.device == "cpu").spare
+    room -= activation_bytes(setting.layout, setting.workload)
+    streams = engine_of(setting, placed, uses)
+    mixed = replace(streams, is_captured=False)
+    times = _Times(setting, placed, candidates)
+    alone_s = times.decode_s([], streams)
+    if alone_s is None:
+        return placed
+    best, least_s = placed, alone_s / WORTH_IT + times.prefill_s([], mixed) / ANSWER_TOKENS
+    for count in range(1, len(candidates) + 1):
+        chosen = evenly(candidates, count)
+        decode_s = times.decode_s(chosen, mixed)
+        if decode_s is None or decode_s * WORTH_IT > alone_s or not _has_room(setting, placed, chosen, room):
+            continue
+        answer_s = decode_s + times.prefill_s(chosen, mixed) / ANSWER_TOKENS
+        if answer_s < least_s:
+            best, least_s = _on_cpu(placed, chosen), answer_s
+    return best
+
+
+def _could_be_computed_by_cpu(place: Placement) -> bool:
+    is_in_ram = place.home == "cpu" or place.kept
+    return is_in_ram and place.is_offloaded and place.compute != "cpu" and _is_plain_layer(place.block)
+
+
+def _is_plain_layer(block: Block) -> bool:
+    return block.kind == "decoder" and bool(block.bytes) and not block.tied_to
+
+
+def _has_room(setting: Setting, placed: Placements, chosen: Sequence[int], room: int) -> bool:
+    """Whether RAM takes the KV cache and buffers of the chosen blocks."""
+    blocks = [placed[i].block for i in chosen]
+    return sum(setting.workload.cache_bytes(b) + b.buffer_bytes for b in blocks) <= room
+
+
+def _on_cpu(placed: Placements, chosen: Sequence[int]) -> Placements:
+    them = set(chosen)
+    return tuple(replace(place, compute="cpu") if i in them else place for i, place in enumerate(placed))
+
+
+class _Times:
+    """Seconds of sweeps in which the CPU computes some of the candidates.
+
+    Amounts add up over blocks and equal layers change them equally, so each choice costs a few sums.
+    """
+
+    def __init__(self, setting: Setting, placed: Placements, candidates: Sequence[int]) -> None:
+        layout, workload = setting.layout, setting.workload
+        self._tokens = min(workload.prefill_tokens, workload.context_length)
+        self._whole = _Swap(*(sweep_of(layout, workload, placed, tokens=n) for n in (1, self._tokens)))
+        self._kinds = {i: _kind(placed[i]) for i in candidates}
+        examples = {kind: placed[i] for i, kind in self._kinds.items()}
+        self._swaps = {kind: self._swap(setting, place) for kind, place in examples.items()}
+
+    def decode_s(self, chosen: Sequence[int], engine: Engine) -> float | None:
+        return seconds(self._sweep(chosen, lambda swap: swap.decode), engine)
+
+    def prefill_s(self, chosen: Sequence[int], engine: Engine) -> float:
+        """0 when it is unknown: then decoding alone decides."""
+        return seconds(self._sweep(chosen, lambda swap: swap.prefill), engine, is_prefill=True) or 0.0
+
+    def _sweep(self, chosen: Sequence[int], of: Callable[[_Swap], Sweep]) -> Sweep:
+        sweep = Sweep()
+        sweep.add(of(self._whole))
+        for kind, times in Counter(self._kinds[i] for i in chosen).items():
+            sweep.add(of(self._swaps[kind]), times)
+        return sweep
+
+    def _swap(self, setting: Setting, place: Placement) -> _Swap:
+        there = replace(place, compute="cpu")
+        changes = []
+        for tokens in (1, self._tokens):
+            change = block_sweep(setting.layout, setting.workload, there, tokens=tokens)
+            change.add(block_sweep(setting.layout, setting.workload, place, tokens=tokens), -1)
+            changes.append(change)
+        return _Swap(*changes)
+
+
+def _kind(place: Placement) -> tuple[object, ...]:
+    """Blocks of which all figures are equal."""
+    block = place.block
+    experts = (block.experts, block.expert_bytes, block.active_experts)
+    return (place.home, place.compute, place.kept, block.bytes, block.parameters, block.cache, *experts)
