@@ -14,8 +14,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from llm_magic.backends.accelerate.blocks import BlockTensors, FileStore, RamStore, write_block
 from llm_magic.backends.accelerate.expert_cache import ExpertCache, ExpertLayer
-from llm_magic.backends.accelerate.expert_stores import ExpertStore, FileExperts, RamExperts
+from llm_magic.backends.accelerate.expert_lanes import DeviceExperts, ExpertTraveller
+from llm_magic.backends.accelerate.expert_stores import ExpertStore, FileExperts, RamExperts, expert_images
 from llm_magic.backends.accelerate.experts import (
     RoutedExperts,
     Stack,
@@ -306,7 +308,7 @@ def _in_files(folder: Path, make: Callable[..., ExpertStore]) -> Stored:
     def store(stacks: tuple[Stack, ...], tensors: list[Any], name: str) -> ExpertStore:
         path = folder / f"{name}.safetensors"
         save_file({s.parameter_name: t.contiguous() for s, t in zip(stacks, tensors, strict=True)}, path)
-        return make(stacks, _extents(path, stacks))
+        return make(stacks, expert_images(stacks, _extents(path, stacks)))
 
     return store
 
@@ -426,7 +428,7 @@ def test_the_answer_is_that_of_the_resident_model(name: str, slots: int) -> None
 @pytest.mark.parametrize("direct", [False, True])
 def test_from_files_straight_into_slots(tmp_path: Path, name: str, slots: int, direct: bool) -> None:
     reader = FileReader(direct=direct)
-    store = _in_files(tmp_path, lambda stacks, extents: FileExperts(stacks, extents, reader))
+    store = _in_files(tmp_path, lambda stacks, images: FileExperts(stacks, images, reader))
     routed = _route(_built(ROUTED[name]), store, slots)
     try:
         assert torch.equal(_logits(routed.model), _expected(ROUTED[name]))
@@ -439,10 +441,9 @@ def test_from_files_straight_into_slots(tmp_path: Path, name: str, slots: int, d
 def test_from_files_through_a_staging_ring(tmp_path: Path, name: str, buffers: int) -> None:
     streams, reader = LateStreams(), FileReader(direct=False)
     staging = Staging([page_buffer(1 << 17) for _ in range(buffers)])
-    store = _in_files(tmp_path, lambda stacks, places: FileExperts(stacks, places, reader, staging, streams))
+    store = _in_files(tmp_path, lambda stacks, images: FileExperts(stacks, images, reader, staging, streams))
     routed = _route(_built(ROUTED[name]), store, 4, streams)
     try:
-        assert max(store.inner.image_bytes for store in routed.stores) <= 1 << 17
         assert torch.equal(_logits(routed.model), _expected(ROUTED[name]))
     finally:
         reader.close()
@@ -470,6 +471,17 @@ def test_generate_gives_the_same_tokens(tiny_model: Callable[[str], Path]) -> No
     batch = PROMPT.repeat(3, 1)
     batch[1:] += torch.tensor([[7], [30]])
     assert torch.equal(routed.model.generate(batch, **settings), resident.generate(batch, **settings))
+
+
+def test_experts_that_are_called_past_their_hooks_come_too() -> None:
+    streams = LateStreams()
+    routed = _route(_built(_qwen3_moe), _in_ram(streams), 2, streams)
+    call = torch.randn(3, 32), torch.tensor([[0, 5], [5, 2], [1, 0]]), torch.rand(3, 2)
+    resident = _built(_qwen3_moe)
+    resident.set_experts_implementation("eager")
+    for one, other in zip(_layers(routed.model), _layers(resident), strict=True):
+        with torch.no_grad():
+            assert torch.equal(one.mlp.experts.forward(*call), other.mlp.experts(*call))
 
 
 def test_only_these_layers_compute_one_by_one() -> None:
@@ -690,7 +702,7 @@ def test_a_file_that_changed_is_an_error_and_not_an_answer(tmp_path: Path) -> No
     from llm_magic.errors import EngineError
 
     reader = FileReader(direct=False)
-    store = _in_files(tmp_path, lambda stacks, extents: FileExperts(stacks, extents, reader))
+    store = _in_files(tmp_path, lambda stacks, images: FileExperts(stacks, images, reader))
     routed = _route(_built(_qwen3_moe), store, 2)
     whole = (tmp_path / "layers.1.safetensors").read_bytes()
     (tmp_path / "layers.1.safetensors").write_bytes(whole[:4096])
@@ -809,3 +821,64 @@ def test_the_system_is_asked_for_the_routed_experts_of_mapped_files(tmp_path: Pa
             Extent(tmp_path / "b", 3 * 2048, 2048),
         ]
     ]
+
+
+# --- The experts of a device
+
+
+def _parted(block: Any) -> tuple[BlockTensors, BlockTensors]:
+    """A block's experts, and all else of it."""
+    stacks = {stack.name for stack in find_stacks(block)}
+    others = {name for name, _ in block.named_parameters()} - stacks
+    return BlockTensors(block, without=others), BlockTensors(block, without=stacks)
+
+
+def _travellers(model: Any, folder: Path | None, reader: FileReader) -> list[ExpertTraveller]:
+    found: list[ExpertTraveller] = []
+    for name, block in _blocks(model):
+        experts, _ = _parted(block)
+        values = experts.current()
+        if folder is None:
+            memory = page_buffer(experts.bytes)[: experts.bytes]
+            for view, value in zip(experts.views(memory), values, strict=True):
+                view.copy_(value)
+            found.append((experts, RamStore(experts, memory)))
+        else:
+            written = write_block(experts, values, folder / name)
+            found.append((experts, FileStore(experts, written, reader)))
+        experts.clear()
+    return found
+
+
+@pytest.mark.parametrize("name", ["qwen3-moe", "gpt-oss"])
+@pytest.mark.parametrize(("device", "on_disk"), [("cpu", True), ("cpu:0", True), ("cpu:0", False)])
+def test_the_experts_of_a_device(tmp_path: Path, name: str, device: str, on_disk: bool) -> None:
+    """``cpu:0`` stands for a device with memory of its own, which everything has to be copied to."""
+    reader, streams = FileReader(direct=False), LateStreams()
+    model = _built(ROUTED[name])
+    travellers = _travellers(model, tmp_path if on_disk else None, reader)
+    experts = DeviceExperts(device, travellers, 0, reader, streams)
+    assert experts.cache.slots == 2
+    assert experts.cache_bytes == 2 * experts.cache.slot_bytes
+    assert bool(experts.staging_bytes) == (device != "cpu")
+    assert torch.equal(_logits(model), _expected(ROUTED[name]))
+    experts.settle()
+    experts.close()
+    experts.close()
+    reader.close()
+
+
+def test_the_budget_of_a_device_is_kept(tmp_path: Path) -> None:
+    reader = FileReader(direct=False)
+    model = _built(_qwen3_moe)
+    travellers = _travellers(model, tmp_path, reader)
+    small = DeviceExperts("cpu", travellers, 100_000, reader)
+    slot_bytes, slots = small.cache.slot_bytes, small.cache.slots
+    assert slots == 100_000 // slot_bytes
+    assert small.cache_bytes <= 100_000
+    small.close()
+    large = DeviceExperts("cpu", travellers, 1 << 30, reader)
+    assert large.cache.slots == EXPERTS * LAYERS
+    assert torch.equal(_logits(model), _expected(_qwen3_moe))
+    large.close()
+    reader.close()

@@ -94,7 +94,7 @@ class RamExperts:
     streams
         The device's order of copies and computation.
     staging, executor
-        For memory that is not pinned: a ring of pinned buffers of ``slot_bytes`` each, and a thread
+        For memory that is not pinned: a ring of pinned buffers of `flat_bytes` each, and a thread
         that copies into them.
     """
 
@@ -111,7 +111,7 @@ class RamExperts:
         self._offsets = _offsets(stacks)
         self.experts = _count(stacks)
         self.expert_bytes = _bytes(stacks)
-        self.slot_bytes = _flat_bytes(stacks)
+        self.slot_bytes = flat_bytes(stacks)
 
     def source(self, index: int) -> Source:
         if self._staging is None:
@@ -146,24 +146,19 @@ class FileExperts:
     ----------
     stacks
         What they are made of.
-    extents
-        Where each stack is.
+    images
+        Where each expert is; see `expert_images`.
     reader
-        What reads it.
+        What reads them.
     staging, streams
-        For an accelerator: a ring of pinned buffers of ``image_bytes`` each, and its order of copies
-        and computation. Without them threads read straight into the slots, which are in RAM then.
-
-    Attributes
-    ----------
-    image_bytes
-        Size of the buffer that one expert is read into.
+        For an accelerator: a ring of pinned buffers that take any of the images, and its order of
+        copies and computation. Without them threads read straight into the slots, which are in RAM then.
     """
 
     def __init__(
         self,
         stacks: Sequence[Stack],
-        extents: Sequence[Extent],
+        images: Sequence[FileImage],
         reader: FileReader,
         staging: Staging | None = None,
         streams: Streams | None = None,
@@ -171,11 +166,11 @@ class FileExperts:
         self._stacks, self._reader = tuple(stacks), reader
         self._staging, self._streams = staging, streams
         self._offsets = _offsets(stacks)
+        self._images = images
         self.experts = _count(stacks)
-        self._images = [_image(stacks, extents, index) for index in range(self.experts)]
         self.expert_bytes = _bytes(stacks)
-        self.image_bytes = max(image.bytes for image in self._images)
-        self.slot_bytes = self.image_bytes if staging is None else _flat_bytes(stacks)
+        in_place = max(image.bytes for image in images)
+        self.slot_bytes = in_place if staging is None else flat_bytes(stacks)
 
     def source(self, index: int) -> Source:
         read = partial(self._reader.read, self._images[index])
@@ -213,8 +208,9 @@ def expert_extents(stacks: Sequence[Stack], extents: Sequence[Extent], index: in
     ]
 
 
-def _image(stacks: Sequence[Stack], extents: Sequence[Extent], index: int) -> FileImage:
-    return file_image(expert_extents(stacks, extents, index))
+def expert_images(stacks: Sequence[Stack], extents: Sequence[Extent]) -> list[FileImage]:
+    """How each expert will lie in the buffer that it is read into."""
+    return [file_image(expert_extents(stacks, extents, index)) for index in range(_count(stacks))]
 
 
 def _views(stacks: Sequence[Stack], memory: Any, offsets: Sequence[int]) -> tuple[Any, ...]:
@@ -229,7 +225,8 @@ def _offsets(stacks: Sequence[Stack]) -> tuple[int, ...]:
     return tuple(places[:-1])
 
 
-def _flat_bytes(stacks: Sequence[Stack]) -> int:
+def flat_bytes(stacks: Sequence[Stack]) -> int:
+    """Room for one expert whose tensors lie one after the other."""
     return sum(_aligned(stack.bytes_per_expert) for stack in stacks)
 
 
