@@ -16,10 +16,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
-from llm_magic.backends.accelerate.capture import CapturedStep, why_not
+from llm_magic.backends.accelerate.capture import CapturedSteps, why_not
+from llm_magic.backends.accelerate.decode import Decoding
 from llm_magic.plan import Placement, Plan
 from tests import tiny
 from tests.engines import plan_for
+from tests.test_decode import Gathered, answer, parrot
+from tests.test_static_cache import Full
 
 CONTEXT = 256
 
@@ -142,23 +145,29 @@ def assert_close(first: torch.Tensor, second: torch.Tensor) -> None:
     torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-3)
 
 
+def begin(steps: CapturedSteps, cache: Any, mask: torch.Tensor | None, room: int) -> None:
+    """Let the steps of an answer take over its cache."""
+    steps.prepare(room, mask)
+    assert steps.step(cache, cache.layers[0].keys.shape[0], 1) is steps
+
+
 def greedy(
-    step: CapturedStep, model: Any, ids: torch.Tensor, count: int, mask: torch.Tensor | None = None
+    step: CapturedSteps, model: Any, ids: torch.Tensor, count: int, mask: torch.Tensor | None = None
 ) -> torch.Tensor:
     cache, length = prefilled(model, ids, mask), ids.shape[1] - 1
-    step.begin(cache, mask, ids.shape[1] + count)
+    begin(step, cache, mask, ids.shape[1] + count)
     tokens, last = [], ids[:, -1:]
     for _ in range(count):
         last = step(last, length)[:, -1:].argmax(-1)
         length += 1
         tokens.append(last)
-    step.end(length)
+    step.give_back(length)
     assert cache.get_seq_length() == length
     return torch.cat(tokens, dim=1)
 
 
-def step_of(model: Any, recorder: Any = None, **options: Any) -> CapturedStep:
-    return CapturedStep(model, CONTEXT, recorder or Tapes(), torch.device("cpu"), **options)
+def step_of(model: Any, recorder: Any = None, **options: Any) -> CapturedSteps:
+    return CapturedSteps(model, CONTEXT, recorder or Tapes(), torch.device("cpu"), **options)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -201,7 +210,7 @@ def test_rejected_tokens_leave_no_trace(model: Any, name: str) -> None:
     ids = prompts()
     truth = eager(tested, ids, 24)[0].tolist()
     step, tokens, wrong = step_of(tested, tapes), [], 300
-    step.begin(prefilled(tested, ids), None, 64)
+    begin(step, prefilled(tested, ids), None, 64)
     length, last = ids.shape[1] - 1, int(ids[0, -1])
     while len(tokens) < 20:  # every draft is right, then wrong: 0 to 3 tokens of it are accepted
         right = len(tokens) % 4
@@ -210,7 +219,7 @@ def test_rejected_tokens_leave_no_trace(model: Any, name: str) -> None:
         accepted = next((i for i in range(3) if draft[i] != said[i]), 3)
         tokens += said[: accepted + 1]
         length, last = length + accepted + 1, tokens[-1]
-    step.end(length)
+    step.give_back(length)
     assert tokens == truth[: len(tokens)]
     assert tapes.recorded == 1
 
@@ -221,11 +230,11 @@ def test_token_counts_are_rounded_up_and_what_is_too_much_is_unseen(model: Any, 
     ids = prompts(2, 30)
     step = step_of(tested)
     start = 30 - count - 1
-    step.begin(prefilled(tested, ids[:, : start + 1]), None, 40)
+    begin(step, prefilled(tested, ids[:, : start + 1]), None, 40)
     expected = full_logits(tested, ids)
     assert_close(step(ids[:, start : start + count], start), expected[:, start : start + count])
     assert_close(step(ids[:, -1:], 29), expected[:, -1:])
-    step.end(30)
+    step.give_back(30)
 
 
 def test_the_last_positions_of_a_context(model: Any) -> None:
@@ -234,7 +243,7 @@ def test_the_last_positions_of_a_context(model: Any) -> None:
     ids = prompts(1, tiny.CONTEXT)
     step = step_of(tested)
     start = tiny.CONTEXT - 5
-    step.begin(prefilled(tested, ids[:, : start + 1]), None, tiny.CONTEXT)
+    begin(step, prefilled(tested, ids[:, : start + 1]), None, tiny.CONTEXT)
     assert_close(step(ids[:, start:], start), full_logits(tested, ids)[:, start:])
 
 
@@ -245,7 +254,7 @@ def test_more_is_seen_as_the_answer_grows() -> None:
     widths = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = LlamaConfig(**widths, vocab_size=tiny.VOCABULARY, initializer_range=0.3)
     tested, tapes = LlamaForCausalLM(config).eval(), Tapes()
-    step = CapturedStep(tested, 2048, tapes, torch.device("cpu"))
+    step = CapturedSteps(tested, 2048, tapes, torch.device("cpu"))
     ids = prompts(1, 506)
     assert torch.equal(greedy(step, tested, ids, 12), eager(tested, ids, 12))
     assert tapes.recorded == 2
@@ -264,7 +273,7 @@ def test_logits_are_the_callers_own(model: Any) -> None:
     tested = model("llama")
     ids = prompts()
     step = step_of(tested)
-    step.begin(prefilled(tested, ids), None, 32)
+    begin(step, prefilled(tested, ids), None, 32)
     first = step(ids[:, -1:], 8)
     copy = first.clone()
     step(first.argmax(-1), 9)
@@ -277,9 +286,9 @@ def test_the_cache_that_comes_back_is_what_the_model_would_have_made(model: Any)
     step = step_of(tested)
     cache = prefilled(tested, ids)
     before = [layer.keys.clone() for layer in cache.layers]
-    step.begin(cache, None, 32)
+    begin(step, cache, None, 32)
     step(torch.cat([ids[:, -1:], ids[:, :3]], dim=1), 8)
-    step.end(9)
+    step.give_back(9)
     expected = prefilled(tested, torch.cat([ids, ids[:, :1]], dim=1))
     for layer, kept, other in zip(cache.layers, before, expected.layers, strict=True):
         assert torch.equal(layer.keys[:, :, :8], kept)
@@ -290,7 +299,7 @@ def test_the_cache_that_comes_back_is_what_the_model_would_have_made(model: Any)
 def test_a_sweep_that_was_not_prepared_is_refused(model: Any) -> None:
     tested = model("llama")
     step = step_of(tested)
-    step.begin(prefilled(tested, prompts()), None, 32)
+    begin(step, prefilled(tested, prompts()), None, 32)
     for ids, length in ((prompts(1, 17), 8), (prompts(2, 1), 8), (prompts(1, 1), 320)):
         with pytest.raises(ValueError, match="not prepared"):
             step(ids, length)
@@ -322,7 +331,7 @@ def test_a_model_that_reads_values_on_the_host_is_not_captured(model: Any) -> No
         looked.remove()
 
 
-class _Stopped(Exception):  # noqa: N818
+class _Stopped(Exception):
     pass
 
 
@@ -342,12 +351,12 @@ def test_an_interrupt_passes_and_the_next_answer_is_right(
 
     ids = prompts()
     cache = prefilled(tested, ids)
-    step.begin(cache, None, 32)
+    begin(step, cache, None, 32)
     hook = tested.model.layers[2].register_forward_pre_hook(interrupt)
     with pytest.raises(error):
         step(ids[:, -1:], 8)
     hook.remove()
-    step.end(8)
+    step.give_back(8)
     assert cache.get_seq_length() == 8
     assert torch.equal(greedy(step, tested, ids, 8), eager(tested, ids, 8))
     assert step.reason == ""
@@ -356,10 +365,10 @@ def test_an_interrupt_passes_and_the_next_answer_is_right(
 def test_after_a_reset_the_next_answer_begins_anew(model: Any) -> None:
     tested = model("llama")
     step = step_of(tested)
-    step.begin(prefilled(tested, prompts()), None, 32)
+    begin(step, prefilled(tested, prompts()), None, 32)
     step(prompts()[:, -1:], 8)
     step.reset()
-    step.end(9)
+    step.give_back(9)
     assert torch.equal(greedy(step, tested, prompts(), 8), eager(tested, prompts(), 8))
 
 
@@ -395,14 +404,14 @@ def test_streamed_blocks_are_part_of_the_sweep(model: Any) -> None:
     ids = prompts()
     cache = prefilled(tested, ids)
     hooks = [layer.register_forward_pre_hook(lambda *_: log.append("layer")) for layer in tested.model.layers]
-    step.begin(cache, None, 32)
+    begin(step, cache, None, 32)
     assert log == ["fence"]  # the prefill's copies are over before a replay writes to their slots
     step(ids[:, -1:], 8)
     assert log[1:] == 2 * ["begin", *4 * ["layer"], "end"]
     del log[:]
     step(ids[:, -1:], 9)
     assert not log
-    step.end(10)
+    step.give_back(10)
     assert log == ["fence"]
     for hook in hooks:
         hook.remove()
@@ -411,9 +420,117 @@ def test_streamed_blocks_are_part_of_the_sweep(model: Any) -> None:
 def test_streamed_blocks_are_put_in_order_after_a_capture_that_failed(model: Any) -> None:
     tested, log = model("llama"), []
     step = step_of(tested, Failing(RuntimeError("no")), lanes=[WrittenLane(log)])
-    step.begin(prefilled(tested, prompts()), None, 32)
+    begin(step, prefilled(tested, prompts()), None, 32)
     step(prompts()[:, -1:], 8)
     assert log == ["fence", "begin", "end", "fence", "begin", "end"]
+
+
+# --- Inside transformers' generate
+
+CHOICES = [
+    {},
+    {"do_sample": True, "temperature": 0.9, "top_k": 40, "top_p": 0.95, "repetition_penalty": 1.2},
+    {"no_repeat_ngram_size": 2, "min_new_tokens": 6},
+    {"max_time": 60.0, "max_new_tokens": 7},
+]
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_processors_and_criteria_are_those_of_transformers(model: Any, choice: dict[str, Any]) -> None:
+    tested, tapes, ids = model("llama"), Tapes(), prompts()
+    steps = step_of(tested, tapes)
+    for seed in (1, 2):
+        steps.prepare(ids.shape[1] + 24)
+        decoding = Decoding(Gathered(), quick=steps)
+        wanted = answer(tested, ids, seed=seed, **choice)
+        assert answer(tested, ids, decoding, seed=seed, **choice) == wanted
+    assert (tapes.recorded, steps.reason) == (1, "")
+
+
+@pytest.mark.parametrize("wrong", [0, 1, 3])
+def test_proposals_are_verified_by_captured_sweeps(model: Any, wrong: int) -> None:
+    tested, tapes, ids = model("llama"), Tapes(), prompts()
+    wanted = answer(tested, ids, eos_token_id=None)
+    steps = step_of(tested, tapes)
+    steps.prepare(ids.shape[1] + 24)
+    decoding = Decoding(Gathered(), quick=steps, speculation=parrot(wanted[0], wrong, most=5))
+    assert answer(tested, ids, decoding, eos_token_id=None) == wanted
+    assert decoding.counts.proposed > 0
+    assert tapes.recorded >= 1
+
+
+def test_more_proposals_than_a_sweep_takes_go_to_the_model(model: Any) -> None:
+    tested, ids = model("llama"), prompts()
+    wanted = answer(tested, ids, eos_token_id=None, max_new_tokens=40)
+    steps = step_of(tested)
+    steps.prepare(ids.shape[1] + 40)
+    decoding = Decoding(Gathered(), quick=steps, speculation=parrot(wanted[0], 11, most=20))
+    assert answer(tested, ids, decoding, eos_token_id=None, max_new_tokens=40) == wanted
+
+
+@pytest.mark.parametrize("then", ["captured", "eager"])
+def test_an_answer_goes_on_after_its_steps_were_closed(model: Any, then: str) -> None:
+    """As when memory runs out: everything is given back in the midst of an answer, and perhaps taken again."""
+    tested, tapes, ids = model("llama"), Tapes(), prompts()
+    wanted = answer(tested, ids, eos_token_id=None)
+    steps = step_of(tested, tapes)
+    full = Full(0 if then == "eager" else 1000)
+
+    def close_in_the_middle(count: int) -> None:
+        if count == 5:
+            steps.close()
+            full.__enter__()
+
+    speculation = parrot(wanted[0], wrong=2, most=5)
+    steps.prepare(ids.shape[1] + 24)
+    decoding = Decoding(Gathered(close_in_the_middle), quick=steps, speculation=speculation)
+    try:
+        assert answer(tested, ids, decoding, eos_token_id=None) == wanted
+    finally:
+        full.__exit__(None, None, None)
+    assert ("no memory" in steps.status) == (then == "eager")
+
+
+def test_a_pass_that_failed_is_repeated_after_steps_were_closed(model: Any) -> None:
+    tested, tapes, ids = model("llama"), Tapes(), prompts()
+    wanted = answer(tested, ids, eos_token_id=None)
+    steps, failed = step_of(tested, tapes), []
+
+    class Failure(Exception):
+        pass
+
+    def fail_once(module: Any, args: Any) -> None:
+        if args[0].shape[1] > 1 and tapes.recorded and not failed:  # a sweep of another size is recorded
+            failed.append(1)
+            raise Failure
+
+    def recover(error: BaseException) -> bool:
+        steps.close()
+        return isinstance(error, Failure)
+
+    hook = tested.model.layers[1].register_forward_pre_hook(fail_once)
+    steps.prepare(ids.shape[1] + 24)
+    speculation = parrot(wanted[0], wrong=2, most=5)
+    decoding = Decoding(Gathered(), quick=steps, recover=recover, speculation=speculation)
+    assert answer(tested, ids, decoding, eos_token_id=None) == wanted
+    hook.remove()
+    assert failed
+
+
+def test_without_memory_for_fixed_addresses_the_answer_goes_on(model: Any) -> None:
+    tested, ids = model("llama"), prompts()
+    wanted = answer(tested, ids)
+    steps = step_of(tested)
+    steps.prepare(ids.shape[1] + 24)
+    cache = prefilled(tested, ids)
+    with Full(3):
+        assert steps.step(cache, 1, 1) is None
+    assert "no memory" in steps.status
+    assert cache.get_seq_length() == 8
+    assert answer(tested, ids, Decoding(Gathered(), quick=steps)) == wanted
+    steps.prepare(ids.shape[1] + 24)
+    assert steps.step(cache, 1, 1) is steps
+    assert steps.status == "captured decode"
 
 
 # --- What cannot be captured

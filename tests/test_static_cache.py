@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from llm_magic.backends.accelerate.static_cache import StaticCache, to_dynamic, to_static
 
@@ -31,7 +32,7 @@ def contents(cache: Any) -> list[torch.Tensor]:
 def test_a_cache_goes_there_and_back_bit_for_bit(dtype: torch.dtype) -> None:
     cache, static = filled(dtype), StaticCache(LAYERS)
     before = contents(cache)
-    static.reserve(BATCH, 64)
+    static.reserve(cache, BATCH, 64)
     assert to_static(cache, static) == TOKENS
     to_dynamic(static, cache, BATCH, TOKENS)
     assert all(torch.equal(a, b) for a, b in zip(before, contents(cache), strict=True))
@@ -41,7 +42,7 @@ def test_a_cache_goes_there_and_back_bit_for_bit(dtype: torch.dtype) -> None:
 def test_what_comes_back_is_a_copy_cut_to_its_length() -> None:
     cache, static = filled(), StaticCache(LAYERS)
     before = contents(cache)
-    static.reserve(BATCH, 64)
+    static.reserve(cache, BATCH, 64)
     to_static(cache, static)
     to_dynamic(static, cache, BATCH, 3)
     for tensor in static.tensors():
@@ -53,37 +54,61 @@ def test_what_comes_back_is_a_copy_cut_to_its_length() -> None:
 
 def test_each_layer_is_emptied_before_the_next_one_is_copied() -> None:
     cache, static = filled(), StaticCache(LAYERS)
-    static.reserve(BATCH, 64)
-    held = []
+    static.reserve(cache, BATCH, 64)
+    held: list[int] = []
 
-    class Watching(type(static.layers[0])):  # type: ignore[misc]
-        def allocate(self, *args: Any) -> None:
-            held.append(sum(layer.keys is not None for layer in cache.layers))
-            super().allocate(*args)
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.aten.copy_.default:
+                held.append(sum(layer.keys is not None for layer in cache.layers))
+            return func(*args, **(kwargs or {}))
 
-    for layer in static.layers:
-        layer.__class__ = Watching
-    to_static(cache, static)
-    assert held == [3, 2, 1]
+    with Watching():
+        to_static(cache, static)
+    assert held == [3, 3, 2, 2, 1, 1]
     assert not cache.get_seq_length()
 
 
 def test_room_that_is_there_keeps_its_addresses() -> None:
     static = StaticCache(LAYERS)
-    assert static.reserve(BATCH, 64)
-    to_static(filled(), static)
+    assert static.reserve(filled(), BATCH, 64)
     addresses = [tensor.data_ptr() for tensor in static.tensors()]
-    assert not static.reserve(1, 32)
-    to_static(filled(), static)
+    assert not static.reserve(filled(), 1, 32)
     assert [tensor.data_ptr() for tensor in static.tensors()] == addresses
-    assert static.reserve(1, 128)
-    assert (static.batch, static.capacity, list(static.tensors())) == (BATCH, 128, [])
+    assert static.reserve(filled(), 1, 128)
+    assert (static.batch, static.capacity) == (BATCH, 128)
+    assert {tensor.shape for tensor in static.tensors()} == {(BATCH, HEADS, 128, WIDTH)}
+
+
+class Full(TorchDispatchMode):
+    """Memory for a few allocations."""
+
+    def __init__(self, allocations: int) -> None:
+        super().__init__()
+        self._left = allocations
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.new_zeros.default:
+            self._left -= 1
+            if self._left < 0:
+                raise torch.OutOfMemoryError("out of memory")
+        return func(*args, **(kwargs or {}))
+
+
+def test_when_memory_runs_out_the_cache_is_what_it_was() -> None:
+    cache, static = filled(), StaticCache(LAYERS)
+    before = contents(cache)
+    with pytest.raises(torch.OutOfMemoryError), Full(3):
+        static.reserve(cache, BATCH, 64)
+    assert (list(static.tensors()), static.capacity) == ([], 0)
+    assert all(torch.equal(a, b) for a, b in zip(before, contents(cache), strict=True))
+    assert static.reserve(cache, BATCH, 64)
 
 
 def test_a_sweep_writes_where_the_slots_say() -> None:
     cache, static = filled(), StaticCache(LAYERS)
     before = contents(cache)
-    static.reserve(BATCH, 64)
+    static.reserve(cache, BATCH, 64)
     to_static(cache, static)
     slots = torch.tensor([TOKENS, TOKENS + 1])
     static.show(BATCH, 16, slots)
@@ -99,7 +124,7 @@ def test_a_sweep_writes_where_the_slots_say() -> None:
 
 def test_nothing_of_an_earlier_answer_stays_behind_a_new_one() -> None:
     static = StaticCache(LAYERS)
-    static.reserve(BATCH, 64)
+    static.reserve(filled(), BATCH, 64)
     to_static(filled(), static)
     for tensor in static.tensors():
         tensor.fill_(float("nan"))

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from llm_magic.backends.accelerate.capture import CapturedStep
+from llm_magic.backends.accelerate.capture import CapturedSteps
 from llm_magic.backends.accelerate.joined import FEW_TOKENS, JoinedProjections
 from llm_magic.backends.accelerate.warmup import WarmUp
 from tests import tiny
-from tests.test_capture import CONTEXT, Failing, Tapes, assert_close, eager, greedy, prefilled, prompts
+from tests.test_capture import CONTEXT, Failing, Tapes, assert_close, begin, eager, greedy, prefilled, prompts
 
 
 class Plain:
@@ -72,9 +72,9 @@ def layers_of(model: Any) -> dict[int, Any]:
     return dict(enumerate(blocks))
 
 
-def step_of(model: Any, warm_up: WarmUp, recorder: Any = None) -> CapturedStep:
+def step_of(model: Any, warm_up: WarmUp, recorder: Any = None) -> CapturedSteps:
     device = torch.device("cpu")
-    return CapturedStep(model, CONTEXT, recorder or Plain(), device, warm_up=warm_up)
+    return CapturedSteps(model, CONTEXT, recorder or Plain(), device, warm_up=warm_up)
 
 
 def unique_bytes(model: Any) -> int:
@@ -234,9 +234,9 @@ def test_each_size_of_a_sweep_is_compiled_for_itself(fresh: Any) -> None:
     step = step_of(model, warm_up, recorder)
     seen = []
     for _ in range(2):
-        step.begin(prefilled(model, ids), None, 32)
+        begin(step, prefilled(model, ids), None, 32)
         seen.append((step(ids[:, -1:], 8), step(ids[:, :3], 9)))
-        step.end(12)
+        step.give_back(12)
         warm_up.wait()
     assert (compiler.programs, recorder.recorded) == (2, 4)
     for before, after in zip(*seen, strict=True):

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from weakref import WeakSet
 
+from llm_magic.backends.accelerate.kv_cache import crop
 from llm_magic.backends.accelerate.static_cache import StaticCache, to_dynamic, to_static
 from llm_magic.backends.accelerate.warmup import WarmUp, short
 
@@ -29,38 +30,6 @@ SWEEP_TOKENS = (1, 2, 4, 8, 16)
 _FIRST_VISIBLE = 512
 _ROUND = 64  # attention kernels like masks of round widths
 _FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError)
-
-
-class Step(Protocol):
-    """What a decoding loop calls for every sweep of one answer, between ``begin`` and ``end``."""
-
-    def begin(self, cache: Any, attention_mask: Any, room: int) -> None:
-        """Take over the prompt's ``DynamicCache``.
-
-        Parameters
-        ----------
-        cache
-            Holds the prompt but its last token; the caller's again after ``end``.
-        attention_mask
-            ``[batch, prompt]``, 0 where a row is padded, or ``None``.
-        room
-            Tokens of prompt and answer together, at most.
-        """
-
-    def __call__(self, ids: Any, cache_length: int) -> Any:
-        """Logits ``[batch, tokens, vocabulary]`` of ``ids`` (``[batch, tokens]``).
-
-        ``cache_length`` tokens came before them; what an earlier call wrote behind those is forgotten.
-        """
-
-    def end(self, cache_length: int) -> None:
-        """Hand the cache back with its first ``cache_length`` tokens."""
-
-    def reset(self) -> None:
-        """After an error: drop the answer's cache; the next answer begins anew."""
-
-    def close(self) -> None:
-        """Give all memory back."""
 
 
 class Recorder(Protocol):
@@ -169,8 +138,8 @@ class Inputs:
         return before[None, None] & self.kept[: shape.batch, None, None, : shape.visible]
 
 
-class CapturedStep:
-    """Sweeps of a model that are captured on first use.
+class CapturedSteps:
+    """Sweeps of a model that are captured on first use: the quick steps of `decode`.
 
     Parameters
     ----------
@@ -215,59 +184,91 @@ class CapturedStep:
         self._graphs: dict[Shape, Recorded] = {}
         self._logits: dict[tuple[int, int], Any] = {}
         self._dynamic: Any = None
-        self._batch = 0
+        self._returned: Any = None
+        self._batch = self._written = 0
+        self._attention_mask: Any = None
+        self._room = context
+        self._has_room = True
 
-    # The protocol of a step
+    def prepare(self, room: int, attention_mask: Any = None) -> None:
+        """Before each answer.
 
-    def begin(self, cache: Any, attention_mask: Any, room: int) -> None:
-        """Take over the prompt's cache; see `Step`."""
-        batch = cache.layers[0].keys.shape[0]
-        if self._static.reserve(batch, self._capacity(room)) or self._inputs is None:
-            self._forget_graphs()
-            self._inputs = Inputs(self._static.batch, self._static.capacity, self._device)
+        Parameters
+        ----------
+        room
+            Tokens of prompt and answer together, at most.
+        attention_mask
+            ``[batch, prompt]``, 0 where a row is padded; ``None``: nothing is.
+        """
+        self.reset()
+        self._room, self._attention_mask = room, attention_mask
+        self._has_room = True
         self._prefer_compiled()
-        self._dynamic, self._batch = cache, batch
-        to_static(cache, self._static)
-        self._inputs.pad(attention_mask)
-        self._fence()
+
+    # What the decoding loop calls
+
+    def step(self, cache: Any, batch: int, tokens: int) -> CapturedSteps | None:
+        """What runs a sweep of this shape; from the first one on, the tokens of ``cache`` are here.
+
+        ``None`` for more tokens than a sweep takes, or when there is no memory for them.
+        """
+        if tokens > SWEEP_TOKENS[-1] or not self._has_room:
+            return None
+        if self._dynamic is None and not self._take_over(cache, batch):
+            return None
+        return self
 
     def __call__(self, ids: Any, cache_length: int) -> Any:
-        """Logits of ``ids`` after ``cache_length`` tokens, the caller's own; see `Step`.
+        """Logits ``[batch, tokens, vocabulary]`` of ``ids``, the caller's own.
+
+        ``cache_length`` tokens came before them; what an earlier sweep wrote behind those is forgotten.
 
         Raises
         ------
         ValueError
-            When there are more tokens than a sweep takes, or more than there is room for.
+            When ``step`` has not handed it out for such a sweep, or there is no room left.
         """
         import torch
 
         shape = self._shape(ids, cache_length)
         assert self._inputs is not None
+        self._written = cache_length
         with torch.no_grad():
             self._inputs.fill(shape, ids, cache_length)
             self._run(shape)
+            self._written = cache_length + ids.shape[1]
             # The next sweep writes to the same place.
             return self._logits[shape[:2]][:, : ids.shape[1]].clone()
 
-    def end(self, cache_length: int) -> None:
-        """Hand the cache back; see `Step`."""
-        if self._dynamic is None:
-            return
-        self._fence()
-        cache, self._dynamic = self._dynamic, None
-        to_dynamic(self._static, cache, self._batch, cache_length)
+    def give_back(self, length: int) -> None:
+        """Put the first ``length`` tokens into the cache they came from."""
+        if self._dynamic is not None:
+            cache, self._dynamic = self._dynamic, None
+            to_dynamic(self._static, cache, self._batch, length)
+            self._fence()
+        elif self._returned is not None:
+            crop(self._returned, length)
+        self._returned = None
+
+    # What the engine calls
 
     def reset(self) -> None:
-        """After an error: forget the answer. What was captured stays."""
-        self._dynamic = None
-        self._fence()
+        """After an error: forget the answer's tokens. What was captured stays."""
+        self._returned = None
+        if self._dynamic is not None:
+            self._dynamic = None
+            self._fence()
 
     def close(self) -> None:
         """Give all memory back, and the layers as they were: blocks may move then.
 
-        A step can be used again, without compiled layers.
+        In the midst of an answer its tokens go back to their cache. The steps can be used again, without
+        compiled layers.
         """
-        self._dynamic = self._inputs = None
+        cache = self._dynamic
+        self.give_back(self._written)
+        self._returned = cache  # how many of its tokens are right is known to the loop
+        self._inputs = None
         self._forget_graphs()
         self._static.free()
         if self._warm_up is not None:
@@ -281,6 +282,8 @@ class CapturedStep:
         """In a few words, for ``%llm ps``."""
         if self.reason:
             return f"eager decode: {self.reason}"
+        if not self._has_room:
+            return "eager decode: no memory for a cache at fixed addresses"
         compiled = any(recorded.compiled for recorded in self._graphs.values())
         return "captured decode, compiled layers" if compiled else "captured decode"
 
@@ -289,6 +292,25 @@ class CapturedStep:
         return self._static.tensors()
 
     # Inside
+
+    def _take_over(self, cache: Any, batch: int) -> bool:
+        """Move the tokens of ``cache`` to fixed addresses; ``False`` when there is no memory for them."""
+        import torch
+
+        try:
+            is_new = self._static.reserve(cache, batch, self._capacity(self._room))
+        except torch.OutOfMemoryError:
+            self._forget_graphs()
+            self._has_room = False
+            return False
+        if is_new or self._inputs is None:
+            self._forget_graphs()
+            self._inputs = Inputs(self._static.batch, self._static.capacity, self._device)
+        self._written = to_static(cache, self._static)
+        self._dynamic, self._returned, self._batch = cache, None, batch
+        self._inputs.pad(self._attention_mask)
+        self._fence()
+        return True
 
     def _run(self, shape: Shape) -> None:
         recorded = self._graphs.get(shape)

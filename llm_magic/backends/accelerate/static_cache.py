@@ -123,15 +123,21 @@ class StaticCache:
         self.batch = 0
         self.capacity = 0
 
-    def reserve(self, batch: int, capacity: int) -> bool:
-        """Have room for this much; ``False`` when there was, and all addresses stay as they are.
+    def reserve(self, like: Any, batch: int, capacity: int) -> bool:
+        """Have room for this much of a cache like that; ``False`` when there was, at the same addresses.
 
-        What was larger before stays larger. The buffers themselves come with the first tokens, layer by layer.
+        What was larger before stays larger. When memory runs out nothing is held any more.
         """
         if batch <= self.batch and capacity <= self.capacity:
             return False
         batch, capacity = max(batch, self.batch), max(capacity, self.capacity)
         self.free()
+        try:
+            for source, layer in zip(like.layers, self.layers, strict=True):
+                layer.allocate(source.keys, source.values, batch, capacity)
+        except BaseException:
+            self.free()
+            raise
         self.batch, self.capacity = batch, capacity
         return True
 
@@ -155,12 +161,10 @@ class StaticCache:
 def to_static(dynamic: Any, static: StaticCache) -> int:
     """Move the tokens of a ``DynamicCache`` into the reserved room; returns how many they are.
 
-    Each layer is emptied as soon as it was copied, so that at most one is held twice.
+    Each layer is emptied as soon as it was copied.
     """
     length = int(dynamic.get_seq_length())
     for source, target in zip(dynamic.layers, static.layers, strict=True):
-        if not target.buffers:
-            target.allocate(source.keys, source.values, static.batch, static.capacity)
         for buffer, states in zip(target.buffers, (source.keys, source.values), strict=True):
             buffer[: states.shape[0], :, :length].copy_(states)
             buffer[:, :, length:].zero_()  # what is masked has no weight, but NaN times nothing is NaN
