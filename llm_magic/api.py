@@ -7,6 +7,7 @@ from typing import Any
 
 from llm_magic.events import Sampling
 from llm_magic.options import AskOptions
+from llm_magic.placing import Moved, Target
 from llm_magic.plan import Plan
 from llm_magic.result import Generation
 from llm_magic.screen import SilentScreen
@@ -73,6 +74,18 @@ class LLM:
     def stop(self) -> bool:
         """End the answer that ``agenerate`` is waiting for; it returns what came. False when there is none."""
         return self.session.stop()
+
+    def move(self, blocks: str, device: str) -> Moved:
+        """Move blocks of the current model (``"layers.20-31"``) to a device; it stays loaded."""
+        return self.session.move(blocks, device)
+
+    def apply(self, placement: Target) -> Moved:
+        """Place the current model anew: a policy or a ``.json`` file by name, a device map, or a plan."""
+        return self.session.apply(placement)
+
+    def undo(self) -> Moved:
+        """Take the last ``move`` or ``apply`` back."""
+        return self.session.undo()
 
     def close(self) -> None:
         """Unload everything and begin with a new session."""

@@ -5,15 +5,17 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llm_magic.answer import Answer
 from llm_magic.chat import Chat
 from llm_magic.errors import EngineError, LLMMagicError, OptionError, PromptError, SessionError
 from llm_magic.events import Finish, FinishReason, Message, Request, Sampling
 from llm_magic.options import AskOptions
+from llm_magic.plan import Plan
 from llm_magic.result import Footprint
 from llm_magic.settings import Settings
+from llm_magic.views.words import moved_bytes, placement_words
 from llm_magic.worker import Worker
 
 
@@ -91,8 +93,21 @@ def follow(
         return Ending(None, "error", plain)
 
 
-def make_footprint(answer: Answer, ending: Ending, request: Request) -> Footprint:
-    """Tokens and speeds of an answer, from the engine's own account where there is one."""
+def make_footprint(answer: Answer, ending: Ending, request: Request, model: str, plan: Plan) -> Footprint:
+    """How an answer of ``model``, placed by ``plan``, was made: tokens, speeds, bytes that moved."""
+    footprint = replace(_measured(answer, ending, request), model=model, placement=placement_words(plan))
+    tokens = footprint.tokens_per_sweep or 1.0
+    return replace(
+        footprint,
+        bound_by=plan.forecast.bound_by,
+        moved_bytes=round(moved_bytes(plan) / tokens),
+        limit_share=_share(footprint.generation_tps / tokens, plan.forecast.limit_tps),
+        notes=ending.finish.notes if ending.finish else (),
+    )
+
+
+def _measured(answer: Answer, ending: Ending, request: Request) -> Footprint:
+    """Tokens and speeds, from the engine's own account where there is one."""
     seed = None if request.sampling.temperature == 0 else request.sampling.seed
     first_token_s = answer.first_token_s or 0.0
     finish = ending.finish
@@ -113,7 +128,13 @@ def make_footprint(answer: Answer, ending: Ending, request: Request) -> Footprin
         first_token_s=first_token_s,
         total_s=answer.elapsed_s,
         seed=seed,
+        tokens_per_sweep=_rate(finish.generated_tokens - 1, finish.sweeps),
     )
+
+
+def _share(sweeps_per_s: float, limit: float) -> float:
+    """Sweeps a second as a share of the limit; a limit that was measured a little low is reached, not passed."""
+    return min(1.0, sweeps_per_s / limit) if limit > 0 else 0.0
 
 
 def _check_can_continue(text: str, history: list[Message]) -> None:

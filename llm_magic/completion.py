@@ -97,11 +97,7 @@ def _values(session: Session, action: argparse.Action, last: str) -> list[str]:
     if kind == "file":
         return _paths(last)
     if kind == "device":
-        return [
-            f"{prefix}{device}="
-            for prefix in (last.rpartition(",")[0] + "," if "," in last else "",)
-            for device in _devices(session)
-        ]
+        return _limits(session, last) if action.option_strings else _devices(session)
     tables: dict[str, Callable[[], Iterable[str]]] = {
         "model": lambda: session.models,
         "chat": lambda: {*session.chats.names(), *saved_chats()},
@@ -114,6 +110,12 @@ def _values(session: Session, action: argparse.Action, last: str) -> list[str]:
         ],
     }
     return list(tables.get(kind, list)())
+
+
+def _limits(session: Session, last: str) -> list[str]:
+    """``cpu=``, also after other limits and a comma."""
+    prefix = last.rpartition(",")[0] + "," if "," in last else ""
+    return [f"{prefix}{device}=" for device in _devices(session)]
 
 
 def _devices(session: Session) -> list[str]:

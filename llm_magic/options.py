@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+QUANTIZE = ("nf4", "fp4", "int8", "int4", "int2", "float8", "quanto-int8")
+"""Methods of ``--quantize``; which devices each can be placed on is for the backend to say."""
+
 
 @dataclass(frozen=True)
 class LoadOptions:

@@ -7,31 +7,35 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
 from llm_magic.answer import Answer, generate_clean
 from llm_magic.asking import Ending, build_request, follow, make_footprint, system_of
+from llm_magic.calibration import Calibration, calibrate, kept_constants
 from llm_magic.chat import Chat, Chats, check_chat_name
-from llm_magic.errors import OptionError, SessionError
+from llm_magic.errors import OptionError, PlanError, SessionError
 from llm_magic.events import Message, PhaseEvent, Progress, RenderedPrompt, Request, StopFlag
 from llm_magic.folders import cache_folder, make_private
 from llm_magic.hookspecs import Backend, Engine, FindsAccelerators, Planner
 from llm_magic.host.probe import probe_machine, read_machine
 from llm_magic.machine import Device, Link, Machine
 from llm_magic.memory import FreeMemory
-from llm_magic.model import ModelSpec
+from llm_magic.model import ModelLayout, ModelSpec
 from llm_magic.notebook import Notebook
 from llm_magic.options import AskOptions, LoadOptions
+from llm_magic.placing import Moved, Target, as_if_unloaded, carry_out, limits_of, refusal_to_move
 from llm_magic.plan import Plan, Workload
+from llm_magic.planning.budget import device_name
+from llm_magic.planning.constants import Constants
 from llm_magic.planning.planner import make_plan, read_device_map, refusal
+from llm_magic.planning.select import edited, select_blocks
 from llm_magic.plugins import Plugins, pick
 from llm_magic.result import Footprint, Generation, Turn
 from llm_magic.screen import AnswerView, QuietAnswer, Screen, SilentScreen
 from llm_magic.settings import Settings
 from llm_magic.units import format_seconds
-from llm_magic.views.map import placement_words
 from llm_magic.worker import Cancelled, Latest, Worker
 
 Result = TypeVar("Result")
@@ -41,15 +45,20 @@ _SHORTEST_CONTEXT = 1024  # tokens; below that a chat is no use
 
 @dataclass
 class LoadedModel:
-    """A model in memory, the name it goes by, and how fast its last answer was."""
+    """A model in memory, the name it goes by, how fast its last answer was, and where it was before."""
 
     name: str
     spec: ModelSpec
     options: LoadOptions
-    plan: Plan
     engine: Engine
     load_s: float
     last: Footprint | None = None
+    history: list[Plan] = field(default_factory=list)
+
+    @property
+    def plan(self) -> Plan:
+        """Where everything is now; the engine moves blocks by itself when memory runs out."""
+        return self.engine.plan
 
 
 @dataclass(frozen=True)
@@ -121,17 +130,14 @@ class Session:
             When the source, the options or the device map are invalid. A plan that does not fit
             is returned, with its ``problems``.
         """
-        spec = replace(spec, source=self.aliases.get(spec.source, spec.source))
+        spec = self._named(spec)
         backend = self.plugins.backend_for(spec)
         progress(PhaseEvent("reading"))
         layout = backend.layout(spec, progress)
         progress(PhaseEvent("planning"))
         machine = read_machine(Path(options.machine)) if options.machine else self.machine()
-        placement: Planner | Mapping[str, str]
-        if options.device_map.lower().endswith(".json"):
-            placement = read_device_map(Path(options.device_map), layout, machine)
-        else:
-            placement = pick(self.plugins.planners, options.device_map, "placement policy")
+        placement, policy = self._placement(options.device_map, layout, machine)
+        constants = Constants() if machine.described else kept_constants(layout)
 
         def planned(context: int) -> Plan:
             return make_plan(
@@ -139,10 +145,11 @@ class Session:
                 machine,
                 Workload(context),
                 placement=placement,
-                policy=Path(options.device_map).name,
+                policy=policy,
                 max_memory=options.max_memory,
                 source=spec.source,
                 options=_backend_options(spec, options),
+                constants=constants,
             )
 
         if options.ctx_size:
@@ -166,7 +173,7 @@ class Session:
             raise OptionError(
                 "A described machine can only be planned for.", "Add --dry-run, or leave --machine out."
             )
-        spec = replace(spec, source=self.aliases.get(spec.source, spec.source))
+        spec = self._named(spec)
         name = _check_model_name(name or _model_name(spec.source))
         same = self.models.get(name)
         if same and (same.spec, same.options) == (spec, options):
@@ -215,6 +222,26 @@ class Session:
         self.current = model.name
         return model
 
+    def bench(self, name: str = "", machine_only: bool = False) -> Calibration:
+        """Measure the machine, and a loaded model on it; later plans are made with what was found.
+
+        Raises
+        ------
+        LLMMagicError
+            When no loaded model has this name, or one is at work.
+        """
+        model = self.model(name) if name or (self.models and not machine_only) else None
+
+        def job(progress: Progress) -> Calibration:
+            progress(PhaseEvent("measuring"))
+            machine = self.machine(measure=True)
+            if model is None:
+                return Calibration(machine)
+            machine = as_if_unloaded(machine, model.engine.memory())
+            return calibrate(model.name, model.engine, machine, progress)
+
+        return self._on_worker("Measuring", job)
+
     def run(self, title: str, job: Callable[[Progress], Result]) -> Result:
         """Run a job that reports progress (a download, a measurement), showing it; interruptible."""
         return self._on_worker(title, job)
@@ -223,6 +250,100 @@ class Session:
         """Unload everything."""
         for name in list(self.models):
             self.unload(name)
+
+    # Placement
+
+    def propose(self, target: Target, name: str = "", max_memory: Mapping[str, int] | None = None) -> Plan:
+        """The plan that ``apply`` would carry out; nothing moves.
+
+        Parameters
+        ----------
+        target
+            A policy or a ``.json`` file by name, a device map, or a plan of the same model.
+        name
+            A loaded model; the current one without a name.
+        max_memory
+            Device -> bytes; ``None`` keeps the limits of the plan that is in force.
+
+        Raises
+        ------
+        LLMMagicError
+            When the target is none, or no model is loaded. A plan that does not fit is returned,
+            with its ``problems``.
+        """
+        model = self.model(name)
+        now = model.plan
+        machine = as_if_unloaded(self.machine(), model.engine.memory())
+        placement, policy = self._placement(target, now.layout, machine)
+        return make_plan(
+            now.layout,
+            machine,
+            now.workload,
+            placement=placement,
+            policy=policy,
+            max_memory=limits_of(now) if max_memory is None else max_memory,
+            source=now.source,
+            options=now.options,
+            constants=kept_constants(now.layout),
+        )
+
+    def apply(self, target: Target, name: str = "", max_memory: Mapping[str, int] | None = None) -> Moved:
+        """Place a loaded model anew: only blocks whose place changes move; chats stay.
+
+        Parameters are those of ``propose``.
+
+        Raises
+        ------
+        LLMMagicError
+            When the target is none, does not fit or cannot be reached; everything is where it was.
+        KeyboardInterrupt
+            When the user interrupts; everything is back where it was.
+        """
+        model = self.model(name)
+        before = model.plan
+        moved = self._move(model, lambda: self.propose(target, model.name, max_memory))
+        if moved.count:
+            model.history.append(before)
+        return moved
+
+    def move(
+        self, blocks: str, device: str, name: str = "", max_memory: Mapping[str, int] | None = None
+    ) -> Moved:
+        """Move some blocks of a loaded model, such as ``layers.20-31``, to a device; see ``apply``."""
+        return self.apply(self.edited(blocks, device, name), name, max_memory)
+
+    def edited(self, blocks: str, device: str, name: str = "") -> dict[str, str]:
+        """A loaded model's device map with some blocks on another device.
+
+        Raises
+        ------
+        PlanError
+            When no block or no device is meant by the words.
+        """
+        plan = self.model(name).plan
+        home = device_name(device, plan.machine)
+        return edited(plan, {block.name: home for block in select_blocks(plan.layout, blocks)})
+
+    def undo(self, name: str = "") -> Moved:
+        """Bring a loaded model back to its placement before the last ``apply`` or ``move``.
+
+        Raises
+        ------
+        SessionError
+            When there is none.
+        LLMMagicError
+            When that placement does not fit any more.
+        """
+        model = self.model(name)
+        if not model.history:
+            raise SessionError(
+                f"{model.name} is where it was loaded: there is nothing to undo.",
+                "%llm move BLOCKS DEVICE and %llm apply PLAN place it anew.",
+            )
+        past = model.history[-1]
+        moved = self._move(model, lambda: self.propose(past, model.name, limits_of(past)))
+        model.history.pop()
+        return moved
 
     # Prompts
 
@@ -300,6 +421,56 @@ class Session:
                 links |= {(k.source, k.target): k for k in found_links}
         return tuple(devices.values()), tuple(links.values())
 
+    def _named(self, spec: ModelSpec) -> ModelSpec:
+        """The spec with its aliases resolved.
+
+        Raises
+        ------
+        OptionError
+            When a model is to be its own draft.
+        """
+        source, draft = (self.aliases.get(text, text) for text in (spec.source, spec.draft))
+        if draft and _is_same_source(source, draft):
+            raise OptionError(
+                "A model cannot draft for itself.",
+                "Give --draft a smaller model of the same family, or leave it out.",
+            )
+        return replace(spec, source=source, draft=draft)
+
+    def _placement(
+        self, target: Target, layout: ModelLayout, machine: Machine
+    ) -> tuple[Planner | Mapping[str, str], str]:
+        """What a planner takes for a target, and the name under which plans show it."""
+        if isinstance(target, Plan):
+            return target.device_map, target.policy
+        if isinstance(target, Mapping):
+            if not all(isinstance(block, str) for block in target):
+                raise PlanError(
+                    "A device map names its blocks in text.", 'Write it like {"": "cpu", "layers.3": "disk"}.'
+                )
+            return target, "hand"
+        if target.lower().endswith(".json"):
+            return read_device_map(Path(target), layout, machine), Path(target).name
+        return pick(self.plugins.planners, target, "placement policy"), target
+
+    def _move(self, model: LoadedModel, propose: Callable[[], Plan]) -> Moved:
+        before = model.plan
+
+        def job(progress: Progress) -> Moved:
+            progress(PhaseEvent("planning"))
+            plan = propose()
+            if not plan.fits:
+                raise refusal_to_move(plan)
+            return carry_out(model.name, model.engine, plan, progress)
+
+        moved = self._on_worker(
+            f"Moving blocks of {model.name}", job, undo=lambda _: model.engine.apply(before, lambda _: None)
+        )
+        if moved.count:
+            model.last = None  # measured where the blocks are no more
+        self.plugins.notify(self, moved)
+        return moved
+
     def _default_context(self, context_length: int) -> int:
         wanted: int = self.settings.ctx_size
         return min(wanted, context_length) if context_length else wanted
@@ -312,7 +483,7 @@ class Session:
         if not plan.fits:
             raise refusal(plan)
         engine = backend.load(spec, plan, progress)
-        return LoadedModel(name, spec, options, plan, engine, time.perf_counter() - started)
+        return LoadedModel(name, spec, options, engine, time.perf_counter() - started)
 
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
@@ -323,7 +494,7 @@ class Session:
             self._lock.release()
 
     def _on_worker(
-        self, title: str, job: Callable[[Progress], Result], undo: Callable[[Result], None] = lambda _: None
+        self, title: str, job: Callable[[Progress], Result], undo: Callable[[Result], object] = lambda _: None
     ) -> Result:
         """Run a job, showing its progress; ``undo`` gets what it made when an interrupt came too late."""
         started = time.perf_counter()
@@ -382,12 +553,7 @@ class Session:
     def _generation(
         self, model: LoadedModel, answer: Answer, ending: Ending, request: Request, output_format: str
     ) -> Generation:
-        footprint = replace(
-            make_footprint(answer, ending, request),
-            model=model.name,
-            placement=placement_words(model.plan),
-            bound_by=model.plan.forecast.bound_by,
-        )
+        footprint = make_footprint(answer, ending, request, model.name, model.plan)
         if footprint.generation_tps:
             model.last = footprint
         question = next((m.content for m in reversed(request.messages) if m.role == "user"), "")
@@ -439,7 +605,13 @@ def _with_longest_context(planned: Callable[[int], Plan], wanted: int) -> Plan:
 
 def _backend_options(spec: ModelSpec, options: LoadOptions) -> dict[str, str]:
     values = {"offload_folder": options.offload_folder, "dtype": spec.dtype, "revision": spec.revision or ""}
+    values |= {"quantize": spec.quantize, "draft": spec.draft}
     return {name: value for name, value in values.items() if value}
+
+
+def _is_same_source(source: str, draft: str) -> bool:
+    paths = Path(source).expanduser(), Path(draft).expanduser()
+    return source == draft or (all(path.exists() for path in paths) and paths[0].samefile(paths[1]))
 
 
 def _model_name(source: str) -> str:

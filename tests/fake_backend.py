@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint
 
 from llm_magic.errors import PromptError, SourceError
-from llm_magic.events import Emit, Finish, PhaseEvent, Progress, RenderedPrompt, Request, StopFlag, TokenEvent
+from llm_magic.events import (
+    Emit,
+    Finish,
+    PhaseEvent,
+    Progress,
+    RenderedPrompt,
+    Request,
+    StopFlag,
+    SweepSpeed,
+    TokenEvent,
+)
+from llm_magic.machine import Device, Link
 from llm_magic.model import Block, ModelLayout, ModelSpec, TensorInfo
 from llm_magic.plan import Plan
 from llm_magic.plugins import Plugins
@@ -20,15 +32,23 @@ class Reply:
     """One scripted answer: pieces of text, and what happens before a piece.
 
     ``before[i](stop)`` runs on the worker thread before piece ``i``; it may wait for the stop flag or raise.
+    ``sweeps`` and ``notes`` are those of its ``Finish``.
     """
 
     pieces: tuple[str, ...]
     before: Mapping[int, Callable[[StopFlag], object]] = field(default_factory=dict)
+    sweeps: int = 0
+    notes: tuple[str, ...] = ()
 
 
 class FakeEngine:
-    def __init__(self, replies: list[Reply]) -> None:
+    """``while_moving`` runs before each block that ``apply`` moves; ``speed`` is what ``measure`` finds."""
+
+    def __init__(self, replies: list[Reply], plan: Plan) -> None:
         self.model = object()
+        self.plan = plan
+        self.while_moving: Callable[[], object] = lambda: None
+        self.speed = SweepSpeed(0.04, 0.5, 512, {1: 0.04, 4: 0.05})
         self.requests: list[Request] = []
         self.forgotten: list[str] = []
         self.is_closed = False
@@ -54,10 +74,34 @@ class FakeEngine:
         tokens = self.render(request).tokens
         if tokens > 1000:
             raise PromptError("The prompt is too long.", "Shorten it.")
-        return Finish(reason, tokens, 0, count, 0.5, 1.0)
+        return Finish(reason, tokens, 0, count, 0.5, 1.0, reply.sweeps, reply.notes)
 
     def memory(self) -> dict[str, dict[str, int]]:
-        return {"cpu": {"weights": 3 * MIB, "kv_cache": 0}}
+        held = Counter[str]()
+        for place in self.plan.placements:
+            held[place.home] += place.block.bytes
+        return {device: {"weights": size, "kv_cache": 0} for device, size in held.items()}
+
+    def status(self) -> tuple[str, ...]:
+        return ("scripted", "no draft")
+
+    def apply(self, plan: Plan, progress: Progress) -> dict[tuple[str, str], int]:
+        moves = [
+            (old.home, new.home, new.block.bytes)
+            for old, new in zip(self.plan.placements, plan.placements, strict=True)
+            if old.home != new.home
+        ]
+        moved = Counter[tuple[str, str]]()
+        for done, (source, target, size) in enumerate(moves):
+            progress(PhaseEvent("moving", done + 1, len(moves), "blocks"))
+            self.while_moving()
+            moved[source, target] += size
+        self.plan = plan
+        return dict(moved)
+
+    def measure(self, progress: Progress) -> SweepSpeed:
+        progress(PhaseEvent("measuring", 1, 1, "sweeps"))
+        return self.speed
 
     def forget(self, chat: str) -> None:
         self.forgotten.append(chat)
@@ -67,7 +111,10 @@ class FakeEngine:
 
 
 class FakeBackend:
-    """Accepts ``fake:NAME``; ``enqueue`` scripts the next answer of every engine it loads."""
+    """Accepts ``fake:NAME``; ``enqueue`` scripts the next answer of every engine it loads.
+
+    ``gpu_bytes`` is the memory of a GPU that it finds, 0 for none.
+    """
 
     name = "fake"
 
@@ -75,9 +122,24 @@ class FakeBackend:
         self.replies: list[Reply] = []
         self.engines: list[FakeEngine] = []
         self.while_loading: Callable[[], object] = lambda: None
+        self.gpu_bytes = 0
 
-    def enqueue(self, *pieces: str, before: Mapping[int, Callable[[StopFlag], object]] | None = None) -> None:
-        self.replies.append(Reply(pieces, before or {}))
+    def accelerators(self, measure: bool) -> tuple[tuple[Device, ...], tuple[Link, ...]]:
+        if not self.gpu_bytes:
+            return (), ()
+        held = sum(e.memory().get("cuda:0", {}).get("weights", 0) for e in self.engines if not e.is_closed)
+        gpu = Device("cuda:0", "gpu", "Fake GPU", self.gpu_bytes, self.gpu_bytes - held, 1e12, 1e14)
+        ways = (("cpu", "cuda:0"), ("cuda:0", "cpu"))
+        return (gpu,), tuple(Link(source, target, 25e9, "fake bus") for source, target in ways)
+
+    def enqueue(
+        self,
+        *pieces: str,
+        before: Mapping[int, Callable[[StopFlag], object]] | None = None,
+        sweeps: int = 0,
+        notes: tuple[str, ...] = (),
+    ) -> None:
+        self.replies.append(Reply(pieces, before or {}, sweeps, notes))
 
     def accepts(self, spec: ModelSpec) -> float:
         return 1.0 if spec.source.startswith("fake:") else 0.0
@@ -95,12 +157,12 @@ class FakeBackend:
         for done in range(3):
             progress(PhaseEvent("loading", done + 1, 3, "tensors"))
             self.while_loading()
-        self.engines.append(FakeEngine(self.replies))
+        self.engines.append(FakeEngine(self.replies, plan))
         return self.engines[-1]
 
 
 def _mebibyte(name: str) -> TensorInfo:
-    return TensorInfo(name, (MIB // 2,), "bfloat16", MIB)
+    return TensorInfo(name, (1024, 512), "bfloat16", MIB)
 
 
 class _Point:
@@ -122,9 +184,9 @@ def plugin_points(*plugins: object) -> tuple[EntryPoint, ...]:
     return tuple(_Point(f"plugin{n}", plugin) for n, plugin in enumerate(plugins))  # type: ignore[misc]
 
 
-def plugins_with(backend: FakeBackend) -> Plugins:
-    """The built-in planners, commands and formats, and this backend alone."""
-    return Plugins((*built_in_points(), *plugin_points(_backend_plugin(backend))))
+def plugins_with(backend: FakeBackend, *others: object) -> Plugins:
+    """The built-in planners, commands and formats, this backend alone, and other plugin objects."""
+    return Plugins((*built_in_points(), *plugin_points(_backend_plugin(backend), *others)))
 
 
 def built_in_points() -> Iterator[EntryPoint]:

@@ -211,9 +211,21 @@ def test_an_error_keeps_what_came_in_the_variable(loaded, backend) -> None:
         ("%llm fix", "raised an error yet", ""),
         ("%llm fix 99", "raised an error yet", ""),
         ("%llm set format foo", "no value for format", "markdown"),
-        ("%llm load fake:b --quantize nf4", "no option --quantize", "%llm load --help"),
+        ("%llm load fake:b --quantize nf5", "invalid choice: 'nf5'", "%llm load --help"),
+        ("%llm load fake:b --draft fake:b", "cannot draft for itself", "smaller model"),
         ("%llm load fake:b --ctx 100", "no option --ctx", "Did you mean --ctx-size?"),
-        ("%llm move layers.1 cpu", "no command 'move'", "Known: "),
+        ("%llm move", "arguments are required: BLOCKS, DEVICE", "%llm move --help"),
+        ("%llm move layers.1", "arguments are required: DEVICE", "%llm move --help"),
+        ("%llm move layers.99 cpu", "no block 'layers.99'", "It has layers.0-2"),
+        ("%llm move layers.1 cuda", "no device 'cuda'", "Devices: cpu, disk"),
+        ("%llm move layers.1 cpu -m b", "no loaded model 'b'", "Known: a"),
+        ("%llm apply", "arguments are required: PLAN", "%llm apply --help"),
+        ("%llm apply nosuch", "no placement policy, .json file or variable 'nosuch'", "Policies: auto"),
+        ("%llm apply disk", "variable 'disk'", "%llm move BLOCKS disk"),
+        ("%llm apply balancd", "'balancd'", "Did you mean balanced?"),
+        ("%llm apply nosuch.json", "Cannot read the device map nosuch.json", "Check"),
+        ("%llm undo", "nothing to undo", "%llm move"),
+        ("%llm bench -m b", "no loaded model 'b'", "Known: a"),
         ("%%llm What is it?\nhi\n", "does not take 'What'", "next line"),
         ("%%llm --seed 99999999999999999999\nhi\n", "from 0 to", ""),
         ("%%llm --temprature 1\nhi\n", "no option --temprature", "--temperature"),
@@ -318,6 +330,9 @@ def test_err_is_there_in_prompts(loaded, backend) -> None:
         ("%llm models", "LOAD WITH"),
         ("%llm machine", "RAM"),
         ("%llm doctor", "torch"),
+        ("%llm move layers.1 disk", "RAM → disk"),
+        ("%llm apply cpu", "Nothing changed"),
+        ("%llm help move", "regular expression"),
         ("%llm reset", "forgotten"),
     ],
 )
@@ -325,6 +340,11 @@ def test_every_command_shows_something(loaded, capsys, command, says) -> None:
     capsys.readouterr()
     run(loaded, command)
     assert says in capsys.readouterr().out
+
+
+def test_bench_holds_forecasts_against_what_it_measures(cache_folder, loaded, capsys) -> None:
+    run(loaded, "%llm bench")
+    assert "FORECAST NOW" in capsys.readouterr().out
 
 
 def test_unload_says_what_came_back(loaded, capsys) -> None:
@@ -352,6 +372,12 @@ def test_an_alias_loads_what_it_stands_for(loaded, session) -> None:
         ("load fake:a --device-map ba", False, {"balanced", "balanced_low_0"}),
         ("load fake:a --dtype bf", False, {"bf16"}),
         ("use ", False, {"a"}),
+        ("load fake:a --quantize n", False, {"nf4"}),
+        ("move lay", False, {"layers.0", "layers.2"}),
+        ("move layers.1 ", False, {"cpu", "disk"}),
+        ("move layers.1 cpu --max-memory ", False, {"cpu=", "disk="}),
+        ("apply ba", False, {"balanced", "balanced_low_0"}),
+        ("undo -m ", False, {"a"}),
         ("load fake:a --backend fa", False, {"fake"}),
         ("chat sh", False, {"show"}),
         ("set temp", False, {"temperature"}),

@@ -94,12 +94,16 @@ def test_the_example_plugin_loads_and_answers(site: Path) -> None:
             "%%llm cut << --max-new-tokens 2\nPolly wants a cracker",
             "print([cut, cut.finish_reason])",
             "%llm ps",
+            "%llm move layers.0 disk",
+            "%llm bench",
             "%llm unload",
         ],
     )
     assert "['Polly wants a cracker', 'stop', 4]" in output
     assert "['Polly wants', 'length']" in output
-    assert "parrot" in output.split(">>> %llm ps")[1]
+    assert "by heart" in output.split(">>> %llm ps")[1]
+    assert "layers.0 (4 B) RAM → disk" in output
+    assert "RAM, read" in output.split(">>> %llm bench")[1]
 
 
 def test_the_example_command_runs_and_is_in_the_help_and_completes(site: Path) -> None:

@@ -2,7 +2,7 @@
 
 import time
 
-from llm_magic.events import Finish, RenderedPrompt, TokenEvent
+from llm_magic.events import Finish, RenderedPrompt, SweepSpeed, TokenEvent
 from llm_magic.hookspecs import Command, hookimpl
 from llm_magic.model import Block, ModelLayout, TensorInfo
 
@@ -11,6 +11,9 @@ BLOCK = Block("echo", "layers.0", "decoder", (TensorInfo("echo.weight", (1,), "f
 
 class EchoEngine:
     model = None
+
+    def __init__(self, plan):
+        self.plan = plan
 
     def render(self, request):
         text = request.messages[-1].content
@@ -29,6 +32,16 @@ class EchoEngine:
     def memory(self):
         return {"cpu": {"weights": BLOCK.bytes}}
 
+    def status(self):
+        return ("by heart",)
+
+    def apply(self, plan, progress):
+        self.plan = plan
+        return {}
+
+    def measure(self, progress):
+        return SweepSpeed(0.0, 0.0, 0)
+
     def forget(self, chat): ...
 
     def close(self): ...
@@ -44,7 +57,7 @@ class EchoBackend:
         return ModelLayout(spec.source.removeprefix("echo:"), "Echo", (BLOCK,), "float32", 4096, 1, 1, 1)
 
     def load(self, spec, plan, progress):
-        return EchoEngine()
+        return EchoEngine(plan)
 
 
 def shout(session, arguments):

@@ -6,6 +6,7 @@ import argparse
 
 from llm_magic.commands.source_options import add_source_options, read_source_options
 from llm_magic.hookspecs import Command
+from llm_magic.model import ModelLayout
 from llm_magic.session import Session
 from llm_magic.units import format_bytes, format_count, format_seconds
 from llm_magic.views.map import map_report
@@ -29,13 +30,19 @@ def _run(session: Session, found: argparse.Namespace) -> Report:
     layout = model.plan.layout
     headline = (
         f"{model.name} is loaded ({format_seconds(model.load_s)}): {layout.name}, "
-        f"{format_count(layout.parameters)} parameters, {format_bytes(layout.bytes)} in {layout.dtype}."
+        f"{format_count(layout.parameters)} parameters, {format_bytes(layout.bytes)} in {_kinds(layout)}."
+        f"{f' {layout.draft.name} proposes tokens.' if layout.draft else ''}"
     )
     return stack(
         Report(wrapped(headline), line_report(headline).html),
         warnings_report(model.plan),
         map_report(model.plan, model.engine.memory()),
     )
+
+
+def _kinds(layout: ModelLayout) -> str:
+    """``"bfloat16"``, or ``"nf4 and bfloat16"``."""
+    return f"{layout.quantization} and {layout.dtype}" if layout.quantization else layout.dtype
 
 
 LOAD = Command(
@@ -47,6 +54,7 @@ LOAD = Command(
         "%llm load starter",
         "%llm load Qwen/Qwen3-8B --max-memory 0=6GiB,cpu=24GiB --as qwen",
         "%llm load ./my-model --device-map balanced -c 16384",
+        "%llm load Qwen/Qwen3-32B --quantize nf4 --draft Qwen/Qwen3-0.6B",
         "%llm load model.gguf --dry-run",
     ),
 )

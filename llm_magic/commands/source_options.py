@@ -6,7 +6,7 @@ import argparse
 
 from llm_magic.arguments import completes, memory_limits, number
 from llm_magic.model import ModelSpec
-from llm_magic.options import LoadOptions
+from llm_magic.options import QUANTIZE, LoadOptions
 
 DTYPES = ("auto", "bfloat16", "float16", "float32", "bf16", "fp16", "fp32")
 _SHORT = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -23,6 +23,22 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
         choices=DTYPES,
         metavar="TYPE",
         help="auto (the checkpoint's), bf16, fp16, fp32",
+    )
+    add(
+        "--quantize",
+        default="",
+        choices=QUANTIZE,
+        metavar="METHOD",
+        help=f"pack the linear layers: {', '.join(QUANTIZE)}",
+    )
+    completes(
+        add(
+            "--draft",
+            default="",
+            metavar="MODEL",
+            help="a small model of the same family that proposes tokens",
+        ),
+        "source",
     )
     completes(
         add("--device-map", default="auto", metavar="POLICY", help="placement policy, or a .json file"),
@@ -53,6 +69,8 @@ def read_source_options(found: argparse.Namespace) -> tuple[ModelSpec, LoadOptio
         dtype=_SHORT.get(found.dtype, found.dtype),
         backend=found.backend,
         allow_pickle=found.allow_pickle,
+        quantize=found.quantize,
+        draft=found.draft,
     )
     options = LoadOptions(
         device_map=found.device_map,

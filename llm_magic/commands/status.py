@@ -10,6 +10,7 @@ from llm_magic.units import format_bytes, format_count, format_rate
 from llm_magic.views.map import placement_bar
 from llm_magic.views.report import Report
 from llm_magic.views.table import line_report, stack, table_report
+from llm_magic.views.words import moved_bytes, share_words
 
 
 def _run(session: Session, _: argparse.Namespace) -> Report:
@@ -26,7 +27,9 @@ def _run(session: Session, _: argparse.Namespace) -> Report:
         line_report(_headline(model)),
         Report(text, html),
         table_report(
-            ("", ""), _facts(session, model), "%llm map · %llm plan · %llm ps · %llm unload · %llm help"
+            ("", ""),
+            _facts(session, model),
+            "%llm map · %llm move · %llm bench · %llm ps · %llm unload · %llm help",
         ),
     )
 
@@ -42,11 +45,16 @@ def _facts(session: Session, model: LoadedModel) -> list[list[str]]:
     planned = sum(use.kv_cache for use in plan.uses)
     forecast = format_rate(plan.forecast.decode_tps) if plan.forecast.decode_tps else "unknown"
     measured = f", measured {format_rate(last.generation_tps)}" if last else ""
+    moved = moved_bytes(plan)
+    limit = f", {share_words(last.limit_share)} of the limit" if last and last.limit_share else ""
+    runs = " · ".join(model.engine.status())
     chat = session.chats.current
     return [
         ["context", f"{plan.workload.context_length} tokens"],
         ["KV cache", f"{format_bytes(cache)} in use of {format_bytes(planned)}"],
         ["speed", f"forecast {forecast}{measured}; bound by {plan.forecast.bound_by}"],
+        *([["each token", f"{format_bytes(moved)} moved{limit}"]] if moved else []),
+        *([["runs", runs]] if runs else []),
         ["chat", f"{chat.name}, {chat.turns} turn{'s' * (chat.turns != 1)}"],
         *(["note", warning] for warning in plan.warnings),
     ]

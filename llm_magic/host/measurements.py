@@ -121,7 +121,7 @@ def _fits(entry: object) -> dict[str, Any]:
     return fits if isinstance(fits, dict) else {}
 
 
-def _keep(path: Path, key: str, facts: Mapping[str, Any]) -> None:
+def _keep(path: Path, key: str, facts: dict[str, Any]) -> None:
     """Write ``facts`` into the entry of a computer, which becomes the newest; the rest of it stays."""
     machines = _read(path)
     entry = machines.pop(key, None)

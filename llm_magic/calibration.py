@@ -1,0 +1,92 @@
+"""Forecasts held against what a computer does, and what is learned of it kept for later plans."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from llm_magic.events import Progress, SweepSpeed
+from llm_magic.hookspecs import Engine
+from llm_magic.host.measurements import here, load_fit, save_fit
+from llm_magic.machine import Machine
+from llm_magic.model import ModelLayout
+from llm_magic.plan import Forecast, Plan
+from llm_magic.planning.constants import Constants
+from llm_magic.planning.fitting import fit
+from llm_magic.planning.forecast import make_forecast
+from llm_magic.planning.setting import Setting
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One rate in tokens per second: measured, and forecast before and after."""
+
+    what: str
+    measured_tps: float
+    before_tps: float
+    after_tps: float
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What ``%llm bench`` found.
+
+    ``machine`` was measured anew. With a model loaded, ``name`` is its name, ``speed`` what its
+    sweeps took, and ``comparisons`` hold forecasts against that; an engine that takes no time has
+    none of both.
+    """
+
+    machine: Machine
+    name: str = ""
+    speed: SweepSpeed | None = None
+    comparisons: tuple[Comparison, ...] = ()
+
+
+def kept_constants(layout: ModelLayout) -> Constants:
+    """Constants of the cost model as they were fitted on this computer, to this model or to another one."""
+    return Constants.from_json(load_fit(*here(), _key(layout)))
+
+
+def keep_constants(layout: ModelLayout, constants: Constants) -> None:
+    """Keep what was fitted to a model, for its later plans and those of models that were never measured."""
+    save_fit(*here(), _key(layout), constants.to_json())
+
+
+def calibrate(name: str, engine: Engine, machine: Machine, progress: Progress) -> Calibration:
+    """Measure the sweeps of the model called ``name``, and forecast them better from now on.
+
+    Parameters
+    ----------
+    machine
+        Measured now; what the model holds counts as free.
+    """
+    old = kept_constants(engine.plan.layout)
+    speed = engine.measure(progress)
+    if speed.decode_s <= 0:
+        return Calibration(machine, name)
+    workload = replace(engine.plan.workload, prefill_tokens=max(1, speed.prefill_tokens))
+    was = replace(engine.plan, workload=workload)
+    now = replace(was, machine=machine)
+    constants = fit(now, speed, old)
+    keep_constants(now.layout, constants)
+    found = tuple(_compared(speed, _forecast(was, old), _forecast(now, constants)))
+    plan = replace(now, workload=engine.plan.workload)
+    engine.plan = replace(plan, forecast=_forecast(plan, constants))
+    return Calibration(machine, name, speed, found)
+
+
+def _forecast(plan: Plan, constants: Constants) -> Forecast:
+    return make_forecast(Setting.of(plan, constants), plan.placements, plan.uses)
+
+
+def _compared(speed: SweepSpeed, before: Forecast, after: Forecast) -> Iterator[Comparison]:
+    if speed.decode_s > 0:
+        yield Comparison("decode", 1 / speed.decode_s, before.decode_tps, after.decode_tps)
+    if speed.prefill_s > 0:
+        tokens, rates = speed.prefill_tokens, (before.prefill_tps, after.prefill_tps)
+        yield Comparison(f"prefill of {tokens}", tokens / speed.prefill_s, *rates)
+
+
+def _key(layout: ModelLayout) -> str:
+    shape = f"{len(layout.layers)}x{layout.hidden_size}"
+    return " ".join((layout.architecture, shape, layout.dtype, layout.quantization or "unpacked"))
