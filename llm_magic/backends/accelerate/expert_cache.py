@@ -127,9 +127,8 @@ class ExpertCache:
             for number in range(self.slots)
         ]
         self._held: dict[tuple[ExpertLayer, int], _Slot] = {}
-        self._coldness = numpy.full(
-            self.slots, -math.inf
-        )  # heat of what a slot holds; +inf while it is needed
+        # How hot what a slot holds is; +inf while it is needed.
+        self._heat = numpy.full(self.slots, -math.inf)
         self._passes: dict[int, _Pass] = {}
         self._changed = threading.Condition()
 
@@ -192,12 +191,15 @@ class ExpertCache:
                     self._untag(slot)
 
     def close(self) -> None:
-        """Wait for what is on its way, and let the slots go."""
+        """Wait for what is on its way, and let the slots go: nothing is copied any more when it returns."""
         with self._changed:
             self._passes.clear()
             self._held.clear()
             for slot in self._slots:
                 _settled(slot)
+            if self._slots:
+                self._streams.join()
+                self._streams.mark().synchronize()
             self._slots.clear()
 
     # Inside; the lock is held
@@ -228,8 +230,8 @@ class ExpertCache:
         bisect.insort(work.wanted, index)
 
     def _coldest(self) -> _Slot | None:
-        number = int(self._coldness.argmin())
-        return None if self._coldness[number] == math.inf else self._slots[number]
+        number = int(self._heat.argmin())
+        return None if self._heat[number] == math.inf else self._slots[number]
 
     def _fill(self, slot: _Slot, work: _Pass, index: int) -> None:
         self._untag(slot)
@@ -245,7 +247,7 @@ class ExpertCache:
     def _hold(self, work: _Pass, index: int, slot: _Slot) -> None:
         slot.users += 1
         work.held[index] = slot
-        self._coldness[slot.number] = math.inf
+        self._heat[slot.number] = math.inf
 
     def _release_current(self, work: _Pass) -> None:
         if work.current is not None:
@@ -260,7 +262,7 @@ class ExpertCache:
             if not slot.has_come:
                 self._untag(slot)  # nobody has seen whether it came well
             else:
-                self._coldness[slot.number] = work.layer.heat[index]
+                self._heat[slot.number] = work.layer.heat[index]
             self._changed.notify_all()
 
     def _drop_own(self) -> None:
@@ -277,7 +279,7 @@ class ExpertCache:
         if slot.tag is not None:
             self._held.pop(slot.tag, None)
         slot.tag, slot.has_come, slot.views = None, False, ()
-        self._coldness[slot.number] = math.inf if slot.users else -math.inf
+        self._heat[slot.number] = math.inf if slot.users else -math.inf
 
 
 def _arrived(slot: _Slot) -> None:
