@@ -71,7 +71,7 @@ def calibrate(name: str, engine: Engine, machine: Machine, progress: Progress) -
     keep_constants(now.layout, constants)
     found = tuple(_compared(speed, _forecast(was, old), _forecast(now, constants)))
     plan = replace(now, workload=engine.plan.workload)
-    engine.plan = replace(plan, forecast=_forecast(plan, constants))
+    engine.apply(replace(plan, forecast=_forecast(plan, constants)), progress)  # nothing moves
     return Calibration(machine, name, speed, found)
 
 
