@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
+from transformers import AutoModelForCausalLM
 
 from llm_magic.backends.accelerate.capture import CapturedSteps, why_not
 from llm_magic.backends.accelerate.decode import Decoding
@@ -22,6 +23,7 @@ from llm_magic.plan import Placement, Plan
 from tests import tiny
 from tests.engines import plan_for
 from tests.test_decode import Gathered, answer, parrot
+from tests.test_placed import layers_to, load_placed, placed_plan
 from tests.test_static_cache import Full
 
 CONTEXT = 256
@@ -89,8 +91,6 @@ def qwen3(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
-    from transformers import AutoModelForCausalLM
-
     made: dict[Any, Any] = {}
 
     def read(name: str, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
@@ -388,6 +388,10 @@ class WrittenLane:
     def __init__(self, log: list[str]) -> None:
         self.log = log
 
+    @property
+    def is_capturable(self) -> bool:
+        return False
+
     def begin_captured_sweep(self) -> None:
         self.log.append("begin")
 
@@ -415,6 +419,36 @@ def test_streamed_blocks_are_part_of_the_sweep(model: Any) -> None:
     assert log == ["fence"]
     for hook in hooks:
         hook.remove()
+
+
+def test_real_lanes_bring_every_block_in_every_replay(model: Any, tmp_path: Path) -> None:
+    """A placed model whose copies are kernels of the CPU; slots that earlier sweeps filled are never trusted."""
+    folder = tiny.save_llama(tmp_path / "llama", layers=5)
+    wanted = eager(AutoModelForCausalLM.from_pretrained(folder), prompts(), 12)
+    for every in (1, 2):
+        place = layers_to("cpu", "cpu:0", every=every)
+        placed = load_placed(folder, placed_plan(folder, place))
+        tapes = Tapes()
+        steps = step_of(placed.model, tapes, lanes=placed.lanes, settle=placed.settle)
+        for _ in range(2):  # the prefill of the second answer finds what the replays of the first left
+            assert torch.equal(greedy(steps, placed.model, prompts(), 12), wanted)
+        assert (tapes.recorded, steps.reason) == (1, "")
+        assert torch.equal(eager(placed.model, prompts(), 12), wanted)
+        placed.close()
+
+
+@pytest.mark.parametrize("layer", range(4))
+def test_a_capture_that_fails_between_streamed_blocks(model: Any, tmp_path: Path, layer: int) -> None:
+    folder = tiny.save_llama(tmp_path / "llama")
+    wanted = eager(AutoModelForCausalLM.from_pretrained(folder), prompts(), 8)
+    placed = load_placed(folder, placed_plan(folder, layers_to("cpu", "cpu:0")))
+    steps = step_of(placed.model, lanes=placed.lanes, settle=placed.settle)
+    norm = placed.model.model.layers[layer].post_attention_layernorm
+    norm.register_forward_pre_hook(lambda _module, args: float(args[0].sum()) and None)
+    for _ in range(2):
+        assert torch.equal(greedy(steps, placed.model, prompts(), 8), wanted)
+    assert "not permitted" in steps.reason
+    placed.close()
 
 
 def test_streamed_blocks_are_put_in_order_after_a_capture_that_failed(model: Any) -> None:
@@ -569,6 +603,12 @@ def test_experts_that_move(model: Any, plan: Plan) -> None:
     block = replace(plan.placements[2].block, experts=4)
     assert why_not(model("llama"), on_gpu(plan, third(block=block))) == ""
     assert why_not(model("llama"), on_gpu(plan, third(block=block, home="cpu"))) == "experts move on demand"
+
+
+def test_streamed_blocks_that_threads_bring(model: Any, plan: Plan) -> None:
+    """What a thread copies to a buffer first would be copied once, at capture."""
+    reason = why_not(model("llama"), on_gpu(plan, third(home="cpu")), [WrittenLane([])])
+    assert reason == "blocks in RAM that is not pinned"
 
 
 def test_without_a_gpu(model: Any, plan: Plan) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import torch
 
 from llm_magic.backends.accelerate.capture import CapturedSteps
 from llm_magic.backends.accelerate.joined import FEW_TOKENS, JoinedProjections
-from llm_magic.backends.accelerate.warmup import WarmUp
+from llm_magic.backends.accelerate.warmup import WarmUp, resident_layers
 from tests import tiny
+from tests.engines import plan_for
 from tests.test_capture import CONTEXT, Failing, Tapes, assert_close, begin, eager, greedy, prefilled, prompts
 
 
@@ -197,6 +199,24 @@ def test_what_is_held_elsewhere_is_not_joined() -> None:
     assert len(JoinedProjections([held, hooked, module])) == 0
 
 
+def test_weights_of_one_buffer_are_joined_where_they_are() -> None:
+    """As in a block's flat buffer: nothing is copied, and nothing is laid elsewhere afterwards."""
+    buffer, module = torch.randn(64), attention(**{f"{name}_proj": torch.nn.Linear(4, 4) for name in "qkv"})
+    projections = (module.q_proj, module.k_proj, module.v_proj)
+    for place, projection in enumerate(projections):
+        projection.weight.data = buffer[16 * place : 16 * (place + 1)].view(4, 4)
+    addresses = [projection.weight.data_ptr() for projection in projections]
+    states = torch.randn(1, 2, 4)
+    with torch.no_grad():
+        expected = [projection(states) for projection in projections]
+        joined = JoinedProjections([module])
+        assert module.q_proj.joined_group.weight.data_ptr() == buffer.data_ptr()
+        for projection, before in zip(projections, expected, strict=True):
+            torch.testing.assert_close(projection(states), before)
+    joined.undo()
+    assert [projection.weight.data_ptr() for projection in projections] == addresses
+
+
 def test_biases_are_joined_too() -> None:
     module = attention(k_proj=torch.nn.Linear(4, 6))
     states = torch.randn(1, 2, 4)
@@ -209,6 +229,16 @@ def test_biases_are_joined_too() -> None:
 
 
 # --- Compiled layers
+
+
+def test_only_layers_that_stay_on_a_gpu_are_changed(fresh: Any, tmp_path: Path) -> None:
+    model = fresh()
+    _, plan = plan_for(tmp_path / "llama")
+    assert resident_layers(model, plan) == {}
+    homes = {"layers.1": "cuda:0", "layers.2": "cpu", "layers.3": "cuda:0"}
+    placed = [replace(p, home=homes.get(p.block.label, "cpu"), compute="cuda:0") for p in plan.placements]
+    found = resident_layers(model, replace(plan, placements=tuple(placed)))
+    assert found == {1: model.model.layers[1], 3: model.model.layers[3]}
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])

@@ -42,6 +42,10 @@ class Recorder(Protocol):
 class Lane(Protocol):
     """Streamed blocks, as far as a captured sweep has to know them."""
 
+    @property
+    def is_capturable(self) -> bool:
+        """Whether every block comes by copies alone, in which no thread has a part."""
+
     def begin_captured_sweep(self) -> None:
         """Start a sweep whose copies are part of it."""
 
@@ -153,6 +157,8 @@ class CapturedSteps:
         Where the model takes its input.
     lanes
         Streamed blocks.
+    settle
+        Called after a forward pass that did not end, before the next one.
     warm_up
         Layers that are compiled in the background, and joined projections; ``None`` for neither.
 
@@ -170,6 +176,7 @@ class CapturedSteps:
         device: Any,
         *,
         lanes: Sequence[Lane] = (),
+        settle: Callable[[], object] = lambda: None,
         warm_up: WarmUp | None = None,
     ) -> None:
         self.reason = ""
@@ -178,6 +185,7 @@ class CapturedSteps:
         self._recorder = recorder
         self._device = device
         self._lanes = tuple(lanes)
+        self._settle = settle
         self._warm_up = warm_up
         self._static = StaticCache(_cache_layers(model))
         self._inputs: Inputs | None = None
@@ -332,7 +340,7 @@ class CapturedSteps:
                     return False
                 replay = self._recorder.record(lambda: self._sweep(shape, compiled=True))
         except _FAILURES as error:
-            self._fence()
+            self._start_over()
             warm_up.give_up(short(error))
             return False
         self._graphs[shape] = Recorded(replay, compiled=True)
@@ -346,7 +354,7 @@ class CapturedSteps:
             if self._warm_up is not None:
                 self._warm_up.give_up("sweeps are not captured")
             self._forget_graphs()
-            self._fence()
+            self._start_over()
             self._sweep(shape)
             return
         self._graphs[shape] = Recorded(replay, compiled=False)
@@ -410,6 +418,11 @@ class CapturedSteps:
         self._graphs.clear()
         self._logits.clear()
 
+    def _start_over(self) -> None:
+        """After a sweep that did not end."""
+        self._settle()
+        self._fence()
+
     def _fence(self) -> None:
         for lane in self._lanes:
             lane.fence()
@@ -463,12 +476,15 @@ class CudaGraphs:
         return replay
 
 
-def why_not(model: Any, plan: Plan) -> str:
+def why_not(model: Any, plan: Plan, lanes: Sequence[Lane] = ()) -> str:
     """Why the sweeps of a model cannot be captured as it is placed, in a few words; empty when they can.
 
     What this cannot foresee shows when the capture is tried.
     """
-    return _placement_reason(plan) or _model_reason(model)
+    reason = _placement_reason(plan) or _model_reason(model)
+    if not reason and not all(lane.is_capturable for lane in lanes):
+        return "blocks in RAM that is not pinned"
+    return reason
 
 
 def _placement_reason(plan: Plan) -> str:

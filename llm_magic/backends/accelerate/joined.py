@@ -1,8 +1,8 @@
 """Projections of one input as one matrix: q, k and v of an attention, gate and up of an MLP.
 
 For a few tokens a matrix product is bound by reading its weights, and one large matrix is read faster than
-three small ones. The weights of a group are laid one behind the other in one buffer, and the parameters
-become views of it: names, ``state_dict`` and bytes stay what they were. The first projection of a group
+three small ones. The weights of a group are laid one behind the other in one buffer, unless they lie so already,
+and the parameters become views of it: names, ``state_dict`` and bytes stay what they were. The first projection of a group
 computes all of them, the others hand out their part, so a model's own code runs as it is.
 
 A prefill, which computes many tokens at once, takes the single matrices: it gains nothing from one.
@@ -27,10 +27,13 @@ class JoinedGroup:
         In the order in which their module calls them; another order is right, but gains nothing.
     weight, bias
         ``[sum of outputs, inputs]`` and ``[sum of outputs]`` or ``None``.
+    is_rebound
+        Whether the modules' own weights were laid elsewhere for it.
     """
 
-    def __init__(self, modules: Sequence[Any], weight: Any, bias: Any) -> None:
+    def __init__(self, modules: Sequence[Any], weight: Any, bias: Any, *, is_rebound: bool) -> None:
         self.weight, self.bias = weight, bias
+        self._is_rebound = is_rebound
         self.widths = [module.out_features for module in modules]
         self.last = len(modules) - 1
         self.input: Any = None
@@ -45,9 +48,8 @@ class JoinedGroup:
         """Let every module work by itself, with weights of its own."""
         for module in self._modules:
             del module.forward, module.joined_group, module.joined_place
-            for parameter in module.parameters(recurse=False):
-                if not _is_whole(parameter):
-                    parameter.data = parameter.data.clone()
+            if self._is_rebound:
+                module.weight.data = module.weight.data.clone()
         self._modules = ()
 
 
@@ -122,30 +124,43 @@ def _join(modules: Sequence[Any]) -> JoinedGroup | None:
     weights = [module.weight for module in modules]
     biases = [module.bias for module in modules if module.bias is not None]
     kinds = {(w.dtype, w.device, w.shape[1], w.requires_grad) for w in weights}
-    if len(kinds) > 1 or len(biases) not in (0, len(modules)):
-        return None
-    if any(not _is_whole(tensor) for tensor in (*weights, *biases)) or len(set(map(id, weights))) < len(
-        weights
-    ):
+    if len(kinds) > 1 or len(biases) not in (0, len(modules)) or len(set(map(id, weights))) < len(weights):
         return None
     with torch.no_grad():
-        return JoinedGroup(modules, _one_behind_the_other(weights), _one_behind_the_other(biases))
+        bias = torch.cat(biases) if biases else None  # a few bytes, held twice
+        if _are_adjacent(weights):
+            return JoinedGroup(modules, _spanning(weights), bias, is_rebound=False)
+        if all(_is_whole(weight) for weight in weights):
+            return JoinedGroup(modules, _laid_together(weights), bias, is_rebound=True)
+    return None
 
 
 def _is_whole(tensor: Any) -> bool:
-    """Whether a tensor is alone in its memory: a view of a larger one would keep all of that alive."""
+    """Whether a tensor is alone in its memory: one that was cut out of more would keep all of that alive."""
     return bool(tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes)
 
 
-def _one_behind_the_other(parameters: Sequence[Any]) -> Any:
-    """Put parameters into one tensor, of which they are views from then on."""
+def _are_adjacent(weights: Sequence[Any]) -> bool:
+    """Whether they lie one behind the other, as in a block's flat buffer."""
+    memory = weights[0].untyped_storage().data_ptr()
+    ends = [weight.data_ptr() + weight.nbytes for weight in weights]
+    return all(
+        weight.is_contiguous() and weight.untyped_storage().data_ptr() == memory for weight in weights
+    ) and all(end == weight.data_ptr() for end, weight in zip(ends, weights[1:], strict=False))
+
+
+def _spanning(weights: Sequence[Any]) -> Any:
+    first = weights[0].data
+    return first.as_strided((sum(weight.shape[0] for weight in weights), first.shape[1]), first.stride())
+
+
+def _laid_together(weights: Sequence[Any]) -> Any:
+    """Put weights into one tensor, of which they are views from then on."""
     import torch
 
-    if not parameters:
-        return None
-    joined = torch.cat([parameter.data for parameter in parameters])
+    joined = torch.cat([weight.data for weight in weights])
     at = 0
-    for parameter in parameters:
-        parameter.data = joined[at : at + parameter.shape[0]]
-        at += parameter.shape[0]
+    for weight in weights:
+        weight.data = joined[at : at + weight.shape[0]]
+        at += weight.shape[0]
     return joined

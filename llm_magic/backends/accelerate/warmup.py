@@ -21,6 +21,7 @@ from llm_magic.harmless.paths import without_paths
 if TYPE_CHECKING:
     from llm_magic.backends.accelerate.capture import Shape
     from llm_magic.backends.accelerate.static_cache import StaticCache
+    from llm_magic.plan import Plan
 
 Compile = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -215,6 +216,13 @@ class WarmUp:
                 args, kwargs = with_cache((first, *rest), example.kwargs, example.cache, scratch)
                 out = self._function(layer)(layer, *(args if example.args else ()), **kwargs)
                 first = out[0] if isinstance(out, tuple) else out
+
+
+def resident_layers(model: Any, plan: Plan) -> dict[int, Any]:
+    """Decoder layers that stay where they compute, on a GPU, by their index in the cache."""
+    resident = {p.block.name for p in plan.placements if p.way == "resident" and p.compute != "cpu"}
+    names = [block.name for block in plan.layout.layers]
+    return {index: model.get_submodule(name) for index, name in enumerate(names) if name in resident}
 
 
 def with_cache(
