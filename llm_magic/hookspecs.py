@@ -26,7 +26,10 @@ class Engine(Protocol):
     """A loaded model."""
 
     model: Any  # what ``llm.model`` hands out: the torch module, where there is one
-    plan: Plan  # where everything is now
+
+    @property
+    def plan(self) -> Plan:
+        """Where everything is now."""
 
     def render(self, request: Request) -> RenderedPrompt:
         """The final prompt, without running the model."""

@@ -198,7 +198,7 @@ class RamStore:
     def tensors(self) -> list[Any]:
         return self._tensors.views(self.memory)
 
-    def read(self, executor: Executor, buffer: Any, before: Callable[[], object] | None) -> Future[None]:
+    def read(self, executor: Executor, buffer: Any, before: Callable[[], None] | None) -> Future[None]:
         """Copy the block into a pinned buffer on another thread: for memory that could not be pinned."""
 
         def copy() -> None:
@@ -238,7 +238,7 @@ class FileStore:
         self.extents = tuple(extents)
         self.image: FileImage = file_image(self.extents)
 
-    def read(self, buffer: Any, before: Callable[[], object] | None = None) -> Future[None]:
+    def read(self, buffer: Any, before: Callable[[], None] | None = None) -> Future[None]:
         """Start to read the files' image into ``buffer``; its views are at ``image.offsets``."""
         return self._reader.read(self.image, buffer, before)
 
@@ -328,14 +328,16 @@ def pin(memory: Any) -> bool:
 
     if not memory.numel() or not torch.cuda.is_available():
         return False
-    return int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0)) == 0
+    cuda: Any = torch.cuda
+    return int(cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0)) == 0
 
 
 def unpin(memory: Any) -> None:
     """Undo ``pin``."""
     import torch
 
-    torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
+    cuda: Any = torch.cuda
+    cuda.cudart().cudaHostUnregister(memory.data_ptr())
 
 
 def _owner(module: Any, name: str) -> tuple[Any, str]:

@@ -4,30 +4,39 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from llm_magic.backends.accelerate.decode import Decoding
 from llm_magic.backends.accelerate.detokenize import Detokenizer
 from llm_magic.backends.accelerate.generate import Steps, run_generate, watched_blocks
 from llm_magic.backends.accelerate.kv_cache import ChatCaches
-from llm_magic.backends.accelerate.load import LoadedWeights, is_out_of_memory, release_memory
+from llm_magic.backends.accelerate.load import LoadedWeights
+from llm_magic.backends.accelerate.measure import Clock, Probe, sweep_speed
+from llm_magic.backends.accelerate.memory_errors import is_out_of_memory, release_memory
 from llm_magic.backends.accelerate.prompts import TokenizedPrompt, tokenize
+from llm_magic.backends.accelerate.quick import Quick, layer_index
 from llm_magic.backends.accelerate.quiet import quiet
+from llm_magic.backends.accelerate.repair import Repair, failed_device
 from llm_magic.backends.accelerate.sampling import end_tokens, generation_config, seeded
-from llm_magic.errors import EngineError, LLMMagicError, OptionError, PromptError
+from llm_magic.errors import EngineError, LLMMagicError, OptionError, PlanError, PromptError
 from llm_magic.events import (
     Emit,
     Finish,
     FinishReason,
     PhaseEvent,
+    Progress,
     RenderedPrompt,
     Request,
     Sampling,
     StopFlag,
+    SweepSpeed,
 )
 from llm_magic.harmless.paths import without_paths
 from llm_magic.plan import Plan
 from llm_magic.planning.costs import longest_pass
+from llm_magic.planning.planner import refusal
+from llm_magic.views.words import device_title, grouped
 
 
 class TransformersEngine:
@@ -50,6 +59,7 @@ class TransformersEngine:
         self._placed = loaded.placed
         self._context = _context_length(plan)
         self._caches = ChatCaches(self.model, plan.workload.context_length)
+        self._quick = Quick(loaded.placed, self._context, loaded.draft, loaded.draft_name)
         modules = dict(self.model.named_modules())
         self._blocks = [block.name for block in plan.layout.blocks if block.name in modules]
         self._layers = [block.name for block in plan.layout.layers if block.name in modules]
@@ -88,7 +98,9 @@ class TransformersEngine:
         wanted = min(request.sampling.max_new_tokens, room)
         config = generation_config(self.model, self.tokenizer, request.sampling, wanted)
         steps = Steps(Detokenizer(self.tokenizer), emit, stop, self._input_device(), started)
-        cached = self._run(request, prompt, config, steps)
+        repair = Repair(lambda: self.plan, self._caches.drop, self._move)
+        decoding = Decoding(steps, 0, self._quick.speculation(config), repair, self._quick)
+        cached = self._run(request, prompt, config, decoding)
         ended_by_token = bool(steps.ids) and steps.ids[-1] in end_tokens(config)
         reason: FinishReason = "length"
         if ended_by_token:
@@ -102,7 +114,78 @@ class TransformersEngine:
             generated_tokens=len(steps.ids),
             prefill_s=(steps.first_token or time.perf_counter()) - started,
             decode_s=steps.last_token - steps.first_token,
+            sweeps=decoding.counts.sweeps,
+            notes=tuple(repair.notes),
         )
+
+    def apply(self, plan: Plan, progress: Progress) -> Mapping[tuple[str, str], int]:
+        """Move the blocks that the plan places elsewhere; kept KV caches follow their layers.
+
+        Returns (source, target) -> bytes moved.
+
+        Raises
+        ------
+        PlanError
+            When the plan does not fit or is for another model, or the disk is full.
+        EngineError
+            When memory runs out on the way. Every block is back in its place then.
+        """
+        self._open()
+        if plan.problems:
+            raise refusal(plan)
+        if [place.block.name for place in plan.placements] != list(self.plan.device_map):
+            raise PlanError(
+                f"The plan is for {plan.layout.name}, not for {self.plan.layout.name}.",
+                "%llm plan makes a new one.",
+            )
+
+        def report(done: int, total: int, label: str) -> None:
+            progress(PhaseEvent("moving", done, total, "blocks", label))
+
+        try:
+            with quiet():
+                return self._move(plan, report)
+        except BaseException as error:
+            raise self._explained(error) from None
+        finally:
+            release_memory()
+
+    def measure(self, progress: Progress) -> SweepSpeed:
+        """Time some sweeps of the model, within half a minute; chats stay."""
+        model = self._open()
+        import torch
+
+        count = max(1, min(self.plan.workload.prefill_tokens, self._context // 2))
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(model.config.get_text_config().vocab_size, (count,), generator=generator).tolist()
+        config = generation_config(
+            model,
+            self.tokenizer,
+            Sampling(temperature=0, max_new_tokens=self._context - count),
+            self._context - count,
+        )
+        config.eos_token_id = None
+
+        def answer(clock: Clock, probe: Probe) -> None:
+            clock.device = self._input_device()
+            cache = self._caches.new() if self._caches.can_keep else None
+            proposals: Any = probe  # in the place of a `Speculation`
+            decoding = Decoding(clock, speculation=proposals, quick=self._quick)
+            try:
+                self._quick.prepare(self._context)
+                run_generate(model, config, TokenizedPrompt("", ids), cache, decoding)
+            finally:
+                self._caches.release()
+                self._quick.reset()
+                self._placed.settle()
+
+        with quiet():
+            return sweep_speed(answer, count, progress, can_verify=self._caches.can_keep)
+
+    def status(self) -> tuple[str, ...]:
+        """How it runs, in a few words each."""
+        self._open()
+        return self._quick.status()
 
     def memory(self) -> Mapping[str, Mapping[str, int]]:
         """Device -> ``"weights"``, ``"slots"``, ``"kept"``, ``"buffers"`` or ``"kv_cache"`` -> bytes, now."""
@@ -112,8 +195,10 @@ class TransformersEngine:
             held[device].update(purposes)
         for buffer in model.buffers():
             held[_device_name(buffer)]["buffers"] += buffer.nbytes
-        for tensor in self._caches.tensors():
+        for tensor in (*self._caches.tensors(), *self._quick.tensors()):
             held[_device_name(tensor)]["kv_cache"] += tensor.nbytes
+        for weight in self._quick.draft_parameters():
+            held[_device_name(weight)]["draft"] += weight.nbytes
         return {device: dict(purposes) for device, purposes in held.items()}
 
     def forget(self, chat: str) -> None:
@@ -126,6 +211,7 @@ class TransformersEngine:
             return
         self.model = self.tokenizer = None
         self._caches.close()
+        self._quick.close()
         with quiet():
             self._placed.close()
         release_memory()
@@ -155,32 +241,49 @@ class TransformersEngine:
         taken = len(prompt.beginning) + 1 if self.model.config.is_encoder_decoder else length
         return max(1, self._context - taken)
 
-    def _run(self, request: Request, prompt: TokenizedPrompt, config: Any, steps: Steps) -> int:
-        """Run the model; returns how many tokens of the prompt came from the kept cache."""
-        keep = bool(request.chat) and config.use_cache is not False
-        cache, cached = None, 0
-        if keep:
-            cache, cached = self._caches.take(
-                request.chat, prompt.ids, len(prompt.ids) + config.max_new_tokens
-            )
-        parts = range(cached, len(prompt.ids), self._pass_length(prompt, cached, config))
-        if len(parts) > 1 and cache is None:
-            cache = self._caches.new()
-        steps.emit(PhaseEvent("prefill", 0, len(parts) * len(self._layers), "layers"))
+    def _move(
+        self, plan: Plan, report: Callable[[int, int, str], None] = lambda *_: None
+    ) -> Mapping[tuple[str, str], int]:
+        """Move blocks, and keys and values with them; in the midst of an answer too."""
+        import torch
+
+        self._quick.before_move()
+        self._placed.settle()
         try:
+            return self._placed.apply(plan, report)
+        finally:
+            blocks = self._placed.blocks.values()
+            devices = {layer_index(b.module): torch.device(b.place.compute) for b in blocks}
+            self._caches.follow({index: device for index, device in devices.items() if index is not None})
+            self._quick.after_move()
+
+    def _run(self, request: Request, prompt: TokenizedPrompt, config: Any, decoding: Decoding) -> int:
+        """Run the model; returns how many tokens of the prompt came from the kept cache."""
+        steps: Steps = decoding.streamer
+        keep = bool(request.chat) and config.use_cache is not False
+        room = len(prompt.ids) + config.max_new_tokens
+        cache, cached = self._caches.take(request.chat, prompt.ids, room) if keep else (None, 0)
+        if cache is None and self._caches.can_keep and config.use_cache is not False:
+            cache = self._caches.new()  # one that passes can be taken back from
+        decoding.part_tokens = self._pass_length(prompt, cached, config)
+        passes = -(-(len(prompt.ids) - cached) // decoding.part_tokens)
+        steps.emit(PhaseEvent("prefill", 0, passes * len(self._layers), "layers"))
+        try:
+            self._quick.prepare(room)
             with (
                 quiet(),
                 seeded(request.sampling.seed, steps.device),
-                watched_blocks(self.model, self._blocks, self._layers, steps, len(parts)),
+                watched_blocks(self.model, self._blocks, self._layers, steps, passes),
             ):
-                run_generate(self.model, config, prompt, cache, steps, parts=parts)
+                run_generate(self.model, config, prompt, cache, decoding)
             steps.flush()
         except BaseException as error:
             self._caches.release()
+            self._quick.reset()
             cache = None
             if request.sampling.extra and not steps.ids and isinstance(error, ValueError | TypeError):
                 raise _bad_parameter(error, request.sampling) from None
-            raise self._explained(error) from None
+            raise self._explained(error, steps.block) from None
         finally:
             self._placed.settle()
         if keep:
@@ -196,7 +299,7 @@ class TransformersEngine:
             return new
         return longest_pass(self.plan, len(prompt.ids), cached)
 
-    def _explained(self, error: BaseException) -> BaseException:
+    def _explained(self, error: BaseException, block: str = "") -> BaseException:
         """The error to raise for one that came out of the model; emptied of the tensors it held."""
         import traceback
 
@@ -205,10 +308,7 @@ class TransformersEngine:
             return error
         if is_out_of_memory(error):
             release_memory()
-            return EngineError(
-                "Memory ran out while the model answered.",
-                "Shorten the prompt (--new), or load it again with a smaller -c N or a smaller --max-memory.",
-            )
+            return self._out_of_memory(error, block)
         if isinstance(
             error, RuntimeError | ValueError | TypeError | OSError | AttributeError | KeyError | IndexError
         ):
@@ -217,6 +317,21 @@ class TransformersEngine:
                 f"The model failed: {type(error).__name__}: {text}", "Run it again; see %llm doctor."
             )
         return error
+
+    def _out_of_memory(self, error: BaseException, block: str) -> EngineError:
+        """What ran out, where, and the command that makes room."""
+        device = failed_device(error, self.plan)
+        where = next((f" in {p.block.label}" for p in self.plan.placements if p.block.name == block), "")
+        layers = [
+            p.block.label for p in self.plan.placements if p.home == device and p.block.kind == "decoder"
+        ]
+        target = "cpu" if device != "cpu" else "disk"
+        last = grouped(layers[-max(1, len(layers) // 4) :])
+        move = f"%llm move {last[0].replace('–', '-')} {target}, or " if layers else ""
+        return EngineError(
+            f"Memory ran out{where} ({device_title(device)}).",
+            f"{move}a shorter prompt (--new), or load it again with a smaller -c N.",
+        )
 
     def _input_device(self) -> Any:
         import torch

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from llm_magic.backends.accelerate.decode import Decoding
 from llm_magic.backends.accelerate.detokenize import Detokenizer
 from llm_magic.backends.accelerate.prompts import TokenizedPrompt
 from llm_magic.events import Emit, PhaseEvent, StopFlag, TokenEvent
@@ -21,7 +22,7 @@ class Stopped(Exception):  # noqa: N818 - not an error: somebody asked for it
 class Steps:
     """The answer so far: the streamer that ``generate`` hands every sampled token to.
 
-    ``device`` is where the prompt goes. Times are ``time.perf_counter()`` values; 0 until there is
+    ``device`` is where the prompt goes, ``block`` the name of the block that began last. Times are ``time.perf_counter()`` values; 0 until there is
     a token.
     """
 
@@ -33,6 +34,7 @@ class Steps:
     ids: list[int] = field(default_factory=list)
     first_token: float = 0.0
     last_token: float = 0.0
+    block: str = ""
     _prompt_seen: bool = False
 
     def put(self, tokens: Any) -> None:
@@ -74,7 +76,7 @@ def watched_blocks(
     counted = frozenset(layers)
     handles = [
         model.get_submodule(name).register_forward_pre_hook(
-            _watch(steps, passes * len(layers), name in counted, shared)
+            _watch(steps, name, passes * len(layers) if name in counted else 0, shared)
         )
         for shared in [[0]]
         for name in blocks
@@ -86,57 +88,40 @@ def watched_blocks(
             handle.remove()
 
 
-def _watch(steps: Steps, total: int, counts: bool, done: list[int]) -> Any:
+def _watch(steps: Steps, block: str, total: int, done: list[int]) -> Any:
+    """A pre-hook; ``total`` layers are reported, 0 for a block that does not count."""
+
     def before_block(_module: Any, _inputs: Any) -> None:
+        steps.block = block
         if steps.stop.is_set():
             raise Stopped
-        if counts and not steps.first_token:
+        if total and not steps.first_token:
             steps.emit(PhaseEvent("prefill", min(done[0], total), total, "layers"))
             done[0] += 1
 
     return before_block
 
 
-def run_generate(
-    model: Any, config: Any, prompt: TokenizedPrompt, cache: Any, steps: Steps, *, parts: range
-) -> None:
-    """Call ``model.generate`` so that ``steps`` sees every token; ``Stopped`` ends it quietly.
+def run_generate(model: Any, config: Any, prompt: TokenizedPrompt, cache: Any, decoding: Decoding) -> None:
+    """Call ``model.generate`` with a loop of our own; ``Stopped`` ends it quietly.
 
-    ``cache`` holds a prefix of the prompt, or nothing yet; ``None`` lets transformers make its own.
-    ``parts`` are the places where passes of the prefill begin: all but the last one run before
-    ``generate``, which then finds a longer prefix in the cache. (With its own
-    ``prefill_chunk_size``, transformers 5.17 reads again what the cache holds already.)
+    Parameters
+    ----------
+    cache
+        Holds a prefix of the prompt, or nothing yet; ``None`` lets transformers make its own.
+    decoding
+        The loop; its streamer is a `Steps`, which sees every token.
     """
     import torch
 
-    device, beginning = steps.device, prompt.beginning
-    input_ids = torch.tensor([prompt.ids], device=device)
+    steps, beginning = decoding.streamer, prompt.beginning
+    input_ids = torch.tensor([prompt.ids], device=steps.device)
     inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
     if cache is not None:
         inputs["past_key_values"] = cache
     if beginning:
         start = config.decoder_start_token_id
         first = start if start is not None else config.bos_token_id
-        inputs["decoder_input_ids"] = torch.tensor([[first, *beginning]], device=device)
-    try:
-        for start in parts[:-1]:
-            _read_part(model, input_ids[:, : start + parts.step], start, cache)
-        model.generate(**inputs, generation_config=config, streamer=steps)
-    except Stopped:
-        return
-
-
-def _read_part(model: Any, ids: Any, start: int, cache: Any) -> None:
-    """Feed tokens from ``start`` on to the model, as ``generate`` does, for what it leaves in the cache."""
-    import torch
-
-    options = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
-    with torch.no_grad():
-        inputs = model.prepare_inputs_for_generation(
-            ids[:, start:],
-            past_key_values=cache,
-            attention_mask=torch.ones_like(ids),
-            use_cache=True,
-            **options,
-        )
-        model(**inputs, return_dict=True)
+        inputs["decoder_input_ids"] = torch.tensor([[first, *beginning]], device=steps.device)
+    with suppress(Stopped):
+        model.generate(**inputs, generation_config=config, streamer=steps, custom_generate=decoding)

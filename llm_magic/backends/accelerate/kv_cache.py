@@ -7,7 +7,7 @@ conversation, only tokens that are the same in the same places are taken from it
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,6 +87,27 @@ class ChatCaches:
     def forget(self, chat: str) -> None:
         """Drop the cache of a chat, if there is one."""
         self._kept.pop(chat, None)
+
+    def drop(self) -> bool:
+        """Drop all caches but the one in use; whether there were any."""
+        had = bool(self._kept)
+        self._kept.clear()
+        return had
+
+    def follow(self, devices: Mapping[int, Any]) -> None:
+        """Take each layer's keys and values to where the layer computes now.
+
+        Parameters
+        ----------
+        devices
+            Number of the layer in the cache -> torch device.
+        """
+        for cache in [*(kept.cache for kept in self._kept.values()), self._in_use]:
+            for number, layer in enumerate(getattr(cache, "layers", ())):
+                keys = getattr(layer, "keys", None)
+                if number in devices and keys is not None and keys.device != devices[number]:
+                    layer.keys, layer.values = keys.to(devices[number]), layer.values.to(devices[number])
+                    layer.device = devices[number]
 
     def close(self) -> None:
         """Drop all, and the model."""

@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any
 
 from llm_magic.backends.accelerate.blocks import Binding, BlockTensors, FileStore, RamStore, pin, unpin
+from llm_magic.backends.accelerate.extents import FileImage
 from llm_magic.backends.accelerate.reader import page_buffer
 from llm_magic.backends.accelerate.stream import (
     AcceleratorStreams,
@@ -73,7 +74,8 @@ class DeviceLane:
     def bindings(self, number: int) -> list[Binding]:
         """What puts each slot's views into block ``number``."""
         tensors, store = self._travellers[number]
-        offsets = store.image.offsets if self._is_read_in_place(store) else None
+        image = self._image(store)
+        offsets = image.offsets if image else None
         return [tensors.binding(tensors.views(slot, offsets)) for slot in self._slots]
 
     def close(self) -> None:
@@ -87,17 +89,18 @@ class DeviceLane:
         self._slots.clear()
         self._travellers.clear()
 
-    def _is_read_in_place(self, store: RamStore | FileStore) -> bool:
-        """Whether the slot takes the image of the files as it is."""
-        return isinstance(store, FileStore) and self._device == "cpu"
+    def _image(self, store: RamStore | FileStore) -> FileImage | None:
+        """What the slot takes of the files as it is; ``None`` where it takes the block flat."""
+        return store.image if isinstance(store, FileStore) and self._device == "cpu" else None
 
     def _bytes_in_slot(self, tensors: BlockTensors, store: RamStore | FileStore) -> int:
-        return store.image.bytes if self._is_read_in_place(store) else tensors.bytes
+        image = self._image(store)
+        return image.bytes if image else tensors.bytes
 
     def _sources(self) -> Iterator[Source]:
         staging: Staging | None = None
         for _, store in self._travellers:
-            if isinstance(store, FileStore) and self._is_read_in_place(store):
+            if isinstance(store, FileStore) and self._image(store):
                 yield ReadSource(store.read)
             elif isinstance(store, RamStore) and (store.is_pinned or not self._streams.needs_pinned):
                 yield RamSource(store.memory, self._streams)
@@ -132,4 +135,6 @@ def slot_memory(device: str, size: int) -> Any:
     """Room for a block (uint8)."""
     import torch
 
-    return page_buffer(size) if device == "cpu" else torch.empty(size, dtype=torch.uint8, device=device)
+    if device == "cpu":
+        return page_buffer(size).zero_()  # the system hands out pages when they are first written to
+    return torch.empty(size, dtype=torch.uint8, device=device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import re
 import traceback
 from collections.abc import Mapping
@@ -10,8 +9,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from llm_magic.backends.accelerate.default_dtype import default_dtype_kept
+from llm_magic.backends.accelerate.memory_errors import is_out_of_memory, release_memory
 from llm_magic.backends.accelerate.offload_folder import OffloadFolder, check_tensor_names, disk_error
 from llm_magic.backends.accelerate.placed import PlacedModel, accelerate_device_map
+from llm_magic.backends.accelerate.proposers import require_same_vocabulary
 from llm_magic.backends.accelerate.quiet import bars_into, quiet
 from llm_magic.errors import EngineError, LLMMagicError, PlanError, SourceError
 from llm_magic.events import PhaseEvent, Progress
@@ -31,10 +32,12 @@ _TOKENIZER = re.compile(r".*(token|vocab|merges|spiece|sentencepiece|\.model$|\.
 
 @dataclass
 class LoadedWeights:
-    """A placed model and its tokenizer."""
+    """A placed model, its tokenizer, and a draft model (``None`` without one) with its name."""
 
     placed: PlacedModel
     tokenizer: Any
+    draft: Any = None
+    draft_name: str = ""
 
 
 def load(files: ModelFiles, spec: ModelSpec, plan: Plan, progress: Progress) -> LoadedWeights:
@@ -63,7 +66,8 @@ def load(files: ModelFiles, spec: ModelSpec, plan: Plan, progress: Progress) -> 
             if folder:
                 folder.protect()
             placed = PlacedModel(model, plan, files.weight_files, folder)
-        return LoadedWeights(placed, tokenizer)
+            draft, name = _read_draft(spec, plan, tokenizer, progress)
+        return LoadedWeights(placed, tokenizer, draft, name)
     except BaseException as error:
         # Frames of the failed call still hold the tensors that were read.
         traceback.clear_frames(error.__traceback__)
@@ -101,24 +105,6 @@ def refuse_what_does_not_fit(plan: Plan) -> None:
             )
 
 
-def release_memory() -> None:
-    """Hand freed memory back to the system: garbage, cached device memory, malloc's spare pages."""
-    import ctypes
-    import sys
-
-    import torch
-
-    gc.collect()
-    torch.cuda.empty_cache()  # does nothing in a process that has not used CUDA
-    torch.xpu.empty_cache()
-    if torch.backends.mps.is_available():
-        torch.mps.empty_cache()
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
-        if trim is not None:
-            trim(0)
-
-
 def _read_tokenizer(files: ModelFiles) -> Any:
     from transformers import AutoTokenizer
 
@@ -137,6 +123,30 @@ def _read_tokenizer(files: ModelFiles) -> Any:
             f"The tokenizer of {files.name} cannot be read: {reason}",
             "Download the model again, with its tokenizer.",
         ) from None
+
+
+def _read_draft(spec: ModelSpec, plan: Plan, tokenizer: Any, progress: Progress) -> tuple[Any, str]:
+    """The draft model, whole where the model computes first, and its name; ``None`` and nothing without."""
+    if not spec.draft:
+        return None, ""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from llm_magic.backends.accelerate.sources import fetch_weights, resolve
+
+    draft_spec = ModelSpec(spec.draft)
+    files = fetch_weights(draft_spec, resolve(draft_spec, progress), progress)
+    require_same_vocabulary(tokenizer, _read_tokenizer(files), files.name)
+    with default_dtype_kept():
+        model = AutoModelForCausalLM.from_pretrained(
+            str(files.folder),
+            device_map={"": torch.device(plan.placements[0].compute)},
+            dtype=getattr(torch, plan.layout.draft.dtype) if plan.layout.draft else "auto",
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+        )
+    return model.eval().requires_grad_(False), files.name
 
 
 def _read_model(
@@ -261,19 +271,6 @@ def _explain_files(error: Exception, files: ModelFiles, text: str) -> LLMMagicEr
     if isinstance(error, RuntimeError | ValueError | LookupError | ImportError | AttributeError | TypeError):
         return EngineError(f"{files.name} could not be loaded: {text[:200]}", "See %llm doctor.")
     return None  # what ``progress`` raised to cancel goes through as it is
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, on any device."""
-    import torch
-
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and any(
-        sign in text
-        for sign in ("out of memory", "not enough memory", "can't allocate memory", "Cannot allocate memory")
-    )
 
 
 def _damaged(name: str, detail: str) -> SourceError:

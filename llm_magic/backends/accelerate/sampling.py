@@ -18,7 +18,7 @@ _OURS = frozenset({
     "cache_config", "return_dict_in_generate", "output_attentions", "output_hidden_states", "output_scores",
     "output_logits", "stop_strings", "compile_config", "disable_compile", "custom_generate", "token_healing",
     "transformers_version", "is_assistant", "pad_token_id", "bos_token_id", "decoder_start_token_id",
-    "continuous_batching_config", "prefill_chunk_size",
+    "continuous_batching_config", "prefill_chunk_size", "penalty_alpha", "dola_layers", "assistant_early_exit",
 })  # fmt: skip
 # Not used by a greedy choice; transformers warns when they are set beside one.
 _SAMPLING_ONLY = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "typical_p": 1.0}

@@ -48,7 +48,9 @@ class Proposer(Protocol):
     experience.
     """
 
-    priors: tuple[float, ...]
+    @property
+    def priors(self) -> Sequence[float]:
+        """One for each grade."""
 
     def begin(self, ids: list[int], processors: Sequence[Any] | None, device: Any) -> None:
         """A new answer to the prompt ``ids``; called after it was read.

@@ -156,15 +156,21 @@ class Lane:
         """Start a sweep that must not depend on what an earlier one left in the slots."""
         with self._changed:
             self._circular = False
-            self._forget()
+            self._forget(self.streams.mark())
             self._prefetch(0)
 
     def end_captured_sweep(self) -> None:
         """End it: its copies belong to it, and what the slots hold is not known to later sweeps."""
         with self._changed:
             self.streams.join()
-            self._forget()
+            self._forget(None)  # a mark that was captured means nothing outside: `fence` makes a new one
             self._circular = True
+
+    def fence(self) -> None:
+        """Order all copies before what comes next, and trust no slot: others wrote to them."""
+        with self._changed:
+            self.streams.join()
+            self._forget(self.streams.mark())
 
     def close(self) -> None:
         """Wait for what is on its way, and let the slots go."""
@@ -216,10 +222,11 @@ class Lane:
                 raise RuntimeError("more offloaded blocks at work at once than there are slots")
             self._changed.wait()
 
-    def _forget(self) -> None:
+    def _forget(self, used: Mark | None) -> None:
         for slot in self._slots:
             _settled(slot)
-            slot.tag = slot.arrival = slot.used = None
+            slot.tag = slot.arrival = None
+            slot.used = used
 
 
 def _arrived(slot: Slot) -> None:
@@ -344,7 +351,7 @@ class RamSource:
         return self.streams.copy([(self.memory, slot[: self.memory.numel()])], after)
 
 
-Read = Callable[[Any, Callable[[], object] | None], "Future[None]"]
+Read = Callable[[Any, Callable[[], None] | None], "Future[None]"]
 """Reads a block into a buffer on another thread; the second argument is called there before it writes."""
 
 

@@ -1,0 +1,106 @@
+"""How fast the sweeps of a loaded model are: a short answer to a prompt of random tokens, by the clock."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+from llm_magic.backends.accelerate.generate import Stopped
+from llm_magic.backends.accelerate.speculate import Proposal
+from llm_magic.events import PhaseEvent, Progress, SweepSpeed
+
+_SWEEPS = 24  # of one token, at most
+_VERIFIED = (4, 8, 16)
+_VERIFYING_SWEEPS = 4
+_BUDGET_S = 6.0  # for the sweeps of each size
+
+Answer = Callable[["Clock", "Probe"], None]
+"""Runs an answer that tells its tokens to the first and asks the second for proposals."""
+
+
+def sweep_speed(answer: Answer, prompt_tokens: int, progress: Progress, *, can_verify: bool) -> SweepSpeed:
+    """Time a prefill, sweeps of one token, and sweeps that verify several.
+
+    Parameters
+    ----------
+    answer
+        Answers a prompt of ``prompt_tokens``, until its streamer ends it.
+    can_verify
+        Whether several tokens can be verified at once.
+    """
+    sizes = (1, *_VERIFIED) if can_verify else (1,)
+    total = len(sizes) + 1
+
+    def timed(number: int, size: int, sweeps: int) -> tuple[Clock, Probe]:
+        progress(PhaseEvent("measuring", number, total, "sweeps"))
+        clock, probe = Clock(sweeps), Probe(size - 1)
+        answer(clock, probe)
+        return clock, probe
+
+    timed(0, 1, 2)  # to warm up
+    clock, probe = timed(1, 1, _SWEEPS)
+    decode_s = statistics.median(probe.seconds or clock.steps or [0.0])
+    verify_s = {1: decode_s}
+    for number, size in enumerate(sizes[1:], 2):
+        _, probe = timed(number, size, _VERIFYING_SWEEPS)
+        if probe.seconds:
+            verify_s[size] = statistics.median(probe.seconds)
+    return SweepSpeed(decode_s, clock.first_s, prompt_tokens, verify_s)
+
+
+class Clock:
+    """A streamer that notes when tokens come, and ends the answer after a number of sweeps or seconds."""
+
+    device: Any = None
+
+    def __init__(self, sweeps: int) -> None:
+        self.first_s = 0.0
+        self.steps: list[float] = []
+        self._sweeps = sweeps
+        self._started = self._last = time.perf_counter()
+        self._puts = 0
+
+    def put(self, _tokens: Any) -> None:
+        """The prompt, which starts the clock, or a token."""
+        now = time.perf_counter()
+        self._puts += 1
+        if self._puts == 1:
+            self._started = now
+        elif self._puts == 2:
+            self.first_s = now - self._started
+        else:
+            self.steps.append(now - self._last)
+        self._last = now
+        if self._puts > 2 and (
+            len(self.steps) >= self._sweeps or now - self._started > _BUDGET_S + self.first_s
+        ):
+            raise Stopped
+
+    def end(self) -> None:
+        """Part of the streamer's protocol."""
+
+
+class Probe:
+    """Stands for a `Speculation` that always proposes the same number of tokens, and times the sweeps."""
+
+    def __init__(self, proposed: int) -> None:
+        self.seconds: list[float] = []
+        self.pace = self
+        self.clock = time.perf_counter
+        self._proposed = proposed
+
+    def begin(self, ids: list[int], processors: Any, device: Any) -> None:
+        """A new answer."""
+
+    def propose(self, ids: list[int], room: int) -> Proposal:
+        """Tokens that are hardly ever right."""
+        return Proposal([ids[-1]] * min(room, self._proposed))
+
+    def add(self, _tokens: int, seconds: float) -> None:
+        """Note a sweep."""
+        self.seconds.append(seconds)
+
+    def judge(self, grade: int, proposed: int, accepted: int) -> None:
+        """What was right does not matter here."""

@@ -1,0 +1,35 @@
+"""Running out of memory: how it is told, and how freed memory goes back to the system."""
+
+from __future__ import annotations
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on any device."""
+    import torch
+
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and any(
+        sign in text
+        for sign in ("out of memory", "not enough memory", "can't allocate memory", "Cannot allocate memory")
+    )
+
+
+def release_memory() -> None:
+    """Hand freed memory back to the system: garbage, cached device memory, malloc's spare pages."""
+    import ctypes
+    import gc
+    import sys
+
+    import torch
+
+    gc.collect()
+    torch.cuda.empty_cache()  # does nothing in a process that has not used CUDA
+    torch.xpu.empty_cache()
+    if torch.backends.mps.is_available():
+        torch.mps.empty_cache()
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
+        if trim is not None:
+            trim(0)

@@ -1,0 +1,153 @@
+"""What makes the sweeps of a placed model few and quick: proposals to verify, and captured steps.
+
+Both depend on where the blocks are, so they are made anew whenever blocks have moved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from llm_magic.backends.accelerate.capture import CapturedSteps, CudaGraphs, why_not
+from llm_magic.backends.accelerate.pace import Pace
+from llm_magic.backends.accelerate.placed import PlacedModel
+from llm_magic.backends.accelerate.proposers import DraftModel, PromptLookup
+from llm_magic.backends.accelerate.speculate import Speculation
+from llm_magic.backends.accelerate.warmup import WarmUp
+
+
+class Quick:
+    """The quick ways of one placed model.
+
+    Parameters
+    ----------
+    placed
+        The model.
+    context
+        Tokens that its KV cache is planned for.
+    draft
+        A small resident model of the same vocabulary; ``None``: none.
+    draft_name
+        What to call it.
+
+    Attributes
+    ----------
+    steps
+        Captured steps; ``None`` where they cannot be.
+    """
+
+    def __init__(self, placed: PlacedModel, context: int, draft: Any = None, draft_name: str = "") -> None:
+        self.steps: CapturedSteps | None = None
+        self._placed, self._context = placed, context
+        self._why_not = ""
+        self._warm_up: WarmUp | None = None
+        self._draft = DraftModel(draft, _vocabulary(placed.model)) if draft is not None else None
+        self._draft_model, self._draft_name = draft, draft_name
+        self._lookup, self._pace = PromptLookup(), Pace()
+        self.after_move()
+
+    def speculation(self, config: Any) -> Speculation | None:
+        """Who proposes tokens for an answer.
+
+        Parameters
+        ----------
+        config
+            Its generation config; ``prompt_lookup_num_tokens`` is the most that may be proposed, and 0
+            switches proposals off. It is taken out: transformers would choose another loop for it.
+        """
+        most, config.prompt_lookup_num_tokens = config.prompt_lookup_num_tokens, None
+        if most == 0:
+            return None
+        if most is not None:
+            return Speculation(PromptLookup(), Pace(most))
+        return Speculation(self._draft or self._lookup, self._pace)
+
+    def status(self) -> tuple[str, ...]:
+        """How sweeps are run, in a few words each."""
+        steps = self.steps.status if self.steps else f"eager decode: {self._why_not}"
+        warm = self._warm_up.status if self._warm_up else ()
+        return steps, *warm, f"draft {self._draft_name}" if self._draft else "prompt lookup"
+
+    def tensors(self) -> Iterator[Any]:
+        """KV caches at fixed addresses, and the draft model's."""
+        if self.steps:
+            yield from self.steps.tensors()
+        if self._draft:
+            yield from self._draft.tensors()
+
+    def draft_parameters(self) -> Iterator[Any]:
+        """The draft model's weights."""
+        if self._draft_model is not None:
+            yield from self._draft_model.parameters()
+
+    def before_move(self) -> None:
+        """Let go of everything that holds addresses of blocks. Tokens go back to their cache."""
+        if self.steps:
+            self.steps.close()
+        self.steps = self._warm_up = None
+
+    def after_move(self) -> None:
+        """Begin anew with blocks where they are now."""
+        self._pace.forget()
+        self._why_not = why_not(self._placed.model, self._placed.plan)
+        if self._why_not:
+            return
+        import torch
+
+        device = torch.device(self._placed.plan.placements[0].compute)
+        self._warm_up = WarmUp(self._resident_layers())
+        self.steps = CapturedSteps(
+            self._placed.model,
+            self._context,
+            CudaGraphs(device),
+            device,
+            lanes=self._placed.lanes,
+            warm_up=self._warm_up,
+        )
+
+    def step(self, cache: Any, batch: int, tokens: int) -> Any:
+        """A captured step for such a sweep, if there is one now: blocks may move in the midst of an answer."""
+        return self.steps.step(cache, batch, tokens) if self.steps else None
+
+    def give_back(self, length: int) -> None:
+        """Put the first ``length`` tokens into the cache again."""
+        if self.steps:
+            self.steps.give_back(length)
+
+    def prepare(self, room: int) -> None:
+        """Before an answer of at most ``room`` tokens, its prompt included."""
+        if self.steps:
+            self.steps.prepare(room)
+
+    def reset(self) -> None:
+        """After an error."""
+        if self.steps:
+            self.steps.reset()
+
+    def close(self) -> None:
+        """Give everything back."""
+        self.before_move()
+        if self._draft:
+            self._draft.close()
+        self._draft = self._draft_model = None
+
+    def _resident_layers(self) -> dict[int, Any]:
+        found = {}
+        for block in self._placed.blocks.values():
+            index = layer_index(block.module)
+            if block.place.way == "resident" and index is not None:
+                found[index] = block.module
+        return found
+
+
+def layer_index(module: Any) -> int | None:
+    """The number of a decoder layer in the KV cache; ``None`` for a module that has none."""
+    for part in module.modules():
+        index = getattr(part, "layer_idx", None)
+        if isinstance(index, int):
+            return index
+    return None
+
+
+def _vocabulary(model: Any) -> int:
+    return int(model.config.get_text_config(decoder=True).vocab_size)

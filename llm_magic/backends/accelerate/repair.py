@@ -1,0 +1,127 @@
+"""What is done when memory runs out in the middle of an answer: caches nobody needs now go, then blocks.
+
+The answer so far is safe: the decoding loop has cut the KV cache back to before the pass that failed,
+and repeats it when there is room again.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+
+from llm_magic.backends.accelerate.memory_errors import is_out_of_memory, release_memory
+from llm_magic.errors import LLMMagicError
+from llm_magic.host.memory import host_memory
+from llm_magic.plan import Placement, Plan
+from llm_magic.planning.costs import slots_for
+from llm_magic.planning.planner import make_plan
+from llm_magic.planning.select import edited
+from llm_magic.units import GIB
+from llm_magic.views.words import device_title, grouped
+
+_SHARE = 8  # of the layers: one in so many moves at a time
+_GPU = re.compile(r"\bGPU (\d+)\b")
+
+
+class Repair:
+    """Makes room when an allocation failed.
+
+    Parameters
+    ----------
+    plan
+        Says where everything is now.
+    drop_caches
+        Gives up KV caches that the answer does not need; returns whether there were any.
+    apply
+        Moves blocks as a new plan says.
+
+    Attributes
+    ----------
+    notes
+        What was done, in a few words each.
+    """
+
+    def __init__(
+        self, plan: Callable[[], Plan], drop_caches: Callable[[], bool], apply: Callable[[Plan], object]
+    ) -> None:
+        self.notes: list[str] = []
+        self._plan, self._drop_caches, self._apply = plan, drop_caches, apply
+
+    def __call__(self, error: BaseException) -> bool:
+        """Whether there is more room than before."""
+        if not is_out_of_memory(error):
+            return False
+        release_memory()
+        device = failed_device(error, self._plan())
+        if self._drop_caches():
+            self.notes.append(
+                f"memory ran out ({device_title(device)}): KV caches of other chats were dropped"
+            )
+            release_memory()
+            return True
+        return self._demote(device)
+
+    def _demote(self, device: str) -> bool:
+        """Move some layers to a slower place."""
+        plan = self._plan()
+        chosen = _layers_to_move(plan, device)
+        target = _slower_place(plan, device, sum(place.block.bytes for place in chosen))
+        if not chosen or not target:
+            return False
+        try:
+            self._apply(moved_plan(plan, chosen, target))
+        except (LLMMagicError, RuntimeError, MemoryError):
+            return False
+        release_memory()
+        labels = ", ".join(grouped(place.block.label for place in chosen))
+        self.notes.append(
+            f"memory ran out ({device_title(device)}): {labels} moved to {device_title(target)}"
+        )
+        return True
+
+
+def failed_device(error: BaseException, plan: Plan) -> str:
+    """The device whose memory ran out, as far as the error or the placement tells."""
+    import torch
+
+    if isinstance(error, torch.OutOfMemoryError):
+        found = _GPU.search(str(error))
+        gpus = [place.compute for place in plan.placements if place.compute != "cpu"]
+        return f"cuda:{found[1]}" if found else (gpus[0] if gpus else "cpu")
+    return "cpu"
+
+
+def moved_plan(plan: Plan, places: Sequence[Placement], target: str) -> Plan:
+    """The plan with some blocks elsewhere, under the same limits."""
+    return make_plan(
+        plan.layout,
+        plan.machine,
+        plan.workload,
+        placement=edited(plan, {place.block.name: target for place in places}),
+        policy=plan.policy,
+        max_memory={device: plan.budget.limits[device] for device in plan.budget.explicit},
+        source=plan.source,
+        options=plan.options,
+    )
+
+
+def _layers_to_move(plan: Plan, device: str) -> list[Placement]:
+    """Layers that stay on the device, evenly spaced: enough to make room beside the slots they then need."""
+    layers = [
+        place
+        for place in plan.placements
+        if place.home == device
+        and place.way in ("resident", "cpu")
+        and place.block.kind in ("encoder", "decoder")
+    ]
+    travelling = sum(place.compute == device for place in plan.offloaded)
+    count = max(0, slots_for(device) - travelling) + max(1, len(layers) // _SHARE)
+    if count >= len(layers):
+        return []
+    return [layers[(2 * number + 1) * len(layers) // (2 * count)] for number in range(count)]
+
+
+def _slower_place(plan: Plan, device: str, size: int) -> str:
+    if device != "cpu" and plan.machine.has("cpu") and host_memory().free > size + GIB:
+        return "cpu"
+    return "disk" if plan.machine.has("disk") else ""
