@@ -484,6 +484,18 @@ def test_experts_that_are_called_past_their_hooks_come_too() -> None:
             assert torch.equal(one.mlp.experts.forward(*call), other.mlp.experts(*call))
 
 
+def test_an_id_beyond_the_last_expert_means_none() -> None:
+    streams = LateStreams()
+    routed = _route(_built(_qwen3_moe), _in_ram(streams), 2, streams)
+    call = torch.randn(2, 32), torch.tensor([[0, EXPERTS], [EXPERTS, 2]]), torch.rand(2, 2)
+    resident = _built(_qwen3_moe)
+    resident.set_experts_implementation("eager")
+    with torch.no_grad():
+        expected = resident.model.layers[0].mlp.experts(*call)
+        assert torch.equal(routed.model.model.layers[0].mlp.experts(*call), expected)
+    assert routed.stores[0].fetched == [0, 2]
+
+
 def test_only_these_layers_compute_one_by_one() -> None:
     streams = HostStreams()
     model = _built(_qwen3_moe)
@@ -548,6 +560,21 @@ def test_a_long_prompt_goes_through_the_slots_in_order() -> None:
         assert started == list(range(min(index + 2, 8)))
     cache.end()
     assert cache.slots == 2
+
+
+def test_what_a_pass_needs_last_gives_way_to_what_it_needs_now() -> None:
+    started: list[int] = []
+    cache = ExpertCache(torch.zeros(2 * 8, dtype=torch.uint8), 8, HostStreams())
+    layer = ExpertLayer(_Counting(started))
+    _pass(cache, layer, 5, 1)
+    _pass(cache, layer, 6, 1)
+    cache.begin(layer, dict.fromkeys((1, 2, 5, 6), 1), 1)
+    assert (cache.hits, started) == (2, [5, 6])
+    after = {1: [5, 6, 1], 2: [5, 6, 1, 2], 5: [5, 6, 1, 2, 6], 6: [5, 6, 1, 2, 6]}
+    for index, so_far in after.items():
+        assert cache.take(layer, index)[0][0].item() == index
+        assert started == so_far
+    cache.end()
 
 
 def test_hot_experts_stay() -> None:
