@@ -28,12 +28,15 @@ from tests.layouts import (
     eight_gpus,
     four_gpus,
     gpu,
+    h100,
     laptop,
     llama,
+    llama8b,
     llama405b,
     mac,
     machine,
     moe30b,
+    packed,
     qwen32b,
     ram,
     starter,
@@ -67,6 +70,12 @@ def half_on_disk() -> Plan:
     return plan_for(starter(), laptop(), context=2048, source="org/starter", cpu=190 * MIB)
 
 
+def on_h100(layout: ModelLayout) -> Plan:
+    """Every second layer in RAM, the last one on disk with a copy kept."""
+    map_ = {"": "cuda:0"} | {f"layers.{i}": "cpu" for i in range(0, 32, 2)} | {"layers.31": "disk"}
+    return make_plan(layout, h100(), Workload(4096), placement=map_, policy="half.json")
+
+
 PLANS = {
     "half on disk": half_on_disk,
     "one GPU": lambda: plan_for(qwen32b(), workstation()),
@@ -74,6 +83,9 @@ PLANS = {
     "405B": lambda: plan_for(llama405b(), eight_gpus()),
     "unified": lambda: plan_for(qwen32b(), mac()),
     "experts": lambda: plan_for(moe30b(), workstation()),
+    "hybrid": lambda: on_h100(llama8b()),
+    "packed": lambda: on_h100(packed(llama8b())),
+    "draft": lambda: on_h100(replace(llama8b(), draft=llama())),
     "does not fit": lambda: plan_for(qwen32b(), workstation(), "cpu"),
 }
 
@@ -82,28 +94,28 @@ PLANS = {
 
 PLAN_TEXT = """\
 SmolLM2-135M-Instruct  bfloat16 · 256.6 MiB · 30 layers · context 2,048
-✓ fits, 5.3 MiB to spare in RAM · placed by auto: 47 % RAM · 53 % disk
+✓ fits, 5.3 MiB to spare in RAM · placed by auto: 50 % RAM · 50 % disk
 
-        weights  KV cache  activations    slots    planned         of    spare
-RAM   121.5 MiB  45.0 MiB     11.4 MiB  6.8 MiB  184.7 MiB  190.0 MiB  5.3 MiB
-Disk  135.0 MiB         –            –        –  135.0 MiB          –        –
+        weights  KV cache  activations    planned         of    spare
+RAM   128.3 MiB  45.0 MiB     11.4 MiB  184.7 MiB  190.0 MiB  5.3 MiB
+Disk  128.3 MiB         –            –  128.3 MiB          –        –
 
-forecast   decode 8.7 tok/s · prefill 434 tok/s · bound by disk (page cache),
-           1.5 GB/s
-each token 135.0 MiB Disk → RAM, 267.8 MiB read by the CPU
+forecast   decode 42.0 tok/s · prefill 374 tok/s · bound by RAM, 20.0 GB/s · the
+           hardware's limit is 71.2 tok/s
+each token 267.8 MiB read by the CPU
 model      135 M parameters · size class <1B · made for 8,192 tokens · no chat
            template
 
 ! No GPU was found: the CPU computes.
-! 20 blocks of 135.0 MiB on disk, read again for every token at 800 MB/s: slow,
-  unless the system's page cache can hold them.
+! 19 blocks of 128.3 MiB on disk, read once at 800 MB/s: the system's page cache
+  has room for them, as long as other programs leave it.
 
 The same with plain transformers:
     from transformers import AutoModelForCausalLM
 
     device_map = {"model.embed_tokens": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
     device_map |= {f"model.layers.{i}": "disk" for i in range(30)}
-    device_map |= {f"model.layers.{i}": "cpu" for i in range(1, 29, 3)}
+    device_map |= {f"model.layers.{i}": "cpu" for i in [1, 4, 6, 9, 12, 14, 17, 20, 23, 25, 28]}
     model = AutoModelForCausalLM.from_pretrained(
         "org/starter",
         dtype="bfloat16",
@@ -118,26 +130,26 @@ def test_plan_text():
 
 MAP_TEXT = """\
 Qwen3-32B  bfloat16 · 61.0 GiB · 64 layers · context 8,192
-✓ fits, 672.4 MiB to spare on cuda:0 · forecast 0.13 tok/s · bound by RAM →
-  cuda:0 unpinned, 6.8 GB/s
+✓ fits, 672.4 MiB to spare on cuda:0 · forecast 0.51 tok/s · bound by bus to
+  cuda:0, 25.1 GB/s
 
-cuda:0  [████████████████░▓▓-/]                                      21.4 GiB
+cuda:0  [██████████████░░░▓▓-/]                                      21.4 GiB
         672.4 MiB spare · now 19.0 GiB · RTX 4090 · 24.0 GiB
-     ↑  37.2 GiB to cuda:0 for every token · link 25.1 GB/s
-RAM     [█████████████████████████████████--/////////////////////]   37.2 GiB
+     ↑  35.4 GiB to cuda:0 for every token · link 25.1 GB/s
+RAM     [███████████████████████████████░░--/////////////////////]   37.2 GiB
         351.0 MiB spare · DDR5 · 64.0 GiB
-     ↑  5.4 GiB to cuda:0 for every token · link 6.8 GB/s
-Disk    [█████ …                                                     5.4 GiB
+     ↑  9.1 GiB to cuda:0 for every token · link 6.8 GB/s
+Disk    [████████ …                                                  9.1 GiB
         read from its files · NVMe SSD · 1000.0 GiB, 412.0 GiB free
 
-blocks in model order: 0 cuda:0, R RAM, D Disk
-  0R0RRD0RRR0RRR0RD0RRR0RRR0RDR0RR0R
-  RR0RDR0RRR0RRR0DR0RRR0RRR0DRR0R00
-  cuda:0: embed, layers.1, 5, 9, 13, 16, 20, 24, 28, 31, 35, 39, 43, 47, 50, 54,
-    58, 62, norm, head
-  RAM: layers.0, 2–3, 6–8, 10–12, 14, 17–19, 21–23, 25, 27, 29–30, 32–34, 36,
-    38, 40–42, 44–46, 49, 51–53, 55–57, 60–61, 63
-  Disk: layers.4, 15, 26, 37, 48, 59
+blocks in model order: 0 cuda:0; R RAM, streamed; D Disk
+  0RR0DRR0RRD0RRR0RDRR0RRD0RRR0RDR0R
+  RDR0RRR0DRR0RRDR0RRR0DRR0RRD0RR00
+  cuda:0: embed, layers.2, 6, 10, 14, 19, 23, 27, 31, 36, 40, 44, 49, 53, 57,
+    61, norm, head
+  RAM, streamed: layers.0–1, 4–5, 7–8, 11–13, 15, 17–18, 20–21, 24–26, 28, 30,
+    32–33, 35, 37–39, 42–43, 45–46, 48, 50–52, 55–56, 58–59, 62–63
+  Disk: layers.3, 9, 16, 22, 29, 34, 41, 47, 54, 60
 
 █ weights   ░ slots   ▓ KV cache   ▒ activations   · free   - kept in reserve
 / other programs"""
@@ -150,13 +162,34 @@ def test_map_text():
 
 def test_words_and_bars():
     plan = PLANS["one GPU"]()
-    assert placement_words(plan) == "30 % GPU · 61 % RAM · 9 % disk"
-    assert processor_words(plan) == "9%/61%/30% disk/CPU/GPU"
+    assert placement_words(plan) == "27 % GPU · 58 % RAM streamed · 15 % disk"
+    assert processor_words(plan) == "15%/58%/27% disk/CPU/GPU"
     text, html = placement_bar(plan)
-    assert text == "[██████▓▓▓▓▓▓▓▓▓▓▓▓▓░] 30 % GPU · 61 % RAM · 9 % disk"
-    assert "30 % GPU" in html
-    assert processor_words(PLANS["experts"]()) == "65%/35% CPU/GPU"
+    assert text == "[█████▓▓▓▓▓▓▓▓▓▓▓▓░░░] 27 % GPU · 58 % RAM streamed · 15 % disk"
+    assert "27 % GPU" in html
+    assert placement_words(half_on_disk()) == "50 % RAM · 50 % disk"
+    text, _ = placement_bar(PLANS["hybrid"]())
+    words = "54 % GPU · 27 % RAM streamed · 16 % RAM on the CPU · 3 % disk kept in RAM"
+    assert text == f"[███████████▓▓▓▓▓▒▒▒■] {words}"
     assert processor_words(PLANS["four GPUs"]()) == "100% GPU"
+
+
+def test_a_map_tells_what_happens_to_each_block():
+    lines = map_report(PLANS["hybrid"]()).text.splitlines()
+    assert "  0R0C0R0R0C0R0R0C0R0C0R0R0C0R0R0CK00" in lines
+    assert "  RAM, by the CPU: layers.2, 8, 14, 18, 24, 30" in lines
+    assert "  Disk, kept in RAM: layers.31" in lines
+
+
+def test_a_table_that_is_too_wide_is_turned():
+    text = plan_report(PLANS["draft"]()).text
+    assert re.search(r"\n {16}cuda:0 +RAM +Disk\n", text)
+    assert re.search(r"\ndraft +\d+\.\d MiB +– +–\n", text)
+    assert re.search(r"\nkept +– +416\.0 MiB +–\n", text)
+
+
+def test_packed_weights_are_named():
+    assert "nf4 in bfloat16 · 5.4 GiB" in plan_report(PLANS["packed"]()).text
 
 
 @pytest.mark.parametrize("name", PLANS)
@@ -249,7 +282,16 @@ def test_hostile_names_stay_text():
     assert evil in Page(map_report(plan).html).shown
 
 
-@pytest.mark.parametrize("name", ["one GPU", "half on disk", "experts"])
+DOES = {
+    "resident": "computes there",
+    "streamed": "in RAM, streams to cuda:0",
+    "cpu": "in RAM, computed by the CPU",
+    "read": "on disk, ",
+    "kept": "on disk, a copy stays in RAM",
+}
+
+
+@pytest.mark.parametrize("name", ["one GPU", "half on disk", "experts", "hybrid"])
 def test_every_block_is_in_the_map_with_a_tooltip(name):
     plan = PLANS[name]()
     titles = [a["title"] or "" for _, a in Page(map_report(plan).html).tags if "title" in a]
@@ -259,14 +301,14 @@ def test_every_block_is_in_the_map_with_a_tooltip(name):
         assert len(mine) == 1 + bool(place.block.bytes), place.block.label
         where = {"cpu": "in RAM", "disk": "on disk"}.get(place.home, f"on {place.home}")
         assert where in mine[0]
-        assert ("streams to" in mine[0]) == place.is_offloaded
+        assert DOES[place.way] in mine[0]
 
 
 def test_bars_are_at_one_true_scale():
     plan = PLANS["one GPU"]()
     html = map_report(plan).html
     widths = [float(w) for w in re.findall(r"flex-shrink:0;width:([\d.]+)%;height:40px", html)]
-    # 24 GiB of VRAM and 5.4 GiB on disk beside 64 GiB of RAM
+    # 24 GiB of VRAM and 9.1 GiB on disk beside 64 GiB of RAM
     disk_bytes = plan.use("disk").planned
     assert widths == pytest.approx([100 * 24 / 64, 100, 100 * disk_bytes / (64 * GIB)], abs=0.01)
 
@@ -298,7 +340,8 @@ def contrast(one: str, other: str) -> float:
 
 
 @pytest.mark.parametrize(
-    "name", ["gpu", "ram", "ram-streamed", "disk", "kv_cache", "activations", "slots", "buffers"]
+    "name",
+    ["gpu", "ram", "ram-streamed", "disk", "kept", "draft", "kv_cache", "activations", "slots", "buffers"],
 )
 def test_one_palette_serves_light_and_dark(name):
     colour = re.findall(r"background-color:(#\w{6})", theme.fill(name))[0]
@@ -307,7 +350,7 @@ def test_one_palette_serves_light_and_dark(name):
 
 
 def test_travelling_and_resident_blocks_differ_without_colour():
-    fills = [theme.fill(name) for name in ("gpu", "ram-streamed", "disk", "kv_cache", "activations")]
+    fills = [theme.fill(name) for name in ("gpu", "ram-streamed", "disk", "kept", "kv_cache")]
     patterns = [re.findall(r"background-image:([^;]*)", fill) for fill in fills]
     assert len({str(pattern) for pattern in patterns}) == len(patterns)
 
@@ -331,7 +374,7 @@ def run(code: str) -> dict[str, Any]:
 @pytest.mark.parametrize("name", PLANS)
 def test_the_snippets_map_is_the_plans(name):
     plan = PLANS[name]()
-    code = python_of(plan).split("\nmodel = ")[0].replace("from transformers import AutoModelForCausalLM", "")
+    code = re.sub("^from transformers.*", "", python_of(plan).split("\nmodel = ")[0], flags=re.MULTILINE)
     found = run(code)["device_map"]
     gpus = {f"cuda:{i}": i for i in range(8)}
     expected = {block: gpus.get(home, home) for block, home in plan.device_map.items()}
@@ -369,3 +412,25 @@ def test_the_snippet_runs_and_answers_like_the_plain_model(tmp_path, monkeypatch
     assert torch.equal(found, plain)
     homes = {name: str(home) for name, home in getattr(model, "hf_device_map", {"": "cpu"}).items()}
     assert ("disk" in homes.values()) == ("disk" in plan.device_map.values())
+
+
+@pytest.mark.parametrize(
+    ("method", "kind"), [("nf4", "Linear4bit"), ("int8", "Linear8bitLt"), ("quanto-int8", "QLinear")]
+)
+def test_the_snippet_packs_the_weights(tmp_path, monkeypatch, method, kind):
+    from llm_magic.model import ModelSpec
+    from tests.engines import BACKEND
+    from tests.tiny import save_llama
+
+    monkeypatch.chdir(tmp_path)
+    folder = save_llama(Path("tiny"))
+    layout = replace(BACKEND.layout(ModelSpec(str(folder)), lambda _event: None), quantization=method)
+    plan = make_plan(layout, laptop(), Workload(64), placement={"": "cpu"}, policy="cpu", source="tiny")
+    model = run(python_of(plan))["model"]
+    assert type(model.model.layers[0].self_attn.q_proj).__name__ == kind
+
+
+def test_the_snippet_says_what_accelerate_does_otherwise():
+    assert "here the CPU computes some of them" in python_of(PLANS["hybrid"]())
+    assert "refuses to offload packed weights" in python_of(PLANS["packed"]())
+    assert "#" not in python_of(half_on_disk())

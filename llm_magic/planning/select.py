@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import warnings
 from collections.abc import Mapping
 
 from llm_magic.errors import PlanError
@@ -101,7 +102,9 @@ def _by_pattern(layout: ModelLayout, part: str) -> list[Block]:
     if len(part) > _LONGEST or _NESTED.search(part):
         return []
     try:
-        pattern = re.compile(part)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it matches or it does not
+            pattern = re.compile(part)
     except (re.error, OverflowError, RecursionError):
         return []
     return [b for b in layout.blocks if pattern.fullmatch(b.label) or pattern.fullmatch(b.name)]

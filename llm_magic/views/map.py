@@ -16,22 +16,26 @@ from llm_magic.units import format_bandwidth, format_bytes, format_rate
 from llm_magic.views import theme
 from llm_magic.views.report import Report
 from llm_magic.views.words import (
+    computes_on_gpu,
     device_title,
     grouped,
     headline,
+    kind_of,
     on_device,
     percents,
     placement_words,
     processor_words,
-    tier_bytes,
     verdict,
+    way_bytes,
     wrapped,
 )
 
 __all__ = ["map_report", "placement_bar", "placement_words", "processor_words"]
 
-_PURPOSES = ("slots", "kv_cache", "activations", "buffers")
+_PURPOSES = ("kept", "draft", "slots", "kv_cache", "activations", "buffers")
 _NAMES = {
+    "kept": "kept from the disk",
+    "draft": "draft model",
     "slots": "slots",
     "kv_cache": "KV cache",
     "activations": "activations",
@@ -43,6 +47,8 @@ _NAMES = {
 }
 _GLYPHS = {
     "weights": "█",
+    "kept": "■",
+    "draft": "◆",
     "slots": "░",
     "kv_cache": "▓",
     "activations": "▒",
@@ -105,13 +111,12 @@ def map_report(plan: Plan, memory: Memory | None = None) -> Report:
 
 def placement_bar(plan: Plan) -> tuple[str, str]:
     """One line for status cards and footers: a small bar and words, as text and as HTML."""
-    shares, words = percents(tier_bytes(plan)), placement_words(plan)
-    glyphs = {"gpu": "█", "cpu": "▓", "disk": "░"}
-    cells = percents_of(shares, 20)
-    text = "".join(glyphs[kind] * count for kind, count in cells.items())
-    names = {"gpu": "gpu", "cpu": "ram" if _computes_on_cpu(plan) else "ram-streamed", "disk": "disk"}
+    shares, words = percents(way_bytes(plan)), placement_words(plan)
+    glyphs = {"gpu": "█", "ram-streamed": "▓", "ram": "▒", "kept": "■", "disk": "░"}
+    glyphs |= {} if computes_on_gpu(plan) else {"ram": "▓"}
+    text = "".join(glyphs[kind] * count for kind, count in percents_of(shares, 20).items())
     parts = "".join(
-        f'<span style="display:block;width:{share}%;{theme.fill(names[kind])}"></span>'
+        f'<span style="display:block;width:{share}%;{theme.fill(kind)}"></span>'
         for kind, share in shares.items()
     )
     html = (
@@ -156,40 +161,31 @@ def _names(plan: Plan) -> set[str]:
     return {use.device for use in plan.uses if use.planned}
 
 
-def _computes_on_cpu(plan: Plan) -> bool:
-    return any(place.compute == "cpu" for place in plan.placements)
-
-
-def _paint(place: Placement) -> str:
-    """Which fill a block gets: by its home, and whether its weights travel."""
-    if place.home == "cpu":
-        return "ram-streamed" if place.is_offloaded else "ram"
-    return "disk" if place.home == "disk" else "gpu"
-
-
 def _arrival(plan: Plan, tier: _Tier) -> str:
-    """What leaves this tier for every token, and over what: ``"5.4 GiB to cuda:0 for every token, 6.8 GB/s"``."""
+    """What leaves this tier for every token, and over what: ``"5.4 GiB to cuda:0 for every token · link 25 GB/s"``."""
+    source = tier.use.device
     moves = {
         target: size
-        for (source, target), size in plan.forecast.bytes_per_token.items()
-        if source == tier.use.device and source != target
+        for (start, target), size in plan.forecast.bytes_per_token.items()
+        if start == source and target != source
     }
     if not moves:
         return ""
-    target, size = next(iter(moves.items()))
-    bus = plan.machine.bytes_per_s(tier.use.device, "cpu" if tier.kind == "disk" else target)
-    speed = bus or (plan.machine.device("disk").read_bytes_per_s if tier.kind == "disk" else 0)
-    over = f" · link {format_bandwidth(speed)}" if speed else ""
-    return f"{format_bytes(size)} to {device_title(target)} for every token{over}"
+    links = [plan.machine.bytes_per_s(source, "cpu" if tier.kind == "disk" else target) for target in moves]
+    speed = max(links) or (plan.machine.device("disk").read_bytes_per_s if tier.kind == "disk" else 0)
+    where = f"{len(moves)} GPUs" if len(moves) > 1 else device_title(next(iter(moves)))
+    name = "links" if len(moves) > 1 and tier.kind != "disk" else "link"
+    over = f" · {name} {format_bandwidth(speed)}" if speed else ""
+    return f"{format_bytes(sum(moves.values()))} to {where} for every token{over}"
 
 
-def _counts(tier: _Tier, memory: Memory) -> tuple[str, str]:
+def _counts(tier: _Tier, memory: Memory, *, mapped: bool) -> tuple[str, str]:
     """What is planned, and what is left or lacks; with what a loaded model uses now."""
     use = tier.use
     if use.spare < 0:
         left = f"lacks {format_bytes(-use.spare)}"
     elif tier.kind == "disk":
-        left = "read from its files"
+        left = "used in the page cache" if mapped else "read from its files"
     else:
         left = f"{format_bytes(use.spare)} spare"
     now = sum(memory.get(use.device, {}).values())
@@ -204,18 +200,23 @@ def _strip_rows(plan: Plan) -> list[tuple[Placement, ...]]:
     return [places[i : i + each] for i in range(0, len(places), each)]
 
 
-def _letter(plan: Plan, home: str) -> str:
-    """One sign for a home: the GPU's number, ``R`` or ``D``."""
-    if home in ("cpu", "disk"):
-        return {"cpu": "R", "disk": "D"}[home]
-    index = [gpu.id for gpu in plan.machine.gpus].index(home)
+def _sign(plan: Plan, place: Placement) -> str:
+    """One sign for what happens to a block: the GPU's number, ``R``, ``C`` (by the CPU), ``D`` or ``K`` (kept)."""
+    if place.home == "disk":
+        return "K" if place.kept else "D"
+    if place.home == "cpu":
+        return "C" if place.way == "cpu" and computes_on_gpu(plan) else "R"
+    index = [gpu.id for gpu in plan.machine.gpus].index(place.home)
     return str(index) if index < 10 else chr(ord("a") + index - 10)
 
 
-def _homes(plan: Plan) -> list[str]:
-    """Homes that the plan uses, fastest first."""
-    used = set(plan.device_map.values())
-    return [use.device for use in plan.uses if use.device in used]
+def _signs(plan: Plan) -> dict[str, str]:
+    """Sign -> what it stands for, fastest first."""
+    streams = any(place.way == "streamed" for place in plan.placements)
+    names = {"C": "RAM, by the CPU", "K": "Disk, kept in RAM", "R": "RAM, streamed" if streams else "RAM"}
+    order = [use.device for use in plan.uses]
+    places = sorted(plan.placements, key=lambda place: (order.index(place.home), place.way != "streamed"))
+    return {(sign := _sign(plan, p)): names.get(sign) or device_title(p.home) for p in places}
 
 
 # --- Text
@@ -253,7 +254,7 @@ def _text_tiers(plan: Plan, tiers: Sequence[_Tier], memory: Memory) -> Iterator[
         if arrival:
             yield f"{'↑':>{width}}  {arrival}"
         bar = _text_bar(tier, scale)
-        planned, left = _counts(tier, memory)
+        planned, left = _counts(tier, memory, mapped=plan.mapped)
         yield f"{device_title(tier.use.device):<{width}}  {bar}  {planned}"
         yield f"{'':<{width}}  {left} · {tier.name}"
 
@@ -273,15 +274,15 @@ def _cell(size: int, scale: int) -> int:
 
 
 def _text_strip(plan: Plan) -> Iterator[str]:
-    """One sign a block in model order, then each home with the numbers of its layers."""
-    signs = {home: _letter(plan, home) for home in _homes(plan)}
-    key = ", ".join(f"{sign} {device_title(home)}" for home, sign in signs.items())
+    """One sign a block in model order, then each sign with the numbers of its layers."""
+    signs = _signs(plan)
+    key = "; ".join(f"{sign} {words}" for sign, words in signs.items())
     yield wrapped(f"blocks in model order: {key}")
     for row in _strip_rows(plan):
-        yield f"  {''.join(signs[place.home] for place in row)}"
-    for home in signs:
-        labels = grouped(place.block.label for place in plan.placements if place.home == home)
-        yield wrapped(f"  {device_title(home)}: {', '.join(labels)}", "    ")
+        yield f"  {''.join(_sign(plan, place) for place in row)}"
+    for sign, words in signs.items():
+        labels = grouped(place.block.label for place in plan.placements if _sign(plan, place) == sign)
+        yield wrapped(f"  {words}: {', '.join(labels)}", "    ")
 
 
 def _text_legend(tiers: Sequence[_Tier]) -> str:
@@ -322,7 +323,7 @@ def _row(left: str, middle: str, right: str) -> str:
 
 
 def _html_tier(plan: Plan, tier: _Tier, scale: int, memory: Memory) -> str:
-    planned, left = _counts(tier, memory)
+    planned, left = _counts(tier, memory, mapped=plan.mapped)
     lacks = theme.BAD_TEXT if tier.use.spare < 0 else theme.MUTED
     name = (
         f"<b>{escape_text(device_title(tier.use.device))}</b>"
@@ -371,7 +372,7 @@ def _html_block(plan: Plan, place: Placement, whole: int, scale: int, *, labelle
     label = _index(place) if labelled and pixels >= 6 * len(_index(place)) + 3 else ""
     gap = f";box-shadow:inset -1px 0 0 {theme.PAGE}" if pixels >= 4 else ""
     return _segment(
-        100 * place.block.bytes / whole, theme.fill(_paint(place)) + gap, _tooltip(plan, place), label
+        100 * place.block.bytes / whole, theme.fill(kind_of(place)) + gap, _tooltip(plan, place), label
     )
 
 
@@ -385,7 +386,15 @@ def _is_layer(place: Placement) -> bool:
 
 
 def _html_part(tier: _Tier, purpose: str, size: int, whole: int, scale: int) -> str:
-    words = {"kv_cache": "KV", "activations": "act", "slots": "slot", "spare": "free", "other": "other"}
+    words = {
+        "kept": "kept",
+        "draft": "draft",
+        "kv_cache": "KV",
+        "activations": "act",
+        "slots": "slot",
+        "spare": "free",
+        "other": "other",
+    }
     fits = size / scale * _BAR_PIXELS >= 7 * len(words.get(purpose, "")) + 4
     label = words.get(purpose, "") if fits else ""
     fill = theme.fill("free" if purpose in ("spare", "beyond") else purpose)
@@ -411,25 +420,32 @@ def _tooltip(plan: Plan, place: Placement) -> str:
     """``"layers.19 · 950.0 MiB · bfloat16 · in RAM, streams to cuda:0 · KV cache 32.0 MiB"``."""
     block = place.block
     dtypes = sorted({tensor.dtype for tensor in block.tensors}) or [plan.layout.dtype]
-    where = on_device(place.home)
-    target = "the CPU" if place.compute == "cpu" else place.compute
-    does = (
-        f"streams to {target}"
-        if place.is_offloaded
-        else f"computes {'there' if place.home != 'cpu' else 'on the CPU'}"
-    )
+    where = f"{on_device(place.home)}, {_does(plan, place)}"
     cache = plan.workload.cache_bytes(block)
     tied = f"shares tensors with {', '.join(block.tied_to)}" if block.tied_to else ""
     facts = [
         block.label,
         format_bytes(block.bytes),
         ", ".join(dtypes),
-        f"{where}, {does}",
+        where,
         *([f"{block.active_experts} of {block.experts} experts a token"] if block.experts else []),
         *([f"KV cache {format_bytes(cache)} {on_device(place.compute)}"] if cache else []),
         *([tied] if tied else []),
     ]
     return " · ".join(facts)
+
+
+def _does(plan: Plan, place: Placement) -> str:
+    """What happens to a block in every sweep: ``"streams to cuda:0"``."""
+    target = "the CPU" if place.compute == "cpu" else place.compute
+    if place.kept:
+        copy = "a copy stays in RAM"
+        return f"{copy}, computed by the CPU" if place.compute == "cpu" else f"{copy} and streams to {target}"
+    if place.way == "read":
+        return "used in the page cache by the CPU" if plan.mapped else f"read for {target} every time"
+    if place.way == "cpu":
+        return "computed by the CPU"
+    return f"streams to {target}" if place.is_offloaded else "computes there"
 
 
 def _html_link(plan: Plan, tier: _Tier) -> str:
@@ -464,7 +480,7 @@ def _html_cell(plan: Plan, place: Placement) -> str:
     return (
         f'<span title="{escape(_tooltip(plan, place))}" style="display:block;flex:1 1 0;min-width:0;height:24px;'
         f"border-radius:2px;color:#fff;font-size:9px;line-height:24px;text-align:center;overflow:hidden;"
-        f'{theme.fill(_paint(place))}">{_letter(plan, place.home)}</span>'
+        f'{theme.fill(kind_of(place))}">{_sign(plan, place)}</span>'
     )
 
 
@@ -483,15 +499,15 @@ def _html_legend(plan: Plan, tiers: Sequence[_Tier]) -> str:
         "gpu": "on the GPU, computes there",
         "ram": "in RAM, computed by the CPU",
         "ram-streamed": "in RAM, streamed",
-        "disk": "on disk, streamed",
+        "kept": "on disk, with a copy in RAM",
+        "disk": "on disk, used in the page cache" if plan.mapped else "on disk, read every time",
     }
-    used = {_paint(place) for place in plan.placements}
+    used = {kind_of(place) for place in plan.placements}
     entries = [(theme.fill(paint), words) for paint, words in paints.items() if paint in used]
     shown = dict.fromkeys(purpose for tier in tiers for purpose, size in tier.parts if size)
-    entries += [
-        (theme.fill(purpose), _NAMES[purpose]) for purpose in shown if purpose not in ("spare", "beyond")
-    ]
-    signs = " · ".join(f"{_letter(plan, home)} = {device_title(home)}" for home in _homes(plan))
+    shown = {purpose: None for purpose in shown if purpose not in ("spare", "beyond") and purpose not in used}
+    entries += [(theme.fill(purpose), _NAMES[purpose]) for purpose in shown]
+    signs = " · ".join(f"{sign} = {words}" for sign, words in _signs(plan).items())
     swatch = (
         "display:inline-block;width:13px;height:13px;border-radius:2px;vertical-align:-2px;margin-right:5px"
     )

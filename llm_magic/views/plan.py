@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from llm_magic.plan import DeviceUse, Plan
 from llm_magic.text.safe_html import escape_text
-from llm_magic.units import format_bytes, format_count
+from llm_magic.units import format_bytes, format_count, format_rate
 from llm_magic.views import theme
 from llm_magic.views.python import python_of
 from llm_magic.views.report import Report
@@ -20,9 +20,16 @@ from llm_magic.views.words import (
     wrapped,
 )
 
-_PURPOSES = ("weights", "kv_cache", "activations", "slots", "buffers")
+_PURPOSES = ("weights", "kept", "draft", "kv_cache", "activations", "slots", "buffers")
 _NAMES = {"weights": "weights", "kv_cache": "KV cache", "activations": "activations", "slots": "slots"}
-_NAMES |= {"buffers": "buffers", "planned": "planned", "limit": "of", "spare": "spare"}
+_NAMES |= {
+    "kept": "kept",
+    "draft": "draft",
+    "buffers": "buffers",
+    "planned": "planned",
+    "limit": "of",
+    "spare": "spare",
+}
 
 
 def plan_report(plan: Plan) -> Report:
@@ -40,9 +47,7 @@ def warnings_report(plan: Plan) -> Report:
 
 def _text(plan: Plan) -> str:
     name, facts = headline(plan)
-    widths = [max(map(len, column)) for column in zip(*_table(plan), strict=True)]
-    gap = "  " if sum(widths) + 2 * len(widths) - 2 <= COLUMNS else " "
-    table = [gap.join(_aligned(row, widths)).rstrip() for row in _table(plan)]
+    table = _text_table(_table(plan))
     notes = [*(f"✗ {problem}" for problem in plan.problems), *(f"→ {remedy}" for remedy in plan.remedies)]
     notes = [wrapped(note) for note in [*notes, *(f"! {warning}" for warning in plan.warnings)]]
     python = [f"    {line}".rstrip() for line in python_of(plan).splitlines()]
@@ -57,6 +62,20 @@ def _text(plan: Plan) -> str:
         ["The same with plain transformers:", *python],
     ]
     return "\n\n".join("\n".join(part) for part in parts if part)
+
+
+def _text_table(rows: list[list[str]]) -> list[str]:
+    """Lines of a table, the other way round where only that fits a terminal."""
+    turned = [list(column) for column in zip(*rows, strict=True)]
+    shown = min((rows, turned), key=lambda table: (_width(table) > COLUMNS, table is turned))
+    widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
+    gap = "  " if sum(widths) + 2 * len(widths) - 2 <= COLUMNS else " "
+    return [gap.join(_aligned(row, widths)).rstrip() for row in shown]
+
+
+def _width(rows: list[list[str]]) -> int:
+    """Columns of a table with one space between cells."""
+    return sum(max(map(len, column)) + 1 for column in zip(*rows, strict=True)) - 1
 
 
 def _table(plan: Plan) -> list[list[str]]:
@@ -99,6 +118,8 @@ def _forecast(plan: Plan) -> list[str]:
         if source == target
     ]
     bound = f" · bound by {plan.forecast.bound_by}" if plan.forecast.decode_tps else ""
+    if plan.forecast.limit_tps:
+        bound += f" · the hardware's limit is {format_rate(plan.forecast.limit_tps)}"
     return [f"forecast   {speed_words(plan)}{bound}", f"each token {', '.join(moved + read)}"]
 
 

@@ -20,7 +20,8 @@ def python_of(plan: Plan) -> str:
     """Lines that load the model with transformers and Accelerate as planned.
 
     GPUs are written as Accelerate's integers, runs of layers as comprehensions. A GGUF whose
-    blocks go to disk is converted first: transformers offloads safetensors only.
+    blocks go to disk is converted first: transformers offloads safetensors only. A comment says
+    where the same map does something else there.
     """
     auto_class = "AutoModelForSeq2SeqLM" if plan.layout.is_encoder_decoder else "AutoModelForCausalLM"
     imports, source = _source(plan.source)
@@ -35,10 +36,37 @@ def python_of(plan: Plan) -> str:
             "",
         ]
         arguments = ['"converted"']
-    arguments += [dtype, "device_map=device_map", *(['offload_folder="offload"'] if to_disk else [])]
-    names = f"{auto_class}, GgufConfig" if is_gguf else auto_class
+    packing, config = _packing(plan)
+    arguments += [dtype, "device_map=device_map", *config, *(['offload_folder="offload"'] if to_disk else [])]
+    names = ", ".join([auto_class, *packing, *(["GgufConfig"] if is_gguf else [])])
     head = [*imports, f"from transformers import {names}", ""]
-    return "\n".join([*head, *conversion, *_device_map(plan), *_call("model", auto_class, arguments)])
+    lines = [*conversion, *_differences(plan), *_device_map(plan)]
+    return "\n".join([*head, *lines, *_call("model", auto_class, arguments)])
+
+
+def _packing(plan: Plan) -> tuple[list[str], list[str]]:
+    """The class of the quantization config, and the argument; nothing for plain weights."""
+    method, dtype = plan.layout.quantization, _literal(plan.layout.dtype)
+    if not method:
+        return [], []
+    if method in ("nf4", "fp4"):
+        facts = f'load_in_4bit=True, bnb_4bit_quant_type="{method}", bnb_4bit_compute_dtype={dtype}'
+        return ["BitsAndBytesConfig"], [f"quantization_config=BitsAndBytesConfig({facts})"]
+    if method == "int8":
+        return ["BitsAndBytesConfig"], ["quantization_config=BitsAndBytesConfig(load_in_8bit=True)"]
+    weights = _literal(method.removeprefix("quanto-"))
+    return ["QuantoConfig"], [f"quantization_config=QuantoConfig(weights={weights})"]
+
+
+def _differences(plan: Plan) -> list[str]:
+    """What Accelerate does otherwise with the same map."""
+    on_gpu = any(place.compute != "cpu" for place in plan.placements)
+    ways = {place.way for place in plan.placements}
+    if plan.layout.quantization and ways & {"streamed", "read", "kept"}:
+        return ["# Plain transformers refuses to offload packed weights, or unpacks them."]
+    if on_gpu and any(place.compute == "cpu" for place in plan.placements):
+        return ['# Accelerate moves every block on "cpu" to a GPU; here the CPU computes some of them.']
+    return []
 
 
 def _call(name: str, auto_class: str, arguments: list[str]) -> list[str]:

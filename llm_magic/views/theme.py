@@ -33,6 +33,8 @@ _FILLS = {
     "ram": ("#2f6fd6", ""),
     "ram-streamed": ("#2f6fd6", "diagonal"),
     "disk": ("#a8680e", "flat"),
+    "kept": ("#a8680e", "back"),
+    "draft": ("#1a7f5a", "dots"),
     "kv_cache": ("#7c4ddb", "dots"),
     "activations": ("#c43d70", "upright"),
     "slots": ("#0b7f97", "diagonal"),

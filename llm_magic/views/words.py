@@ -6,11 +6,19 @@ import textwrap
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
-from llm_magic.plan import Plan
+from llm_magic.plan import Placement, Plan
 from llm_magic.units import format_bytes, format_rate
 
 COLUMNS = 80  # of a terminal; text is broken to fit
 TIERS = {"gpu": "GPU", "cpu": "RAM", "disk": "disk"}
+_KINDS = {
+    "gpu": "GPU",
+    "ram-streamed": "RAM streamed",
+    "ram": "RAM on the CPU",
+    "kept": "disk kept in RAM",
+    "disk": "disk",
+}
+_KIND_OF_WAY = {"resident": "gpu", "streamed": "ram-streamed", "cpu": "ram", "kept": "kept", "read": "disk"}
 
 
 def tier_bytes(plan: Plan) -> dict[str, int]:
@@ -21,9 +29,32 @@ def tier_bytes(plan: Plan) -> dict[str, int]:
     return {kind: found[kind] for kind in TIERS if found[kind]}
 
 
+def way_bytes(plan: Plan) -> dict[str, int]:
+    """What happens to blocks (``kind_of``) -> bytes of weights, fastest first."""
+    found = Counter[str]()
+    for place in plan.placements:
+        found[kind_of(place)] += place.block.bytes
+    return {kind: found[kind] for kind in _KINDS if found[kind]}
+
+
+def kind_of(place: Placement) -> str:
+    """One word for where a block lives and how it is used, the name of its colour.
+
+    ``"gpu"``, ``"ram-streamed"``, ``"ram"`` (the CPU computes it), ``"kept"`` (on disk, with a copy
+    in RAM) or ``"disk"``.
+    """
+    return _KIND_OF_WAY[place.way]
+
+
+def computes_on_gpu(plan: Plan) -> bool:
+    """Whether a GPU works beside the CPU, or alone."""
+    return any(place.compute != "cpu" for place in plan.placements)
+
+
 def placement_words(plan: Plan) -> str:
-    """Where the weights live: ``"60 % RAM · 40 % disk"``."""
-    return " · ".join(f"{share} % {TIERS[kind]}" for kind, share in percents(tier_bytes(plan)).items())
+    """Where the weights live: ``"60 % GPU · 25 % RAM streamed · 15 % RAM on the CPU"``, ``"60 % RAM · 40 % disk"``."""
+    names = _KINDS | ({} if computes_on_gpu(plan) else {"ram": "RAM"})
+    return " · ".join(f"{share} % {names[kind]}" for kind, share in percents(way_bytes(plan)).items())
 
 
 def processor_words(plan: Plan) -> str:
@@ -66,7 +97,7 @@ def headline(plan: Plan) -> tuple[str, str]:
     experts = max((block.experts for block in layout.blocks), default=0)
     active = max((block.active_experts for block in layout.blocks), default=0)
     facts = [
-        layout.dtype,
+        f"{layout.quantization} in {layout.dtype}" if layout.quantization else layout.dtype,
         format_bytes(layout.bytes),
         f"{count} layer{'s' * (count != 1)}",
         *([f"{experts} experts, {active} active"] if experts else []),
