@@ -600,11 +600,24 @@ def test_heat_fades_so_that_the_set_follows_the_topic() -> None:
     assert started == [0, 1, 2]
     _pass(cache, layer, 1, 1)  # was used as often as 0, but later: 0 had to go
     assert started == [0, 1, 2]
-    for _ in range(2000):
+    for _ in range(350):  # less often than 1 was used, but that is one to two half-lives ago by now
         _pass(cache, layer, 2, 1)
-    _pass(cache, layer, 3, 1)  # long ago by now: 1 has to go
+    _pass(cache, layer, 3, 1)
     _pass(cache, layer, 2, 1)
     assert started == [0, 1, 2, 3]
+
+
+def test_every_token_counts() -> None:
+    started: list[int] = []
+    cache = ExpertCache(torch.zeros(2 * 8, dtype=torch.uint8), 8, HostStreams())
+    layer = ExpertLayer(_Counting(started))
+    cache.begin(layer, {0: 50, 1: 1}, 51)
+    cache.take(layer, 0)
+    cache.take(layer, 1)
+    cache.end()
+    _pass(cache, layer, 2, 1)
+    _pass(cache, layer, 0, 1)
+    assert started == [0, 1, 2]
 
 
 def _pass(cache: ExpertCache, layer: ExpertLayer, expert: int, tokens: int) -> None:
