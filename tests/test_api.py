@@ -91,6 +91,15 @@ def test_an_awaited_answer_is_stopped_softly(llm, backend, how) -> None:
     assert llm("again") == "next"
 
 
+def test_blocks_of_the_current_model_move_and_come_back(llm) -> None:
+    moved = llm.move("layers.0-1", "disk")
+    assert repr(moved).startswith("<Moved a: layers.0–1 (2.0 MiB) RAM → disk, ")
+    assert list(llm.plan.device_map.values()) == ["disk", "disk", "cpu"]
+    assert llm.apply("cpu").count == 2
+    llm.undo()
+    assert list(llm.plan.device_map.values()) == ["disk", "disk", "cpu"]
+
+
 def test_close_unloads_and_begins_anew(llm, backend) -> None:
     engine = backend.engines[0]
     assert llm.plan.fits

@@ -342,6 +342,11 @@ def test_every_command_shows_something(loaded, capsys, command, says) -> None:
     assert says in capsys.readouterr().out
 
 
+def test_load_takes_packing_and_a_draft(shell, session) -> None:
+    run(shell, "%llm load fake:b --quantize nf4 --draft fake:small")
+    assert (session.model().spec.quantize, session.model().spec.draft) == ("nf4", "fake:small")
+
+
 def test_bench_holds_forecasts_against_what_it_measures(cache_folder, loaded, capsys) -> None:
     run(loaded, "%llm bench")
     assert "FORECAST NOW" in capsys.readouterr().out

@@ -121,6 +121,31 @@ def test_a_name_that_could_not_be_typed_is_refused(session, name) -> None:
         session.load(FAKE, LoadOptions(), name)
 
 
+def test_packing_and_draft_are_part_of_what_is_loaded(session, backend) -> None:
+    session.aliases["small"] = "fake:small"
+    wanted = ModelSpec("fake:b", quantize="nf4", draft="small")
+    loaded = session.load(wanted, LoadOptions(), "b")
+    assert (loaded.spec.quantize, loaded.spec.draft) == ("nf4", "fake:small")
+    assert loaded.plan.options == {"dtype": "auto", "quantize": "nf4", "draft": "fake:small"}
+    assert session.load(wanted, LoadOptions(), "b") is loaded
+    assert session.load(replace(wanted, quantize="int8"), LoadOptions(), "b") is not loaded
+
+
+def test_a_model_cannot_draft_for_itself(session, backend, tmp_path, monkeypatch) -> None:
+    session.aliases["mine"] = "fake:b"
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for source, draft in (
+        ("fake:b", "fake:b"),
+        ("fake:b", "mine"),
+        ("./model", "model/"),
+        ("model", str(tmp_path / "model")),
+    ):
+        with pytest.raises(OptionError, match="cannot draft for itself"):
+            session.plan(ModelSpec(source, draft=draft), LoadOptions())
+    assert len(backend.engines) == 1
+
+
 def test_a_described_machine_can_only_be_planned_for(session) -> None:
     with pytest.raises(OptionError, match="only be planned"):
         session.load(FAKE, LoadOptions(machine="box.json"), "b")
