@@ -89,7 +89,8 @@ def save_llama(folder: Path, *, tied: bool = False, layers: int = LAYERS, **chan
     """Llama with grouped-query attention; the head shares the embedding when ``tied``."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(**_common(layers), num_key_value_heads=2, tie_word_embeddings=tied, **changes)
+    facts = _common(layers) | {"num_key_value_heads": 2, "tie_word_embeddings": tied} | changes
+    config = LlamaConfig(**facts)
     return _save(LlamaForCausalLM, config, folder)
 
 

@@ -36,7 +36,7 @@ from llm_magic.harmless.paths import without_paths
 from llm_magic.plan import Plan
 from llm_magic.planning.costs import longest_pass
 from llm_magic.planning.planner import refusal
-from llm_magic.views.words import device_title, grouped
+from llm_magic.views.words import grouped, on_device
 
 
 class TransformersEngine:
@@ -321,7 +321,7 @@ class TransformersEngine:
     def _out_of_memory(self, error: BaseException, block: str) -> EngineError:
         """What ran out, where, and the command that makes room."""
         device = failed_device(error, self.plan)
-        where = next((f" in {p.block.label}" for p in self.plan.placements if p.block.name == block), "")
+        where = next((f", at {p.block.label}" for p in self.plan.placements if p.block.name == block), "")
         layers = [
             p.block.label for p in self.plan.placements if p.home == device and p.block.kind == "decoder"
         ]
@@ -329,7 +329,7 @@ class TransformersEngine:
         last = grouped(layers[-max(1, len(layers) // 4) :])
         move = f"%llm move {last[0].replace('–', '-')} {target}, or " if layers else ""
         return EngineError(
-            f"Memory ran out{where} ({device_title(device)}).",
+            f"Memory ran out {on_device(device)}{where}.",
             f"{move}a shorter prompt (--new), or load it again with a smaller -c N.",
         )
 

@@ -9,17 +9,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from llm_magic.backends.accelerate.default_dtype import default_dtype_kept
+from llm_magic.backends.accelerate.hooks import strip, weights_loader
 from llm_magic.backends.accelerate.memory_errors import is_out_of_memory, release_memory
 from llm_magic.backends.accelerate.offload_folder import OffloadFolder, check_tensor_names, disk_error
-from llm_magic.backends.accelerate.placed import PlacedModel, accelerate_device_map
+from llm_magic.backends.accelerate.placed import Fill, PlacedModel, accelerate_device_map
 from llm_magic.backends.accelerate.proposers import require_same_vocabulary
+from llm_magic.backends.accelerate.quantize import pack_block, prepare, refuse_devices
 from llm_magic.backends.accelerate.quiet import bars_into, quiet
 from llm_magic.errors import EngineError, LLMMagicError, PlanError, SourceError
 from llm_magic.events import PhaseEvent, Progress
 from llm_magic.harmless.paths import without_paths
 from llm_magic.host.memory import host_memory
 from llm_magic.model import ModelSpec
-from llm_magic.plan import Plan
+from llm_magic.plan import Placement, Plan
 from llm_magic.planning.planner import refusal
 from llm_magic.units import format_bytes
 
@@ -58,14 +60,17 @@ def load(files: ModelFiles, spec: ModelSpec, plan: Plan, progress: Progress) -> 
     # They become names of files when a weight is written again.
     check_tensor_names([tensor.name for block in plan.layout.blocks for tensor in block.tensors])
     parent = plan.options.get("offload_folder", "")
-    folder = OffloadFolder(parent) if "disk" in plan.device_map.values() else None
+    folder = OffloadFolder(parent) if spec.quantize or "disk" in plan.device_map.values() else None
+    if spec.quantize:
+        refuse_devices(spec.quantize, {place.compute for place in plan.placements})
     try:
         with quiet():
             tokenizer = _read_tokenizer(files)
             model = _read_model(files, spec, plan, folder, progress)
             if folder:
                 folder.protect()
-            placed = PlacedModel(model, plan, files.weight_files, folder)
+            fill = _packer(model, spec, plan, progress)
+            placed = PlacedModel(model, plan, files.weight_files, folder, fill=fill)
             draft, name = _read_draft(spec, plan, tokenizer, progress)
         return LoadedWeights(placed, tokenizer, draft, name)
     except BaseException as error:
@@ -125,6 +130,37 @@ def _read_tokenizer(files: ModelFiles) -> Any:
         ) from None
 
 
+def _packer(model: Any, spec: ModelSpec, plan: Plan, progress: Progress) -> Fill | None:
+    """What gives each block its weights, packed; ``None`` when they are as the files have them."""
+    if not spec.quantize:
+        return None
+    import torch
+
+    loader = weights_loader(model)
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    strip(model)
+    tied = dict(model.all_tied_weights_keys or {})
+    prepare(model, spec.quantize, getattr(torch, plan.layout.dtype))
+    done = 0
+
+    def fill(place: Placement, block: Any) -> None:
+        nonlocal done
+        progress(PhaseEvent("quantizing", done, len(plan.placements), "blocks", place.block.label))
+        done += 1
+        prefix = f"{place.block.name}."
+        wanted = [name for name in names if name.startswith(prefix) and name not in tied]
+        with torch.no_grad():
+            pack_block(
+                block,
+                {name.removeprefix(prefix): loader[name] for name in wanted},
+                place.compute,
+                place.compute,
+            )
+        model.tie_weights()
+
+    return fill
+
+
 def _read_draft(spec: ModelSpec, plan: Plan, tokenizer: Any, progress: Progress) -> tuple[Any, str]:
     """The draft model, whole where the model computes first, and its name; ``None`` and nothing without."""
     if not spec.draft:
@@ -167,7 +203,8 @@ def _read_model(
         model, info = auto.from_pretrained(
             str(files.folder),
             config=config,
-            device_map=accelerate_device_map(plan.device_map),
+            # What is packed is read block by block while it is placed.
+            device_map=accelerate_device_map({"": "disk"} if spec.quantize else plan.device_map),
             dtype=getattr(torch, plan.layout.dtype),
             offload_folder=str(folder.path) if folder else None,
             use_safetensors=None if spec.allow_pickle else True,

@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from llm_magic.backends.accelerate import hooks
+from llm_magic.backends.accelerate import hooks, packing
 from llm_magic.backends.accelerate.blocks import (
     BlockTensors,
     FileStore,
@@ -38,6 +38,9 @@ Moved = Mapping[tuple[str, str], int]
 
 Report = Callable[[int, int, str], None]
 """Blocks done, blocks in all, label of the next one."""
+
+Fill = Callable[[Placement, Any], None]
+"""Gives a block's module its weights."""
 
 _AHEAD = 2  # mapped blocks that the system is asked for while one computes
 
@@ -99,6 +102,9 @@ class PlacedModel:
         The weight files that it was loaded from.
     folder
         What loading has written to, if it has.
+    fill
+        Gives the modules of a block their weights, block after block: for weights that are made while
+        they are placed (packed ones). Without it they are where Accelerate has put them.
     streams
         Device -> its order of copies and computation; what suits the device by default.
 
@@ -116,6 +122,8 @@ class PlacedModel:
         plan: Plan,
         files: Sequence[Path] = (),
         folder: OffloadFolder | None = None,
+        *,
+        fill: Fill | None = None,
         streams: Callable[[str], Any] = lambda _device: None,
     ) -> None:
         self.model = model
@@ -129,7 +137,8 @@ class PlacedModel:
         self._stream_hooks: list[hooks.StreamHook] = []
         self._advice: list[Any] = []
         self._skip_keys = getattr(model, "_skip_keys_device_placement", None)
-        self.blocks = self._take_over()
+        self.blocks: dict[str, PlacedBlock] = {}
+        self._take_over(fill)
         self._attach()
 
     @property
@@ -213,25 +222,23 @@ class PlacedModel:
 
     # Taking over what was loaded
 
-    def _take_over(self) -> dict[str, PlacedBlock]:
+    def _take_over(self, fill: Fill | None) -> None:
         modules = dict(self.model.named_modules())
         loader = hooks.weights_loader(self.model)
         extents = self._checkpoint.extents(getattr(loader, "index", None) or {})
-        blocks: dict[str, PlacedBlock] = {}
         owners: dict[int, tuple[Any, str]] = {}
         for place in self.plan.placements:
             module = modules.get(place.block.name)
             if module is None or not place.block.name:
                 continue  # a bare parameter stays behind Accelerate's own hook
             hooks.strip(module)
+            if fill is not None:
+                fill(place, module)
             block = PlacedBlock(place, module, BlockTensors(module), _shared(module, owners))
             if place.home == "disk" and block.tensors.pieces and _is_empty(block):
                 self._take_from_disk(block, extents, loader)
-            blocks[place.block.name] = block
-        self.blocks = blocks
-        for block in blocks.values():
-            self._put(block, block.place, self.plan)
-        return blocks
+            self.blocks[place.block.name] = block
+            self._put(block, place, self.plan)
 
     def _take_from_disk(self, block: PlacedBlock, extents: Mapping[str, Extent], loader: Any) -> None:
         """Find the block's bytes in the files; write them when no file has them as they are needed."""
@@ -257,6 +264,7 @@ class PlacedModel:
 
         block.tensors.move_buffers(torch.device(place.compute))
         if block.tensors.pieces:
+            self._rearrange(block, place)
             old = block.store
             self._hold(block, place, plan)
             if old is not None and old is not block.store:
@@ -281,6 +289,21 @@ class PlacedModel:
         else:
             block.store = block.file
             block.tensors.clear()
+
+    def _rearrange(self, block: PlacedBlock, place: Placement) -> None:
+        """Packed weights lie in the order that the kernels of their device read."""
+        import torch
+
+        kinds = {device.partition(":")[0] for device in (place.compute, block.place.compute)}
+        if block.tensors.is_plain or len(kinds) == 1:
+            return
+        held = self._held(block)
+        block.tensors.bind([tensor.clone() for tensor in held])
+        if block.store is not None:
+            block.store.close()
+        block.store = block.file = None
+        packing.arrange(block.module, torch.device(place.compute))
+        block.tensors = BlockTensors(block.module)
 
     def _borrow(self, block: PlacedBlock) -> None:
         """Show another block's parameters, which are in their module by now."""

@@ -17,7 +17,7 @@ from llm_magic.planning.costs import slots_for
 from llm_magic.planning.planner import make_plan
 from llm_magic.planning.select import edited
 from llm_magic.units import GIB
-from llm_magic.views.words import device_title, grouped
+from llm_magic.views.words import grouped, on_device
 
 _SHARE = 8  # of the layers: one in so many moves at a time
 _GPU = re.compile(r"\bGPU (\d+)\b")
@@ -54,9 +54,7 @@ class Repair:
         release_memory()
         device = failed_device(error, self._plan())
         if self._drop_caches():
-            self.notes.append(
-                f"memory ran out ({device_title(device)}): KV caches of other chats were dropped"
-            )
+            self.notes.append(f"memory ran out {on_device(device)}: KV caches of other chats were dropped")
             release_memory()
             return True
         return self._demote(device)
@@ -73,10 +71,9 @@ class Repair:
         except (LLMMagicError, RuntimeError, MemoryError):
             return False
         release_memory()
+        name = {"cpu": "RAM"}.get(target, target)
         labels = ", ".join(grouped(place.block.label for place in chosen))
-        self.notes.append(
-            f"memory ran out ({device_title(device)}): {labels} moved to {device_title(target)}"
-        )
+        self.notes.append(f"memory ran out {on_device(device)}: {labels} moved to {name}")
         return True
 
 
