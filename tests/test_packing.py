@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from llm_magic.backends.accelerate import packing
 from llm_magic.backends.accelerate.packing import Template, arrange, bind, parameters, parts, template
 from llm_magic.backends.accelerate.quantize import import_library
 from tests.packed import extension_was_loaded, without_extension
@@ -332,6 +333,29 @@ def test_an_empty_parameter_says_what_it_is(method: str) -> None:
     assert [template(module, leaf).tensors for _, module, leaf in parameters(network)] == [
         left.tensors for left in templates
     ]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_template_can_be_made_of_an_empty_parameter(method: str) -> None:
+    import torch
+
+    network, expected = network_of(method), reference(method)
+    arrange(network, "cpu")
+    templates, copies = taken_apart(network)
+    bind(emptied(templates))
+    again = [template(module, leaf) for _, module, leaf in parameters(network)]
+    bind([a for left, found in zip(again, copies, strict=True) for a in left.bindings(found)])
+    assert torch.equal(forward(network, inputs()), expected)
+
+
+def test_a_large_weight_is_put_into_order_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, in_parts = network_of("nf4"), network_of("nf4")
+    arrange(whole, "cpu")
+    monkeypatch.setattr(packing, "_AT_A_TIME", 40 * 128)
+    arrange(in_parts, "cpu")
+    assert same(taken_apart(whole)[1], taken_apart(in_parts)[1])
+    arrange(in_parts, "cuda")
+    assert same(taken_apart(network_of("nf4"))[1], taken_apart(in_parts)[1])
 
 
 def test_the_names_of_the_parts() -> None:

@@ -21,6 +21,9 @@ from typing import Any
 Parts = dict[str, Any]
 """Plain contiguous tensors by the name of what they are in their parameter; ``""`` is the data."""
 
+_AT_A_TIME = 1 << 22
+"""Weights that are put into another order at a time."""
+
 Assignment = tuple[dict[str, Any], str, object]
 """``(mapping, key, value)``: binding is ``mapping[key] = value``."""
 
@@ -241,9 +244,11 @@ class _FourBitKind(_Ordered):
         for_cpu = device.type == "cpu" and _has_cpu_order(module, state)
         if for_cpu == getattr(state, "packing_format_for_cpu", False):
             return
-        reorder = _into_cpu_order if for_cpu else _out_of_cpu_order
         found, shape = parts(module, name), state.shape
-        found[""] = reorder(found[""], state, module._parameters[name].quant_storage)
+        found[""] = _reordered(found[""], state, for_cpu=for_cpu)
+        if not for_cpu:
+            storage = module._parameters[name].quant_storage
+            found[""] = found[""].view(-1, storage.itemsize).view(storage)
         # In float32 both ways, where the library rounds to bfloat16: its kernel rounds what it reads,
         # so the results are the same, and the way back loses nothing.
         rows, groups = shape[0], shape[1] // state.blocksize
@@ -275,21 +280,23 @@ def _has_cpu_order(module: Any, state: Any) -> bool:
     return bool(has_avx512bf16()) and whole and not state.nested and isinstance(module, Linear4bit)
 
 
-def _into_cpu_order(data: Any, state: Any, _storage: Any) -> Any:
-    from bitsandbytes.functional import _convert_weight_packed_for_cpu
-
-    return _convert_weight_packed_for_cpu(data, copy.copy(state))[0]
-
-
-def _out_of_cpu_order(data: Any, state: Any, storage: Any) -> Any:
+def _reordered(data: Any, state: Any, *, for_cpu: bool) -> Any:
+    """The half bytes of a weight in the other order, a few rows at a time: it takes eight times their size."""
     import torch
-    from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu as into
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse as out_of
 
-    state = copy.copy(state)
-    state.original_nested, state.original_dtype = False, state.dtype
-    state.original_qshape = torch.Size((data.numel(), 1))
-    nibbles = _convert_weight_packed_for_cpu_inverse(data, state)[0]
-    return nibbles.view(-1, storage.itemsize).view(storage)
+    rows, columns = state.shape
+    found = data.view(torch.uint8).view(rows, columns // 2)
+    result, step = torch.empty_like(found), 32 * max(1, _AT_A_TIME // (32 * columns))
+    for start in range(0, rows, step):
+        part = found[start : start + step]
+        like = copy.copy(state)
+        like.shape, like.original_qshape = torch.Size((len(part), columns)), part.shape
+        like.absmax = torch.ones(len(part) * columns // state.blocksize, device=data.device)
+        like.original_nested, like.original_dtype = False, state.dtype
+        result[start : start + step] = (into if for_cpu else out_of)(part, like)[0]
+    return result
 
 
 @dataclass(frozen=True)
@@ -302,10 +309,11 @@ class _FourBitTemplate(Template):
 
         device = parts[""].device
         state = copy.copy(self.state)
-        state.absmax, state.code = parts["absmax"], state.code.to(device)
+        state.absmax, state.code = parts["absmax"], _constant(state.code, device)
         if state.nested:
-            state.offset, state.state2 = parts["offset"], copy.copy(state.state2)
-            state.state2.absmax, state.state2.code = parts["state2.absmax"], state.state2.code.to(device)
+            state.offset, inner = parts["offset"], copy.copy(state.state2)
+            inner.absmax, inner.code = parts["state2.absmax"], _constant(inner.code, device)
+            state.state2 = inner
         packed = Params4bit(
             parts[""],
             requires_grad=False,
@@ -320,6 +328,11 @@ class _FourBitTemplate(Template):
             # Or its forward would look for a new order of the weight, and put it elsewhere.
             (self.module.__dict__, "support_avx512bf16_for_cpu", False),
         ]
+
+
+def _constant(table: Any, device: Any) -> Any:
+    # Kept when the rest goes: whoever makes a template of an empty parameter needs it again.
+    return table if device.type == "meta" else table.to(device)
 
 
 # ------------------------------------------------------------------------------- bitsandbytes, 8 bits
