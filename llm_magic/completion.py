@@ -105,11 +105,17 @@ def _values(session: Session, action: argparse.Action, last: str) -> list[str]:
         "format": lambda: session.plugins.formats,
         "backend": lambda: session.plugins.backends,
         "setting": setting_names,
-        "block": lambda: [
-            block.label for model in session.models.values() for block in model.plan.layout.blocks
-        ],
+        "block": lambda: _blocks(session, last),
     }
     return list(tables.get(kind, list)())
+
+
+def _blocks(session: Session, last: str) -> list[str]:
+    """Labels of the current model, also after others and a comma."""
+    if not session.models:
+        return []
+    prefix = last.rpartition(",")[0] + "," if "," in last else ""
+    return [f"{prefix}{block.label}" for block in session.model().plan.layout.blocks]
 
 
 def _limits(session: Session, last: str) -> list[str]:

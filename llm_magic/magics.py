@@ -91,6 +91,7 @@ class LLMMagic(ipython_magic.Magics, Settings):
             %llm load Qwen/Qwen3-8B --max-memory 0=6GiB,cpu=24GiB
             %llm plan starter --max-memory cpu=150MiB
             %llm map
+            %llm move layers.20-31 cpu
             %llm ps
             %llm unload
             %llm help

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -26,8 +28,19 @@ def backend() -> FakeBackend:
     return FakeBackend()
 
 
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory) -> Path:
+    """Measurements of this computer, made once; no model was fitted on it yet."""
+    folder = tmp_path_factory.mktemp("measured")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LLM_MAGIC_CACHE", str(folder))
+        Session(plugins_with(FakeBackend())).machine()
+    return folder
+
+
 @pytest.fixture
-def session(backend, cache_folder, tmp_path, monkeypatch):
+def session(backend, measured, cache_folder, tmp_path, monkeypatch):
+    shutil.copytree(measured, cache_folder)
     monkeypatch.setenv("LLM_MAGIC_DATA", str(tmp_path))
     session = Session(plugins_with(backend))
     session.load(ModelSpec("fake:a"), LoadOptions(), "a")

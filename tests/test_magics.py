@@ -379,6 +379,7 @@ def test_an_alias_loads_what_it_stands_for(loaded, session) -> None:
         ("use ", False, {"a"}),
         ("load fake:a --quantize n", False, {"nf4"}),
         ("move lay", False, {"layers.0", "layers.2"}),
+        ("move layers.0,lay", False, {"layers.0,layers.1"}),
         ("move layers.1 ", False, {"cpu", "disk"}),
         ("move layers.1 cpu --max-memory ", False, {"cpu=", "disk="}),
         ("apply ba", False, {"balanced", "balanced_low_0"}),
