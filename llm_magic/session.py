@@ -337,7 +337,7 @@ class Session:
         model = self.model(name)
         if not model.history:
             raise SessionError(
-                f"{model.name} is where it was loaded: there is nothing to undo.",
+                f"There is nothing to undo for {model.name}.",
                 "%llm move BLOCKS DEVICE and %llm apply PLAN place it anew.",
             )
         past = model.history[-1]
