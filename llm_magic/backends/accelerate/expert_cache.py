@@ -151,8 +151,8 @@ class ExpertCache:
             self.misses += len(work.wanted)
             self._fetch_ahead(work)
 
-    def take(self, layer: ExpertLayer, index: int) -> tuple[Any, ...]:
-        """The tensors of one expert. They are its own until another one is taken, or the pass ends.
+    def take(self, index: int) -> tuple[Any, ...]:
+        """The tensors of one expert of this thread's pass. They are its own until another one is taken, or the pass ends.
 
         Raises
         ------
@@ -160,10 +160,7 @@ class ExpertCache:
             What went wrong with its transfer; a later pass tries it anew.
         """
         with self._changed:
-            work = self._passes.get(threading.get_ident())
-            if work is None or work.layer is not layer:
-                self.begin(layer, {index: 1}, 1)
-                work = self._passes[threading.get_ident()]
+            work = self._passes[threading.get_ident()]
             if work.current != index:
                 self._release_current(work)
                 slot = work.held.get(index) or self._bring(work, index)

@@ -1,9 +1,9 @@
 """Mixture of experts: of an offloaded layer, only the experts that its router chose move.
 
 A layer's experts are stacked in a few parameters, and transformers' "eager" implementation takes them
-one at a time: ``self.down_proj[expert]``. `RoutedExperts` puts an object in the place of each stack that
-answers with the expert's tensor in a slot of an `ExpertCache`. The parameters themselves stay where
-other libraries look for them, without bytes.
+one at a time: ``self.down_proj[expert]``. `RoutedExperts` lets a twin of the module compute, which has
+an object in the place of each stack that answers with the expert's tensor in a slot of an `ExpertCache`.
+The module itself keeps its parameters where other libraries look for them, without bytes.
 
 Whether a module can be treated so is not decided by its name: `can_route` lets it run once on tensors
 without bytes and looks at what it asks for. Architectures that compute with whole stacks (Llama 4,
@@ -77,38 +77,34 @@ class RoutedExperts:
         self._module, self._cache = module, cache
         self._layer = ExpertLayer(store)
         self._asked: tuple[Any, int] = (None, -1)
-        self._usual = {name: module.__dict__[name] for name in ("config",) if name in module.__dict__}
-        self._names = [stack.parameter_name for stack in _stacks("", module)]
-        module.__dict__.update(_eager(module))
+        self._twin = copy.copy(module)
+        self._twin.__dict__.update(_eager(module))
         # An instance's attribute is found before the parameter of that name.
-        for number, name in enumerate(self._names):
-            module.__dict__[name] = _RoutedStack(self, number, module._parameters[name], cache.device)
-        self._handles = [
-            module.register_forward_pre_hook(self._begin, with_kwargs=True),
-            module.register_forward_hook(self._end, always_call=True),
-        ]
+        for number, stack in enumerate(_stacks("", module)):
+            self._twin.__dict__[stack.parameter_name] = _RoutedStack(self, number, stack, cache.device)
+        self._usual = module.__dict__.get("forward")
+        module.__dict__["forward"] = self.forward
+
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        """What the module does, with the experts that its input is routed to."""
+        chosen = _chosen(self._module, inputs, named)
+        self._cache.begin(self._layer, _uses(chosen, self._layer.store.experts), len(chosen))
+        try:
+            return type(self._twin).forward(self._twin, *inputs, **named)
+        finally:
+            self._cache.end()
 
     def piece(self, index: Any, number: int) -> Any:
         """The tensor of one expert (an int or a tensor with one) in stack ``number``."""
-        return self._cache.take(self._layer, self._number(index))[number]
+        return self._cache.take(self._number(index))[number]
 
     def detach(self) -> None:
         """Leave the module as it was, with parameters without bytes. Safe to call twice."""
-        for handle in self._handles:
-            handle.remove()
-        for name in self._names:
-            self._module.__dict__.pop(name, None)
-        self._module.__dict__.update(self._usual)
-        self._names.clear()
-        self._usual.clear()
+        if self._module.__dict__.get("forward") == self.forward:
+            del self._module.__dict__["forward"]
+            if self._usual is not None:
+                self._module.__dict__["forward"] = self._usual
         self._cache.forget(self._layer)
-
-    def _begin(self, module: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-        chosen = _chosen(module, inputs, named)
-        self._cache.begin(self._layer, _uses(chosen, self._layer.store.experts), len(chosen))
-
-    def _end(self, *_: Any) -> None:
-        self._cache.end()
 
     def _number(self, index: Any) -> int:
         """The index as a number; a model asks every stack with the same tensor, and a GPU's is slow to read."""
@@ -122,9 +118,9 @@ class RoutedExperts:
 class _RoutedStack:
     """Stands for a stack: ``stack[index]`` is the tensor of one expert."""
 
-    def __init__(self, experts: RoutedExperts, number: int, parameter: Any, device: Any) -> None:
+    def __init__(self, experts: RoutedExperts, number: int, stack: Stack, device: Any) -> None:
         self._experts, self._number = experts, number
-        self.shape, self.dtype, self.device = parameter.shape, parameter.dtype, device
+        self.shape, self.dtype, self.device = stack.shape, stack.dtype, device
 
     def __getitem__(self, index: Any) -> Any:
         return self._experts.piece(index, self._number)
