@@ -16,8 +16,12 @@ from llm_magic.host.probe import read_machine
 from llm_magic.machine import Machine
 from llm_magic.model import Block, CacheCost, ModelLayout
 from llm_magic.plan import Plan, Workload
+from llm_magic.planning.constants import Constants
 from llm_magic.planning.costs import activation_bytes, logits_bytes, longest_pass
+from llm_magic.planning.forecast import make_forecast
 from llm_magic.planning.planner import make_budget, make_plan, read_device_map, refusal, register_planners
+from llm_magic.planning.setting import Setting
+from llm_magic.planning.ways import computing_places
 from llm_magic.units import GIB, KIB, MIB
 from tests.layouts import (
     cramped,
@@ -755,6 +759,8 @@ def test_every_plan_holds(layout, box, policy, context, data):
             use.kv_cache,
             use.activations,
             use.slots,
+            use.kept,
+            use.draft,
             use.reserve,
             use.other,
         )
@@ -772,6 +778,48 @@ def test_every_plan_holds(layout, box, policy, context, data):
     assert bool(plan.remedies) == (not plan.fits)
     assert plan.forecast.decode_tps >= 0
     assert all(size >= 0 for size in plan.forecast.bytes_per_token.values())
+
+
+@st.composite
+def roomy_machines(draw) -> Machine:
+    """Up to three GPUs, a fast or a slow CPU; enough memory for most maps."""
+    gpus = [gpu(i, draw(st.integers(2, 8)) * GIB, read=2e12) for i in range(draw(st.integers(0, 3)))]
+    memory = ram(draw(st.integers(1, 8)) * GIB, read=draw(st.sampled_from([1e9, 2e10, 6e10])))
+    memory = replace(memory, flops=draw(st.sampled_from([1e11, 1e13])))
+    return machine(*gpus, memory, disk(100 * GIB), bus=draw(st.sampled_from([6e9, 2.5e10])))
+
+
+@given(layouts(), roomy_machines(), st.integers(1, 4096), st.booleans(), st.data())
+@settings(max_examples=250, deadline=None)
+def test_what_the_planner_adds_to_a_map_fits_and_changes_no_home(layout, box, context, is_packed, data):
+    layout = packed(layout, columns=64) if is_packed else layout
+    layout = replace(layout, draft=toy(layers=1, layer_elements=MIB)) if data.draw(st.booleans()) else layout
+    names = [d.id for d in box.devices]
+    map_ = {"": names[0]} | {
+        b.name: data.draw(st.sampled_from(names)) for b in layout.blocks if not b.tied_to
+    }
+    limits = {"cpu": data.draw(st.integers(0, 5000)) * MIB} if data.draw(st.booleans()) else {}
+    options = {"placement": map_, "policy": "map.json", "max_memory": limits}
+    plan = make_plan(layout, box, Workload(context), **options)
+    setting = Setting.of(plan, Constants())
+    plain = computing_places(setting, plan.device_map)
+    assert [place.home for place in plan.placements] == [place.home for place in plain]
+    fits = all(use.spare >= 0 for use in setting.uses(plain))
+    assert all(use.spare >= 0 for use in plan.uses) or not fits
+    gpus = {gpu.id for gpu in box.gpus}
+    for place, before in zip(plan.placements, plain, strict=True):
+        assert place.compute in {place.home} | gpus | {"cpu"}
+        assert place.compute in gpus or place.home not in gpus
+        assert not place.kept or place.home == "disk"
+        if place.compute != before.compute:  # the CPU takes over what lies in RAM, and nothing else
+            assert place.compute == "cpu"
+            assert place.home == "cpu" or place.kept
+    if not gpus & set(plan.device_map.values()):
+        assert {place.compute for place in plan.placements} == {"cpu"}
+    else:
+        assert not plan.mapped
+    # and it never makes the model slower
+    assert plan.forecast.decode_tps >= 0.999 * make_forecast(setting, plain, setting.uses(plain)).decode_tps
 
 
 @given(
