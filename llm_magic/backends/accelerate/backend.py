@@ -50,9 +50,9 @@ class TransformersBackend:
         files = resolve(spec, progress)
         progress(PhaseEvent("importing"))
         import_torch_calmly()
-        from llm_magic.backends.accelerate.layout import read_layout
+        from llm_magic.backends.accelerate.layout import read_layout, with_draft
 
-        return read_layout(spec, files)
+        return with_draft(read_layout(spec, files), spec, progress)
 
     def load(self, spec: ModelSpec, plan: Plan, progress: Progress) -> Engine:
         """Load it as planned.

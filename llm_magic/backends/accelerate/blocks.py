@@ -23,7 +23,7 @@ from llm_magic.backends.accelerate.reader import FileReader, page_buffer
 ALIGNMENT = 256
 """Bytes to which tensors are aligned in a buffer: what device kernels load fastest."""
 
-Binding = list[tuple[dict[str, Any], str, Any]]
+Binding = list[packing.Assignment]
 """Assignments ``mapping[key] = value`` that put tensors into modules."""
 
 
@@ -118,11 +118,11 @@ class BlockTensors:
 
     def bind(self, tensors: Sequence[Any]) -> None:
         """Put these tensors into the module."""
-        assign(self.binding(tensors))
+        packing.bind(self.binding(tensors))
 
     def clear(self) -> None:
         """Leave tensors without bytes in the module."""
-        assign(self._empty)
+        packing.bind(self._empty)
 
     def parameter(self, name: str, tensors: Sequence[Any]) -> Any:
         """One parameter, made of the block's tensors, without putting it into the module."""
@@ -143,12 +143,6 @@ class BlockTensors:
             for part, tensor in packing.parts(*owner).items():
                 yield Piece(name, part, tensor.dtype, tuple(tensor.shape), tensor.nbytes, at)
                 at += _aligned(tensor.nbytes)
-
-
-def assign(binding: Binding) -> None:
-    """Carry out a binding."""
-    for mapping, key, value in binding:
-        mapping[key] = value
 
 
 class Store(Protocol):

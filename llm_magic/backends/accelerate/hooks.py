@@ -13,7 +13,8 @@ from typing import Any
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
 from accelerate.utils import send_to_device
 
-from llm_magic.backends.accelerate.blocks import Binding, BlockTensors, assign
+from llm_magic.backends.accelerate.blocks import Binding, BlockTensors
+from llm_magic.backends.accelerate.packing import bind
 from llm_magic.backends.accelerate.stream import Lane
 
 
@@ -72,7 +73,7 @@ class StreamHook(AlignDevicesHook):  # type: ignore[misc]  # accelerate has no t
         slot = self._lane.take(self._index)
         with self._lock:
             self._users += 1
-            assign(self._bindings[slot])
+            bind(self._bindings[slot])
         if not self._align:
             return args, kwargs
         moved = send_to_device(args, self.execution_device)

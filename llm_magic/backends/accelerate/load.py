@@ -70,7 +70,7 @@ def load(files: ModelFiles, spec: ModelSpec, plan: Plan, progress: Progress) -> 
             if folder:
                 folder.protect()
             fill = _packer(model, spec, plan, progress)
-            placed = PlacedModel(model, plan, files.weight_files, folder, fill=fill)
+            placed = PlacedModel(model, plan, () if fill else files.weight_files, folder, fill=fill)
             draft, name = _read_draft(spec, plan, tokenizer, progress)
         return LoadedWeights(placed, tokenizer, draft, name)
     except BaseException as error:
@@ -168,10 +168,11 @@ def _read_draft(spec: ModelSpec, plan: Plan, tokenizer: Any, progress: Progress)
     import torch
     from transformers import AutoModelForCausalLM
 
+    from llm_magic.backends.accelerate.layout import draft_spec
     from llm_magic.backends.accelerate.sources import fetch_weights, resolve
 
-    draft_spec = ModelSpec(spec.draft)
-    files = fetch_weights(draft_spec, resolve(draft_spec, progress), progress)
+    small = draft_spec(spec)
+    files = fetch_weights(small, resolve(small, progress), progress)
     require_same_vocabulary(tokenizer, _read_tokenizer(files), files.name)
     with default_dtype_kept():
         model = AutoModelForCausalLM.from_pretrained(

@@ -99,7 +99,7 @@ class PlacedModel:
     plan
         Where everything is.
     files
-        The weight files that it was loaded from.
+        The weight files that it was loaded from; none when the model holds other bytes than they do.
     folder
         What loading has written to, if it has.
     fill

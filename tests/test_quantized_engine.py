@@ -1,0 +1,99 @@
+"""Models packed while they load: the same tokens as transformers' own packed model, wherever blocks are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llm_magic.backends.accelerate.quiet import quiet
+from llm_magic.model import ModelSpec
+from llm_magic.planning.planner import make_plan
+from llm_magic.planning.select import edited
+from tests.engines import ask, load, plan_for, request
+
+TinyModel = Callable[[str], Path]
+METHODS = ("nf4", "fp4", "int8", "int4", "int2", "float8", "quanto-int8")
+PROMPT = "The capital of France"
+
+
+def load_packed(folder: Path, method: str, placement: str, **options: Any) -> Any:
+    spec = ModelSpec(str(folder), quantize=method)
+    return load(folder, placement, spec=spec, **options)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama wide enough for every method's groups."""
+    from tests import tiny
+
+    return tiny.save_llama(
+        tmp_path_factory.mktemp("packed") / "model", hidden_size=128, intermediate_size=256
+    )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_same_tokens_wherever_packed_blocks_are(method: str, folder: Path, tmp_path: Path) -> None:
+    texts = {}
+    for placement in ("ram", "half", "disk", "mapped"):
+        engine = load_packed(folder, method, placement, options={"offload_folder": str(tmp_path)})
+        try:
+            for _ in range(2):
+                texts[placement] = ask(engine, PROMPT).text
+            memory = engine.memory()
+            held = sum(memory[device]["weights"] for device in memory if "weights" in memory[device])
+            assert held == engine.plan.layout.bytes
+            assert engine.plan.layout.quantization
+        finally:
+            engine.close()
+        assert list(tmp_path.iterdir()) == []
+    assert len(set(texts.values())) == 1
+
+
+def test_nf4_gives_the_tokens_of_transformers_own_loading(folder: Path) -> None:
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    engine = load_packed(folder, "nf4", "half")
+    try:
+        text, tokenizer = ask(engine, PROMPT).text, engine.tokenizer
+    finally:
+        engine.close()
+    with quiet(), torch.inference_mode():
+        config = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+        )
+        model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, device_map="cpu")
+        ids = tokenizer(PROMPT, return_tensors="pt").input_ids
+        out = model.generate(ids, max_new_tokens=12, do_sample=False)
+    assert tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True) == text
+
+
+def test_packed_blocks_move_while_loaded(folder: Path) -> None:
+    engine = load_packed(folder, "nf4", "ram")
+    try:
+        expected = ask(engine, request(PROMPT, chat="c")).text
+        for device in ("disk", "cpu", "disk"):
+            plan = engine.plan
+            homes = edited(plan, {block.name: device for block in plan.layout.layers[:3]})
+            moved = make_plan(
+                plan.layout,
+                plan.machine,
+                plan.workload,
+                placement=homes,
+                policy="moved",
+                options=plan.options,
+            )
+            engine.apply(moved, lambda _event: None)
+            assert ask(engine, PROMPT).text == expected
+        assert ask(engine, request(PROMPT, expected, "And?", chat="c")).finish.cached_tokens > 0
+    finally:
+        engine.close()
+
+
+def test_a_plan_counts_packed_bytes(folder: Path) -> None:
+    _, plain = plan_for(folder, "ram")
+    _, packed = plan_for(folder, "ram", spec=ModelSpec(str(folder), quantize="nf4"))
+    assert packed.layout.bytes < plain.layout.bytes / 2

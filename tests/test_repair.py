@@ -1,0 +1,87 @@
+"""Memory that runs out in the middle of an answer: blocks move, tokens stay, and the answer goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llm_magic.errors import EngineError
+from tests.engines import ask, load, request
+
+PROMPT = "The capital of France"
+TinyModel = Callable[[str], Path]
+
+
+@contextmanager
+def failing_linear(monkeypatch: pytest.MonkeyPatch, fails: Callable[[int], bool]) -> Iterator[None]:
+    """The n-th matrix product finds no memory, where ``fails(n)``."""
+    linear, calls = torch.nn.functional.linear, 0
+
+    def product(*inputs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if fails(calls):
+            raise MemoryError
+        return linear(*inputs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.functional, "linear", product)
+        yield
+
+
+@pytest.mark.parametrize("at", [1, 9, 30, 47, 90])
+def test_an_answer_goes_on_with_the_same_tokens(
+    at: int, tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = load(tiny_model("llama"), "ram")
+    try:
+        expected = ask(engine, PROMPT).text
+        with failing_linear(monkeypatch, lambda call: call == at):
+            answer = ask(engine, request(PROMPT, chat="talk"))
+        assert answer.text == expected
+        assert len(answer.finish.notes) == 1
+        assert "moved to disk" in answer.finish.notes[0]
+        on_disk = {name for name, home in engine.plan.device_map.items() if home == "disk"}
+        assert on_disk
+        assert engine.model.hf_device_map == engine.plan.device_map
+        follow_up = ask(engine, request(PROMPT, answer.text, "And of Italy?", chat="talk"))
+        assert follow_up.finish.cached_tokens > 0
+        assert follow_up.text == ask(engine, request(PROMPT, answer.text, "And of Italy?")).text
+    finally:
+        engine.close()
+
+
+def test_caches_of_other_chats_go_before_blocks(
+    tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = load(tiny_model("llama"), "ram")
+    try:
+        ask(engine, request(PROMPT, chat="other"))
+        homes = dict(engine.plan.device_map)
+        with failing_linear(monkeypatch, lambda call: call == 5):
+            answer = ask(engine, request("Layers live in memory", chat="mine"))
+        assert "other chats" in answer.finish.notes[0]
+        assert engine.plan.device_map == homes
+        assert ask(engine, request(PROMPT, chat="other")).finish.cached_tokens == 0
+    finally:
+        engine.close()
+
+
+def test_what_cannot_be_mended_names_the_block_and_the_command(
+    tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = load(tiny_model("llama"), "ram")
+    try:
+        expected = ask(engine, PROMPT).text
+        with failing_linear(monkeypatch, lambda _call: True), pytest.raises(EngineError) as caught:
+            ask(engine, PROMPT)
+        assert "in RAM, at layers.0" in caught.value.message
+        assert "-c N" in str(caught.value)
+        assert ask(engine, PROMPT).text == expected
+    finally:
+        engine.close()
