@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from llm_magic.errors import EngineError, LLMMagicError, PlanError
+from llm_magic.errors import PlanError
 from llm_magic.events import Progress
 from llm_magic.hookspecs import Engine
 from llm_magic.machine import Machine
@@ -14,7 +14,6 @@ from llm_magic.plan import Placement, Plan
 from llm_magic.planning.planner import refusal
 from llm_magic.units import format_bytes, format_seconds
 from llm_magic.views.words import TIERS, grouped
-from llm_magic.worker import Cancelled
 
 Target = str | Mapping[str, str] | Plan
 """A placement as people give it: a policy or a ``.json`` file by name, a device map, or a plan."""
@@ -64,23 +63,9 @@ class Moved:
 
 
 def carry_out(name: str, engine: Engine, plan: Plan, progress: Progress) -> Moved:
-    """Have the engine of the model called ``name`` do what a plan says.
-
-    Raises
-    ------
-    LLMMagicError
-        When it cannot; everything is where it was.
-    """
+    """Have the engine of the model called ``name`` do what a plan says; what it raises comes out."""
     before, started = engine.plan, time.perf_counter()
-    try:
-        moved = engine.apply(plan, progress)
-    except (LLMMagicError, Cancelled):
-        raise
-    except Exception as error:
-        raise EngineError(
-            f"The blocks could not be moved: {type(error).__name__}: {error}",
-            "Everything is where it was; %llm map shows it.",
-        ) from error
+    moved = engine.apply(plan, progress)
     return Moved(name, before, engine.plan, moved, time.perf_counter() - started)
 
 

@@ -15,7 +15,7 @@ from llm_magic.answer import Answer, generate_clean
 from llm_magic.asking import Ending, build_request, follow, make_footprint, system_of
 from llm_magic.calibration import Calibration, calibrate, kept_constants
 from llm_magic.chat import Chat, Chats, check_chat_name
-from llm_magic.errors import OptionError, PlanError, SessionError
+from llm_magic.errors import EngineError, LLMMagicError, OptionError, PlanError, SessionError
 from llm_magic.events import Message, PhaseEvent, Progress, RenderedPrompt, Request, StopFlag
 from llm_magic.folders import cache_folder, make_private
 from llm_magic.hookspecs import Backend, Engine, FindsAccelerators, Planner
@@ -238,7 +238,8 @@ class Session:
             if model is None:
                 return Calibration(machine)
             machine = as_if_unloaded(machine, model.engine.memory())
-            return calibrate(model.name, model.engine, machine, progress)
+            with _in_words(f"{model.name} could not be measured", "%llm bench --machine-only leaves it out."):
+                return calibrate(model.name, model.engine, machine, progress)
 
         return self._on_worker("Measuring", job)
 
@@ -461,7 +462,8 @@ class Session:
             plan = propose()
             if not plan.fits:
                 raise refusal_to_move(plan)
-            return carry_out(model.name, model.engine, plan, progress)
+            with _in_words("The blocks could not be moved", "Everything is where it was; %llm map shows it."):
+                return carry_out(model.name, model.engine, plan, progress)
 
         moved = self._on_worker(
             f"Moving blocks of {model.name}", job, undo=lambda _: model.engine.apply(before, lambda _: None)
@@ -574,6 +576,17 @@ class Session:
             chat.messages[:] = [*messages, Message("assistant", generation.text)]
             chat.system = system_of(request)
             self.chats.keep(chat, make_current=not options.chat)
+
+
+@contextmanager
+def _in_words(what: str, next_step: str) -> Iterator[None]:
+    """Say in our words what an engine raised in its own."""
+    try:
+        yield
+    except (LLMMagicError, Cancelled):
+        raise
+    except Exception as error:
+        raise EngineError(f"{what}: {type(error).__name__}: {error}", next_step) from error
 
 
 def _stoppable(emit: Progress, stop: StopFlag) -> Progress:

@@ -48,6 +48,7 @@ class FakeEngine:
         self.model = object()
         self.plan = plan
         self.while_moving: Callable[[], object] = lambda: None
+        self.while_measuring: Callable[[], object] = lambda: None
         self.speed = SweepSpeed(0.04, 0.5, 512, {1: 0.04, 4: 0.05})
         self.requests: list[Request] = []
         self.forgotten: list[str] = []
@@ -101,6 +102,7 @@ class FakeEngine:
 
     def measure(self, progress: Progress) -> SweepSpeed:
         progress(PhaseEvent("measuring", 1, 1, "sweeps"))
+        self.while_measuring()
         return self.speed
 
     def forget(self, chat: str) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from llm_magic.calibration import kept_constants
 from llm_magic.commands.help import command_parser
-from llm_magic.errors import OptionError
+from llm_magic.errors import EngineError, OptionError
 from llm_magic.events import SweepSpeed
 from llm_magic.host.measurements import here, load_measurements
 from llm_magic.model import ModelSpec
@@ -130,6 +130,17 @@ def test_an_engine_that_has_nothing_to_measure_is_no_obstacle(session, backend) 
     backend.engines[0].speed = SweepSpeed(0.0, 0.0, 0)
     calibration = session.bench()
     assert calibration.comparisons == ()
+    assert kept_constants(session.model().plan.layout) == Constants()
+
+
+def test_a_model_that_fails_is_said_in_words(session, backend) -> None:
+    def fail() -> None:
+        raise RuntimeError("sizes do not match")
+
+    backend.engines[0].while_measuring = fail
+    with pytest.raises(EngineError, match="a could not be measured: RuntimeError: sizes") as caught:
+        session.bench()
+    assert "--machine-only" in caught.value.next_step
     assert kept_constants(session.model().plan.layout) == Constants()
 
 
