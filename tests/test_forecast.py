@@ -126,14 +126,15 @@ def test_what_comes_from_the_disk_takes_the_bus_too():
     map_ = ON_GPU | {"layers.0": "cpu", "layers.1": "disk", "layers.2": "disk", "layers.3": "disk"}
     plan = plan_for(llama(layers=6), box, map_, max_memory={"cpu": 300 * MIB})
     assert ways(plan) == "gsdddgggg"
-    # from the page cache, as copies do: half of 1 GB/s
-    assert plan.forecast.bound_by == "disk (page cache), 500 MB/s"
-    assert plan.forecast.decode_tps == pytest.approx(0.5e9 / (300 * MIB))
-    assert plan.forecast.limit_tps == pytest.approx(1e9 / (400 * MIB))
-    cold = replace(box, devices=(box.devices[0], ram(GIB, 500 * MIB, read=1e9), box.devices[2]))
-    plan = plan_for(llama(layers=6), cold, map_, max_memory={"cpu": 300 * MIB})
     assert plan.forecast.bound_by == "bus to cuda:0, 1.0 GB/s"
     assert plan.forecast.decode_tps == pytest.approx(0.97e9 / (400 * MIB))
+    assert plan.forecast.limit_tps == pytest.approx(1e9 / (400 * MIB))
+    slower = replace(
+        box, links=tuple(replace(k, bytes_per_s=5e8) if k.source == "disk" else k for k in box.links)
+    )
+    plan = plan_for(llama(layers=6), slower, map_, max_memory={"cpu": 300 * MIB})
+    assert plan.forecast.bound_by == "disk, 500 MB/s"
+    assert plan.forecast.decode_tps == pytest.approx(0.9 * 5e8 / (300 * MIB))
 
 
 def test_a_prefill_is_bound_by_products_when_resident():

@@ -41,8 +41,6 @@ class Constants:
         Of the measured bandwidth, what pipelined copies and reads reach (96–100 % of the bus).
     page_cache_share
         Of the CPU's read speed, what it reaches on blocks that it uses in the page cache.
-    page_copy_share
-        Of the CPU's read speed, what copies out of the page cache reach: each byte is read and written.
     dram_factor
         All that RAM gives to CPU and buses together, as a multiple of what the faster one reaches
         alone (measured: 92–99 GB/s beside 52–67 alone).
@@ -61,7 +59,6 @@ class Constants:
     bus_share: float = _between(0.3, 1.2, 0.97)
     disk_share: float = _between(0.1, 4.0, 0.9)
     page_cache_share: float = _between(0.05, 2.0, 0.9)
-    page_copy_share: float = _between(0.02, 2.0, 0.5)
     dram_factor: float = _between(1.0, 8.0, 2.0)
     cpu_prefill: float = _between(0.02, 2.0, 0.4)
     gpu_prefill: float = _between(0.02, 2.0, 0.5)

@@ -171,23 +171,14 @@ def reads_mapped(machine: Machine, uses: Sequence[DeviceUse], placed: Sequence[P
     """Whether the CPU uses the disk's blocks right in the page cache, without a copy of its own.
 
     So it does on a map without a GPU, when the RAM that the plan leaves free holds all of them.
-    """
-    computes_alone = {place.compute for place in placed} == {"cpu"}
-    return computes_alone and in_page_cache(machine, uses, placed)
-
-
-def in_page_cache(machine: Machine, uses: Sequence[DeviceUse], placed: Sequence[Placement]) -> bool:
-    """Whether the RAM that the plan leaves free holds all blocks that are read from the disk.
-
-    Buffers to read them into are not counted: blocks that are in the page cache need none.
+    Buffers to read them into are not counted, because then there are none.
     """
     size = sum(place.block.bytes for place in placed if place.way == "read")
-    if not size or not machine.has("cpu"):
+    if not size or {place.compute for place in placed} != {"cpu"}:
         return False
-    shared = [use for use in uses if use.device == "cpu" or machine.device(use.device).unified]
-    held = sum(use.planned - (use.slots if use.device == "cpu" else 0) for use in shared)
-    reserve = max((use.reserve for use in shared), default=0)
-    return size <= machine.device("cpu").free_bytes - held - reserve
+    ram = next(use for use in uses if use.device == "cpu")
+    free = machine.device("cpu").free_bytes - ram.reserve
+    return size <= free - (ram.planned - ram.slots)
 
 
 def _bytes_by_purpose(

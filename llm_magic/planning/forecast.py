@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from llm_magic.plan import DeviceUse, Forecast, Placement
-from llm_magic.planning.costs import in_page_cache, reads_mapped
+from llm_magic.planning.costs import reads_mapped
 from llm_magic.planning.setting import Setting
 from llm_magic.planning.sweep import (
     Engine,
@@ -47,7 +47,6 @@ def engine_of(setting: Setting, placed: Sequence[Placement], uses: Sequence[Devi
         machine,
         setting.constants,
         is_mapped=reads_mapped(machine, uses, placed),
-        is_cached=in_page_cache(machine, uses, placed),
         is_captured=can_capture(setting.layout, machine, placed),
     )
 
@@ -81,6 +80,5 @@ def _least_seconds(sweep: Sweep, engine: Engine) -> float:
         for target in links
     ]
     from_disk = sum(size for (source, _), size in sweep.moves.items() if source == "disk")
-    in_cache = engine.is_mapped or engine.is_cached
-    disk = from_disk / disk_bytes_per_s(machine) if from_disk and not in_cache else 0.0
+    disk = from_disk / disk_bytes_per_s(machine) if from_disk and not engine.is_mapped else 0.0
     return max(reads, disk, *buses)

@@ -32,14 +32,13 @@ Way = tuple[str, str]
 class Engine:
     """How the loaded model will run, beside where its blocks are.
 
-    ``is_mapped``: the CPU uses the disk's blocks in the page cache; ``is_cached``: the page cache
-    holds what is read from the disk; ``is_captured``: a decode step is one CUDA graph.
+    ``is_mapped``: the CPU uses the disk's blocks in the page cache; ``is_captured``: a decode step is
+    one CUDA graph.
     """
 
     machine: Machine
     constants: Constants
     is_mapped: bool = False
-    is_cached: bool = False
     is_captured: bool = False
 
 
@@ -247,14 +246,11 @@ def _disk(sweep: Sweep, engine: Engine) -> tuple[Leg, ...] | None:
     count = sum(size for (source, target), size in sweep.moves.items() if source == "disk")
     if not count or engine.is_mapped:
         return ()
-    machine, constants = engine.machine, engine.constants
-    if engine.is_cached:
-        speed = machine.device("cpu").read_bytes_per_s * constants.page_copy_share
-        words, cause = f"disk (page cache), {format_bandwidth(speed)}", "page_copy_share"
-    else:
-        raw = disk_bytes_per_s(machine)
-        speed, words, cause = raw * constants.disk_share, f"disk, {format_bandwidth(raw)}", "disk_share"
-    return (Leg(words, count / speed, cause),) if speed else None
+    raw = disk_bytes_per_s(engine.machine)
+    if not raw:
+        return None
+    seconds = count / (raw * engine.constants.disk_share)
+    return (Leg(f"disk, {format_bandwidth(raw)}", seconds, "disk_share"),)
 
 
 def disk_bytes_per_s(machine: Machine) -> float:
