@@ -12,7 +12,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.gpu
 
-from llm_magic.backends.accelerate.blocks import BlockTensors, assign, flat_buffer, pin, unpin  # noqa: E402
+from llm_magic.backends.accelerate.blocks import BlockTensors, flat_buffer, pin, unpin  # noqa: E402
 from llm_magic.backends.accelerate.capture import CapturedSteps, CudaGraphs  # noqa: E402
 from llm_magic.backends.accelerate.decode import Decoding  # noqa: E402
 from llm_magic.backends.accelerate.stream import AcceleratorStreams, Lane, RamSource  # noqa: E402
@@ -118,10 +118,9 @@ def stream(model: Any, slots: int, every: int) -> Streamed:
     lane = Lane([RamSource(buffer, streams) for buffer in memory], rooms, streams)
     handles = []
     for index, (layer, block) in enumerate(zip(layers, blocks, strict=True)):
-        bindings = [block.binding(block.views(room)) for room in rooms]
 
-        def before(_module: Any, _args: Any, index: int = index, bindings: Any = bindings) -> None:
-            assign(bindings[lane.take(index)])
+        def before(_module: Any, _args: Any, index: int = index, block: Any = block) -> None:
+            block.bind(block.views(rooms[lane.take(index)]))
 
         def after(_module: Any, _args: Any, _out: Any, index: int = index, block: Any = block) -> None:
             block.clear()
