@@ -19,6 +19,7 @@ from llm_magic.backends.accelerate.quick import Quick, layer_index
 from llm_magic.backends.accelerate.quiet import quiet
 from llm_magic.backends.accelerate.repair import Repair, failed_device
 from llm_magic.backends.accelerate.sampling import end_tokens, generation_config, seeded
+from llm_magic.backends.accelerate.threads import cores_left_for_the_driver
 from llm_magic.errors import EngineError, LLMMagicError, OptionError, PlanError, PromptError
 from llm_magic.events import (
     Emit,
@@ -179,7 +180,7 @@ class TransformersEngine:
                 self._quick.reset()
                 self._placed.settle()
 
-        with quiet():
+        with quiet(), cores_left_for_the_driver(self.plan):
             return sweep_speed(answer, count, progress, can_verify=self._caches.can_keep)
 
     def status(self) -> tuple[str, ...]:
@@ -273,6 +274,7 @@ class TransformersEngine:
             with (
                 quiet(),
                 seeded(request.sampling.seed, steps.device),
+                cores_left_for_the_driver(self.plan),
                 watched_blocks(self.model, self._blocks, self._layers, steps, passes),
             ):
                 run_generate(self.model, config, prompt, cache, decoding)

@@ -64,9 +64,12 @@ class Quick:
 
     def status(self) -> tuple[str, ...]:
         """How sweeps are run, in a few words each."""
+        proposals = f"draft {self._draft_name}" if self._draft else "prompt lookup"
+        if not self._placed.plan.machine.gpus:
+            return (proposals,)  # nobody expects a captured step of a CPU
         steps = self.steps.status if self.steps else f"eager decode: {self._why_not}"
         warm = self._warm_up.status if self._warm_up else ()
-        return steps, *warm, f"draft {self._draft_name}" if self._draft else "prompt lookup"
+        return steps, *warm, proposals
 
     def tensors(self) -> Iterator[Any]:
         """KV caches at fixed addresses, and the draft model's."""
