@@ -120,6 +120,13 @@ def test_a_captured_step_has_no_launches_and_an_eager_one_hides_its_reads():
     assert plan_for(eager, slow_cpu()).forecast.bound_by == "launching kernels on cuda:0"
 
 
+def test_several_gpus_are_launched_layer_by_layer():
+    box = machine(gpu(0, 24 * GIB), gpu(1, 24 * GIB), ram(64 * GIB))
+    plan = plan_for(llama(), box, ON_GPU | {"layers.2": "cuda:1", "layers.3": "cuda:1"})
+    # 1 ms for each of four layers, and the head on the first one hides behind them
+    assert plan.forecast.decode_tps == pytest.approx(1 / 4e-3, rel=0.01)
+
+
 def test_what_comes_from_the_disk_takes_the_bus_too():
     # 100 MiB from RAM and 300 from the disk on one bus of 1 GB/s; RAM takes 100 and the ring of two
     box = machine(gpu(0, 24 * GIB), ram(64 * GIB, read=1e9), disk(100 * GIB, read=5e9), bus=1e9)

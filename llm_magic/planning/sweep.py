@@ -106,15 +106,15 @@ def block_sweep(layout: ModelLayout, workload: Workload, place: Placement, *, to
     return part
 
 
-def can_capture(layout: ModelLayout, machine: Machine, placed: Iterable[Placement]) -> bool:
-    """Whether a decode step can be one CUDA graph: no block on disk or CPU, none that routes what moves."""
-    if not can_prefill_in_parts(layout):
+def can_capture(layout: ModelLayout, machine: Machine, placed: Sequence[Placement]) -> bool:
+    """Whether a decode step can be one CUDA graph: one GPU computes all, and only copies bring blocks."""
+    computing = {place.compute for place in placed}
+    slides = any(block.cache.window for block in layout.blocks)
+    if len(computing) > 1 or slides or not can_prefill_in_parts(layout):
         return False
-    for place in placed:
-        is_cuda = place.compute.startswith("cuda") and not machine.device(place.compute).unified
-        if not is_cuda or place.way == "read" or (place.is_offloaded and place.block.experts):
-            return False
-    return True
+    device = machine.device(computing.pop())
+    brings_late = any(p.way == "read" or (p.is_offloaded and p.block.experts) for p in placed)
+    return device.id.startswith("cuda") and not device.unified and not brings_late
 
 
 def seconds(sweep: Sweep, engine: Engine, *, is_prefill: bool = False) -> float | None:
