@@ -110,8 +110,8 @@ def llama8b() -> ModelLayout:
     )
 
 
-def packed(layout: ModelLayout, method: str = "nf4", bits: float = 4.25, columns: int = 4096) -> ModelLayout:
-    """The same model with its layers' matrices packed: logical shapes, ``bits`` a weight with the scales."""
+def packed(layout: ModelLayout, method: str = "nf4", bits: float = 4.5, columns: int = 4096) -> ModelLayout:
+    """The same model with its layers' matrices packed: logical shapes, ``bits`` a weight with a scale of 32 for each 64."""
 
     def pack(info: TensorInfo) -> TensorInfo:
         shape = (info.shape[0] // columns, columns)

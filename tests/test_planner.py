@@ -294,10 +294,10 @@ def test_a_draft_model_stays_whole_where_the_model_computes():
 
 def test_a_prefill_unpacks_the_largest_packed_matrix():
     # layers of 50 Mi weights in 9 tensors: the last one has 50 Mi - 8 * (50 Mi // 9) = 5825432, 1422 rows
-    # of 4096 in bf16: 11649024 bytes; 4.25 bits a weight
+    # of 4096 in bf16: 11649024 bytes; 4.5 bits a weight
     layout = packed(toy())
     assert activation_bytes(layout, Workload(1024)) == ACTIVATIONS + 1422 * 4096 * 2
-    each = sum(round(n * 4.25 / 8) for n in [50 * MIB // 9] * 8 + [50 * MIB - 8 * (50 * MIB // 9)])
+    each = sum(round(n * 4.5 / 8) for n in [50 * MIB // 9] * 8 + [50 * MIB - 8 * (50 * MIB // 9)])
     assert plan_for(layout, laptop()).use("cpu").weights == 4 * each + 80 * MIB + 128
 
 

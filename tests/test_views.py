@@ -189,7 +189,7 @@ def test_a_table_that_is_too_wide_is_turned():
 
 
 def test_packed_weights_are_named():
-    assert "nf4 in bfloat16 · 5.4 GiB" in plan_report(PLANS["packed"]()).text
+    assert "nf4 in bfloat16 · 5.6 GiB" in plan_report(PLANS["packed"]()).text
 
 
 @pytest.mark.parametrize("name", PLANS)
