@@ -451,6 +451,17 @@ def test_a_capture_that_fails_between_streamed_blocks(model: Any, tmp_path: Path
     placed.close()
 
 
+def test_streamed_blocks_are_put_in_order_after_an_interrupt(model: Any) -> None:
+    tested, log = model("llama"), []
+    steps = step_of(
+        tested, Failing(KeyboardInterrupt()), lanes=[WrittenLane(log)], settle=lambda: log.append("settle")
+    )
+    begin(steps, prefilled(tested, prompts()), None, 32)
+    with pytest.raises(KeyboardInterrupt):
+        steps(prompts()[:, -1:], 8)
+    assert log == ["fence", "begin", "end", "settle", "fence"]
+
+
 def test_streamed_blocks_are_put_in_order_after_a_capture_that_failed(model: Any) -> None:
     tested, log = model("llama"), []
     step = step_of(tested, Failing(RuntimeError("no")), lanes=[WrittenLane(log)])

@@ -338,28 +338,34 @@ class CapturedSteps:
             with warm_up.without_compiling() as ready:
                 if not ready:
                     return False
-                replay = self._recorder.record(lambda: self._sweep(shape, compiled=True))
+                self._record(shape, compiled=True)
         except _FAILURES as error:
-            self._start_over()
             warm_up.give_up(short(error))
             return False
-        self._graphs[shape] = Recorded(replay, compiled=True)
         return True
 
     def _record_plain(self, shape: Shape) -> None:
         try:
-            replay = self._recorder.record(lambda: self._sweep(shape))
+            self._record(shape, compiled=False)
         except _FAILURES as error:
             self.reason = short(error)
             if self._warm_up is not None:
                 self._warm_up.give_up("sweeps are not captured")
             self._forget_graphs()
-            self._start_over()
             self._sweep(shape)
             return
-        self._graphs[shape] = Recorded(replay, compiled=False)
         if self._warm_up is not None:
             self._warm_up.want(shape)
+
+    def _record(self, shape: Shape, *, compiled: bool) -> None:
+        """Capture; after anything that ends it early, streamed blocks must not wait for what it left."""
+        try:
+            replay = self._recorder.record(lambda: self._sweep(shape, compiled=compiled))
+        except BaseException:
+            self._settle()
+            self._fence()
+            raise
+        self._graphs[shape] = Recorded(replay, compiled)
 
     def _sweep(self, shape: Shape, *, compiled: bool = False) -> None:
         """One forward pass from the fixed inputs to the fixed logits: what is recorded."""
@@ -417,11 +423,6 @@ class CapturedSteps:
     def _forget_graphs(self) -> None:
         self._graphs.clear()
         self._logits.clear()
-
-    def _start_over(self) -> None:
-        """After a sweep that did not end."""
-        self._settle()
-        self._fence()
 
     def _fence(self) -> None:
         for lane in self._lanes:
