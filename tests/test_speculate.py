@@ -101,7 +101,29 @@ def test_right_and_wrong_proposals_in_every_pattern(
     assert [token for (token,) in decoding.streamer.steps] == wanted[-generated:]
 
 
-@pytest.mark.parametrize("place", range(1, 20))
+@pytest.mark.parametrize("wrong", [0, 1, 3])
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_every_token_is_processed_once_with_all_that_is_before_it(
+    wrong: int, do_sample: bool, model: Callable[[str], Any], prompts: list[Any]
+) -> None:
+    """Processors with a memory, as watermarks have, would notice."""
+    seen: list[list[int]] = []
+
+    def note(ids: Any, scores: Any) -> Any:
+        seen.append(ids[0].tolist())
+        return scores
+
+    options = {"do_sample": do_sample, "eos_token_id": None, "logits_processor": [note]}
+    (wanted,) = answer(model("llama"), prompts[0], **options)
+    alone = list(seen)
+    seen.clear()
+    decoding = Decoding(Gathered(), speculation=parrot(wanted, wrong))
+    assert answer(model("llama"), prompts[0], decoding, **options) == [wanted]
+    assert seen == alone
+    assert decoding.counts.proposed > 0
+
+
+@pytest.mark.parametrize("place", range(1, 20, 2))
 def test_an_end_among_accepted_tokens_ends_the_answer(
     place: int, model: Callable[[str], Any], prompts: list[Any]
 ) -> None:
@@ -124,6 +146,7 @@ def test_never_more_tokens_than_asked_for(
     decoding = Decoding(Gathered(), speculation=parrot(free))
     tokens = answer(model("gpt2"), prompts[0], decoding, max_new_tokens=longest)
     assert tokens == [free[: prompts[0].shape[1] + longest]]
+    assert decoding.counts.accepted == decoding.counts.proposed, "what could not be taken was proposed"
 
 
 def test_up_to_the_last_position_of_the_model(model: Callable[[str], Any], prompts: list[Any]) -> None:
@@ -450,6 +473,16 @@ def test_the_length_follows_the_share_of_right_tokens() -> None:
         for right in (1, 3, 99)
     ]
     assert means[0] < means[1] < means[2]
+
+
+def test_tokens_behind_a_wrong_one_are_no_evidence() -> None:
+    """Twelve right ones and a wrong one are a share of 0.9: 6.1 tokens in 0.9 s. Of sixteen, it were 4."""
+    pace = new_pace(prior=0.5)
+    for tokens in (1, *(1 + length for length in LENGTHS)):
+        pace.add(tokens, 0.5 + 0.05 * (tokens - 1))
+    for _ in range(10):
+        pace.judge(0, 16, 12)
+    assert pace.length(0, 99) == 8
 
 
 def test_a_hiccup_is_not_for_ever() -> None:
