@@ -254,15 +254,18 @@ def test_nothing_is_allocated_in_the_steady_state(streamed: bool) -> None:
 
 
 def test_everything_is_given_back() -> None:
-    model = new_model("tiny")
-    answer(model, prompt())
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    steps = new_steps(model)
-    answer(model, prompt(2), steps)
-    assert torch.cuda.memory_allocated() > before
-    steps.close()
-    assert torch.cuda.memory_allocated() - before <= 64 * 1024
+    """From the second time on: the first leaves the workspace that cuBLAS has on the recorder's stream."""
+    model, timed = new_model("tiny"), Timed()
+    left = []
+    for _ in range(3):
+        steps = new_steps(model, timed)
+        answer(model, prompt(2), steps)
+        torch.cuda.synchronize()
+        held = torch.cuda.memory_allocated()
+        steps.close()
+        left.append(torch.cuda.memory_allocated())
+        assert left[-1] < held
+    assert left[2] <= left[1]
     assert answer(model, prompt(), steps) == answer(model, prompt())
 
 
