@@ -7,7 +7,7 @@ hooks inside of blocks go, and each block that must travel gets one hook that le
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import ChainMap, Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,6 +25,8 @@ from llm_magic.backends.accelerate.blocks import (
     write_block,
 )
 from llm_magic.backends.accelerate.checkpoint import Checkpoint
+from llm_magic.backends.accelerate.expert_lanes import DeviceExperts, ExpertTraveller
+from llm_magic.backends.accelerate.experts import advise_routed, find_stacks
 from llm_magic.backends.accelerate.extents import Extent
 from llm_magic.backends.accelerate.lanes import DeviceLane, Traveller
 from llm_magic.backends.accelerate.mapped import MappedFiles
@@ -113,7 +115,9 @@ class PlacedModel:
     plan
         Where everything is now.
     blocks
-        By name, in model order.
+        By name, in model order; without the experts that are routed to one by one.
+    experts
+        Those experts, by the name of their block.
     """
 
     def __init__(
@@ -134,10 +138,12 @@ class PlacedModel:
         self._checkpoint = Checkpoint(model, files)
         self._mapped = MappedFiles()
         self._lanes: dict[str, DeviceLane] = {}
+        self._expert_lanes: dict[str, DeviceExperts] = {}
         self._stream_hooks: list[hooks.StreamHook] = []
         self._advice: list[Any] = []
         self._skip_keys = getattr(model, "_skip_keys_device_placement", None)
         self.blocks: dict[str, PlacedBlock] = {}
+        self.experts: dict[str, PlacedBlock] = {}
         self._take_over(fill)
         self._attach()
 
@@ -156,6 +162,9 @@ class PlacedModel:
         for device, lane in self._lanes.items():
             held[device]["slots"] += lane.slot_bytes
             held["cpu"]["slots"] += lane.staging_bytes
+        for device, experts in self._expert_lanes.items():
+            held[device]["slots"] += experts.cache_bytes
+            held["cpu"]["slots"] += experts.staging_bytes
         return held
 
     def apply(self, plan: Plan, report: Report = lambda *_: None) -> Moved:
@@ -182,13 +191,13 @@ class PlacedModel:
             for number, place in enumerate(changed):
                 report(number, len(changed), place.block.label)
                 done.append(place.block.name)
-                self._put(self.blocks[place.block.name], place, plan)
+                self._put_parts(place.block.name, place, plan)
             report(len(changed), len(changed), "")
             self._attach(plan)
         except BaseException as error:
             self._detach()
             for name in reversed(done):
-                self._put(self.blocks[name], before[name], self.plan)
+                self._put_parts(name, before[name], self.plan)
             self._attach()
             full = disk_error(error) if isinstance(error, OSError) else None
             if full is not None:
@@ -203,16 +212,19 @@ class PlacedModel:
             hook.settle()
         for lane in self.lanes:
             lane.settle()
+        for experts in self._expert_lanes.values():
+            experts.settle()
 
     def close(self) -> None:
         """Give everything back; the model is of no use any more."""
         self._detach()
         hooks.strip(self.model)
-        for block in self.blocks.values():
+        for block in (*self.blocks.values(), *self.experts.values()):
             block.tensors.clear()
             if block.store is not None:
                 block.store.close()
         self.blocks.clear()
+        self.experts.clear()
         if "_reader" in self.__dict__:
             self._reader.close()
         self._mapped.close()
@@ -234,11 +246,16 @@ class PlacedModel:
             hooks.strip(module)
             if fill is not None:
                 fill(place, module)
-            block = PlacedBlock(place, module, BlockTensors(module), _shared(module, owners))
-            if place.home == "disk" and block.tensors.pieces and _is_empty(block):
-                self._take_from_disk(block, extents, loader)
-            self.blocks[place.block.name] = block
-            self._put(block, place, self.plan)
+            stacks = {stack.name for stack in find_stacks(module)}
+            tensors = BlockTensors(module, without=stacks)
+            self.blocks[place.block.name] = PlacedBlock(place, module, tensors, _shared(module, owners))
+            if stacks:
+                rest = {name for name, _ in module.named_parameters()} - stacks
+                self.experts[place.block.name] = PlacedBlock(place, module, BlockTensors(module, rest), {})
+            for part in self._parts(place.block.name):
+                if place.home == "disk" and part.tensors.pieces and _is_empty(part):
+                    self._take_from_disk(part, extents, loader)
+            self._put_parts(place.block.name, place, self.plan)
 
     def _take_from_disk(self, block: PlacedBlock, extents: Mapping[str, Extent], loader: Any) -> None:
         """Find the block's bytes in the files; write them when no file has them as they are needed."""
@@ -257,6 +274,14 @@ class PlacedModel:
         now = block.place
         same = (now.home, now.compute, now.kept) == (place.home, place.compute, place.kept)
         return not same or (place.way == "read" and plan.mapped != self.plan.mapped)
+
+    def _parts(self, name: str) -> list[PlacedBlock]:
+        """A block, and its experts where they are routed to."""
+        return [parts[name] for parts in (self.blocks, self.experts) if name in parts]
+
+    def _put_parts(self, name: str, place: Placement, plan: Plan) -> None:
+        for part in self._parts(name):
+            self._put(part, place, plan)
 
     def _put(self, block: PlacedBlock, place: Placement, plan: Plan) -> None:
         """Bring a block's bytes to where ``place`` wants them, from wherever they are."""
@@ -400,6 +425,9 @@ class PlacedModel:
         for lane in self._lanes.values():
             lane.close()
         self._lanes.clear()
+        for experts in self._expert_lanes.values():
+            experts.close()
+        self._expert_lanes.clear()
         for hook in self._stream_hooks:
             hook.settle()
         self._stream_hooks.clear()
@@ -417,6 +445,7 @@ class PlacedModel:
                 hooks.align_inputs(block.module, block.place.compute, self._skip_keys)
         for device, blocks in travellers.items():
             self._attach_lane(device, blocks, align=len(devices) > 1)
+        self._attach_experts(plan or self.plan)
         if len(devices) > 1:
             hooks.align_model(self.model, self.plan.placements[0].compute, self._skip_keys)
         self._advise()
@@ -426,10 +455,10 @@ class PlacedModel:
         travellers: list[Traveller] = [(b.tensors, b.store) for b in blocks if b.store is not None]
         lane = DeviceLane(device, travellers, slots_for(device), self._streams(device))
         self._lanes[device] = lane
-        for number, (block, (tensors, store)) in enumerate(zip(blocks, travellers, strict=True)):
+        for number, (block, (tensors, _)) in enumerate(zip(blocks, travellers, strict=True)):
             hook = hooks.StreamHook(
                 tensors,
-                StoredWeights(tensors, store),
+                self._stored(block.name),
                 lane.lane,
                 number,
                 lane.bindings(number),
@@ -440,6 +469,43 @@ class PlacedModel:
             self._stream_hooks.append(hook)
             hooks.attach(block.module, hook)
         lane.lane.prime()
+
+    def _stored(self, name: str) -> Mapping[str, Any]:
+        """A travelling block's parameters by name, those of its experts too."""
+        parts = [part for part in self._parts(name) if part.store is not None]
+        return ChainMap(*(StoredWeights(part.tensors, part.store) for part in parts))  # type: ignore[arg-type]
+
+    def _attach_experts(self, plan: Plan) -> None:
+        """Routed experts come one by one, to the room that the plan has for slots or leaves spare."""
+        travellers: dict[str, list[ExpertTraveller]] = defaultdict(list)
+        for part in self.experts.values():
+            if part.travels and part.store is not None:
+                travellers[part.place.compute].append((part.tensors, part.store))
+            elif part.place.way == "read" and part.file is not None:
+                self._advise_experts(part, part.file)
+        for device, experts in travellers.items():
+            room = self._room_for_experts(device, plan)
+            streams = self._streams(device)
+            self._expert_lanes[device] = DeviceExperts(device, experts, room, self._reader, streams)
+        if travellers:
+            # As the routed ones compute: then a token does not depend on where its experts are.
+            self.model.set_experts_implementation("eager")
+
+    def _room_for_experts(self, device: str, plan: Plan) -> int:
+        """Bytes that the plan has for slots, or leaves spare, and the lane does not take."""
+        lane = self._lanes.get(device)
+        room = sum(use.slots + max(0, use.spare) for use in plan.uses if use.device == device)
+        return max(0, room - (lane.slot_bytes if lane else 0))
+
+    def _advise_experts(self, part: PlacedBlock, file: FileStore) -> None:
+        """Ask the system for the experts that tokens are routed to; it never reads the others."""
+        extents = dict(zip((piece.name for piece in part.tensors.pieces), file.extents, strict=True))
+        stacks = find_stacks(part.module)
+        for name in dict.fromkeys(stack.module_name for stack in stacks):
+            own = [stack for stack in stacks if stack.module_name == name]
+            places = [extents[stack.name] for stack in own]
+            experts = part.module.get_submodule(name)
+            self._advice.append([advise_routed(experts, own, places, self._mapped.will_need)])
 
     def _advise(self) -> None:
         """Ask the system for mapped blocks before they are used, in the first sweep; then it has them."""
@@ -482,7 +548,7 @@ def _shared(module: Any, owners: dict[int, tuple[Any, str]]) -> dict[str, tuple[
 
 
 def _is_empty(block: PlacedBlock) -> bool:
-    return any(parameter.is_meta for parameter in block.module.parameters())
+    return any(tensor.is_meta for tensor in block.tensors.current())
 
 
 def _copied(tensors: BlockTensors, values: Sequence[Any], buffer: Any) -> list[Any]:
