@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from llm_magic.backends.accelerate.quiet import quiet
 from llm_magic.model import ModelSpec
 from llm_magic.planning.planner import make_plan
 from llm_magic.planning.select import edited
-from tests.engines import ask, load, plan_for, request
+from tests.engines import BACKEND, ask, load, plan_for, request
 
 TinyModel = Callable[[str], Path]
 METHODS = ("nf4", "fp4", "int8", "int4", "int2", "float8", "quanto-int8")
@@ -97,3 +98,35 @@ def test_a_plan_counts_packed_bytes(folder: Path) -> None:
     _, plain = plan_for(folder, "ram")
     _, packed = plan_for(folder, "ram", spec=ModelSpec(str(folder), quantize="nf4"))
     assert packed.layout.bytes < plain.layout.bytes / 2
+
+
+@pytest.mark.parametrize("placement", ["ram", "half", "mapped", "everything on disk"])
+def test_a_tied_head_of_a_packed_model_is_held_once(placement: str, tmp_path: Path) -> None:
+    from tests import tiny
+
+    folder = tiny.save_llama(tmp_path / "model", tied=True, hidden_size=128, intermediate_size=256)
+    spec = ModelSpec(str(folder), quantize="nf4")
+    if placement == "everything on disk":
+        spec, plan = plan_for(folder, "mapped", spec=spec)
+        homes = dict.fromkeys(plan.device_map, "disk")
+        plan = replace(
+            make_plan(plan.layout, plan.machine, plan.workload, placement=homes, policy="disk"), mapped=False
+        )
+    else:
+        spec, plan = plan_for(folder, placement, spec=spec)
+    engine = BACKEND.load(spec, plan, lambda _event: None)
+    reference = load_packed(folder, "nf4", "ram")
+    try:
+        assert ask(engine, PROMPT).text == ask(reference, PROMPT).text
+        assert sum(held.get("weights", 0) for held in engine.memory().values()) == plan.layout.bytes
+    finally:
+        engine.close()
+        reference.close()
+
+
+def test_measuring_counts_sweeps_not_the_tokens_of_a_lucky_guess(folder: Path) -> None:
+    engine = load_packed(folder, "nf4", "ram")
+    try:
+        assert set(engine.measure(lambda _event: None).verify_s) == {1, 4, 8, 16}
+    finally:
+        engine.close()

@@ -140,6 +140,7 @@ def _packer(model: Any, spec: ModelSpec, plan: Plan, progress: Progress) -> Fill
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     strip(model)
     tied = dict(model.all_tied_weights_keys or {})
+    shared = set(tied.values())
     prepare(model, spec.quantize, getattr(torch, plan.layout.dtype))
     done = 0
 
@@ -156,7 +157,8 @@ def _packer(model: Any, spec: ModelSpec, plan: Plan, progress: Progress) -> Fill
                 place.compute,
                 place.compute,
             )
-        model.tie_weights()
+        if any(name in shared for name in wanted):
+            model.tie_weights()
 
     return fill
 

@@ -35,7 +35,8 @@ def sweep_speed(answer: Answer, prompt_tokens: int, progress: Progress, *, can_v
 
     def timed(number: int, size: int, sweeps: int) -> tuple[Clock, Probe]:
         progress(PhaseEvent("measuring", number, total, "sweeps"))
-        clock, probe = Clock(sweeps), Probe(size - 1)
+        probe = Probe(size - 1)
+        clock = Clock(sweeps, probe)
         answer(clock, probe)
         return clock, probe
 
@@ -51,14 +52,17 @@ def sweep_speed(answer: Answer, prompt_tokens: int, progress: Progress, *, can_v
 
 
 class Clock:
-    """A streamer that notes when tokens come, and ends the answer after a number of sweeps or seconds."""
+    """A streamer that notes when tokens come, and ends the answer after a number of sweeps or seconds.
+
+    Sweeps are those that ``probe`` has timed, where it is asked; else one for each token.
+    """
 
     device: Any = None
 
-    def __init__(self, sweeps: int) -> None:
+    def __init__(self, sweeps: int, probe: Probe) -> None:
         self.first_s = 0.0
         self.steps: list[float] = []
-        self._sweeps = sweeps
+        self._sweeps, self._probe = sweeps, probe
         self._started = self._last = time.perf_counter()
         self._puts = 0
 
@@ -73,9 +77,8 @@ class Clock:
         else:
             self.steps.append(now - self._last)
         self._last = now
-        if self._puts > 2 and (
-            len(self.steps) >= self._sweeps or now - self._started > _BUDGET_S + self.first_s
-        ):
+        done = len(self._probe.seconds) if self._probe.is_asked else len(self.steps)
+        if done >= self._sweeps or now - self._started > _BUDGET_S + self.first_s:
             raise Stopped
 
     def end(self) -> None:
@@ -87,6 +90,7 @@ class Probe:
 
     def __init__(self, proposed: int) -> None:
         self.seconds: list[float] = []
+        self.is_asked = False
         self.pace = self
         self.clock = time.perf_counter
         self._proposed = proposed
@@ -96,6 +100,7 @@ class Probe:
 
     def propose(self, ids: list[int], room: int) -> Proposal:
         """Tokens that are hardly ever right."""
+        self.is_asked = True
         return Proposal([ids[-1]] * min(room, self._proposed))
 
     def add(self, _tokens: int, seconds: float) -> None:
