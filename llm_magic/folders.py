@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import platformdirs
-
 
 def cache_folder() -> Path:
     """Folder for what can be made again; ``LLM_MAGIC_CACHE`` overrides it. It may not exist yet."""
+    import platformdirs  # late: an engine on its own gets by without it
+
     return Path(
         os.environ.get("LLM_MAGIC_CACHE") or platformdirs.user_cache_dir("llm-magic", appauthor=False)
     )
@@ -17,6 +17,8 @@ def cache_folder() -> Path:
 
 def data_folder() -> Path:
     """Folder for what a person saved; ``LLM_MAGIC_DATA`` overrides it. It may not exist yet."""
+    import platformdirs
+
     return Path(os.environ.get("LLM_MAGIC_DATA") or platformdirs.user_data_dir("llm-magic", appauthor=False))
 
 

@@ -13,7 +13,7 @@ from llm_magic.backends.accelerate.pace import Pace
 from llm_magic.backends.accelerate.placed import PlacedModel
 from llm_magic.backends.accelerate.proposers import DraftModel, PromptLookup
 from llm_magic.backends.accelerate.speculate import Speculation
-from llm_magic.backends.accelerate.warmup import WarmUp
+from llm_magic.backends.accelerate.warmup import WarmUp, resident_layers
 
 
 class Quick:
@@ -92,19 +92,21 @@ class Quick:
     def after_move(self) -> None:
         """Begin anew with blocks where they are now."""
         self._pace.forget()
-        self._why_not = why_not(self._placed.model, self._placed.plan)
+        placed = self._placed
+        self._why_not = why_not(placed.model, placed.plan, placed.lanes)
         if self._why_not:
             return
         import torch
 
-        device = torch.device(self._placed.plan.placements[0].compute)
-        self._warm_up = WarmUp(self._resident_layers())
+        device = torch.device(placed.plan.placements[0].compute)
+        self._warm_up = WarmUp(resident_layers(placed.model, placed.plan))
         self.steps = CapturedSteps(
-            self._placed.model,
+            placed.model,
             self._context,
             CudaGraphs(device),
             device,
-            lanes=self._placed.lanes,
+            lanes=placed.lanes,
+            settle=placed.settle,
             warm_up=self._warm_up,
         )
 
@@ -133,14 +135,6 @@ class Quick:
         if self._draft:
             self._draft.close()
         self._draft = self._draft_model = None
-
-    def _resident_layers(self) -> dict[int, Any]:
-        found = {}
-        for block in self._placed.blocks.values():
-            index = layer_index(block.module)
-            if block.place.way == "resident" and index is not None:
-                found[index] = block.module
-        return found
 
 
 def layer_index(module: Any) -> int | None:
