@@ -49,6 +49,10 @@ class Quick:
     def speculation(self, config: Any) -> Speculation | None:
         """Who proposes tokens for an answer.
 
+        Unasked, the text itself where blocks travel: a sweep then costs the same for one token as for
+        several. Elsewhere nobody: kernels for several tokens round a little differently, so that a
+        near tie of a 16-bit model may fall the other way.
+
         Parameters
         ----------
         config
@@ -60,16 +64,20 @@ class Quick:
             return None
         if most is not None:
             return Speculation(PromptLookup(), Pace(most))
+        if self._draft is None and not self._placed.lanes:
+            return None
         return Speculation(self._draft or self._lookup, self._pace)
 
     def status(self) -> tuple[str, ...]:
         """How sweeps are run, in a few words each."""
-        proposals = f"draft {self._draft_name}" if self._draft else "prompt lookup"
-        if not self._placed.plan.machine.gpus:
-            return (proposals,)  # nobody expects a captured step of a CPU
-        steps = self.steps.status if self.steps else f"eager decode: {self._why_not}"
-        warm = self._warm_up.status if self._warm_up else ()
-        return steps, *warm, proposals
+        said = list(self._warm_up.status if self._warm_up else ())
+        if self._placed.plan.machine.gpus:  # nobody expects a captured step of a CPU
+            said.insert(0, self.steps.status if self.steps else f"eager decode: {self._why_not}")
+        if self._draft:
+            said.append(f"draft {self._draft_name}")
+        elif self._placed.lanes:
+            said.append("prompt lookup")
+        return tuple(said)
 
     def tensors(self) -> Iterator[Any]:
         """KV caches at fixed addresses, and the draft model's."""

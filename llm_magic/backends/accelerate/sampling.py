@@ -19,6 +19,8 @@ _OURS = frozenset({
     "output_logits", "stop_strings", "compile_config", "disable_compile", "custom_generate", "token_healing",
     "transformers_version", "is_assistant", "pad_token_id", "bos_token_id", "decoder_start_token_id",
     "continuous_batching_config", "prefill_chunk_size", "penalty_alpha", "dola_layers", "assistant_early_exit",
+    "num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold",
+    "assistant_lookbehind", "target_lookbehind",
 })  # fmt: skip
 # Not used by a greedy choice; transformers warns when they are set beside one.
 _SAMPLING_ONLY = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "typical_p": 1.0}
@@ -36,6 +38,7 @@ def generation_config(model: Any, tokenizer: Any, sampling: Sampling, max_new_to
     _check_ranges(sampling)
     config = copy.deepcopy(model.generation_config)
     config.max_length, config.max_new_tokens = None, max_new_tokens
+    config.num_beams = config.num_return_sequences = 1  # our loop follows one answer
     chosen = {name: getattr(sampling, name) for name in ("temperature", "top_p", "top_k", "min_p")}
     given = {name: value for name, value in chosen.items() if value is not None}
     if sampling.temperature == 0:
