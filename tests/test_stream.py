@@ -213,6 +213,8 @@ def test_a_captured_sweep_brings_all_of_its_blocks_itself(streams: FakeStreams) 
             computer.run(index)
         lane.end_captured_sweep()
         assert lane.fetched - before == 3
+    lane.fence()
+    lane.fence()  # marks made in a captured sweep order nothing outside of it
     for index in range(3):
         computer.run(index)
     assert computer.finished() == expected([*range(3)] * 4)
