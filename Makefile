@@ -34,8 +34,8 @@ format: $(STAMPS)/test ## apply the formatter and the safe lint fixes
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(STAMPS)/demo ## what offloading costs on this machine
-	$(BIN)/python benchmarks/offload_cpu.py
+bench: $(STAMPS)/demo ## how fast it is, beside others and the hardware's limits; ARGS="--list" for the parts
+	@$(BIN)/python -m benchmarks $(ARGS)
 
 clean: ## remove the environment and what the tools left
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -1,0 +1,308 @@
+"""What a machine without a GPU can measure: the starter model, and random ones where that is too small."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+
+from benchmarks.models import placement, words
+from benchmarks.protocol import Contender, Group, once, run_group
+from benchmarks.report import (
+    BANDWIDTH,
+    COPIED,
+    DECODE,
+    FIRST,
+    PER_SWEEP,
+    PREFILL,
+    SECONDS,
+    TOTAL,
+    Figure,
+    Report,
+)
+from llm_magic.units import format_bytes
+
+STORY = (
+    "The lighthouse stood at the end of a narrow spit of land, and the keeper had lived in it for thirty "
+    "years. Every evening he climbed the stairs, lit the lamp and wrote a line into the log: the wind, the "
+    "clouds, the ships that passed. One morning in October he found a bottle between the rocks. It was green, "
+    "and there was a letter in it. He carried it up to his room, put it on the table, and"
+)
+RECIPE = (
+    "Boil two litres of water with a spoon of salt. Add four hundred grams of pasta and stir. Cook it for nine "
+    "minutes. Meanwhile heat three spoons of oil in a pan, add two cloves of garlic and a small red pepper, and "
+    "fry them for one minute. Drain the pasta, keep a cup of the water, and mix everything in the pan."
+)
+REPEAT = f"{RECIPE}\n\n" * 3 + "Boil two litres of water"
+"""A text that repeats itself: the model goes on with it once more."""
+
+PLACEMENTS = {"all in RAM": 0.0, "half of the layers on disk": 0.5, "all layers on disk": 1.0}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What groups are run with.
+
+    ``folder`` is for models that are made; ``tokens`` the length of answers.
+    """
+
+    report: Report
+    folder: Path
+    repeats: int
+    tokens: int
+    large: bool = False
+
+    def run(self, name: str, contenders: list[Contender], repeats: int | None = None) -> Group:
+        """Measure a group."""
+        return run_group(name, contenders, repeats or self.repeats)
+
+    def made(self, what: str, **changes: object) -> str:
+        """The path of a model, which is made when it is missing."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return str(once("models", {}, what=what, folder=str(self.folder), **changes)["path"])
+
+    @property
+    def starter(self) -> str:
+        """Its folder."""
+        return self.made("starter")
+
+
+def placements(setup: Setup) -> None:
+    """The starter in RAM, half on disk and all on disk, beside stock Accelerate and llama.cpp."""
+    folder, case = setup.starter, {"prompt": STORY, "tokens": setup.tokens}
+    contenders = []
+    for where, share in PLACEMENTS.items():
+        device_map = placement(folder, "cpu", "disk", share)
+        contenders += [
+            Contender(f"llm_magic, {where}", "engine", {"source": folder, "device_map": device_map}, case),
+            Contender(f"stock Accelerate, {where}", "accelerate", _stock(folder, device_map), case),
+        ]
+    contenders += _llama_cpp(setup, case)
+    group = setup.run("placements", contenders)
+    mine, stock = ([f"{who}, {where}" for where in PLACEMENTS] for who in ("llm_magic", "stock Accelerate"))
+    setup.report.add(
+        group,
+        "SmolLM2-135M-Instruct, bf16 (llama.cpp: as named), files warm, no speculation",
+        [DECODE, PREFILL, FIRST],
+        reference=mine[0],
+        same_answers=[mine, [mine[0], stock[0]]],
+    )
+    _note_placements(setup, group, mine, stock)
+
+
+def _note_placements(setup: Setup, group: Group, mine: list[str], stock: list[str]) -> None:
+    note, half, everything = setup.report.note, 1, 2
+    note(
+        Figure("CPU, half of the layers on disk, warm: of all in RAM", group.ratio(mine[half], mine[0]), 0.85)
+    )
+    note(Figure("  stock Accelerate: of its own all in RAM", group.ratio(stock[half], stock[0])))
+    note(Figure("CPU, all layers on disk, warm: of all in RAM", group.ratio(mine[everything], mine[0])))
+    for index, where in enumerate(PLACEMENTS):
+        note(Figure(f"CPU, {where}: times stock Accelerate", group.ratio(mine[index], stock[index])))
+    note(
+        Figure(
+            "CPU, all in RAM: of llama.cpp in bf16", group.ratio(mine[0], "llama.cpp, bf16 GGUF, all in RAM")
+        )
+    )
+
+
+def _llama_cpp(setup: Setup, case: Mapping[str, object]) -> list[Contender]:
+    if find_spec("llama_cpp") is None:
+        setup.report.skip("llama.cpp (llama-cpp-python is not installed)")
+        return []
+    from llm_magic.backends.accelerate.sources import find_starter
+
+    files = {
+        "llama.cpp, bf16 GGUF, all in RAM": setup.made("starter.bf16.gguf"),
+        "llama.cpp, Q4_1 GGUF, all in RAM": str(find_starter()),
+    }
+    return [Contender(name, "llama.cpp", {"path": path}, case) for name, path in files.items()]
+
+
+def lookup(setup: Setup) -> None:
+    """Prompt lookup on a text that repeats itself, with and without."""
+    folder, case = setup.starter, {"prompt": REPEAT, "tokens": setup.tokens}
+    contenders = []
+    for where, share in PLACEMENTS.items():
+        options = {"source": folder, "device_map": placement(folder, "cpu", "disk", share)}
+        contenders += [
+            Contender(f"{where}, no speculation", "engine", options, case),
+            Contender(f"{where}, prompt lookup", "engine", options, {**case, "lookup": True}),
+        ]
+    group = setup.run("lookup", contenders)
+    setup.report.add(
+        group,
+        "Prompt lookup on a text that repeats its prompt (SmolLM2-135M-Instruct, files warm)",
+        [DECODE, PER_SWEEP, PREFILL],
+        same_answers=[[each.name for each in contenders]],
+    )
+    for where in PLACEMENTS:
+        ratio = group.ratio(f"{where}, prompt lookup", f"{where}, no speculation")
+        setup.report.note(Figure(f"CPU, prompt lookup on a text that repeats itself, {where}", ratio, 2.0))
+
+
+def packed(setup: Setup) -> None:
+    """nf4 and int8 in RAM and on disk."""
+    if find_spec("bitsandbytes") is None:
+        setup.report.skip("packed weights (bitsandbytes is not installed)")
+        return
+    folder = setup.starter
+    case = {"prompt": STORY, "tokens": max(8, setup.tokens // 2)}
+    in_ram, on_disk = (placement(folder, "cpu", "disk", share) for share in (0.0, 1.0))
+    contenders = [Contender("bf16, all in RAM", "engine", {"source": folder, "device_map": in_ram}, case)]
+    for method in ("nf4", "int8"):
+        for where, device_map in (("all in RAM", in_ram), ("all layers on disk", on_disk)):
+            options = {"source": folder, "device_map": device_map, "quantize": method}
+            contenders.append(Contender(f"{method}, {where}", "engine", options, case))
+        stock = {"folder": folder, "device_map": {"": "cpu"}, "quantize": method}
+        contenders.append(Contender(f"stock {method}, all in RAM", "accelerate", stock, case))
+    group = setup.run("packed", contenders)
+    same = [[f"{method}, all in RAM", f"{method}, all layers on disk"] for method in ("nf4", "int8")]
+    setup.report.add(
+        group,
+        "Packed by bitsandbytes (SmolLM2-135M-Instruct, files warm, no speculation)",
+        [DECODE, PREFILL],
+        reference="bf16, all in RAM",
+        same_answers=same,
+    )
+    for (in_memory, read), method in zip(same, ("nf4", "int8"), strict=True):
+        setup.report.note(
+            Figure(f"CPU, {method} on disk, warm: of {method} in RAM", group.ratio(read, in_memory))
+        )
+
+
+def screens(setup: Setup) -> None:
+    """What showing an answer takes."""
+    options = {"source": "starter"}
+    asked = {"prompt": STORY, "tokens": setup.tokens}
+    contenders = [
+        Contender(name, "session", options, {"case": case, **asked})
+        for name, case in (
+            ("engine alone", "bare"),
+            ("session, text and footer", "text"),
+            ("session, notebook and footer", "notebook"),
+        )
+    ]
+    group = setup.run("screens", contenders, repeats=3 * setup.repeats)
+    setup.report.add(
+        group, "What the screen costs (SmolLM2-135M-Instruct, all in RAM)", [TOTAL], reference="engine alone"
+    )
+    for each in contenders[1:]:
+        ratio = group.paired(each.name, "engine alone", "total_s")
+        percent = None if ratio is None else 100 * (ratio - 1)
+        setup.report.note(Figure(f"{each.name}: percent of an answer's time", percent, 2.0, at_most=True))
+
+
+def moves(setup: Setup) -> None:
+    """Half of the layers to the disk and back, the model loaded."""
+    whole, half = (placement(setup.starter, "cpu", "disk", share) for share in (0.0, 0.5))
+    options = {"source": "starter"}
+    contenders = [
+        Contender("half of the layers RAM → disk", "session", options, {"case": "move", "device_map": half}),
+        Contender("and back", "session", options, {"case": "move", "device_map": whole}),
+    ]
+    group = setup.run("moves", contenders)
+    setup.report.add(group, "Moving blocks of a loaded model (SmolLM2-135M-Instruct)", [SECONDS, COPIED])
+
+
+def experts(setup: Setup) -> None:
+    """A mixture of experts, all of its layers on disk and no RAM to keep them: what a token fetches."""
+    folder = setup.made("mixture")
+    case = {"prompt": words(32, 32000), "tokens": setup.tokens}
+    options = {
+        "source": folder,
+        "device_map": placement(folder, "cpu", "disk", 1.0),
+        "least_ram": True,
+        "context": 256,
+    }
+    in_ram = {"source": folder, "device_map": placement(folder, "cpu"), "context": 256}
+    contenders = [
+        Contender("all in RAM", "engine", in_ram, case),
+        Contender("all layers on disk, least RAM, cold", "engine", options, {**case, "cold": True}),
+    ]
+    group = setup.run("experts", contenders)
+    fetched = replace(COPIED, title="read per token", what="read_bytes_per_sweep")
+    setup.report.add(
+        group,
+        "Random Qwen3-MoE, 8 layers, 4 of 32 experts a token, 450 MB in bf16",
+        [DECODE, fetched],
+        same_answers=[[each.name for each in contenders]],
+    )
+    layers = group.median("all layers on disk, least RAM, cold", "read_bytes_per_sweep")
+    whole = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors")) - 2 * 512 * 32000
+    share = layers / whole if layers else None
+    setup.report.note(
+        Figure("CPU, experts on disk: bytes read per token, of the layers' bytes", share, 0.5, at_most=True)
+    )
+
+
+def disk(setup: Setup) -> None:
+    """A model of 1.6 GB on disk, cold, against what the disk gives."""
+    if not setup.large:
+        setup.report.skip("cold disk (writes 1.6 GB: --large)")
+        return
+    folder = setup.made("llama-1b")
+    device_map = placement(folder, "cpu", "disk", 1.0)
+    prompt, few = words(16, 32000), {"tokens": 5, "cold": True}
+    stock = _stock(folder, device_map)
+    contenders = [
+        Contender("the disk itself, cold", "disk", {"folder": folder}),
+        Contender(
+            "llm_magic, least RAM, cold",
+            "engine",
+            {"source": folder, "device_map": device_map, "least_ram": True, "context": 256},
+            {"prompt": prompt, **few},
+        ),
+        Contender("stock Accelerate, cold", "accelerate", stock, {"prompt": prompt, **few}),
+        Contender(
+            "llm_magic, page cache, warm",
+            "engine",
+            {"source": folder, "device_map": device_map, "context": 256},
+            {"prompt": prompt, "tokens": 8},
+        ),
+        Contender("stock Accelerate, warm", "accelerate", stock, {"prompt": prompt, "tokens": 5}),
+        Contender(
+            "llm_magic, all in RAM",
+            "engine",
+            {"source": folder, "device_map": placement(folder, "cpu"), "context": 256},
+            {"prompt": prompt, "tokens": 8},
+        ),
+    ]
+    group = setup.run("disk", contenders)
+    setup.report.add(
+        group, "Random Llama, 0.8 B parameters in bf16, all layers on disk", [DECODE, FIRST, BANDWIDTH]
+    )
+    _note_disk(setup, group)
+
+
+def _note_disk(setup: Setup, group: Group) -> None:
+    cold, note = "llm_magic, least RAM, cold", setup.report.note
+    limit, rate = group.median("the disk itself, cold", "bytes_per_s"), group.median(cold)
+    moved = group.series[cold].last("moved_bytes")
+    share = rate * moved / limit if rate and limit and moved else None
+    read = f"{format_bytes(moved)} a token" if moved else ""
+    note(Figure("CPU, blocks on disk, cold: of the measured disk limit", share, 0.9, note=read))
+    note(
+        Figure(
+            "CPU, all layers on disk, cold: times stock Accelerate",
+            group.ratio(cold, "stock Accelerate, cold"),
+        )
+    )
+    warm = group.ratio("llm_magic, page cache, warm", "llm_magic, all in RAM")
+    note(Figure("CPU, all layers on disk, warm, 1.6 GB: of all in RAM", warm))
+
+
+def _stock(folder: str, device_map: Mapping[str, str]) -> dict[str, object]:
+    return {"folder": folder, "device_map": dict(device_map)}
+
+
+GROUPS: dict[str, Callable[[Setup], None]] = {
+    "placements": placements,
+    "lookup": lookup,
+    "packed": packed,
+    "screens": screens,
+    "moves": moves,
+    "experts": experts,
+    "disk": disk,
+}

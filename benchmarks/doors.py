@@ -1,0 +1,81 @@
+"""The session as a person uses it: what the screen costs, and how long moving blocks takes."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from benchmarks.engine import on_a_thread
+from llm_magic.display import NotebookScreen, TextScreen
+from llm_magic.events import Message, Request, Sampling
+from llm_magic.model import ModelSpec
+from llm_magic.options import AskOptions, LoadOptions
+from llm_magic.session import Session
+
+
+class SessionSubject:
+    """A session with one loaded model."""
+
+    def __init__(self, source: str) -> None:
+        self._session = Session()
+        self._session.load(ModelSpec(source), LoadOptions(device_map="cpu"), "bench")
+        self._engine = self._session.model().engine
+        self._nowhere = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - closed with the subject
+        self._shell: Any = None
+
+    def measure(self, case: str, **options: Any) -> dict[str, float]:
+        """``"bare"``, ``"text"`` and ``"notebook"`` answer; ``"move"`` applies a device map."""
+        if case == "move":
+            return self._moved(**options)
+        return self._answered(case, **options)
+
+    def close(self) -> None:
+        """Unload."""
+        self._session.close()
+        self._nowhere.close()
+
+    def _answered(self, case: str, prompt: str, tokens: int) -> dict[str, float]:
+        sampling = {"temperature": 0.0, "max_new_tokens": tokens, "extra": {"prompt_lookup_num_tokens": 0}}
+        if case == "bare":
+            request = Request((Message("user", prompt),), Sampling(**sampling), use_template=False)
+            start = time.perf_counter()
+            on_a_thread(lambda: self._engine.generate(request, lambda _event: None, threading.Event()))
+        else:
+            asked = AskOptions(history=False, use_template=False, sampling=sampling)
+            start = time.perf_counter()
+            self._session.ask(prompt, asked, self._screen(case).answer("markdown"))
+        return {"total_s": time.perf_counter() - start}
+
+    def _screen(self, case: str) -> Any:
+        formats = self._session.plugins.formats
+        if case == "text":
+            return TextScreen(formats, self._nowhere)
+        if self._shell is None:
+            self._shell = _shell()
+        self._shell.display_pub.outputs.clear()
+        return NotebookScreen(formats)
+
+    def _moved(self, device_map: Mapping[str, str]) -> dict[str, float]:
+        names = {block.name for block in self._engine.plan.layout.blocks}
+        moved = self._session.apply({name: home for name, home in device_map.items() if name in names})
+        return {
+            "seconds": moved.seconds,
+            "blocks": moved.count,
+            "copied_bytes": sum(moved.bytes.values()),
+            "load_s": self._session.model().load_s,
+        }
+
+
+def _shell() -> Any:
+    """IPython, with what is displayed kept instead of sent: rendering counts, the browser does not."""
+    os.environ.setdefault("IPYTHONDIR", tempfile.mkdtemp(prefix="llm-magic-ipython-"))
+    from IPython.core.displaypub import CapturingDisplayPublisher
+    from IPython.core.interactiveshell import InteractiveShell
+
+    shell = InteractiveShell.instance()
+    shell.display_pub = CapturingDisplayPublisher()
+    return shell

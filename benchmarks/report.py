@@ -1,0 +1,194 @@
+"""Tables and JSON of what was measured."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from benchmarks.protocol import Group, Series
+from llm_magic.host.processors import cpu_cores, cpu_name
+from llm_magic.units import format_bandwidth, format_bytes, format_rate, format_seconds
+
+PACKAGES = (
+    "torch", "transformers", "accelerate", "bitsandbytes", "llm-magic",
+    "llama-cpp-python", "diffusers", "airllm",
+)  # fmt: skip
+_NAME = 44
+
+
+@dataclass(frozen=True)
+class Column:
+    """One figure of a table; ``spread`` shows the lowest and the highest too."""
+
+    title: str
+    what: str
+    shown: Callable[[float], str]
+    spread: bool = False
+
+
+DECODE = Column("decode", "decode_tps", format_rate, spread=True)
+PREFILL = Column("prefill", "prefill_tps", format_rate)
+FIRST = Column("first token", "first_token_s", format_seconds)
+PER_SWEEP = Column("tokens/sweep", "tokens_per_sweep", lambda value: f"{value:.2f}")
+TOTAL = Column("whole answer", "total_s", format_seconds, spread=True)
+SECONDS = Column("seconds", "seconds", lambda value: f"{value:.2f}", spread=True)
+COPIED = Column("copied", "copied_bytes", format_bytes)
+BANDWIDTH = Column("rate", "bytes_per_s", format_bandwidth, spread=True)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One line of the last table: what was reached, and what should be at least (or at most)."""
+
+    what: str
+    reached: float | None
+    goal: float | None = None
+    at_most: bool = False
+    note: str = ""
+
+    @property
+    def is_met(self) -> bool | None:
+        """Whether the goal is met; ``None`` when nobody can say."""
+        if self.reached is None or self.goal is None:
+            return None
+        return self.reached <= self.goal if self.at_most else self.reached >= self.goal
+
+
+@dataclass
+class Report:
+    """Everything that a run found, printed as it comes."""
+
+    groups: list[Group] = field(default_factory=list)
+    figures: list[Figure] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def add(
+        self,
+        group: Group,
+        title: str,
+        columns: Sequence[Column],
+        reference: str = "",
+        same_answers: Iterable[Sequence[str]] = (),
+    ) -> None:
+        """Show a group as a table; ``reference`` is the contender that ratios are taken to."""
+        self.groups.append(group)
+        print(f"\n{title}  (load {group.load_before:.1f} → {group.load_after:.1f})")
+        ratio = f"{'ratio':>8}" if reference else ""
+        print(" " * _NAME + "".join(f"{column.title:>{_width(column)}}" for column in columns) + ratio)
+        for name, series in group.series.items():
+            print(f"{name:{_NAME}}{_cells(series, columns)}{_ratio(group, name, reference, columns)}")
+        for names in same_answers:
+            marks = {group.series[name].last("answer") for name in names if group.series[name].rounds}
+            if len(marks) > 1:
+                print(f"  not the same tokens: {', '.join(names)}")
+            elif marks:
+                print(f"  the same tokens: {', '.join(names)}")
+
+    def note(self, figure: Figure) -> None:
+        """Keep a line for the last table."""
+        self.figures.append(figure)
+
+    def skip(self, what: str) -> None:
+        """Something that is not here."""
+        self.skipped.append(what)
+        print(f"\nLeft out: {what}")
+
+    def print_figures(self) -> None:
+        """The last table."""
+        if not self.figures:
+            return
+        print(f"\n{'Figures':68}{'reached':>10}{'goal':>10}")
+        for figure in self.figures:
+            reached = "–" if figure.reached is None else f"{figure.reached:.2f}"
+            sign = "≤" if figure.at_most else "≥"
+            goal = "" if figure.goal is None else f"{sign} {figure.goal:g}"
+            verdict = {True: "", False: "  missed", None: ""}[figure.is_met]
+            print(
+                f"{figure.what:68}{reached:>10}{goal:>10}{verdict}{'  ' + figure.note if figure.note else ''}"
+            )
+
+    def write(self, path: Path) -> None:
+        """All numbers, round by round."""
+        record = {
+            "benchmark": "llm_magic",
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            **machine_facts(),
+            **self.facts,
+            "skipped": self.skipped,
+            "figures": [asdict(figure) | {"is_met": figure.is_met} for figure in self.figures],
+            "groups": [asdict(group) for group in self.groups],
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        print(f"\nWritten to {path}")
+
+
+def machine_facts() -> dict[str, Any]:
+    """What it ran on."""
+    return {
+        "processor": cpu_name(),
+        "cores": cpu_cores(),
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "versions": {name: found for name in PACKAGES if (found := _version(name))},
+        "can_drop_pages": hasattr(os, "posix_fadvise"),
+    }
+
+
+def print_header(repeats: int, gpu: str) -> None:
+    """What it runs on, and what a number means."""
+    facts = machine_facts()
+    print(f"{facts['processor']}, {facts['cores']} cores{', ' + gpu if gpu else ''}, {facts['system']}")
+    print(", ".join(f"{name} {found}" for name, found in facts["versions"].items()))
+    print(
+        f"Numbers are medians of {repeats} rounds (lowest–highest) in which contenders took turns, each in a\n"
+        "process of its own, after one round to warm up; ratios are within one table. Decode: tokens per\n"
+        "second after the first, greedy, batch 1. Files are warm (in the page cache) unless a table says cold."
+    )
+    if not facts["can_drop_pages"]:
+        print("This system cannot drop pages: what is called cold may be warm.", file=sys.stderr)
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return ""
+
+
+def _width(column: Column) -> int:
+    return 27 if column.spread else 14
+
+
+def _cells(series: Series, columns: Sequence[Column]) -> str:
+    if not series.rounds:
+        return f"  {series.error or 'nothing'}"
+    return "".join(f"{_cell(series, column):>{_width(column)}}" for column in columns)
+
+
+def _cell(series: Series, column: Column) -> str:
+    values = series.all(column.what)
+    median = series.median(column.what)
+    if median is None:
+        return "–"
+    if not column.spread:
+        return column.shown(median)
+    return f"{column.shown(median)} ({_bare(column.shown(min(values)))}–{_bare(column.shown(max(values)))})"
+
+
+def _bare(text: str) -> str:
+    return text.removesuffix(" tok/s")
+
+
+def _ratio(group: Group, name: str, reference: str, columns: Sequence[Column]) -> str:
+    found = group.ratio(name, reference, columns[0].what) if reference else None
+    return f"{found:8.2f}" if found else ""
