@@ -8,8 +8,10 @@ import re
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import nbclient
 import nbformat
@@ -18,6 +20,7 @@ from nbformat import NotebookNode
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 FIRST = EXAMPLES / "01_first_prompt.ipynb"
+MOVES = EXAMPLES / "02_move_layers.ipynb"
 # A path of somebody's computer, whatever its system; /s and the like in prose are none.
 ABSOLUTE_PATH = re.compile(
     r"(?<![\w/.~:<])/(?:home|root|tmp|Users|var|private|usr|opt|work|mnt)/|[A-Z]:\\\\?\w"
@@ -25,28 +28,39 @@ ABSOLUTE_PATH = re.compile(
 
 
 @pytest.fixture(scope="module")
-def executed(starter_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> NotebookNode:
-    """The first notebook after a run in a real kernel, in a folder of its own."""
-    notebook = nbformat.read(FIRST, as_version=4)
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            cell.outputs, cell.execution_count = [], None
-    folder = tmp_path_factory.mktemp("canary-folder")
-    nbclient.NotebookClient(
-        notebook, timeout=240, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
-    ).execute()
-    return notebook
+def execute(starter_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], NotebookNode]:
+    """Runs a notebook in a real kernel, in a folder of its own, once."""
+
+    @cache
+    def run(path: Path) -> NotebookNode:
+        notebook = nbformat.read(path, as_version=4)
+        for cell in notebook.cells:
+            if cell.cell_type == "code":
+                cell.outputs, cell.execution_count = [], None
+        folder = tmp_path_factory.mktemp("canary-folder")
+        nbclient.NotebookClient(
+            notebook, timeout=240, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
+        ).execute()
+        return notebook
+
+    return run
 
 
 @pytest.fixture(params=["saved", "executed"])
-def notebook(request: pytest.FixtureRequest) -> NotebookNode:
-    """The notebook as it is in the repository, and as a fresh run leaves it."""
-    if request.param == "saved":
-        return nbformat.read(FIRST, as_version=4)
-    return request.getfixturevalue("executed")
+def version(request: pytest.FixtureRequest, execute: Callable[[Path], NotebookNode]) -> Any:
+    """A notebook as it is in the repository, or as a fresh run leaves it."""
+    return execute if request.param == "executed" else lambda path: nbformat.read(path, as_version=4)
 
 
-def test_the_model_knows_its_geography_wherever_its_layers_are(notebook: NotebookNode) -> None:
+@pytest.fixture(params=[FIRST, MOVES], ids=lambda path: path.stem)
+def notebook(request: pytest.FixtureRequest, version: Any) -> NotebookNode:
+    """Each notebook in each version."""
+    found: NotebookNode = version(request.param)
+    return found
+
+
+def test_the_model_knows_its_geography_wherever_its_layers_are(version: Any) -> None:
+    notebook = version(FIRST)
     answers = [text_of(c) for c in notebook.cells if c.source.endswith("capital of France?")]
     assert len(answers) == 2
     assert all("Paris" in answer for answer in answers)
@@ -71,7 +85,21 @@ def test_every_display_reads_as_text_and_is_no_widget(notebook: NotebookNode) ->
     assert "widgets" not in notebook.metadata
 
 
-def test_prompts_and_reports_say_what_they_should(notebook: NotebookNode) -> None:
+def test_layers_move_in_the_middle_of_a_conversation(version: Any) -> None:
+    notebook = version(MOVES)
+    said = {c.source: text_of(c) for c in notebook.cells if c.cell_type == "code"}
+    answers = [text_of(c) for c in notebook.cells if c.source.endswith("capital of France?")]
+    assert len({answer.strip().splitlines()[0] for answer in answers}) == 1
+    assert "layers.15–29" in said["%llm move layers.15-29 disk"]
+    followed_up = next(text for source, text in said.items() if "famous for" in source)
+    assert "prompt tokens reused" in followed_up
+    assert "disk" in followed_up
+    assert "disk → RAM" in said["%llm undo"]
+    assert "FORECAST NOW" in said["%llm bench"]
+
+
+def test_prompts_and_reports_say_what_they_should(version: Any) -> None:
+    notebook = version(FIRST)
     said = {c.source: text_of(c) for c in notebook.cells if c.cell_type == "code"}
     for source, text in said.items():
         if source.startswith("%%llm"):
