@@ -1,120 +1,255 @@
-"""A placed model: the same tokens wherever its blocks are, and however they got there.
-
-Without a GPU the device ``cpu:0`` stands for one: torch knows it as the CPU, and nothing here treats it
-as such, so its blocks go the way of a GPU's, over streams that are late on purpose.
-"""
+"""A placed model: the same logits wherever its blocks are, whatever the number of layers and slots."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+import gc
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
-from llm_magic.backends.accelerate.placed import PlacedModel
-from llm_magic.plan import Placement, Plan
-from tests.engines import plan_for
-from tests.fake_streams import HurriedStreams
+from tests import tiny
+from tests.placements import (
+    HOMES,
+    PROMPT,
+    WAYS,
+    everywhere,
+    late_streams,
+    layers_to,
+    load_placed,
+    logits,
+    placed_plan,
+    stock,
+)
 
-GPU = "cpu:0"
-PROMPT = torch.tensor([[7, 11, 13, 17, 19, 23]])
-Place = Callable[[int, str], tuple[str, str, bool]]  # number and label of a block -> home, compute, kept
-
-
-def placed_plan(folder: Path, place: Place, *, mapped: bool = False) -> Plan:
-    """A plan with every block where ``place`` says."""
-    _, plan = plan_for(folder, "ram")
-    placements = tuple(
-        Placement(p.block, *place(number, p.block.label)) for number, p in enumerate(plan.placements)
-    )
-    return replace(plan, placements=placements, mapped=mapped)
-
-
-def load_placed(folder: Path, plan: Plan, streams: Callable[[str], Any] = lambda _: None) -> PlacedModel:
-    """Everything is loaded into RAM, and moved from there."""
-    model = AutoModelForCausalLM.from_pretrained(folder, device_map={"": "cpu"}).requires_grad_(False)
-    _, in_ram = plan_for(folder, "ram")
-    placed = PlacedModel(model.eval(), in_ram, sorted(folder.glob("*.safetensors")), streams=streams)
-    placed.apply(plan)
-    return placed
-
-
-def tokens(model: Any, count: int = 8) -> list[int]:
-    with torch.inference_mode():
-        found = model.generate(PROMPT, max_new_tokens=count, do_sample=False, pad_token_id=2)
-    return found[0, PROMPT.shape[1] :].tolist()
-
-
-def logits(model: Any) -> torch.Tensor:
-    with torch.inference_mode():
-        return model(PROMPT).logits
-
-
-def reference(folder: Path, placed: PlacedModel) -> Any:
-    """The same model in one piece; experts that are routed to compute one by one, and so must its own."""
-    model = AutoModelForCausalLM.from_pretrained(folder).requires_grad_(False)
-    if any(part.travels for part in placed.experts.values()):
-        model.set_experts_implementation("eager")
-    return model
+TinyModel = Callable[[str], Path]
+Streams = Callable[[str], Any]
+OTHER_PROMPT = torch.tensor([[3, 5, 8, 13, 21]])
 
 
 @pytest.fixture
-def streams() -> Iterator[Callable[[str], Any]]:
-    made: list[HurriedStreams] = []
-
-    def make(device: str) -> Any:
-        if device == "cpu":
-            return None
-        made.append(HurriedStreams(len(made), 0.001))
-        return made[-1]
-
-    yield make
-    for each in made:
-        each.close()
+def streams() -> Iterator[Streams]:
+    with late_streams() as made:
+        yield made
 
 
-def resident(_number: int, _label: str) -> tuple[str, str, bool]:
-    return "cpu", "cpu", False
+@pytest.fixture(scope="module")
+def llama_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """``llama_of(5)``: the folder of a Llama with five layers."""
+    folders: dict[int, Path] = {}
 
+    def save(layers: int) -> Path:
+        if layers not in folders:
+            folders[layers] = tiny.save_llama(
+                tmp_path_factory.mktemp("llamas") / str(layers), layers=layers, hidden_size=32
+            )
+        return folders[layers]
 
-def layers_to(home: str, compute: str, *, kept: bool = False, every: int = 1) -> Place:
-    """The layers (each, or every second, ...) somewhere; the rest computes on the same device."""
-
-    def place(number: int, label: str) -> tuple[str, str, bool]:
-        if label.startswith("layers.") and number % every == 0:
-            return home, compute, kept
-        return ("cpu", "cpu", False) if compute == "cpu" else (compute, compute, False)
-
-    return place
-
-
-WAYS: Mapping[str, tuple[Place, bool]] = {
-    "streamed": (layers_to("cpu", GPU), False),
-    "every second layer streamed": (layers_to("cpu", GPU, every=2), False),
-    "disk to a GPU": (layers_to("disk", GPU), False),
-    "disk to a GPU, kept": (layers_to("disk", GPU, kept=True), False),
-    "disk to the CPU": (layers_to("disk", "cpu"), False),
-    "disk to the CPU, mapped": (layers_to("disk", "cpu"), True),
-    "disk to the CPU, kept": (layers_to("disk", "cpu", kept=True), False),
-    "everything on disk": (lambda _n, _l: ("disk", "cpu", False), False),
-    "everything mapped": (lambda _n, _l: ("disk", "cpu", False), True),
-    "everything streamed": (lambda _n, _l: ("cpu", GPU, False), False),
-}
+    return save
 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "qwen3-moe", "mamba", "gpt2", "gemma"])
 def test_logits_are_bit_equal_wherever_the_blocks_are(
-    name: str, way: str, tiny_model: Callable[[str], Path], streams: Callable[[str], Any]
+    name: str, way: str, tiny_model: TinyModel, streams: Streams
 ) -> None:
     folder = tiny_model(name)
+    expected = logits(stock(folder))
     place, mapped = WAYS[way]
     placed = load_placed(folder, placed_plan(folder, place, mapped=mapped), streams)
-    expected = logits(reference(folder, placed))
     for _ in range(3):
         assert torch.equal(logits(placed.model), expected)
     placed.close()
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3])
+@pytest.mark.parametrize("layers", range(1, 8))
+def test_any_number_of_layers_in_any_number_of_slots(
+    layers: int, slots: int, llama_of: Callable[[int], Path], streams: Streams
+) -> None:
+    folder = llama_of(layers)
+    expected = logits(stock(folder))
+    placed = load_placed(folder, None, streams, slots=lambda _device: slots)
+    for home in ("streamed", "read to a GPU", "read"):
+        placed.apply(placed_plan(folder, layers_to(home)))
+        assert sum(use["slots"] > 0 for use in placed.memory().values()) == 1 + (home == "read to a GPU")
+        for _ in range(4):
+            assert torch.equal(logits(placed.model), expected)
+    placed.close()
+
+
+@pytest.mark.parametrize("home", ["streamed", "read to a GPU", "read"])
+def test_layers_that_are_skipped_repeated_or_left_early(
+    home: str, tiny_model: TinyModel, streams: Streams
+) -> None:
+    folder = tiny_model("llama")
+    model, placed = stock(folder), load_placed(folder, placed_plan(folder, layers_to(home)), streams)
+    orders = ([0, 2], [1], [3, 2, 1, 0], [0, 0, 1, 1, 1], [2, 3, 2, 3], [0], [0, 1, 2, 3])
+    for order in (*orders, *reversed(orders)):
+        assert torch.equal(logits(in_order(placed.model, order)), logits(in_order(model, order)))
+    placed.close()
+
+
+def in_order(model: Any, order: list[int]) -> Any:
+    """The model with its layers in another order, as a model that exits early has them."""
+    core = model.model
+    if not hasattr(core, "all_layers"):
+        core.all_layers = list(core.layers)
+    core.layers = torch.nn.ModuleList(core.all_layers[number] for number in order)
+    core.config.num_hidden_layers = len(order)
+    return lambda prompt: model(prompt, use_cache=False)
+
+
+@pytest.mark.parametrize("home", ["streamed", "read"])
+def test_two_placed_models_in_turn(home: str, tiny_model: TinyModel, streams: Streams) -> None:
+    folders = [tiny_model("llama"), tiny_model("gemma")]
+    expected = [logits(stock(folder)) for folder in folders]
+    placed = [load_placed(f, placed_plan(f, layers_to(home)), streams) for f in folders]
+    for _ in range(3):
+        for each, right in zip(placed, expected, strict=True):
+            assert torch.equal(logits(each.model), right)
+    for each in placed:
+        each.close()
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+@pytest.mark.parametrize("home", ["streamed", "read to a GPU", "read"])
+def test_two_threads_on_one_model(home: str, slots: int, tiny_model: TinyModel, streams: Streams) -> None:
+    folder = tiny_model("llama")
+    model = stock(folder)
+    prompts = (PROMPT, OTHER_PROMPT)
+    expected = [logits(model, prompt) for prompt in prompts]
+    plan = placed_plan(folder, layers_to(home))
+    placed = load_placed(folder, plan, streams, slots=lambda _device: slots)
+
+    def work(number: int) -> list[bool]:
+        return [torch.equal(logits(placed.model, prompts[number]), expected[number]) for _ in range(6)]
+
+    with ThreadPoolExecutor(2) as pool:
+        assert [all(right) for right in pool.map(work, range(2))] == [True, True]
+    placed.close()
+
+
+@pytest.mark.parametrize("home", ["streamed", "read"])
+def test_autocast_keeps_no_cast_of_what_was_in_a_slot(
+    home: str, tiny_model: TinyModel, streams: Streams
+) -> None:
+    folder = tiny_model("llama")
+    model, placed = stock(folder), load_placed(folder, placed_plan(folder, layers_to(home)), streams)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        expected = model(PROMPT).logits
+        for _ in range(3):
+            assert torch.equal(placed.model(PROMPT).logits, expected)
+    with torch.autocast("cpu", torch.bfloat16):  # outside of inference mode it would keep them
+        for _ in range(3):
+            assert torch.equal(placed.model(PROMPT).logits, expected)
+    assert not torch.equal(expected, logits(model))
+    placed.close()
+
+
+@pytest.mark.parametrize("home", HOMES)
+def test_no_weight_asks_for_a_gradient(home: str, tiny_model: TinyModel, streams: Streams) -> None:
+    folder = tiny_model("llama")
+    placed = load_placed(folder, placed_plan(folder, layers_to(home)), streams)
+    seen: list[bool] = []
+    placed.model.model.layers[1].mlp.register_forward_pre_hook(
+        lambda module, _inputs: seen.extend(weight.requires_grad for weight in module.parameters())
+    )
+    assert not placed.model(PROMPT).logits.requires_grad
+    assert seen == [False] * 3
+    assert not any(weight.requires_grad for weight in placed.model.parameters())
+    placed.close()
+
+
+def test_buffers_stay_when_the_model_changes_them(
+    tmp_path: Path, tiny_model: TinyModel, streams: Streams
+) -> None:
+    """A rotary table that grows with the prompt is a buffer of its own making."""
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    folder = tiny.save_llama(tmp_path / "model", rope_parameters=rope, max_position_embeddings=16)
+    prompts = [torch.arange(3, 3 + count).remainder(300)[None] for count in (8, 40, 24, 8)]
+    model = stock(folder)
+    expected = [logits(model, prompt) for prompt in prompts]
+    placed = load_placed(folder, None, streams)
+    for home in ("streamed", "read", "kept", "read to a GPU", "cpu"):
+        placed.apply(placed_plan(folder, everywhere(home)))
+        for prompt, right in zip(prompts, expected, strict=True):
+            assert torch.equal(logits(placed.model, prompt), right)
+    assert not any(buffer.is_meta for buffer in placed.model.buffers())
+    placed.close()
+
+
+@pytest.mark.parametrize("home", ["streamed", "read to a GPU", "read"])
+def test_a_steady_state_allocates_no_slots(home: str, tiny_model: TinyModel, streams: Streams) -> None:
+    folder = tiny_model("llama")
+    placed = load_placed(folder, placed_plan(folder, layers_to(home)), streams)
+    seen: set[int] = set()
+    made: set[int] = set()
+
+    def note(module: Any, _inputs: Any) -> None:
+        seen.add(module.weight.data_ptr())
+        made.add(id(module.weight))  # kept alive by the bindings: no other object gets its id
+
+    for layer in placed.model.model.layers:
+        layer.mlp.up_proj.register_forward_pre_hook(note)
+    for _ in range(3):
+        logits(placed.model)
+    addresses, parameters = set(seen), set(made)
+    for _ in range(20):
+        logits(placed.model)
+    assert (seen, made) == (addresses, parameters)
+    layers, slots = 4, 2 if home == "read" else 3
+    assert len(parameters) <= layers * slots
+    placed.close()
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "qwen3-moe", "mamba", "gpt2", "gemma"])
+def test_every_store_holds_the_bytes_of_the_stock_loader(name: str, tiny_model: TinyModel) -> None:
+    folder = tiny_model(name)
+    expected = dict(stock(folder).named_parameters(remove_duplicate=False))
+    placed = load_placed(folder)
+    for home in ("streamed", "read to a GPU", "kept", "read", "kept for a GPU"):
+        placed.apply(placed_plan(folder, everywhere(home)))
+        for block in placed.blocks.values():
+            if not block.tensors.pieces or block.store is None:
+                continue
+            for piece, tensor in zip(block.tensors.pieces, block.store.tensors(), strict=True):
+                assert torch.equal(tensor, expected[f"{block.name}.{piece.name}"])
+        stores = [block for block in placed.blocks.values() if block.store is not None]
+        assert stores
+    placed.close()
+
+
+def test_threads_and_files_go_with_the_model(tiny_model: TinyModel, streams: Streams) -> None:
+    import psutil
+
+    folder = tiny_model("llama")
+    threads = threads_of_ours()
+    for home in ("read to a GPU", "read", "streamed"):
+        placed = load_placed(folder, placed_plan(folder, layers_to(home)), streams)
+        logits(placed.model)
+        placed.close()
+    del placed
+    gc.collect()
+    assert threads_of_ours() <= threads
+    assert not [f for f in psutil.Process().open_files() if Path(f.path).is_relative_to(folder)]
+
+
+def test_a_model_dropped_without_a_word_leaves_no_files_open(tiny_model: TinyModel) -> None:
+    import psutil
+
+    folder = tiny_model("llama")
+    for mapped in (False, True):
+        placed = load_placed(folder, placed_plan(folder, layers_to("read"), mapped=mapped))
+        logits(placed.model)
+        del placed
+        gc.collect()  # a warning about an open file would be an error here
+        assert not [f for f in psutil.Process().open_files() if Path(f.path).is_relative_to(folder)]
+
+
+def threads_of_ours() -> set[int]:
+    return {t.ident or 0 for t in threading.enumerate() if t.name.startswith("llm-magic")}

@@ -115,7 +115,7 @@ def align_model(model: Any, device: Any, skip_keys: Any) -> None:
 
 
 def detach(module: Any) -> None:
-    """Take the hook off a block; those inside of it stay."""
+    """Take the hook off a block or a model; those inside of it stay."""
     remove_hook_from_module(module)
 
 

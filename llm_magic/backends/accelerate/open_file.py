@@ -12,6 +12,7 @@ import io
 import os
 import sys
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -50,18 +51,18 @@ class OpenFile:
             self._plain = opened.enter_context(path.open("rb", buffering=0))
             self._seen = _state(self._plain)
             self._direct = _open_direct(path) if direct else None
+            if self._direct is not None:
+                opened.enter_context(self._direct)
             if self._direct is not None and not os.path.sameopenfile(self.fileno(), self._direct.fileno()):
-                opened.push(self._direct)  # it was replaced between the two
-                raise self._changed()
-            opened.pop_all()  # from here on `close` closes it
+                raise self._changed()  # it was replaced between the two
+            # From here on `close` closes it, or its end: a model may be dropped without a word.
+            self._close = weakref.finalize(self, opened.pop_all().close)
         self.size = self._seen.size
         self.is_direct = self._direct is not None
 
     def close(self) -> None:
         """Close it."""
-        self._plain.close()
-        if self._direct is not None:
-            self._direct.close()
+        self._close()
 
     def check_reaches(self, end: int) -> None:
         """Refuse to read beyond the end.

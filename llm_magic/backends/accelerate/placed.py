@@ -7,6 +7,7 @@ hooks inside of blocks go, and each block that must travel gets one hook that le
 
 from __future__ import annotations
 
+import weakref
 from collections import ChainMap, Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from llm_magic.backends.accelerate.lanes import DeviceLane, Traveller
 from llm_magic.backends.accelerate.mapped import MappedFiles
 from llm_magic.backends.accelerate.offload_folder import OffloadFolder, disk_error
 from llm_magic.backends.accelerate.reader import FileReader, choose_direct
+from llm_magic.backends.accelerate.uninterrupted import uninterrupted
 from llm_magic.plan import Placement, Plan
 from llm_magic.planning.costs import slots_for
 
@@ -40,6 +42,9 @@ Moved = Mapping[tuple[str, str], int]
 
 Report = Callable[[int, int, str], None]
 """Blocks done, blocks in all, label of the next one."""
+
+Owners = dict[int, tuple[Callable[[], Any], Any, str]]
+"""``id`` of a parameter -> a weak reference to it, its module, and its name there."""
 
 Fill = Callable[[Placement, Any], None]
 """Gives a block's module its weights."""
@@ -109,6 +114,8 @@ class PlacedModel:
         they are placed (packed ones). Without it they are where Accelerate has put them.
     streams
         Device -> its order of copies and computation; what suits the device by default.
+    slots
+        Device -> how many blocks that travel have room there at a time.
 
     Attributes
     ----------
@@ -129,12 +136,13 @@ class PlacedModel:
         *,
         fill: Fill | None = None,
         streams: Callable[[str], Any] = lambda _device: None,
+        slots: Callable[[str], int] = slots_for,
     ) -> None:
         self.model = model
         self.plan = plan
         self._files = tuple(files)
         self._folder = folder
-        self._streams = streams
+        self._streams, self._slots = streams, slots
         self._checkpoint = Checkpoint(model, files)
         self._mapped = MappedFiles()
         self._lanes: dict[str, DeviceLane] = {}
@@ -186,34 +194,35 @@ class PlacedModel:
         changed.sort(key=lambda place: _TIERS.get(place.home, 2))  # to the slowest first: that makes room
         before = {place.block.name: self.blocks[place.block.name].place for place in changed}
         done: list[str] = []
-        self._detach()
+        before_plan = self.plan
         try:
+            self._detach()
             for number, place in enumerate(changed):
                 report(number, len(changed), place.block.label)
                 done.append(place.block.name)
                 self._put_parts(place.block.name, place, plan)
             report(len(changed), len(changed), "")
-            self._attach(plan)
+            with uninterrupted():
+                self._attach(plan)
+                self.plan = plan
         except BaseException as error:
-            self._detach()
-            for name in reversed(done):
-                self._put_parts(name, before[name], self.plan)
-            self._attach()
-            full = disk_error(error) if isinstance(error, OSError) else None
+            with uninterrupted():
+                self._put_back([before[name] for name in reversed(done)], before_plan)
+            full = disk_error(error, self._offload_parent) if isinstance(error, OSError) else None
             if full is not None:
                 raise full from None
             raise
-        self.plan = plan
         return _moved(before, changed)
 
     def settle(self) -> None:
         """Make the next forward pass right after one that did not end."""
-        for hook in self._stream_hooks:
-            hook.settle()
-        for lane in self.lanes:
-            lane.settle()
-        for experts in self._expert_lanes.values():
-            experts.settle()
+        with uninterrupted():
+            for hook in self._stream_hooks:
+                hook.settle()
+            for lane in self.lanes:
+                lane.settle()
+            for experts in self._expert_lanes.values():
+                experts.settle()
 
     def close(self) -> None:
         """Give everything back; the model is of no use any more."""
@@ -238,7 +247,7 @@ class PlacedModel:
         modules = dict(self.model.named_modules())
         loader = hooks.weights_loader(self.model)
         extents = self._checkpoint.extents(getattr(loader, "index", None) or {})
-        owners: dict[int, tuple[Any, str]] = {}
+        owners: Owners = {}
         for place in self.plan.placements:
             module = modules.get(place.block.name)
             if module is None or not place.block.name:
@@ -266,6 +275,18 @@ class PlacedModel:
             block.file = self._written(block, [loader[name] for name in names])
 
     # Putting one block somewhere
+
+    @property
+    def _offload_parent(self) -> str:
+        return self.plan.options.get("offload_folder", "")
+
+    def _put_back(self, places: Sequence[Placement], plan: Plan) -> None:
+        """Undo moves away from ``plan``."""
+        self.plan = plan
+        self._detach()
+        for place in places:
+            self._put_parts(place.block.name, place, plan)
+        self._attach()
 
     def _is_elsewhere(self, place: Placement, plan: Plan) -> bool:
         block = self.blocks.get(place.block.name)
@@ -303,7 +324,7 @@ class PlacedModel:
             place.compute == "cpu" and (place.kept or plan.mapped)
         )
         if is_bound and block.is_borrowed:
-            self._borrow(block)
+            block.store = None  # `_attach` shows it the other block's, once that one has them
         elif place.way in ("resident", "cpu"):
             self._hold_in_module(block, place)
         elif place.way == "streamed" or place.kept:
@@ -335,7 +356,6 @@ class PlacedModel:
         for name, (lender, leaf) in block.shared.items():
             path, _, key = name.rpartition(".")
             block.module.get_submodule(path)._parameters[key] = lender._parameters[leaf]
-        block.store = None
 
     def _hold_in_module(self, block: PlacedBlock, place: Placement) -> None:
         """Put the tensors into the module, for good."""
@@ -406,7 +426,7 @@ class PlacedModel:
 
     def _written(self, block: PlacedBlock, values: list[Any]) -> FileStore:
         if self._folder is None:
-            self._folder = OffloadFolder(self.plan.options.get("offload_folder", ""))
+            self._folder = OffloadFolder(self._offload_parent)
         path = self._folder.new_file(block.name)
         return FileStore(block.tensors, write_block(block.tensors, values, path), self._reader)
 
@@ -439,6 +459,8 @@ class PlacedModel:
         travellers: dict[str, list[PlacedBlock]] = defaultdict(list)
         devices = {block.place.compute for block in self.blocks.values()}
         for block in self.blocks.values():
+            if block.is_borrowed and block.store is None:
+                self._borrow(block)
             if block.travels:
                 travellers[block.place.compute].append(block)
             elif len(devices) > 1:
@@ -446,14 +468,15 @@ class PlacedModel:
         for device, blocks in travellers.items():
             self._attach_lane(device, blocks, align=len(devices) > 1)
         self._attach_experts(plan or self.plan)
-        if len(devices) > 1:
-            hooks.align_model(self.model, self.plan.placements[0].compute, self._skip_keys)
+        hooks.detach(self.model)
+        if devices != {"cpu"}:
+            hooks.align_model(self.model, next(iter(self.blocks.values())).place.compute, self._skip_keys)
         self._advise()
         self.model.hf_device_map = accelerate_device_map((plan or self.plan).device_map)
 
     def _attach_lane(self, device: str, blocks: list[PlacedBlock], *, align: bool) -> None:
         travellers: list[Traveller] = [(b.tensors, b.store) for b in blocks if b.store is not None]
-        lane = DeviceLane(device, travellers, slots_for(device), self._streams(device))
+        lane = DeviceLane(device, travellers, self._slots(device), self._streams(device))
         self._lanes[device] = lane
         for number, (block, (tensors, _)) in enumerate(zip(blocks, travellers, strict=True)):
             hook = hooks.StreamHook(
@@ -535,15 +558,16 @@ def accelerate_device_map(device_map: Mapping[str, str]) -> dict[str, int | str]
     }
 
 
-def _shared(module: Any, owners: dict[int, tuple[Any, str]]) -> dict[str, tuple[Any, str]]:
+def _shared(module: Any, owners: Owners) -> dict[str, tuple[Any, str]]:
     """The module's parameters that an earlier block has too; the others become its own."""
     found = {}
     for name, parameter in module.named_parameters():
         path, _, leaf = name.rpartition(".")
-        if id(parameter) in owners:
-            found[name] = owners[id(parameter)]
+        known, owner, key = owners.get(id(parameter), (None, None, ""))
+        if known is not None and known() is parameter:  # numbers of what is gone are given again
+            found[name] = (owner, key)
         else:
-            owners[id(parameter)] = (module.get_submodule(path), leaf)
+            owners[id(parameter)] = (weakref.ref(parameter), module.get_submodule(path), leaf)
     return found
 
 

@@ -18,6 +18,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from llm_magic.backends.accelerate.uninterrupted import uninterrupted
+
 
 class Mark(Protocol):
     """A point in the work of the computing device."""
@@ -102,6 +104,11 @@ class Lane:
         self._circular = True
         self._changed = threading.Condition()
 
+    @property
+    def is_capturable(self) -> bool:
+        """Whether every block comes by copies alone, in which no thread has a part."""
+        return all(isinstance(source, RamSource) for source in self._sources)
+
     def take(self, index: int) -> int:
         """The number of the slot that holds block ``index``, from now on until ``release``.
 
@@ -169,6 +176,7 @@ class Lane:
     def fence(self) -> None:
         """Order all copies before what comes next, and trust no slot: others wrote to them."""
         with self._changed:
+            self._circular = True  # a sweep that was interrupted has left it otherwise
             self.streams.join()
             self._forget(self.streams.mark())
 
@@ -208,8 +216,9 @@ class Lane:
     def _fill(self, slot: Slot, index: int) -> None:
         slot.tag = None
         _settled(slot)
-        slot.arrival = self._sources[index].start(slot.memory, slot.used)
-        slot.tag = index
+        with uninterrupted():  # nobody would know of a transfer that was started and not written down
+            slot.arrival = self._sources[index].start(slot.memory, slot.used)
+            slot.tag = index
         self.fetched += 1
 
     def _free_slot(self) -> Slot:
@@ -430,7 +439,11 @@ class StagedSource:
             except BaseException as error:
                 copied.set_exception(error)
 
-        self.read(buffer, before).add_done_callback(copy)
+        try:
+            self.read(buffer, before).add_done_callback(copy)
+        except BaseException as error:
+            copied.set_exception(error)  # or the buffer's next user would wait for ever
+            raise
         return _Staged(copied)
 
 
