@@ -20,6 +20,7 @@ _PURPOSES = (
     ("buffers", "buffers"),
 )
 _LITTLE_SPARE = 0.05  # of a RAM: below it other programs start to swap
+_MUCH_UNPACKED = 0.5  # of a packed model: what stays plain decides its size then
 _FOREIGN_SHARE = 0.1  # of a GPU's memory: held by others, worth a word
 
 
@@ -148,10 +149,16 @@ def _context(plan: Plan) -> Iterator[str]:
 
 
 def _unpacked(plan: Plan) -> Iterator[str]:
-    """What the files have packed, and is loaded as plain weights."""
-    method = plan.layout.details.get("quantization")
-    if method and not plan.layout.quantization:
-        yield f"Its {method} weights are loaded as {plan.layout.dtype}, larger than in the files."
+    """What is larger than its files or its method promise, or slower."""
+    layout = plan.layout
+    method = layout.details.get("quantization")
+    if method and not layout.quantization:
+        yield f"Its {method} weights are loaded as {layout.dtype}, larger than in the files."
+    plain = layout.details.get("unpacked_bytes", 0)
+    if layout.quantization and plain > layout.bytes * _MUCH_UNPACKED:
+        yield f"{format_bytes(plain)} of it stay {layout.dtype}: {layout.quantization} packs linear layers only."
+    if layout.quantization == "float8" and any(place.compute == "cpu" for place in plan.placements):
+        yield "float8 is slow on the CPU, which has no kernel for it: --quantize quanto-int8 takes the same bytes."
 
 
 def _long_prompt(plan: Plan) -> Iterator[str]:

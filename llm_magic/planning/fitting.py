@@ -81,15 +81,24 @@ def _fitted(legs_of: _Legs, measured_s: float, constants: Constants, names: froz
         legs = legs_of(constants)
         if not legs or abs(slowest(legs).seconds - measured_s) <= _CLOSE * measured_s:
             break
-        index = legs.index(slowest(legs))
-        cause = legs[index].cause
-        better = _solved(legs_of, index, cause, measured_s, constants) if cause in names else constants
-        instead = _INSTEAD.get(cause, "")
-        if better == constants and instead in names:
-            better = _solved(legs_of, index, instead, measured_s, constants)
+        better = _better(legs_of, legs.index(slowest(legs)), measured_s, constants, names)
         if better == constants:
             break
         constants = better
+    return constants
+
+
+def _better(
+    legs_of: _Legs, index: int, measured_s: float, constants: Constants, names: frozenset[str]
+) -> Constants:
+    """The constants with another cause of a part's time, or those of the prefill that may be in it."""
+    cause = legs_of(constants)[index].cause
+    for name in (cause, _INSTEAD.get(cause, ""), *sorted(_PREFILL)):
+        if name in names:
+            better = _solved(legs_of, index, name, measured_s, constants)
+            before, after = (legs_of(c)[index].seconds for c in (constants, better))
+            if abs(after - measured_s) < abs(before - measured_s) * (1 - _CLOSE):
+                return better
     return constants
 
 

@@ -172,14 +172,13 @@ def _reading(device: str, sweep: Sweep, engine: Engine) -> Leg:
     plain = sweep.reads[device] - mapped - packed
     family = "cpu" if device == "cpu" else "gpu"
     share = "cpu_beside_bus" if device == "cpu" and _copies(sweep) else f"{family}_share"
-    spent = (
-        plain + mapped / constants.page_cache_share + packed / getattr(constants, f"packed_{family}_share")
-    )
-    if 2 * packed > sweep.reads[device]:
-        cause = f"packed_{family}_share"
-    else:
-        cause = "page_cache_share" if 2 * mapped > sweep.reads[device] else share
-    return Leg(words, spent / (speed * getattr(constants, share)), cause)
+    spent = {
+        share: float(plain),
+        "page_cache_share": mapped / constants.page_cache_share,
+        f"packed_{family}_share": packed / getattr(constants, f"packed_{family}_share"),
+    }
+    cause = max(spent, key=lambda name: spent[name])
+    return Leg(words, sum(spent.values()) / (speed * getattr(constants, share)), cause)
 
 
 def _multiplying(device: str, sweep: Sweep, engine: Engine) -> Leg:

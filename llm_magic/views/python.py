@@ -20,7 +20,8 @@ def python_of(plan: Plan) -> str:
     """Lines that load the model with transformers and Accelerate as planned.
 
     GPUs are written as Accelerate's integers, runs of layers as comprehensions. A GGUF whose
-    blocks go to disk is converted first: transformers offloads safetensors only. A comment says
+    blocks go to disk, or are packed, is converted first: transformers offloads safetensors only,
+    and takes one quantization config. A comment says
     where the same map does something else there.
     """
     auto_class = "AutoModelForSeq2SeqLM" if plan.layout.is_encoder_decoder else "AutoModelForCausalLM"
@@ -29,7 +30,7 @@ def python_of(plan: Plan) -> str:
     arguments, conversion = [source, *files], []
     to_disk = "disk" in plan.device_map.values()
     is_gguf = bool(files) and files[0].startswith("gguf_file")
-    if to_disk and is_gguf:
+    if is_gguf and (to_disk or plan.layout.quantization):
         conversion = [
             *_call("whole", auto_class, [source, *files, dtype]),
             'whole.save_pretrained("converted")',
