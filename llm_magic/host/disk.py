@@ -10,9 +10,11 @@ import plistlib
 import re
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from llm_magic.units import GIB, MIB
 
 ROOT = Path("/")
 CHUNK_BYTES = 8 * MIB
+_READERS = 4  # a single thread leaves a fast disk waiting
 _NETWORK = ("nfs", "nfs4", "cifs", "smb3", "9p", "virtiofs", "ceph", "lustre", "glusterfs", "fuse.sshfs")
 _IN_MEMORY = ("tmpfs", "ramfs", "zram")
 _F_NOCACHE = 48  # macOS fcntl command: this descriptor neither fills nor uses the page cache
@@ -268,16 +271,52 @@ def _write(descriptor: int, size: int, budget_s: float) -> int:
 
 
 def _read(descriptor: int, size: int, budget_s: float) -> float:
-    """Bytes per second; 0 when nothing could be read. Direct reads need an aligned buffer: ``mmap`` is."""
+    """Bytes per second of several threads, as an engine reads; 0 when nothing could be read.
+
+    Direct reads need an aligned buffer, which ``mmap`` gives, and are up to three times as fast into
+    huge pages. Each thread reads its first chunk once more than counts: the system hands out the
+    pages of a buffer when they are first written to.
+    """
+    length = max(size // _READERS // CHUNK_BYTES, 1) * CHUNK_BYTES
+    starts = range(0, max(size - length, 0) + 1, length)
+    with ThreadPoolExecutor(len(starts)) as pool:
+        ready = threading.Barrier(len(starts) + 1)
+        counts = [pool.submit(_read_part, descriptor, (at, length), budget_s, ready) for at in starts]
+        try:
+            ready.wait()
+        except threading.BrokenBarrierError:  # a thread could not even begin
+            return 0.0
+        began = time.perf_counter()
+        done = sum(count.result() for count in counts)
+        elapsed = time.perf_counter() - began
+    return done / elapsed if elapsed > 0 else 0.0
+
+
+def _read_part(descriptor: int, part: tuple[int, int], budget_s: float, ready: threading.Barrier) -> int:
+    start, length = part
     with mmap.mmap(-1, CHUNK_BYTES) as buffer, memoryview(buffer) as view:
-        done, start = 0, time.perf_counter()
-        while done < size and (done == 0 or time.perf_counter() - start < budget_s):
-            count = os.readv(descriptor, [view])
+        with suppress(AttributeError, OSError):
+            buffer.madvise(mmap.MADV_HUGEPAGE)
+        try:
+            _read_at(descriptor, view, start)
+        except BaseException:
+            ready.abort()
+            raise
+        ready.wait()
+        done, began = 0, time.perf_counter()
+        while done < length and (done == 0 or time.perf_counter() - began < budget_s):
+            count = _read_at(descriptor, view, start + done)
             if count <= 0:
                 break
             done += count
-        elapsed = time.perf_counter() - start
-    return done / elapsed if elapsed > 0 else 0.0
+    return done
+
+
+def _read_at(descriptor: int, view: memoryview, offset: int) -> int:
+    """Bytes read; macOS knows no ``preadv``, and needs no aligned buffer."""
+    if hasattr(os, "preadv"):
+        return os.preadv(descriptor, [view], offset)
+    return len(os.pread(descriptor, len(view), offset))
 
 
 def _text(path: Path) -> str:
