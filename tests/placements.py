@@ -53,8 +53,8 @@ def mixed_plan(plan: Plan, homes: Mapping[str, str], *, mapped: bool = False) ->
     by_name = {p.block.name: HOMES[homes[p.block.label]] for p in plan.placements if p.block.label in homes}
     placements = []
     for place in plan.placements:
-        partner = next((by_name[name] for name in place.block.tied_to if name in by_name), None)
-        where = by_name.get(place.block.name) or partner
+        owner = next(iter(place.block.tied_to), "") if not place.block.bytes else ""
+        where = by_name.get(owner or place.block.name)
         placements.append(Placement(place.block, *where) if where else place)
     return replace(plan, placements=tuple(placements), mapped=mapped)
 

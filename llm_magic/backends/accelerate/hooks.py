@@ -1,7 +1,7 @@
 """Accelerate's hooks on the blocks of a placed model: at most one on each.
 
-A block whose weights travel has a `StreamHook`; where several devices compute, the others have
-Accelerate's own `AlignDevicesHook`, which brings their inputs. Modules inside of blocks have none.
+A block whose weights travel has a `StreamHook`; where several devices compute, the others have an
+`InputHook`, which brings their inputs. Modules inside of blocks have none.
 """
 
 from __future__ import annotations
@@ -99,6 +99,14 @@ class StreamHook(AlignDevicesHook):  # type: ignore[misc]  # accelerate has no t
             self._tensors.clear()
 
 
+class InputHook(AlignDevicesHook):  # type: ignore[misc]  # accelerate has no types
+    """Inputs follow a module to its device; weights stay as they are, where Accelerate would make them anew."""
+
+    def init_hook(self, module: Any) -> Any:
+        """Every weight is where it belongs."""
+        return module
+
+
 def attach(module: Any, hook: AlignDevicesHook) -> None:
     """Put a hook on a module, in place of the one that it has."""
     add_hook_to_module(module, hook)
@@ -106,12 +114,12 @@ def attach(module: Any, hook: AlignDevicesHook) -> None:
 
 def align_inputs(module: Any, device: Any, skip_keys: Any) -> None:
     """Let a module's inputs follow it to ``device``."""
-    add_hook_to_module(module, AlignDevicesHook(device, skip_keys=skip_keys))
+    add_hook_to_module(module, InputHook(device, skip_keys=skip_keys))
 
 
 def align_model(model: Any, device: Any, skip_keys: Any) -> None:
     """Bring a model's inputs to its first device, and its outputs back to where the inputs came from."""
-    add_hook_to_module(model, AlignDevicesHook(device, io_same_device=True, skip_keys=skip_keys))
+    add_hook_to_module(model, InputHook(device, io_same_device=True, skip_keys=skip_keys))
 
 
 def detach(module: Any) -> None:

@@ -284,8 +284,8 @@ class PlacedModel:
         """Undo moves away from ``plan``."""
         self.plan = plan
         self._detach()
-        for place in places:
-            self._put_parts(place.block.name, place, plan)
+        for place in sorted(places, key=lambda place: self.blocks[place.block.name].is_borrowed):
+            self._put_parts(place.block.name, place, plan)  # lenders first
         self._attach()
 
     def _is_elsewhere(self, place: Placement, plan: Plan) -> bool:
