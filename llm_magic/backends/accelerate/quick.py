@@ -14,6 +14,7 @@ from llm_magic.backends.accelerate.placed import PlacedModel
 from llm_magic.backends.accelerate.proposers import DraftModel, PromptLookup
 from llm_magic.backends.accelerate.speculate import Speculation
 from llm_magic.backends.accelerate.warmup import WarmUp, resident_layers
+from llm_magic.errors import OptionError
 
 
 class Quick:
@@ -58,8 +59,17 @@ class Quick:
         config
             Its generation config; ``prompt_lookup_num_tokens`` is the most that may be proposed, and 0
             switches proposals off. It is taken out: transformers would choose another loop for it.
+
+        Raises
+        ------
+        OptionError
+            When that is no whole number.
         """
         most, config.prompt_lookup_num_tokens = config.prompt_lookup_num_tokens, None
+        if most is not None and (type(most) is not int or most < 0):
+            raise OptionError(
+                f"prompt_lookup_num_tokens cannot be {most!r}.", "Give a whole number; 0 switches it off."
+            )
         if most == 0:
             return None
         if most is not None:
