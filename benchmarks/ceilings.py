@@ -129,19 +129,23 @@ class GpuCeiling:
         size = min(GIB, torch.cuda.mem_get_info()[0] // 8)
         self._torch: Any = torch
         self._host = torch.ones(size, dtype=torch.uint8).pin_memory()
-        self._there = torch.empty(size, dtype=torch.uint8, device="cuda")
-        self._large = torch.ones(size, dtype=torch.float32, device="cuda")  # 4 bytes each
+        self._there: Any = None
+        self._size = size
         self._cpu = CpuCeiling() if with_cpu else None
 
     def measure(self) -> dict[str, Any]:
         """Bytes per second of everything."""
-        found: dict[str, Any] = {
-            "bus_bytes_per_s": self._host.nbytes / self._seconds(self._copy),
-            "read_bytes_per_s": self._large.nbytes / self._seconds(self._large.max),
-        }
+        torch = self._torch
+        self._there = torch.empty(self._size, dtype=torch.uint8, device="cuda")
+        found: dict[str, Any] = {"bus_bytes_per_s": self._size / self._seconds(self._copy)}
+        large = torch.ones(self._size, dtype=torch.float32, device="cuda")  # 4 bytes each
+        found["read_bytes_per_s"] = large.nbytes / self._seconds(large.max)
+        del large
         if self._cpu is not None:
             found["cpu_bytes_per_s"] = self._cpu.rate(1.0)
             found["cpu_beside_bus"], found["bus_beside_cpu"] = self._both(self._cpu)
+        self._there = None  # others of the group want the memory
+        torch.cuda.empty_cache()
         return found
 
     def _copy(self) -> None:
@@ -172,7 +176,7 @@ class GpuCeiling:
                     self._copy()
                     self._copy()
                     stream.synchronize()
-                    moved[0] += 2 * self._host.nbytes
+                    moved[0] += 2 * self._size
 
         thread = threading.Thread(target=pump)
         torch.set_num_threads(max(1, threads - 4))

@@ -1,4 +1,4 @@
-"""How fast weights come from a disk: `python benchmarks/disk_reader.py [--folder DIR]`.
+"""How fast weights come from a disk: `python -m benchmarks.disk_reader [--folder DIR]`.
 
 Protocol. A file of random bytes is written to the folder and synced. Each way sweeps it once in
 blocks, as a model that is offloaded does: blocks are read into two buffers in turn, two reads under
@@ -22,7 +22,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -32,6 +31,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.ceilings import sweep
+from benchmarks.clock import drop_pages
 from llm_magic.backends.accelerate.extents import Extent, FileImage, file_image
 from llm_magic.backends.accelerate.mapped import MappedFiles
 from llm_magic.backends.accelerate.reader import THREADS, FileReader, choose_direct, page_buffer
@@ -131,22 +132,10 @@ def time_one(
     if not way.cold:
         sweep(buffered, images, buffers)
     elif CAN_DROP:
-        with path.open("rb") as file:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        drop_pages(path)
     start = time.perf_counter()
     way.sweep()
     return time.perf_counter() - start
-
-
-def sweep(reader: FileReader, images: Sequence[FileImage], buffers: Sequence[torch.Tensor]) -> None:
-    """Every block once, two reads under way at a time."""
-    under_way: list[Future[None]] = []
-    for number, image in enumerate(images):
-        if number >= 2:
-            under_way[number - 2].result()
-        under_way.append(reader.read(image, buffers[number % 2]))
-    for future in under_way[-2:]:
-        future.result()
 
 
 def sweep_mapped(blocks: Sequence[Extent]) -> None:

@@ -76,7 +76,7 @@ class EngineSubject:
         prompt: str,
         tokens: int,
         *,
-        lookup: bool = False,
+        lookup: int | None = 0,
         cold: bool = False,
         after_warm_up: bool = False,
     ) -> dict[str, Any]:
@@ -85,7 +85,7 @@ class EngineSubject:
         Parameters
         ----------
         lookup
-            Whether tokens may be proposed by prompt lookup and verified together.
+            Tokens that prompt lookup may propose at a time; ``None`` leaves that to the engine.
         after_warm_up
             Wait until layers that are compiled in the background are ready, the first time.
         """
@@ -114,8 +114,8 @@ class EngineSubject:
         """Give everything back."""
         self._engine.close()
 
-    def _answer(self, prompt: str, tokens: int, lookup: bool, cold: bool) -> tuple[Clock, str, Any]:
-        extra = {} if lookup else {"prompt_lookup_num_tokens": 0}
+    def _answer(self, prompt: str, tokens: int, lookup: int | None, cold: bool) -> tuple[Clock, str, Any]:
+        extra = {} if lookup is None else {"prompt_lookup_num_tokens": lookup}
         sampling = Sampling(temperature=0, max_new_tokens=tokens, extra=extra)
         request = Request((Message("user", prompt),), sampling, use_template=False)
         clock = Clock(self._files if cold else ())
@@ -131,11 +131,11 @@ class EngineSubject:
         return clock, "".join(pieces), finish
 
     def _warm_up(self, prompt: str) -> None:
-        self._answer(prompt, 8, False, False)
+        self._answer(prompt, 8, 0, False)
         end = time.perf_counter() + _WARM_UP_S
         while time.perf_counter() < end and any("background" in said for said in self._engine.status()):
             time.sleep(0.5)
-        self._answer(prompt, 8, False, False)  # captures what is ready now
+        self._answer(prompt, 8, 0, False)  # captures what is ready now
         self._is_warm = True
 
 

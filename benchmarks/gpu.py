@@ -5,6 +5,7 @@ The bus, the device's memory and the disk are measured in the same rounds as wha
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -143,9 +144,9 @@ def half(setup: Setup) -> None:
     model = large(setup)
     streamed = model.ours("llm_magic, streamed", "cpu", 0.5, hybrid=False)
     hybrid = model.ours("llm_magic, hybrid", "cpu", 0.5)
-    every = model.ours("llm_magic, hybrid and prompt lookup", "cpu", 0.5, case={"lookup": True})
+    every = model.ours("llm_magic, hybrid and prompt lookup", "cpu", 0.5, case={"lookup": None})
     stock = model.stock("cpu", 0.5, tokens=6)
-    llama = model.llama_cpp(16)
+    llama = model.llama_cpp(17)  # 16 layers and the head
     group = setup.run("half", [BUS, streamed, hybrid, every, stock, *llama])
     columns = [DECODE, PREFILL, FIRST, PER_SWEEP, MOVED, EVERY_BUS]
     same = [[streamed.name]]
@@ -231,7 +232,7 @@ def gpu_lookup(setup: Setup) -> None:
     case = {"prompt": REPEAT, "tokens": setup.tokens}
     contenders = [
         Contender("no speculation", "engine", options, case),
-        Contender("prompt lookup", "engine", options, {**case, "lookup": True}),
+        Contender("prompt lookup", "engine", options, {**case, "lookup": None}),
     ]
     group = setup.run("gpu lookup", contenders)
     setup.report.add(
@@ -279,7 +280,8 @@ def _of_reads(group: Group, name: str, model: Large) -> float | None:
     """Decode rate of what the device could read of the weights: all but the embedding, of which it reads a row."""
     reads = group.median(BUS.name, "read_bytes_per_s")
     weights = sum(path.stat().st_size for path in Path(model.folder).glob("*.safetensors"))
-    weights -= 2 * VOCABULARY * 4096
+    config = json.loads((Path(model.folder) / "config.json").read_text(encoding="utf-8"))
+    weights -= 2 * config["vocab_size"] * config["hidden_size"]
     return _of(group, name, reads / weights if reads else None)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,7 @@ class Models:
         done = target.with_name(f"{what}.done")
         if not done.exists():
             _maker(what, changes)(target)
+            os.sync()  # pages that wait to be written cannot be dropped
             done.touch()
         return {"path": str(target)}
 

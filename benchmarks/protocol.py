@@ -105,9 +105,7 @@ def run_group(name: str, contenders: Sequence[Contender], repeats: int, say: Say
             if each.process in processes:
                 continue
             processes[each.process] = Process(each)
-            error = processes[each.process].start()
-            if error:
-                say(f"  {each.name}: {error}")
+            processes[each.process].start()  # what goes wrong here is said in the first round
         for turn in range(1 + repeats):
             for each in contenders:
                 _measure(each, processes[each.process], group.series[each.name], counts=turn > 0, say=say)

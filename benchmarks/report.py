@@ -86,6 +86,8 @@ class Report:
         print(" " * _NAME + "".join(f"{column.title:>{_width(column)}}" for column in columns) + ratio)
         for name, series in group.series.items():
             print(f"{name:{_NAME}}{_cells(series, columns)}{_ratio(group, name, reference, columns)}")
+        for name, series in group.series.items():
+            print(*(f"  {name}: {words}\n" for words in _how(series)), sep="", end="")
         for names in same_answers:
             marks = {group.series[name].last("answer") for name in names if group.series[name].rounds}
             if len(marks) > 1:
@@ -165,8 +167,17 @@ def _version(name: str) -> str:
         return ""
 
 
+def _how(series: Series) -> list[str]:
+    """How blocks are treated and sweeps run, where the engine said so."""
+    ways = series.last("ways")
+    if not ways:
+        return []
+    counted = ", ".join(f"{count} {way}" for way, count in ways.items())
+    return ["; ".join([f"blocks: {counted}", *series.last("status")])]
+
+
 def _width(column: Column) -> int:
-    return 27 if column.spread else 14
+    return 27 if column.spread else 16
 
 
 def _cells(series: Series, columns: Sequence[Column]) -> str:
@@ -180,13 +191,12 @@ def _cell(series: Series, column: Column) -> str:
     median = series.median(column.what)
     if median is None:
         return "–"
+    shown = column.shown(median)
     if not column.spread:
-        return column.shown(median)
-    return f"{column.shown(median)} ({_bare(column.shown(min(values)))}–{_bare(column.shown(max(values)))})"
-
-
-def _bare(text: str) -> str:
-    return text.removesuffix(" tok/s")
+        return shown
+    unit = shown.rpartition(" ")[2]
+    low, high = (column.shown(value).removesuffix(f" {unit}") for value in (min(values), max(values)))
+    return f"{shown} ({low}–{high})"
 
 
 def _ratio(group: Group, name: str, reference: str, columns: Sequence[Column]) -> str:
