@@ -282,8 +282,9 @@ def fed_lengths(engine: Any) -> Iterator[list[int]]:
 
 
 def test_a_prompt_is_read_in_parts_where_memory_is_short(tight: Any, tiny_model: TinyModel) -> None:
+    alone = {"prompt_lookup_num_tokens": 0}
     with fed_lengths(tight) as lengths:
-        answer = ask(tight, LONG)
+        answer = ask(tight, request(LONG, extra=alone))
     prompt = answer.finish.prompt_tokens
     size = longest_pass(tight.plan, prompt)
     assert 16 <= size < prompt / 4
