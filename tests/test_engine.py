@@ -556,7 +556,8 @@ CAPITAL = "What is the capital of France?"
 
 
 def test_the_starter_knows_paris_and_half_on_disk_gives_the_same_tokens(starter_in_ram: Any) -> None:
-    asked = request(CAPITAL, use_template=True, max_new_tokens=24)
+    alone = {"prompt_lookup_num_tokens": 0}  # 16-bit kernels round otherwise for several tokens
+    asked = request(CAPITAL, use_template=True, max_new_tokens=24, extra=alone)
     in_ram = ask(starter_in_ram, asked)
     assert "Paris" in in_ram.text
     assert in_ram.finish.reason == "stop"
