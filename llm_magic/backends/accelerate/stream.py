@@ -102,7 +102,9 @@ class Lane:
         self._sources = list(sources)
         self._slots = [Slot(memory) for memory in slots]
         self._circular = True
-        self._changed = threading.Condition()
+        # Taken as such, not through the condition: an interrupt in its Python code would keep it locked.
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
 
     @property
     def is_capturable(self) -> bool:
@@ -117,7 +119,7 @@ class Lane:
         BaseException
             What went wrong with the transfer; the next ``take`` tries it anew.
         """
-        with self._changed:
+        with self._lock:
             slot = self._holding(index)
             if slot is None:
                 self.missed += 1
@@ -134,7 +136,7 @@ class Lane:
 
     def release(self, index: int) -> None:
         """Block ``index`` was computed: bring the ones that come next."""
-        with self._changed:
+        with self._lock:
             slot = self._holding(index)
             if slot is None or not slot.users:
                 return
@@ -146,12 +148,12 @@ class Lane:
 
     def prime(self) -> None:
         """Bring the first blocks of a sweep, before it begins."""
-        with self._changed:
+        with self._lock:
             self._prefetch(0)
 
     def settle(self) -> None:
         """After a forward pass that did not end: nobody reads the slots any more."""
-        with self._changed:
+        with self._lock:
             for slot in self._slots:
                 if slot.users:
                     slot.used = self.streams.mark()
@@ -161,28 +163,28 @@ class Lane:
 
     def begin_captured_sweep(self) -> None:
         """Start a sweep that must not depend on what an earlier one left in the slots."""
-        with self._changed:
+        with self._lock:
             self._circular = False
             self._forget(self.streams.mark())
             self._prefetch(0)
 
     def end_captured_sweep(self) -> None:
         """End it: its copies belong to it, and what the slots hold is not known to later sweeps."""
-        with self._changed:
+        with self._lock:
             self.streams.join()
             self._forget(None)  # a mark that was captured means nothing outside: `fence` makes a new one
             self._circular = True
 
     def fence(self) -> None:
         """Order all copies before what comes next, and trust no slot: others wrote to them."""
-        with self._changed:
+        with self._lock:
             self._circular = True  # a sweep that was interrupted has left it otherwise
             self.streams.join()
             self._forget(self.streams.mark())
 
     def close(self) -> None:
         """Wait for what is on its way, and let the slots go."""
-        with self._changed:
+        with self._lock:
             for slot in self._slots:
                 _settled(slot)
             self.streams.join()
