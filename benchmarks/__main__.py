@@ -31,10 +31,12 @@ def main() -> int:
         try:
             for name in chosen:
                 run(name, setup, device)
+                report.write(arguments.json)  # whatever comes after it
         except KeyboardInterrupt:
             print("\nInterrupted.")
         report.print_figures()
-        report.write(arguments.json)
+    report.write(arguments.json)
+    print(f"\nWritten to {arguments.json}")
     return int(any(failed(report)))
 
 

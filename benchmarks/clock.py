@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import time
 from collections.abc import Sequence
@@ -82,8 +81,3 @@ def drop_pages(path: Path) -> None:
 def weight_files(folder: str) -> list[Path]:
     """The safetensors files of a model's folder."""
     return sorted(Path(folder).glob("*.safetensors"))
-
-
-def mark_of(text: str) -> str:
-    """A short mark by which equal answers are known."""
-    return hashlib.sha256(text.strip().encode()).hexdigest()[:12]

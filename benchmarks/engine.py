@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.clock import Clock, mark_of, weight_files
+from benchmarks.clock import Clock, weight_files
 from llm_magic.backends.accelerate.backend import TransformersBackend
 from llm_magic.calibration import kept_constants
 from llm_magic.events import Message, Request, Sampling, TokenEvent
@@ -96,7 +96,7 @@ class EngineSubject:
         plan = self._engine.plan
         found: dict[str, Any] = clock.rates(finish.prompt_tokens)
         found |= {
-            "answer": mark_of(text),
+            "answer": text.strip(),
             "load_s": self._load_s,
             "moved_bytes": moved_bytes(plan),
             "read_bytes_per_sweep": (_bytes_read() - read)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarks.clock import Clock, ClockStreamer, mark_of, weight_files
+from benchmarks.clock import Clock, ClockStreamer, weight_files
 
 
 class _Transformers:
@@ -35,7 +35,7 @@ class _Transformers:
                 ids, attention_mask=mask, max_new_tokens=tokens, do_sample=False, streamer=clock
             )
         text = self._tokenizer.decode(clock.ids, skip_special_tokens=True)
-        return clock.rates(ids.shape[1]) | {"answer": mark_of(text)}
+        return clock.rates(ids.shape[1]) | {"answer": text.strip()}
 
     def _input_device(self) -> Any:
         places = getattr(self._model, "hf_device_map", None) or {}

@@ -89,11 +89,9 @@ class Report:
         for name, series in group.series.items():
             print(*(f"  {name}: {words}\n" for words in _how(series)), sep="", end="")
         for names in same_answers:
-            marks = {group.series[name].last("answer") for name in names if group.series[name].rounds}
-            if len(marks) > 1:
-                print(f"  not the same tokens: {', '.join(names)}")
-            elif marks:
-                print(f"  the same tokens: {', '.join(names)}")
+            verdict = _agreement([group.series[name].last("answer") for name in names])
+            if verdict:
+                print(f"  {verdict}: {', '.join(names)}")
 
     def note(self, figure: Figure) -> None:
         """Keep a line for the last table."""
@@ -131,7 +129,6 @@ class Report:
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        print(f"\nWritten to {path}")
 
 
 def machine_facts() -> dict[str, Any]:
@@ -165,6 +162,15 @@ def _version(name: str) -> str:
         return version(name)
     except PackageNotFoundError:
         return ""
+
+
+def _agreement(answers: Sequence[str | None]) -> str:
+    """Whether answers are the same, as far as the shorter ones go; empty when there are none to compare."""
+    given = [answer for answer in answers if answer is not None]
+    if len(given) < 2:
+        return ""
+    longest = max(given, key=len)
+    return "the same tokens" if all(longest.startswith(answer) for answer in given) else "not the same tokens"
 
 
 def _how(series: Series) -> list[str]:

@@ -145,6 +145,15 @@ def test_names_for_llama_cpp() -> None:
     assert gguf_name("lm_head.weight") == "output.weight"
 
 
+def test_answers_are_the_same_as_far_as_the_shorter_goes(capsys: pytest.CaptureFixture[str]) -> None:
+    answers = {"long": "w1 w2 w3", "short": "w1 w2", "other": "w1 w4", "none": None}
+    series = {name: Series([{"answer": text}] if text else []) for name, text in answers.items()}
+    pairs = [["long", "short"], ["short", "other"], ["long", "none"]]
+    Report().add(Group("a", series), "A", [DECODE], same_answers=pairs)
+    said = [line.strip() for line in capsys.readouterr().out.splitlines() if "tokens:" in line]
+    assert said == ["the same tokens: long, short", "not the same tokens: short, other"]
+
+
 def test_groups_have_one_line_that_says_what_they_are() -> None:
     assert not set(cpu.GROUPS) & set(gpu.GROUPS)
     assert all(group.__doc__ for group in (*cpu.GROUPS.values(), *gpu.GROUPS.values()))
