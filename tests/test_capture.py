@@ -6,6 +6,7 @@ computed at capture stays what it was, and a value that the host wants to read c
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -426,7 +427,7 @@ def test_real_lanes_bring_every_block_in_every_replay(model: Any, tmp_path: Path
     folder = tiny.save_llama(tmp_path / "llama", layers=5)
     wanted = eager(AutoModelForCausalLM.from_pretrained(folder), prompts(), 12)
     for every in (1, 2):
-        place = layers_to("cpu", "cpu:0", every=every)
+        place = layers_to("streamed", every=every)
         placed = load_placed(folder, placed_plan(folder, place))
         tapes = Tapes()
         steps = step_of(placed.model, tapes, lanes=placed.lanes, settle=placed.settle)
@@ -441,7 +442,7 @@ def test_real_lanes_bring_every_block_in_every_replay(model: Any, tmp_path: Path
 def test_a_capture_that_fails_between_streamed_blocks(model: Any, tmp_path: Path, layer: int) -> None:
     folder = tiny.save_llama(tmp_path / "llama")
     wanted = eager(AutoModelForCausalLM.from_pretrained(folder), prompts(), 8)
-    placed = load_placed(folder, placed_plan(folder, layers_to("cpu", "cpu:0")))
+    placed = load_placed(folder, placed_plan(folder, layers_to("streamed")))
     steps = step_of(placed.model, lanes=placed.lanes, settle=placed.settle)
     norm = placed.model.model.layers[layer].post_attention_layernorm
     norm.register_forward_pre_hook(lambda _module, args: float(args[0].sum()) and None)
@@ -468,6 +469,48 @@ def test_streamed_blocks_are_put_in_order_after_a_capture_that_failed(model: Any
     begin(step, prefilled(tested, prompts()), None, 32)
     step(prompts()[:, -1:], 8)
     assert log == ["fence", "begin", "end", "fence", "begin", "end"]
+
+
+class NoRoomForTokens(TorchDispatchMode):
+    """No memory for a cache that grows."""
+
+    def __torch_dispatch__(self, op: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if op is torch.ops.aten.cat.default:
+            raise torch.OutOfMemoryError
+        return op(*args, **(kwargs or {}))
+
+
+def test_streamed_blocks_are_put_in_order_when_tokens_cannot_go_back(model: Any) -> None:
+    """Their cache has no memory any more; what the last sweep read may not be overwritten all the same."""
+    tested, log = model("llama"), []
+    steps = step_of(tested, lanes=[WrittenLane(log)])
+    begin(steps, prefilled(tested, prompts()), None, 32)
+    steps(prompts()[:, -1:], 8)
+    with pytest.raises(torch.OutOfMemoryError), NoRoomForTokens():
+        steps.close()
+    assert log == ["fence", "begin", "end", "begin", "end", "fence"]
+    assert greedy(steps, tested, prompts(), 8).tolist() == eager(tested, prompts(), 8).tolist()
+
+
+def test_graphs_are_given_up_before_tokens_go_back(model: Any) -> None:
+    """Their memory is what the cache of the tokens needs when memory ran out."""
+    tested, tapes, there = model("llama"), Tapes(), []
+    steps = step_of(tested, tapes)
+    cache = prefilled(tested, prompts())
+    begin(steps, cache, None, 32)
+    steps(prompts()[:, -1:], 8)
+    replay = weakref.ref(next(iter(steps._graphs.values())))
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, op: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            there.append(replay() is not None)
+            return op(*args, **(kwargs or {}))
+
+    with Watch():
+        steps.close()
+    assert there
+    assert not any(there)
+    assert cache.get_seq_length() == 9
 
 
 # --- Inside transformers' generate

@@ -29,6 +29,7 @@ from llm_magic.backends.accelerate.extents import Extent, file_extents
 from llm_magic.backends.accelerate.reader import FileReader, page_buffer
 from llm_magic.backends.accelerate.stream import DONE, HostStreams, Staging
 from llm_magic.units import MIB
+from tests.fake_streams import FakeStreams
 
 LAYERS = 3
 EXPERTS = 6
@@ -930,3 +931,20 @@ def test_the_budget_of_a_device_is_kept(tmp_path: Path) -> None:
     assert torch.equal(_logits(model), _expected(_qwen3_moe))
     large.close()
     reader.close()
+
+
+def test_memory_that_somebody_computes_with_is_not_written_to_yet() -> None:
+    """Room for slots may be what a tensor was given back from a moment ago, with kernels still behind it."""
+    streams = FakeStreams(longest_delay_s=0)
+    stacks = (Stack("", "down_proj", 2, 16, torch.float32, (2, 2, 2)),)
+    store = RamExperts(stacks, [torch.ones(2, 2, 2)], streams)
+    behind, fetched = threading.Event(), threading.Event()
+    streams.compute.enqueue(lambda: behind.wait(60))
+    cache = ExpertCache(torch.zeros(2 * store.slot_bytes, dtype=torch.uint8), store.slot_bytes, streams)
+    cache.begin(ExpertLayer(store), {0: 1}, 1)
+    streams.copies.enqueue(fetched.set)
+    assert not fetched.wait(0.1)
+    behind.set()
+    assert fetched.wait(60)
+    cache.close()
+    streams.close()

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from llm_magic.backends.accelerate.memory_errors import is_out_of_memory
+from llm_magic.backends.accelerate.repair import failed_device
 from llm_magic.errors import EngineError
-from tests.engines import ask, load, request
+from tests.engines import ask, load, plan_for, request
 
 PROMPT = "The capital of France"
 TinyModel = Callable[[str], Path]
@@ -85,3 +88,26 @@ def test_what_cannot_be_mended_names_the_block_and_the_command(
         assert ask(engine, PROMPT).text == expected
     finally:
         engine.close()
+
+
+@pytest.mark.parametrize(
+    ("error", "device"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 MiB. GPU 1 has a total"), "{}:1"),
+        (torch.OutOfMemoryError("out of memory"), "{}:0"),
+        (torch.OutOfMemoryError("GPU 7 has a total capacity of 1 GiB"), "{}:0"),
+        (RuntimeError("CUDA error: out of memory"), "{}:0"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"), "{}:0"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"), "cpu"),
+        (MemoryError(), "cpu"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["cuda", "xpu"])
+def test_the_device_that_ran_out(error: Exception, device: str, kind: str, tiny_model: TinyModel) -> None:
+    plan = plan_for(tiny_model("llama"))[1]
+    half = len(plan.placements) // 2
+    homes = [f"{kind}:{number // half % 2}" for number in range(len(plan.placements))]
+    placed = [replace(p, home=home, compute=home) for p, home in zip(plan.placements, homes, strict=True)]
+    assert is_out_of_memory(error)
+    assert failed_device(error, replace(plan, placements=tuple(placed))) == device.format(kind)
+    assert failed_device(error, plan) == "cpu"

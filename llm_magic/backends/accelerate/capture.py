@@ -252,8 +252,10 @@ class CapturedSteps:
         """Put the first ``length`` tokens into the cache they came from."""
         if self._dynamic is not None:
             cache, self._dynamic = self._dynamic, None
-            to_dynamic(self._static, cache, self._batch, length)
-            self._fence()
+            try:
+                to_dynamic(self._static, cache, self._batch, length)
+            finally:
+                self._fence()  # also when memory ran out: slots may be read by the last sweep still
         elif self._returned is not None:
             crop(self._returned, length)
         self._returned = None
@@ -274,10 +276,10 @@ class CapturedSteps:
         compiled layers.
         """
         cache = self._dynamic
+        self._forget_graphs()  # first: what they held is room for the tokens
         self.give_back(self._written)
         self._returned = cache  # how many of its tokens are right is known to the loop
         self._inputs = None
-        self._forget_graphs()
         self._static.free()
         if self._warm_up is not None:
             self._warm_up.close()
@@ -349,13 +351,15 @@ class CapturedSteps:
             self._record(shape, compiled=False)
         except _FAILURES as error:
             self.reason = short(error)
+        if not self.reason:
             if self._warm_up is not None:
-                self._warm_up.give_up("sweeps are not captured")
-            self._forget_graphs()
-            self._sweep(shape)
+                self._warm_up.want(shape)
             return
+        # Here the error is gone, and with it the tensors that its frames held.
         if self._warm_up is not None:
-            self._warm_up.want(shape)
+            self._warm_up.give_up("sweeps are not captured")
+        self._forget_graphs()
+        self._sweep(shape)
 
     def _record(self, shape: Shape, *, compiled: bool) -> None:
         """Capture; after anything that ends it early, streamed blocks must not wait for what it left."""
@@ -461,15 +465,21 @@ class CudaGraphs:
         with torch.cuda.device(self._device):
             current = torch.cuda.current_stream()
             self._stream.wait_stream(current)
-            with torch.cuda.stream(self._stream):
-                sweep()
-            current.wait_stream(self._stream)
+            try:
+                with torch.cuda.stream(self._stream):
+                    sweep()
+            finally:  # what a sweep that failed has started still writes to the cache, and reads slots
+                current.wait_stream(self._stream)
             graph = torch.cuda.CUDAGraph()
             if not self._alive:  # the pool went with the last graph
                 self._pool = torch.cuda.graph_pool_handle()
+            # A capture that fails leaves its own stream behind as the current one: the outer context ends that.
             # What other threads allocate meanwhile (a compilation, a widget) must not end the capture.
-            with torch.cuda.graph(
-                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+            with (
+                torch.cuda.stream(current),
+                torch.cuda.graph(
+                    graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+                ),
             ):
                 sweep()
         self._alive.add(graph)

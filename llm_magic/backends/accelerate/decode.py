@@ -359,8 +359,14 @@ class _Answer:
 
 
 def _emptied(error: Exception) -> Exception:
-    """The error without the tensors that its frames hold, which may be what memory lacks."""
+    """The error without the tensors that its frames hold, which may be what memory lacks.
+
+    Those of the errors before it count too: a capture that fails raises another one on its way out.
+    """
     import traceback
 
-    traceback.clear_frames(error.__traceback__)
+    each: BaseException | None = error
+    while each is not None:
+        traceback.clear_frames(each.__traceback__)
+        each = each.__context__
     return error

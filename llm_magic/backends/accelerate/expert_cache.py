@@ -122,8 +122,9 @@ class ExpertCache:
         self.device = memory.device
         self.hits = self.misses = self.fetched_bytes = 0
         self._streams = streams
+        now = streams.mark()  # what had this memory before may be at work on it still
         self._slots = [
-            _Slot(number, memory[number * slot_bytes : (number + 1) * slot_bytes])
+            _Slot(number, memory[number * slot_bytes : (number + 1) * slot_bytes], used=now)
             for number in range(self.slots)
         ]
         self._held: dict[tuple[ExpertLayer, int], _Slot] = {}

@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+_SIGNS = (
+    "out of memory",
+    "not enough memory",
+    "can't allocate memory",
+    "Cannot allocate memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",  # its workspace, or its handle
+)
+
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed, on any device."""
@@ -10,10 +18,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     text = str(error)
-    return isinstance(error, RuntimeError) and any(
-        sign in text
-        for sign in ("out of memory", "not enough memory", "can't allocate memory", "Cannot allocate memory")
-    )
+    return isinstance(error, RuntimeError) and any(sign in text for sign in _SIGNS)
 
 
 def release_memory() -> None:

@@ -21,6 +21,7 @@ from llm_magic.views.words import grouped, on_device
 
 _SHARE = 8  # of the layers: one in so many moves at a time
 _GPU = re.compile(r"\bGPU (\d+)\b")
+_OF_A_GPU = re.compile(r"\b(CUDA|HIP|XPU|MPS)\b|CUBLAS|HIPBLAS")
 
 
 class Repair:
@@ -81,11 +82,13 @@ def failed_device(error: BaseException, plan: Plan) -> str:
     """The device whose memory ran out, as far as the error or the placement tells."""
     import torch
 
-    if isinstance(error, torch.OutOfMemoryError):
-        found = _GPU.search(str(error))
-        gpus = [place.compute for place in plan.placements if place.compute != "cpu"]
-        return f"cuda:{found[1]}" if found else (gpus[0] if gpus else "cpu")
-    return "cpu"
+    text = str(error)
+    gpus = list(dict.fromkeys(place.compute for place in plan.placements if place.compute != "cpu"))
+    # Not every failed allocation of a GPU comes as torch's own error: graphs, events, workspaces of cuBLAS.
+    if not gpus or not (isinstance(error, torch.OutOfMemoryError) or _OF_A_GPU.search(text)):
+        return "cpu"
+    found = _GPU.search(text)
+    return next((gpu for gpu in gpus if found and gpu.endswith(f":{found[1]}")), gpus[0])
 
 
 def moved_plan(plan: Plan, places: Sequence[Placement], target: str) -> Plan:
