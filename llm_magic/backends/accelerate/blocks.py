@@ -71,9 +71,9 @@ class BlockTensors:
 
     def __init__(self, module: Any, without: Collection[str] = ()) -> None:
         self.module = module
-        self._owners = {
-            name: _owner(module, name) for name, _ in module.named_parameters() if name not in without
-        }
+        owners = {name: _owner(module, name) for name, _ in module.named_parameters()}
+        self._known = {(id(owner), leaf) for owner, leaf in owners.values()}
+        self._owners = {name: owner for name, owner in owners.items() if name not in without}
         self._templates = {name: packing.template(*owner) for name, owner in self._owners.items()}
         self.pieces = tuple(self._laid_out())
         self.bytes = sum(_aligned(piece.bytes) for piece in self.pieces)
@@ -124,18 +124,32 @@ class BlockTensors:
         """Leave tensors without bytes in the module."""
         packing.bind(self._empty)
 
+    def share_empty(self, name: str, lender: BlockTensors, module: Any, leaf: str) -> None:
+        """Leave, as parameter ``name``, the very one that ``lender`` leaves: so others see what is tied."""
+        owner, key = self._owners[name]
+        for mapping, lent, value in lender._empty:
+            if mapping is module._parameters and lent == leaf:
+                self._empty = [
+                    (own, k, value if own is owner._parameters and k == key else v)
+                    for own, k, v in self._empty
+                ]
+
     def parameter(self, name: str, tensors: Sequence[Any]) -> Any:
         """One parameter, made of the block's tensors, without putting it into the module."""
         parts = {p.part: t for p, t in zip(self.pieces, tensors, strict=True) if p.name == name}
         leaf = name.rpartition(".")[2]
         return next(value for _, key, value in self._templates[name].bindings(parts) if key == leaf)
 
-    def move_buffers(self, device: Any) -> None:
-        """Put the block's buffers (rotary tables, counters), which stay where it computes, there."""
+    def move_rest(self, device: Any) -> None:
+        """Put what stays where the block computes there: buffers (rotary tables, counters), adapters."""
         for name, buffer in list(self.module.named_buffers()):
             if buffer.device != device:
                 owner, leaf = _owner(self.module, name)
                 owner._buffers[leaf] = buffer.to(device)
+        for name, parameter in self.module.named_parameters():
+            owner, leaf = _owner(self.module, name)
+            if (id(owner), leaf) not in self._known and parameter.device != device:
+                parameter.data = parameter.data.to(device)
 
     def _laid_out(self) -> Iterator[Piece]:
         at = 0

@@ -257,7 +257,11 @@ class PlacedModel:
                 fill(place, module)
             stacks = {stack.name for stack in find_stacks(module)}
             tensors = BlockTensors(module, without=stacks)
-            self.blocks[place.block.name] = PlacedBlock(place, module, tensors, _shared(module, owners))
+            shared = _shared(module, owners)
+            for name, (lender, leaf) in shared.items():
+                for other in self.blocks.values():
+                    tensors.share_empty(name, other.tensors, lender, leaf)
+            self.blocks[place.block.name] = PlacedBlock(place, module, tensors, shared)
             if stacks:
                 rest = {name for name, _ in module.named_parameters()} - stacks
                 self.experts[place.block.name] = PlacedBlock(place, module, BlockTensors(module, rest), {})
@@ -308,7 +312,7 @@ class PlacedModel:
         """Bring a block's bytes to where ``place`` wants them, from wherever they are."""
         import torch
 
-        block.tensors.move_buffers(torch.device(place.compute))
+        block.tensors.move_rest(torch.device(place.compute))
         if block.tensors.pieces:
             self._rearrange(block, place)
             old = block.store
