@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from tests import tiny
+from tests.engines import ask, load
 from tests.placements import (
     HOMES,
     PROMPT,
@@ -249,6 +251,25 @@ def test_a_model_dropped_without_a_word_leaves_no_files_open(tiny_model: TinyMod
         del placed
         gc.collect()  # a warning about an open file would be an error here
         assert not [f for f in psutil.Process().open_files() if Path(f.path).is_relative_to(folder)]
+
+
+@pytest.mark.parametrize("placement", ["half", "mapped"])
+def test_an_engine_dropped_without_a_word_takes_everything_along(
+    placement: str, tiny_model: TinyModel, cache_folder: Path
+) -> None:
+    import psutil
+
+    folder = tiny_model("qwen3-moe")
+    engine = load(folder, placement)
+    ask(engine, "The capital of France")
+    model = weakref.ref(engine.model)
+    assert list((cache_folder / "offload").iterdir())
+    del engine
+    gc.collect()
+    assert model() is None
+    assert list((cache_folder / "offload").iterdir()) == []
+    open_files = [Path(file.path) for file in psutil.Process().open_files()]
+    assert not [path for path in open_files if path.is_relative_to(folder)]
 
 
 def threads_of_ours() -> set[int]:
