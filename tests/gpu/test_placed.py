@@ -1,0 +1,329 @@
+"""A placed model on a real GPU: the logits of the resident one wherever its blocks are, however late copies are.
+
+Both streams are held up at random by kernels that do nothing, and a slot is filled with NaNs before a
+copy into it begins: what computes too early, or is overwritten too early, shows.
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytestmark = pytest.mark.gpu
+
+from llm_magic.backends.accelerate.blocks import pin, unpin  # noqa: E402
+from llm_magic.backends.accelerate.placed import PlacedModel  # noqa: E402
+from llm_magic.backends.accelerate.reader import page_buffer  # noqa: E402
+from llm_magic.backends.accelerate.stream import AcceleratorStreams  # noqa: E402
+from tests import tiny  # noqa: E402
+from tests.engines import BACKEND, ask, plan_for, request  # noqa: E402
+from tests.placements import Place, Where, load_placed, placed_plan, stock  # noqa: E402
+
+DEVICE = "cuda:0"
+MODELS = ("llama", "llama-tied", "qwen3-moe")
+SWEEPS = 5
+PROMPT = [[7, 11, 13, 17, 19, 23]]
+SLEEPS = (0, 0, 100_000, 2_000_000)  # cycles of the device: up to about a millisecond
+
+RESIDENT: Where = (DEVICE, DEVICE, False)
+STREAMED: Where = ("cpu", DEVICE, False)
+READ: Where = ("disk", DEVICE, False)
+KEPT: Where = ("disk", DEVICE, True)
+ON_CPU: Where = ("cpu", "cpu", False)
+READ_BY_CPU: Where = ("disk", "cpu", False)
+
+
+def layers(*homes: Where) -> Place:
+    """The layers in turn in these places, the rest resident."""
+    return lambda number, label: homes[number % len(homes)] if label.startswith("layers.") else RESIDENT
+
+
+def looked_up(number: int, label: str) -> Where:
+    """The CPU looks up rows and computes every second layer; the others are streamed."""
+    return ON_CPU if label == "embed" else layers(ON_CPU, STREAMED)(number, label)
+
+
+ON_GPU: Mapping[str, Place] = {
+    "resident": layers(RESIDENT),
+    "streamed": layers(STREAMED),
+    "every second layer streamed": layers(RESIDENT, STREAMED),
+    "read": layers(READ),
+    "kept": layers(KEPT),
+    "a bit of each": layers(STREAMED, READ, KEPT, RESIDENT),
+    "everything streamed": lambda _number, _label: STREAMED,
+    "everything read": lambda _number, _label: READ,
+}
+"""Every block is computed by the GPU: the same kernels, so the same bits."""
+
+HYBRID: Mapping[str, Place] = {
+    "streamed, and computed by the CPU": layers(STREAMED, ON_CPU),
+    "resident, and computed by the CPU": layers(RESIDENT, ON_CPU),
+    "read by both": layers(READ, READ_BY_CPU),
+    "looked up by the CPU": looked_up,
+}
+
+
+class LateStreams(AcceleratorStreams):
+    """Streams that are held up at random; slots hold NaNs until a copy has ended; copies are from pinned memory."""
+
+    def __init__(self, device: str, seed: int, *, from_pinned: bool = True) -> None:
+        super().__init__(device)
+        self._random, self._from_pinned = random.Random(seed), from_pinned
+
+    def mark(self) -> Any:
+        torch.cuda._sleep(self._random.choice(SLEEPS))
+        return super().mark()
+
+    def copy(self, pairs: Sequence[tuple[Any, Any]], after: Any) -> Any:
+        assert not self._from_pinned or all(source.is_pinned() for source, _ in pairs)
+        with torch.cuda.stream(self._copies):
+            if after is not None:
+                self._copies.wait_event(after)
+            for _, target in pairs:
+                target.flatten().view(torch.uint8).fill_(255)
+            torch.cuda._sleep(self._random.choice(SLEEPS))
+        return super().copy(pairs, after)
+
+
+def late(**options: Any) -> Callable[[str], Any]:
+    """Late streams for the GPU of a placed model."""
+    seeds = iter(range(1000))
+    return lambda device: None if device == "cpu" else LateStreams(device, next(seeds), **options)
+
+
+@pytest.fixture(scope="module")
+def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """``folder_of("llama")``: the folder of a tiny model."""
+    folders: dict[str, Path] = {}
+
+    def save(name: str) -> Path:
+        if name not in folders:
+            folders[name] = tiny.MODELS[name](tmp_path_factory.mktemp("tiny") / name)
+        return folders[name]
+
+    return save
+
+
+@pytest.fixture(autouse=True)
+def _own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("LLM_MAGIC_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("LLM_MAGIC_DATA", str(tmp_path / "data"))
+    yield
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def in_turn(model: Any) -> Any:
+    """Experts are computed in turn, as those that move are: other kernels round in another way."""
+    if hasattr(model.config, "num_experts"):
+        model.set_experts_implementation("eager")
+    return model
+
+
+def resident(folder: Path) -> Any:
+    """The model as torch moves it."""
+    return in_turn(stock(folder).to(DEVICE))
+
+
+def logits(model: Any) -> Any:
+    with torch.inference_mode():
+        return model(torch.tensor(PROMPT, device=DEVICE)).logits
+
+
+def tokens(model: Any) -> list[int]:
+    ids = torch.tensor(PROMPT, device=DEVICE)
+    settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 2, "eos_token_id": None}
+    found: list[int] = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)[0].tolist()
+    return found
+
+
+def place(folder: Path, where: Place, streams: Any = None, **options: Any) -> PlacedModel:
+    placed = load_placed(folder, placed_plan(folder, where), streams or late(), **options)
+    in_turn(placed.model)
+    return placed
+
+
+@pytest.mark.parametrize("way", ON_GPU)
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_are_bit_equal_to_the_resident_models(
+    name: str, way: str, folder_of: Callable[[str], Path]
+) -> None:
+    folder = folder_of(name)
+    model = resident(folder)
+    expected, answer = logits(model), tokens(model)
+    placed = place(folder, ON_GPU[way])
+    for _ in range(SWEEPS):
+        assert torch.equal(logits(placed.model), expected)
+    assert tokens(placed.model) == answer
+    placed.close()
+
+
+@pytest.mark.parametrize("way", HYBRID)
+@pytest.mark.parametrize("name", MODELS)
+def test_cpu_and_gpu_compute_together(name: str, way: str, folder_of: Callable[[str], Path]) -> None:
+    folder = folder_of(name)
+    model = resident(folder)
+    expected, answer = logits(model), tokens(model)
+    placed = place(folder, HYBRID[way])
+    first = logits(placed.model)
+    torch.testing.assert_close(first, expected, rtol=1e-3, atol=1e-3)
+    for _ in range(SWEEPS):
+        assert torch.equal(logits(placed.model), first)
+    assert tokens(placed.model) == answer
+    placed.close()
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3])
+@pytest.mark.parametrize("where", [STREAMED, READ])
+def test_any_number_of_slots(where: Where, slots: int, folder_of: Callable[[str], Path]) -> None:
+    folder = folder_of("llama")
+    expected = logits(resident(folder))
+    placed = place(folder, layers(where), slots=lambda _device: slots)
+    for _ in range(SWEEPS):
+        assert torch.equal(logits(placed.model), expected)
+    placed.close()
+
+
+@pytest.mark.parametrize("also_staging", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_memory_that_the_system_does_not_pin(
+    name: str, also_staging: bool, folder_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks go through pinned buffers, or through such that are not pinned either."""
+    folder, refusing = folder_of(name), True
+    register = torch.cuda.cudart().cudaHostRegister
+
+    def refuse(*memory: int) -> Any:
+        return 2 if refusing else register(*memory)
+
+    def moved(done: int, total: int, _label: str) -> None:
+        nonlocal refusing
+        refusing = also_staging or done < total  # buffers are made once all blocks are in their places
+
+    monkeypatch.setattr(torch.cuda.cudart(), "cudaHostRegister", refuse)
+    expected = logits(resident(folder))
+    placed = load_placed(folder, None, late(from_pinned=not also_staging))
+    placed.apply(placed_plan(folder, layers(STREAMED)), moved)
+    in_turn(placed.model)
+    assert placed.memory()["cpu"]["slots"] > 0
+    for _ in range(SWEEPS):
+        assert torch.equal(logits(placed.model), expected)
+    monkeypatch.undo()
+    placed.close()
+
+
+def test_kernels_are_not_blamed_for_memory_that_was_not_pinned() -> None:
+    """CUDA remembers a refusal as its last error, and reports it with the next kernel."""
+    memory = page_buffer(1 << 20)
+    assert pin(memory)
+    assert memory.is_pinned()
+    assert not pin(memory)
+    assert torch.ones(4, device=DEVICE).sum() == 4
+    unpin(memory)
+    assert not memory.is_pinned()
+    assert torch.ones(4, device=DEVICE).sum() == 4
+    assert pin(memory)
+    unpin(memory)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_moves_between_all_of_them(name: str, folder_of: Callable[[str], Path]) -> None:
+    folder, chooser = folder_of(name), random.Random(3)
+    expected = logits(resident(folder))
+    plans = {way: placed_plan(folder, where) for way, where in (ON_GPU | HYBRID).items()}
+    placed = load_placed(folder, None, late())
+    for _ in range(3):
+        for way in chooser.sample(list(plans), len(plans)):
+            placed.apply(plans[way])
+            in_turn(placed.model)
+            for _ in range(2):
+                if way in ON_GPU:
+                    assert torch.equal(logits(placed.model), expected), way
+                else:
+                    torch.testing.assert_close(logits(placed.model), expected, rtol=1e-3, atol=1e-3)
+    placed.close()
+
+
+@pytest.mark.parametrize("way", ["streamed", "read", "a bit of each", "everything streamed"])
+@pytest.mark.parametrize("name", MODELS)
+def test_memory_is_steady_and_given_back(name: str, way: str, folder_of: Callable[[str], Path]) -> None:
+    folder = folder_of(name)
+    logits(resident(folder))  # what cuBLAS keeps for itself is there from here on
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    placed = place(folder, ON_GPU[way])
+    held = set()
+    for sweep in range(23):
+        logits(placed.model)
+        torch.cuda.synchronize()
+        if sweep >= 3:
+            held.add(torch.cuda.memory_allocated())
+    assert len(held) == 1
+    placed.close()
+    del placed
+    gc.collect()
+    assert torch.cuda.memory_allocated() <= before
+
+
+@pytest.mark.parametrize("way", ["streamed", "read", "everything streamed"])
+def test_a_sweep_that_ends_early(way: str, folder_of: Callable[[str], Path]) -> None:
+    """At each layer in turn; the next sweep starts while the kernels of this one still run."""
+
+    class Stop(Exception):
+        pass
+
+    def stop(_module: Any, _inputs: Any) -> None:
+        raise Stop
+
+    folder = folder_of("llama")
+    expected = logits(resident(folder))
+    placed = place(folder, ON_GPU[way])
+    for layer in placed.model.model.layers:
+        handle = layer.mlp.register_forward_pre_hook(stop)
+        with pytest.raises(Stop):
+            logits(placed.model)
+        handle.remove()
+        placed.settle()
+        for _ in range(2):
+            assert torch.equal(logits(placed.model), expected)
+    placed.close()
+
+
+# --- The engine: as the libraries load and dispatch it, captured where it can be
+
+
+@pytest.mark.parametrize("way", [*ON_GPU, *HYBRID])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_loaded_engine_answers_and_moves(name: str, way: str, folder_of: Callable[[str], Path]) -> None:
+    folder = folder_of(name)
+    ways = ON_GPU | HYBRID
+    asked = request("The capital of France", max_new_tokens=24)
+    wanted = BACKEND.load(*plan_for(folder, "ram"), lambda _event: None)
+    expected = ask(wanted, asked).text
+    engine = BACKEND.load(plan_for(folder, "ram")[0], placed_plan(folder, ways[way]), lambda _event: None)
+    assert ask(engine, asked).text == expected
+    assert ask(engine, asked).text == expected
+    for after in ("everything streamed", "streamed, and computed by the CPU", "resident", way):
+        engine.apply(placed_plan(folder, ways[after]), lambda _event: None)
+        assert ask(engine, asked).text == expected, after
+    homes = engine.plan.device_map.items()
+    assert engine.model.hf_device_map == {block: 0 if home == DEVICE else home for block, home in homes}
+    engine.close()
+    wanted.close()
+
+
+def test_captured_steps_stream_blocks(folder_of: Callable[[str], Path]) -> None:
+    folder = folder_of("llama")
+    engine = BACKEND.load(
+        plan_for(folder, "ram")[0], placed_plan(folder, ON_GPU["everything streamed"]), lambda _event: None
+    )
+    ask(engine, request("The capital of France", max_new_tokens=24))
+    assert engine._quick.steps is not None
+    assert engine._quick.steps.reason == ""
+    engine.close()
