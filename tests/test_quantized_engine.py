@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from llm_magic.backends.accelerate.quiet import quiet
+from llm_magic.errors import OptionError
 from llm_magic.model import ModelSpec
 from llm_magic.planning.planner import make_plan
 from llm_magic.planning.select import edited
@@ -130,3 +131,47 @@ def test_measuring_counts_sweeps_not_the_tokens_of_a_lucky_guess(folder: Path) -
         assert set(engine.measure(lambda _event: None).verify_s) == {1, 4, 8, 16}
     finally:
         engine.close()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_packed_model_refuses_to_be_saved_as_what_it_is_not(
+    method: str, folder: Path, tmp_path: Path
+) -> None:
+    engine = load_packed(folder, method, "ram")
+    before = ask(engine, PROMPT).text
+    with pytest.raises(OptionError, match=method):
+        engine.model.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+    assert ask(engine, PROMPT).text == before
+    engine.close()
+
+
+def test_an_adapter_on_a_packed_model_is_saved(folder: Path, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    engine = load_packed(folder, "int8", "ram")
+    with quiet():
+        engine.model.add_adapter(peft.LoraConfig(r=2, target_modules=["lm_head"]))
+        engine.model.save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_model.safetensors").exists()
+    engine.close()
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="Linux counts a process's pages")
+@pytest.mark.parametrize("method", ["nf4", "int4"])
+def test_packing_holds_no_more_than_a_few_blocks_unpacked(method: str, tmp_path: Path) -> None:
+    """Weights of 8 MiB: smaller than what malloc asks the system for one by one, once it has seen larger ones."""
+    from tests import tiny
+
+    wide = tiny.save_llama(tmp_path / "wide", layers=12, hidden_size=1024, intermediate_size=2048)
+    load_packed(wide, method, "ram").close()  # imports, and malloc's threshold
+    before = anonymous_bytes()
+    engine = load_packed(wide, method, "ram")
+    unpacked = (wide / "model.safetensors").stat().st_size
+    assert anonymous_bytes() - before - engine.plan.layout.bytes < unpacked / 4
+    engine.close()
+
+
+def anonymous_bytes() -> int:
+    """What this process holds in RAM and has not mapped from files."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Anonymous:"))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from llm_magic.backends.accelerate.default_dtype import default_dtype_kept
 from llm_magic.backends.accelerate.hooks import strip, weights_loader
-from llm_magic.backends.accelerate.memory_errors import is_out_of_memory, release_memory
+from llm_magic.backends.accelerate.memory_errors import is_out_of_memory, release_memory, trim
 from llm_magic.backends.accelerate.offload_folder import OffloadFolder, check_tensor_names, disk_error
 from llm_magic.backends.accelerate.placed import Fill, PlacedModel, accelerate_device_map
 from llm_magic.backends.accelerate.proposers import require_same_vocabulary
@@ -159,6 +159,7 @@ def _packer(model: Any, spec: ModelSpec, plan: Plan, progress: Progress) -> Fill
             )
         if any(name in shared for name in wanted):
             model.tie_weights()
+        trim()  # else the weights that were packed stay in malloc's hands, block after block
 
     return fill
 

@@ -23,9 +23,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def release_memory() -> None:
     """Hand freed memory back to the system: garbage, cached device memory, malloc's spare pages."""
-    import ctypes
     import gc
-    import sys
 
     import torch
 
@@ -34,7 +32,15 @@ def release_memory() -> None:
     torch.xpu.empty_cache()
     if torch.backends.mps.is_available():
         torch.mps.empty_cache()
+    trim()
+
+
+def trim() -> None:
+    """Hand malloc's spare pages back: glibc keeps freed tensors of up to 32 MiB for later ones."""
+    import ctypes
+    import sys
+
     if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
-        if trim is not None:
-            trim(0)
+        give_back = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
+        if give_back is not None:
+            give_back(0)

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
+from weakref import ref
 
 from llm_magic.backends.accelerate.default_dtype import default_dtype_kept
 from llm_magic.backends.accelerate.packing import arrange, bind, parts, template
@@ -210,7 +211,28 @@ def prepare(model: Any, name: str, dtype: Any) -> tuple[str, ...]:
             f"Use --quantize {' or '.join(able)}." if able else "Leave out --quantize.",
         )
     model.eval().requires_grad_(False)
+    _refuse_saving(model, name)
     return packed
+
+
+def _refuse_saving(model: Any, name: str) -> None:
+    """Let ``save_pretrained`` refuse what no loader could read.
+
+    Its files would hold packed bytes beside a configuration that knows of none, and 8-bit integers
+    load as if they were weights. An adapter on the model may be saved: none of its bytes are packed.
+    """
+    held = ref(model)  # no cycle, which would keep the model's memory
+
+    def save_pretrained(*args: Any, **options: Any) -> Any:
+        found: Any = held()
+        if getattr(found, "_hf_peft_config_loaded", False):
+            return type(found).save_pretrained(found, *args, **options)
+        raise OptionError(
+            f"A model that --quantize {name} packed cannot be saved.",
+            "Keep the files it was loaded from: they are packed again at each load.",
+        )
+
+    model.save_pretrained = save_pretrained
 
 
 def _able(model: Any, skipped: list[str]) -> list[str]:
