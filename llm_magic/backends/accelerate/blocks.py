@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import os
 import stat
+import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,6 +24,12 @@ from llm_magic.backends.accelerate.reader import FileReader, page_buffer
 
 ALIGNMENT = 256
 """Bytes to which tensors are aligned in a buffer: what device kernels load fastest."""
+
+_FOR_ALL_GPUS = 1
+"""``cudaHostRegisterPortable``: not for the current device only."""
+
+_registered: dict[int, weakref.finalize[Any, Any]] = {}
+"""What is pinned, by its address."""
 
 Binding = list[packing.Assignment]
 """Assignments ``mapping[key] = value`` that put tensors into modules."""
@@ -331,21 +339,46 @@ def raw(tensor: Any) -> Any:
 
 
 def pin(memory: Any) -> bool:
-    """Register RAM with CUDA; ``False`` when it refuses, or there is no CUDA."""
+    """Register RAM with CUDA, for all GPUs; ``False`` when it refuses, or there is no CUDA.
+
+    Memory that goes without ``unpin`` is unregistered then: the system could not have it back.
+    """
     import torch
 
     if not memory.numel() or not torch.cuda.is_available():
         return False
     cuda: Any = torch.cuda
-    return int(cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0)) == 0
+    address = memory.data_ptr()
+    if int(cuda.cudart().cudaHostRegister(address, memory.numel(), _FOR_ALL_GPUS)):
+        _forget_refusal()
+        return False
+    _registered[address] = weakref.finalize(memory, _unregister, address)
+    _registered[address].atexit = False
+    return True
 
 
 def unpin(memory: Any) -> None:
-    """Undo ``pin``."""
+    """Undo ``pin``. Safe to call twice."""
+    finalizer = _registered.get(memory.data_ptr())
+    if finalizer is not None:
+        finalizer()
+
+
+def _unregister(address: int) -> None:
     import torch
 
+    del _registered[address]
     cuda: Any = torch.cuda
-    cuda.cudart().cudaHostUnregister(memory.data_ptr())
+    if int(cuda.cudart().cudaHostUnregister(address)):
+        _forget_refusal()
+
+
+def _forget_refusal() -> None:
+    """What CUDA refused stays its last error, which would be reported with the next kernel: run one for it."""
+    import torch
+
+    with suppress(RuntimeError):
+        torch.ones(1, device="cuda")
 
 
 def _owner(module: Any, name: str) -> tuple[Any, str]:

@@ -138,5 +138,14 @@ def weights_loader(model: Any) -> Any:
         weights = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
         loader = getattr(weights, "dataset", weights)
         if loader is not None:
+            if hasattr(loader, "device"):
+                loader.device = "cpu"  # Accelerate's own choice is the first GPU, which may be full
             return loader
     return None
+
+
+def drop_loaded(loader: Any, block: str) -> None:
+    """Let go of what a block in RAM was loaded into: it is in its place, and would be there twice."""
+    held = getattr(loader, "state_dict", None) or {}
+    for name in [name for name in held if name == block or name.startswith(f"{block}.")]:
+        del held[name]

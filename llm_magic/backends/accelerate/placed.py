@@ -269,6 +269,7 @@ class PlacedModel:
                 if place.home == "disk" and part.tensors.pieces and _is_empty(part):
                     self._take_from_disk(part, extents, loader)
             self._put_parts(place.block.name, place, self.plan)
+            hooks.drop_loaded(loader, place.block.name)
 
     def _take_from_disk(self, block: PlacedBlock, extents: Mapping[str, Extent], loader: Any) -> None:
         """Find the block's bytes in the files; write them when no file has them as they are needed."""

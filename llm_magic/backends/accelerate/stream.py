@@ -100,7 +100,8 @@ class Lane:
         self.fetched = 0
         self.missed = 0
         self._sources = list(sources)
-        self._slots = [Slot(memory) for memory in slots]
+        now = streams.mark()  # what had this memory before may be at work on it still
+        self._slots = [Slot(memory, used=now) for memory in slots]
         self._circular = True
         # Taken as such, not through the condition: an interrupt in its Python code would keep it locked.
         self._lock = threading.RLock()
