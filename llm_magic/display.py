@@ -166,14 +166,15 @@ class _TextAnswer:
         self._written = 0
 
     def update(self, answer: Answer) -> None:
-        if not self._streams or len(answer.text) == self._written:
+        text = answer.text  # once: the engine's thread goes on writing
+        if not self._streams or len(text) == self._written:
             if not self._written:
                 self._line.show(f"{phase_words(answer.phase)} · {format_seconds(answer.elapsed_s)}")
             return
         self._line.clear()
-        self._out.write(answer.text[self._written :])
+        self._out.write(text[self._written :])
         self._out.flush()
-        self._written = len(answer.text)
+        self._written = len(text)
 
     def close(self, generation: Generation) -> None:
         self._line.clear()

@@ -73,6 +73,23 @@ def test_a_terminal_gets_each_piece_once_and_a_footer() -> None:
     assert "31.4 tok/s" in out.getvalue().splitlines()[1]
 
 
+def test_tokens_that_come_while_others_are_written_are_not_lost() -> None:
+    answer = answer_of("The ")
+
+    class SlowOut(io.StringIO):
+        def flush(self) -> None:
+            if not self.getvalue().endswith("is Rome."):
+                answer.take(TokenEvent("capital "))
+
+    out = SlowOut()
+    view = TextScreen(FORMATS, out).answer("markdown")
+    view.update(answer)
+    answer.take(TokenEvent("is Rome."))
+    view.update(answer)
+    view.close(Generation(answer.text))
+    assert out.getvalue().startswith("The capital is Rome.")
+
+
 def test_a_format_that_needs_the_whole_answer_waits_for_it() -> None:
     out = io.StringIO()
     view = TextScreen(FORMATS, out).answer("json")

@@ -90,7 +90,7 @@ def test_the_libraries_stay_silent_and_their_settings_come_back(
 ) -> None:
     from transformers.utils import logging as library_logging
 
-    folder = tiny_model("mamba")
+    folder, llama, draft = (tiny_model(name) for name in ("mamba", "llama", "llama-tied"))
     capfd.readouterr()
     marker = lambda factory, args, options: factory(*args, **options)  # noqa: E731
     previous = library_logging.set_tqdm_hook(marker)
@@ -99,6 +99,7 @@ def test_the_libraries_stay_silent_and_their_settings_come_back(
         engine = load(folder, "half")
         ask(engine, request("The capital", temperature=0.7))
         engine.close()
+        load(llama, "half", spec=ModelSpec(str(llama), draft=str(draft))).close()
         assert library_logging.set_tqdm_hook(previous) is marker
     finally:
         library_logging.set_tqdm_hook(previous)

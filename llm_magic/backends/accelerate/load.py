@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -177,7 +177,7 @@ def _read_draft(spec: ModelSpec, plan: Plan, tokenizer: Any, progress: Progress)
     small = draft_spec(spec)
     files = fetch_weights(small, resolve(small, progress), progress)
     require_same_vocabulary(tokenizer, _read_tokenizer(files), files.name)
-    with default_dtype_kept():
+    with bars_into(_reporter(progress)), default_dtype_kept():
         model = AutoModelForCausalLM.from_pretrained(
             str(files.folder),
             device_map={"": torch.device(plan.placements[0].compute)},
@@ -189,6 +189,16 @@ def _read_draft(spec: ModelSpec, plan: Plan, tokenizer: Any, progress: Progress)
     return model.eval().requires_grad_(False), files.name
 
 
+def _reporter(progress: Progress) -> Callable[[str, int, int, str], None]:
+    """What turns transformers' bar over the weights into progress."""
+
+    def report(title: str, done: int, total: int, name: str) -> None:
+        if title == "Loading weights":
+            progress(PhaseEvent("loading", done, total, "tensors", name))
+
+    return report
+
+
 def _read_model(
     files: ModelFiles, spec: ModelSpec, plan: Plan, folder: OffloadFolder | None, progress: Progress
 ) -> Any:
@@ -197,13 +207,9 @@ def _read_model(
 
     from llm_magic.backends.accelerate.layout import load_config
 
-    def report(title: str, done: int, total: int, name: str) -> None:
-        if title == "Loading weights":
-            progress(PhaseEvent("loading", done, total, "tensors", name))
-
     config = load_config(files)
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    with bars_into(report), default_dtype_kept():
+    with bars_into(_reporter(progress)), default_dtype_kept():
         model, info = auto.from_pretrained(
             str(files.folder),
             config=config,
