@@ -343,7 +343,7 @@ def test_every_command_shows_something(loaded, capsys, command, says) -> None:
 
 
 def test_load_takes_packing_and_a_draft(shell, session) -> None:
-    run(shell, "%llm load fake:b --quantize nf4 --draft fake:small")
+    run(shell, "%llm load fake:b --quantize NF4 --draft fake:small")
     assert (session.model().spec.quantize, session.model().spec.draft) == ("nf4", "fake:small")
 
 

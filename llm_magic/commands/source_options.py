@@ -27,6 +27,7 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--quantize",
         default="",
+        type=str.lower,
         choices=QUANTIZE,
         metavar="METHOD",
         help=f"pack the linear layers: {', '.join(QUANTIZE)}",
