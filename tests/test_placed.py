@@ -12,7 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import attach_align_device_hook
+from accelerate.utils import OffloadedWeightsLoader
 
+from llm_magic.backends.accelerate.placed import PlacedModel
 from tests import tiny
 from tests.engines import ask, load
 from tests.placements import (
@@ -274,3 +277,24 @@ def test_an_engine_dropped_without_a_word_takes_everything_along(
 
 def threads_of_ours() -> set[int]:
     return {t.ident or 0 for t in threading.enumerate() if t.name.startswith("llm-magic")}
+
+
+@pytest.mark.parametrize("home", ["streamed", "cpu", "kept for a GPU"])
+@pytest.mark.parametrize("name", ["llama", "llama-tied"])
+def test_what_accelerate_offloaded_is_taken_over_once(
+    name: str, home: str, tiny_model: TinyModel, streams: Streams
+) -> None:
+    """Beside a GPU it holds what is in RAM, gives every module a parameter of its own back, and keeps the tensors."""
+    folder = tiny_model(name)
+    model = stock(folder)
+    expected = logits(model)
+    loader = OffloadedWeightsLoader(state_dict=dict(model.state_dict()))
+    attach_align_device_hook(model, execution_device="cpu", offload=True, weights_map=loader)
+    placed = PlacedModel(
+        model, placed_plan(folder, everywhere(home)), sorted(folder.glob("*.safetensors")), streams=streams
+    )
+    assert placed.blocks["lm_head"].is_borrowed == (name == "llama-tied")
+    assert loader.state_dict == {}
+    for _ in range(3):
+        assert torch.equal(logits(model), expected)
+    placed.close()

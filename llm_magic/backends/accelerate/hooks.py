@@ -132,6 +132,25 @@ def strip(module: Any) -> None:
     remove_hook_from_module(module, recurse=True)
 
 
+def tie_again(model: Any) -> None:
+    """Let parameters of the same memory be one: Accelerate gives every module back one of its own."""
+    from torch.nn import Parameter
+
+    first: dict[Any, Any] = {}
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+        if parameter.is_meta or type(parameter) is not Parameter or not parameter.numel():
+            continue
+        memory = (
+            parameter.data_ptr(),
+            parameter.device,
+            parameter.dtype,
+            parameter.shape,
+            parameter.stride(),
+        )
+        path, _, leaf = name.rpartition(".")
+        model.get_submodule(path)._parameters[leaf] = first.setdefault(memory, parameter)
+
+
 def weights_loader(model: Any) -> Any:
     """What Accelerate reads a model's offloaded weights from, by full name; ``None`` without any."""
     for module in model.modules():

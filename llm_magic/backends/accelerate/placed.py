@@ -248,11 +248,13 @@ class PlacedModel:
         loader = hooks.weights_loader(self.model)
         extents = self._checkpoint.extents(getattr(loader, "index", None) or {})
         owners: Owners = {}
-        for place in self.plan.placements:
-            module = modules.get(place.block.name)
-            if module is None or not place.block.name:
-                continue  # a bare parameter stays behind Accelerate's own hook
+        # A bare parameter is no module, and stays behind Accelerate's own hook.
+        found = [(p, modules[p.block.name]) for p in self.plan.placements if p.block.name in modules]
+        found = [(place, module) for place, module in found if place.block.name]
+        for _, module in found:
             hooks.strip(module)
+        hooks.tie_again(self.model)
+        for place, module in found:
             if fill is not None:
                 fill(place, module)
             stacks = {stack.name for stack in find_stacks(module)}
