@@ -277,3 +277,19 @@ def test_blocks_are_read_straight_into_slots_where_the_cpu_computes(layers: int)
         lane.release(index)
     lane.close()
     reader.close()
+
+
+def test_memory_that_somebody_computes_with_is_not_written_to_yet() -> None:
+    """A slot may be what a tensor was given back from a moment ago, with kernels still behind it."""
+    streams = FakeStreams(longest_delay_s=0)
+    behind, fetched = threading.Event(), threading.Event()
+    streams.compute.enqueue(lambda: behind.wait(60))
+    source = RamSource(torch.ones(8, dtype=torch.uint8), streams)
+    lane = Lane([source], [torch.zeros(8, dtype=torch.uint8)], streams)
+    lane.prime()
+    streams.copies.enqueue(fetched.set)
+    assert not fetched.wait(0.1)
+    behind.set()
+    assert fetched.wait(60)
+    lane.close()
+    streams.close()
