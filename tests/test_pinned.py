@@ -17,12 +17,12 @@ class Runtime:
     def __init__(self) -> None:
         self.pinned: dict[int, tuple[int, int]] = {}
 
-    def cudaHostRegister(self, address: int, size: int, flags: int) -> int:  # noqa: N802
+    def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
         assert address not in self.pinned
         self.pinned[address] = (size, flags)
         return 0
 
-    def cudaHostUnregister(self, address: int) -> int:  # noqa: N802
+    def cudaHostUnregister(self, address: int) -> int:
         del self.pinned[address]
         return 0
 

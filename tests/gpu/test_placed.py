@@ -56,6 +56,9 @@ ON_GPU: Mapping[str, Place] = {
     "read": layers(READ),
     "kept": layers(KEPT),
     "a bit of each": layers(STREAMED, READ, KEPT, RESIDENT),
+    "all but the layers streamed": lambda _number, label: (
+        RESIDENT if label.startswith("layers.") else STREAMED
+    ),
     "everything streamed": lambda _number, _label: STREAMED,
     "everything read": lambda _number, _label: READ,
 }
