@@ -16,6 +16,8 @@ from llm_magic.planning.fitting import fit
 from llm_magic.planning.forecast import make_forecast
 from llm_magic.planning.setting import Setting
 
+_ALIKE = 2  # times as wide
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -43,8 +45,9 @@ class Calibration:
 
 
 def kept_constants(layout: ModelLayout) -> Constants:
-    """Constants of the cost model as they were fitted on this computer, to this model or to another one."""
-    return Constants.from_json(load_fit(*here(), _key(layout)))
+    """Constants of the cost model as they were fitted on this computer, to this model or to one like it."""
+    key = _key(layout)
+    return Constants.from_json(load_fit(*here(), key, lambda other: _is_alike(key, other)))
 
 
 def keep_constants(layout: ModelLayout, constants: Constants) -> None:
@@ -90,3 +93,13 @@ def _compared(speed: SweepSpeed, before: Forecast, after: Forecast) -> Iterator[
 def _key(layout: ModelLayout) -> str:
     shape = f"{len(layout.layers)}x{layout.hidden_size}"
     return " ".join((layout.architecture, shape, layout.dtype, layout.quantization or "unpacked"))
+
+
+def _is_alike(key: str, other: str) -> bool:
+    """Whether layers of two models take the same kernels at about the same size: one tells of the other."""
+    own, its = key.split(), other.split()
+    if len(its) != len(own) or own[2:] != its[2:]:
+        return False
+    width, its_width = (part[1].partition("x")[2] for part in (own, its))
+    sizes = int(width) if width.isdecimal() else 0, int(its_width) if its_width.isdecimal() else 0
+    return 0 < max(sizes) <= _ALIKE * min(sizes)

@@ -40,6 +40,10 @@ def path(tmp_path):
     return tmp_path / "new" / "machine.json"
 
 
+def anything(_model: str) -> bool:
+    return True
+
+
 def test_comes_back_as_it_was(path):
     save_measurements(path, "here", KEPT)
     assert load_measurements(path, "here") == KEPT
@@ -159,25 +163,25 @@ def test_a_fit_is_kept_by_model_and_outlives_a_new_measurement(path):
     save_fit(path, "here", "qwen", {"launch_s": 0.002})
     save_measurements(path, "here", KEPT)
     assert load_measurements(path, "here") == KEPT
-    assert load_fit(path, "here", "llama") == {"launch_s": 0.001}
-    assert load_fit(path, "there", "llama") is None
+    assert load_fit(path, "here", "llama", anything) == {"launch_s": 0.001}
+    assert load_fit(path, "there", "llama", anything) is None
 
 
 def test_a_model_that_was_not_fitted_gets_the_newest_fit(path):
-    assert load_fit(path, "here", "gemma") is None
+    assert load_fit(path, "here", "gemma", anything) is None
     save_fit(path, "here", "llama", {"n": 1})
     save_fit(path, "here", "qwen", {"n": 2})
-    assert load_fit(path, "here", "gemma") == {"n": 2}
+    assert load_fit(path, "here", "gemma", anything) == {"n": 2}
     save_fit(path, "here", "llama", {"n": 3})
-    assert load_fit(path, "here", "gemma") == {"n": 3}
+    assert load_fit(path, "here", "gemma", anything) == {"n": 3}
 
 
 def test_the_oldest_fits_make_room(path):
     for number in range(70):
         save_fit(path, "here", str(number), {"n": number})
-    assert load_fit(path, "here", "69") == {"n": 69}
-    assert load_fit(path, "here", "6") == {"n": 6}
-    assert load_fit(path, "here", "5") == {"n": 69}  # 64 are kept: 6 to 69
+    assert load_fit(path, "here", "69", anything) == {"n": 69}
+    assert load_fit(path, "here", "6", anything) == {"n": 6}
+    assert load_fit(path, "here", "5", anything) == {"n": 69}  # 64 are kept: 6 to 69
 
 
 @pytest.mark.parametrize("fits", [None, [], {"llama": 7}, "x"])
@@ -186,10 +190,10 @@ def test_fits_that_are_none_do_not_count(path, fits):
     data = json.loads(path.read_text())
     data["machines"]["here"]["fits"] = fits
     path.write_text(json.dumps(data))
-    assert load_fit(path, "here", "llama") is None
+    assert load_fit(path, "here", "llama", anything) is None
     assert load_measurements(path, "here") == KEPT
     save_fit(path, "here", "llama", {"n": 1})
-    assert load_fit(path, "here", "llama") == {"n": 1}
+    assert load_fit(path, "here", "llama", anything) == {"n": 1}
 
 
 def test_this_computer_has_a_key_and_a_file_in_the_cache_folder(cache_folder):

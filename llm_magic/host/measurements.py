@@ -16,7 +16,7 @@ import json
 import os
 import platform
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -102,10 +102,10 @@ def save_measurements(path: Path, key: str, measurements: Measurements) -> None:
     )
 
 
-def load_fit(path: Path, key: str, model: str) -> Mapping[str, Any] | None:
-    """What was fitted to ``model`` on the computer ``key``, else to the model that was fitted last."""
+def load_fit(path: Path, key: str, model: str, is_alike: Callable[[str], bool]) -> Mapping[str, Any] | None:
+    """What was fitted to ``model`` on the computer ``key``, else to the model like it that was fitted last."""
     fits = _fits(_read(path).get(key))
-    found = fits.get(model) or next(reversed(fits.values()), None)
+    found = fits.get(model) or next((fits[other] for other in reversed(fits) if is_alike(other)), None)
     return found if isinstance(found, dict) else None
 
 

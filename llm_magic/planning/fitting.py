@@ -27,6 +27,7 @@ _INSTEAD = {  # what else can explain a time, where a constant is at the end of 
     "packed_gpu_share": "captured_layer_s",
     "cpu_beside_bus": "cpu_layer_s",
 }
+_SHARES = ("cpu_share", "gpu_share")  # in whatever a device reads
 _OVERHEADS = ("cpu_layer_s", "captured_layer_s", "gpu_layer_s")
 
 _Legs = Callable[[Constants], tuple[Leg, ...]]
@@ -93,7 +94,7 @@ def _better(
 ) -> Constants:
     """The constants with another cause of a part's time, or those of the prefill that may be in it."""
     cause = legs_of(constants)[index].cause
-    for name in (cause, _INSTEAD.get(cause, ""), *sorted(_PREFILL)):
+    for name in (cause, _INSTEAD.get(cause, ""), *_SHARES, *sorted(_PREFILL)):
         if name in names:
             better = _solved(legs_of, index, name, measured_s, constants)
             before, after = (legs_of(c)[index].seconds for c in (constants, better))

@@ -48,6 +48,7 @@ def engine_of(setting: Setting, placed: Sequence[Placement], uses: Sequence[Devi
         setting.constants,
         is_mapped=reads_mapped(machine, uses, placed),
         is_captured=can_capture(setting.layout, machine, placed),
+        quantization=setting.layout.quantization,
     )
 
 
