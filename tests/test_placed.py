@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import os
+import shutil
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -16,8 +18,9 @@ from accelerate.hooks import attach_align_device_hook
 from accelerate.utils import OffloadedWeightsLoader
 
 from llm_magic.backends.accelerate.placed import PlacedModel
+from llm_magic.errors import EngineError
 from tests import tiny
-from tests.engines import ask, load
+from tests.engines import ask, load, plan_for
 from tests.placements import (
     HOMES,
     PROMPT,
@@ -298,3 +301,22 @@ def test_what_accelerate_offloaded_is_taken_over_once(
     for _ in range(3):
         assert torch.equal(logits(model), expected)
     placed.close()
+
+
+def test_a_file_that_changes_under_a_model_is_refused_and_one_that_only_moves_is_not(
+    tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_model("llama"), tmp_path / "model")
+    engine = load(folder, "mapped")
+    try:
+        expected = ask(engine, "The capital of France").text
+        folder.rename(tmp_path / "elsewhere")
+        assert ask(engine, "The capital of France").text == expected
+        os.truncate(tmp_path / "elsewhere" / "model.safetensors", 1000)
+        with pytest.raises(EngineError, match=r"changed while its model was loaded"):
+            ask(engine, "The capital of France")
+        _, in_ram = plan_for(tiny_model("llama"), "ram")
+        with pytest.raises(EngineError, match=r"changed while its model was loaded"):
+            engine.apply(in_ram, lambda _event: None)
+    finally:
+        engine.close()

@@ -248,6 +248,7 @@ class TransformersEngine:
         """Move blocks, and keys and values with them; in the midst of an answer too."""
         import torch
 
+        self._placed.check_files()
         self._quick.before_move()
         self._placed.settle()
         try:
@@ -261,6 +262,7 @@ class TransformersEngine:
     def _run(self, request: Request, prompt: TokenizedPrompt, config: Any, decoding: Decoding) -> int:
         """Run the model; returns how many tokens of the prompt came from the kept cache."""
         steps: Steps = decoding.streamer
+        self._placed.check_files()
         keep = bool(request.chat) and config.use_cache is not False
         room = len(prompt.ids) + config.max_new_tokens
         cache, cached = self._caches.take(request.chat, prompt.ids, room) if keep else (None, 0)

@@ -32,6 +32,7 @@ from llm_magic.backends.accelerate.extents import Extent
 from llm_magic.backends.accelerate.lanes import DeviceLane, Traveller
 from llm_magic.backends.accelerate.mapped import MappedFiles
 from llm_magic.backends.accelerate.offload_folder import OffloadFolder, disk_error
+from llm_magic.backends.accelerate.open_file import OpenFile
 from llm_magic.backends.accelerate.reader import FileReader, choose_direct
 from llm_magic.backends.accelerate.uninterrupted import uninterrupted
 from llm_magic.plan import Placement, Plan
@@ -141,6 +142,7 @@ class PlacedModel:
         self.model = model
         self.plan = plan
         self._files = tuple(files)
+        self._opened = [OpenFile(path, direct=False) for path in files]
         self._folder = folder
         self._streams, self._slots = streams, slots
         self._checkpoint = Checkpoint(model, files)
@@ -214,6 +216,18 @@ class PlacedModel:
             raise
         return _moved(before, changed)
 
+    def check_files(self) -> None:
+        """Refuse to go on with blocks in files that changed: what is mapped would be gone, or another's.
+
+        Raises
+        ------
+        EngineError
+            With the file.
+        """
+        if any(place.home == "disk" for place in self.plan.placements):
+            for file in self._opened:
+                file.check_unchanged()
+
     def settle(self) -> None:
         """Make the next forward pass right after one that did not end."""
         with uninterrupted():
@@ -237,6 +251,8 @@ class PlacedModel:
         if "_reader" in self.__dict__:
             self._reader.close()
         self._mapped.close()
+        for file in self._opened:
+            file.close()
         if self._folder is not None:
             self._folder.remove()
         del self.model, self._checkpoint
