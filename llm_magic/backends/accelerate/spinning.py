@@ -6,10 +6,10 @@ import os
 import sys
 
 _SAID_BY_USER = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
-# Rounds that a waiting thread spins before it sleeps: what GNU OpenMP itself takes when it knows
-# that there are more threads than cores. Measured with the starter on 2 cores: 42 tok/s alone with
-# this as with the default; beside another busy process 32 tok/s, where the default falls to 2-4.
-_SPINS = "1000"
+# Rounds that a waiting thread spins before it sleeps. Measured with the starter on 2 cores, tokens per
+# second alone and beside a busy process: 42 and 2-4 with the default, 43 and 15 with this; with the
+# 1,000 that GNU OpenMP takes where there are more threads than cores, 33 and 22.
+_SPINS = "3000"
 
 
 def import_torch_calmly() -> None:
