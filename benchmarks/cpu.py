@@ -111,7 +111,7 @@ def _llama_cpp(setup: Setup, case: Mapping[str, object]) -> list[Contender]:
     if find_spec("llama_cpp") is None:
         setup.report.skip("llama.cpp (llama-cpp-python is not installed)")
         return []
-    from llm_magic.backends.accelerate.sources import find_starter
+    from llm_magic.backends.accelerate.source.sources import find_starter
 
     files = {
         "llama.cpp, bf16 GGUF, all in RAM": setup.made("starter.bf16.gguf"),

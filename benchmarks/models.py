@@ -91,7 +91,7 @@ def words(count: int, vocabulary: int, seed: int = 1) -> str:
 
 def starter_folder() -> Path:
     """The starter model as safetensors; converted when that was not done before."""
-    from llm_magic.backends.accelerate.sources import fetch_weights, resolve
+    from llm_magic.backends.accelerate.source.sources import fetch_weights, resolve
     from llm_magic.model import ModelSpec
 
     spec = ModelSpec("starter")
@@ -150,7 +150,7 @@ def starter_in_bf16(target: Path) -> None:
     import gguf
     from gguf.quants import dequantize, quantize
 
-    from llm_magic.backends.accelerate.sources import find_starter
+    from llm_magic.backends.accelerate.source.sources import find_starter
 
     reader = gguf.GGUFReader(find_starter())
     writer = gguf.GGUFWriter(target, "llama")

@@ -64,7 +64,7 @@ def pull(spec: ModelSpec, progress: Progress) -> LocalModel:
     SourceError
         When the source is no hub id, there is no such model, or it cannot be downloaded.
     """
-    from llm_magic.backends.accelerate.sources import fetch_weights, resolve
+    from llm_magic.backends.accelerate.source.sources import fetch_weights, resolve
 
     if Path(spec.source).expanduser().exists() or spec.source == "starter":
         raise SourceError(f"{spec.source} is on this computer already.", f"Run: %llm load {spec.source}")
@@ -74,7 +74,7 @@ def pull(spec: ModelSpec, progress: Progress) -> LocalModel:
 
 
 def _starter() -> list[LocalModel]:
-    from llm_magic.backends.accelerate.sources import find_starter
+    from llm_magic.backends.accelerate.source.sources import find_starter
 
     try:
         file = find_starter()
@@ -84,7 +84,7 @@ def _starter() -> list[LocalModel]:
 
 
 def _hub_models() -> list[LocalModel]:
-    from llm_magic.backends.accelerate.hub import cached_models
+    from llm_magic.backends.accelerate.source.hub import cached_models
 
     return [
         LocalModel(source.rpartition("/")[2], "hub", size, source, detail)
@@ -98,7 +98,7 @@ def _gguf_files(folder: Path) -> list[LocalModel]:
 
 
 def _describe_gguf(path: Path, kind: str, source: str) -> LocalModel:
-    from llm_magic.backends.accelerate.convert import converted_folder, is_converted, most_common_type
+    from llm_magic.backends.accelerate.source.convert import converted_folder, is_converted, most_common_type
 
     size = path.stat().st_size
     try:
@@ -113,8 +113,8 @@ def _describe_gguf(path: Path, kind: str, source: str) -> LocalModel:
 
 def _conversions(listed: set[str]) -> list[LocalModel]:
     """GGUF files elsewhere that were converted once; without its file, a conversion is a folder like any other."""
-    from llm_magic.backends.accelerate.convert import MARK
-    from llm_magic.backends.accelerate.sources import read_json
+    from llm_magic.backends.accelerate.source.convert import MARK
+    from llm_magic.backends.accelerate.source.sources import read_json
 
     found = []
     for mark in sorted((cache_folder() / "converted").glob(f"*/{MARK}")):
@@ -156,7 +156,7 @@ def _folders(folder: Path) -> list[LocalModel]:
 
 def _model_type(folder: Path) -> str:
     """What the configuration says it is; empty for one that is not a model's."""
-    from llm_magic.backends.accelerate.sources import read_json
+    from llm_magic.backends.accelerate.source.sources import read_json
 
     try:
         return str(read_json(folder / "config.json").get("model_type", ""))[:40]

@@ -35,7 +35,7 @@ def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture(scope="session")
 def starter_folder() -> Path:
     """The starter model, converted to safetensors once per test session (about 15 s)."""
-    from llm_magic.backends.accelerate import sources
+    from llm_magic.backends.accelerate.source import sources
     from llm_magic.model import ModelSpec
 
     spec = ModelSpec("starter")

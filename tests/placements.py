@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from llm_magic.backends.accelerate.placed import PlacedModel
+from llm_magic.backends.accelerate.placement.placed import PlacedModel
 from llm_magic.plan import Placement, Plan
 from tests.engines import plan_for
 from tests.fake_streams import HurriedStreams

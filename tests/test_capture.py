@@ -18,8 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 from transformers import AutoModelForCausalLM
 
-from llm_magic.backends.accelerate.capture import CapturedSteps, why_not
-from llm_magic.backends.accelerate.decode import Decoding
+from llm_magic.backends.accelerate.decoding.capture import CapturedSteps, why_not
+from llm_magic.backends.accelerate.decoding.decode import Decoding
 from llm_magic.plan import Placement, Plan
 from tests import tiny
 from tests.engines import plan_for

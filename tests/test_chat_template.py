@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from llm_magic.backends.accelerate import template_sandbox
-from llm_magic.backends.accelerate.chat_template import TEMPLATE_LIMIT, render
+from llm_magic.backends.accelerate.prompt import template_sandbox
+from llm_magic.backends.accelerate.prompt.chat_template import TEMPLATE_LIMIT, render
 from llm_magic.errors import PromptError
 
 SMOLLM = (

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from llm_magic.backends.accelerate.convert import converted_folder, is_converted
-from llm_magic.backends.accelerate.gguf_model import gguf_config
-from llm_magic.backends.accelerate.layout import read_layout
-from llm_magic.backends.accelerate.sources import ModelFiles, fetch_weights, find_starter, resolve
+from llm_magic.backends.accelerate.source.convert import converted_folder, is_converted
+from llm_magic.backends.accelerate.source.gguf_model import gguf_config
+from llm_magic.backends.accelerate.source.layout import read_layout
+from llm_magic.backends.accelerate.source.sources import ModelFiles, fetch_weights, find_starter, resolve
 from llm_magic.errors import SourceError
 from llm_magic.events import PhaseEvent
 from llm_magic.headers import read_gguf_header
@@ -370,7 +370,7 @@ def test_a_conversion_is_made_once_and_again_when_the_file_changes(
 def test_a_converted_model_resolves_without_heavy_imports(starter_folder: Path) -> None:
     code = (
         "import sys\n"
-        "from llm_magic.backends.accelerate.sources import resolve\n"
+        "from llm_magic.backends.accelerate.source.sources import resolve\n"
         "from llm_magic.model import ModelSpec\n"
         "print(resolve(ModelSpec('starter'), lambda event: None).folder)\n"
         "heavy = {'torch', 'transformers', 'huggingface_hub', 'numpy', 'gguf'} & set(sys.modules)\n"
@@ -447,7 +447,7 @@ def test_leftovers_of_a_killed_conversion_do_not_count(
 
 FULL = """
 import resource, sys
-from llm_magic.backends.accelerate.sources import fetch_weights, resolve
+from llm_magic.backends.accelerate.source.sources import fetch_weights, resolve
 from llm_magic.errors import SourceError
 from llm_magic.headers import read_gguf_header
 from llm_magic.model import ModelLayout, ModelSpec
@@ -572,7 +572,7 @@ def test_large_conversions_are_sharded(gguf_of: Callable[..., Path], tmp_path: P
     import torch
     from transformers import AutoModelForCausalLM
 
-    from llm_magic.backends.accelerate.convert import SafetensorsWriter
+    from llm_magic.backends.accelerate.source.convert import SafetensorsWriter
 
     path = gguf_of("llama")
     theirs = as_transformers_reads(path, "bfloat16")

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from llm_magic.backends.accelerate.decode import Decoding
-from llm_magic.backends.accelerate.pace import Pace
-from llm_magic.backends.accelerate.rollback import Rollback
-from llm_magic.backends.accelerate.speculate import Proposal, Speculation
+from llm_magic.backends.accelerate.decoding.decode import Decoding
+from llm_magic.backends.accelerate.decoding.pace import Pace
+from llm_magic.backends.accelerate.decoding.rollback import Rollback
+from llm_magic.backends.accelerate.decoding.speculate import Proposal, Speculation
 from tests import tiny
 
 TinyModel = Callable[[str], Path]
@@ -448,7 +448,7 @@ def test_quick_steps_take_over_and_give_back(
 
 
 def cut(cache: Any, length: int) -> Any:
-    from llm_magic.backends.accelerate.kv_cache import crop
+    from llm_magic.backends.accelerate.decoding.kv_cache import crop
 
     assert crop(cache, length)
     return cache

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_magic.backends.accelerate.detokenize import Detokenizer
+from llm_magic.backends.accelerate.decoding.detokenize import Detokenizer
 from tests import tiny
 
 BAD = "\N{REPLACEMENT CHARACTER}"

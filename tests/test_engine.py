@@ -404,9 +404,7 @@ def test_stop_at_every_token_of_other_architectures(name: str, tiny_model: TinyM
         engine.close()
 
 
-@pytest.mark.parametrize(
-    "error", [KeyboardInterrupt, RuntimeError("device lost"), LLMMagicError("no")]
-)
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError("device lost"), LLMMagicError("no")])
 def test_an_error_inside_a_block_leaves_the_next_answer_right(
     llama: Any, error: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,20 +14,25 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from llm_magic.backends.accelerate.blocks import BlockTensors, FileStore, RamStore, write_block
-from llm_magic.backends.accelerate.expert_cache import ExpertCache, ExpertLayer
-from llm_magic.backends.accelerate.expert_lanes import DeviceExperts, ExpertTraveller
-from llm_magic.backends.accelerate.expert_stores import ExpertStore, FileExperts, RamExperts, expert_images
-from llm_magic.backends.accelerate.experts import (
+from llm_magic.backends.accelerate.placement.blocks import BlockTensors, FileStore, RamStore, write_block
+from llm_magic.backends.accelerate.placement.expert_cache import ExpertCache, ExpertLayer
+from llm_magic.backends.accelerate.placement.expert_lanes import DeviceExperts, ExpertTraveller
+from llm_magic.backends.accelerate.placement.expert_stores import (
+    ExpertStore,
+    FileExperts,
+    RamExperts,
+    expert_images,
+)
+from llm_magic.backends.accelerate.placement.experts import (
     RoutedExperts,
     Stack,
     advise_routed,
     can_route,
     find_stacks,
 )
-from llm_magic.backends.accelerate.extents import Extent, file_extents
-from llm_magic.backends.accelerate.reader import FileReader, page_buffer
-from llm_magic.backends.accelerate.stream import DONE, HostStreams, Staging
+from llm_magic.backends.accelerate.placement.extents import Extent, file_extents
+from llm_magic.backends.accelerate.placement.reader import FileReader, page_buffer
+from llm_magic.backends.accelerate.placement.stream import DONE, HostStreams, Staging
 from llm_magic.units import MIB
 from tests.fake_streams import FakeStreams
 

@@ -221,7 +221,7 @@ def test_the_table_of_ggml_types_is_the_libraries(subtests: Any) -> None:
 def test_the_starter_is_read_as_the_gguf_library_reads_it() -> None:
     import gguf
 
-    from llm_magic.backends.accelerate.sources import find_starter
+    from llm_magic.backends.accelerate.source.sources import find_starter
 
     path = find_starter()
     header = read_gguf_header(path)

@@ -22,7 +22,7 @@ from tests.hub_server import COMMIT, Hub, serve
 
 STORY = """
 import json, sys
-from llm_magic.backends.accelerate import sources
+from llm_magic.backends.accelerate.source import sources
 from llm_magic.errors import LLMMagicError
 from llm_magic.model import ModelSpec
 
@@ -33,7 +33,7 @@ try:
     files = sources.resolve(spec, events.append)
     told["resolved"] = sorted(path.name for path in files.folder.iterdir())
     if do == "layout":
-        from llm_magic.backends.accelerate.layout import read_layout
+        from llm_magic.backends.accelerate.source.layout import read_layout
         layout = read_layout(spec, files)
         told["layout"] = [layout.name, layout.dtype, len(layout.layers), layout.has_chat_template]
     if do == "fetch":

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from llm_magic.backends.accelerate.kv_cache import ChatCaches, crop
+from llm_magic.backends.accelerate.decoding.kv_cache import ChatCaches, crop
 from tests import tiny
 
 

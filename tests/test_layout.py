@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from llm_magic.backends.accelerate.layout import build_skeleton, draft_spec, read_layout, with_draft
-from llm_magic.backends.accelerate.packing import parameters, template
-from llm_magic.backends.accelerate.quantize import pack_block, prepare
-from llm_magic.backends.accelerate.sources import resolve
+from llm_magic.backends.accelerate.placement.packing import parameters, template
+from llm_magic.backends.accelerate.placement.quantize import pack_block, prepare
+from llm_magic.backends.accelerate.source.layout import build_skeleton, draft_spec, read_layout, with_draft
+from llm_magic.backends.accelerate.source.sources import resolve
 from llm_magic.errors import OptionError, SourceError
 from llm_magic.events import PhaseEvent
 from llm_magic.model import Block, ModelLayout, ModelSpec
@@ -370,7 +370,7 @@ LARGE = """
 import sys, time, resource
 import torch, transformers, accelerate
 from transformers import LlamaForCausalLM
-from llm_magic.backends.accelerate import layout, sources
+from llm_magic.backends.accelerate.source import layout, sources
 from llm_magic.model import ModelSpec
 def peak():
     try:  # not ru_maxrss: on Linux a child begins with its parent's

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from llm_magic.backends.accelerate.convert import MARK
-from llm_magic.backends.accelerate.sources import find_starter, resolve
+from llm_magic.backends.accelerate.source.convert import MARK
+from llm_magic.backends.accelerate.source.sources import find_starter, resolve
 from llm_magic.errors import SourceError
 from llm_magic.events import PhaseEvent
 from llm_magic.library import LocalModel, local_models, pull

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from llm_magic.backends.accelerate.placed import PlacedModel
+from llm_magic.backends.accelerate.placement.placed import PlacedModel
 from llm_magic.plan import Plan
 from tests import tiny
 from tests.placements import (

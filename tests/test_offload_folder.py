@@ -8,7 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from llm_magic.backends.accelerate.offload_folder import OffloadFolder, check_tensor_names, disk_error
+from llm_magic.backends.accelerate.placement.offload_folder import (
+    OffloadFolder,
+    check_tensor_names,
+    disk_error,
+)
 from llm_magic.errors import PlanError, SourceError
 
 

@@ -9,9 +9,16 @@ from typing import Any
 
 import pytest
 
-from llm_magic.backends.accelerate import packing
-from llm_magic.backends.accelerate.packing import Template, arrange, bind, parameters, parts, template
-from llm_magic.backends.accelerate.quantize import import_library
+from llm_magic.backends.accelerate.placement import packing
+from llm_magic.backends.accelerate.placement.packing import (
+    Template,
+    arrange,
+    bind,
+    parameters,
+    parts,
+    template,
+)
+from llm_magic.backends.accelerate.placement.quantize import import_library
 from tests.packed import extension_was_loaded, without_extension
 
 FOUR_BIT = ["nf4", "fp4", "nf4-nested", "nf4-words"]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from llm_magic.backends.accelerate.blocks import BlockTensors, RamStore, flat_buffer, pin, unpin
+from llm_magic.backends.accelerate.placement.blocks import BlockTensors, RamStore, flat_buffer, pin, unpin
 
 
 class Runtime:

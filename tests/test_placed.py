@@ -17,7 +17,7 @@ import torch
 from accelerate.hooks import attach_align_device_hook
 from accelerate.utils import OffloadedWeightsLoader
 
-from llm_magic.backends.accelerate.placed import PlacedModel
+from llm_magic.backends.accelerate.placement.placed import PlacedModel
 from llm_magic.errors import EngineError
 from tests import tiny
 from tests.engines import ask, load, plan_for

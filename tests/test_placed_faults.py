@@ -19,9 +19,9 @@ from typing import Any
 import pytest
 import torch
 
-from llm_magic.backends.accelerate.placed import PlacedModel
-from llm_magic.backends.accelerate.stream import HostStreams, Lane, StagedSource, Staging
-from llm_magic.backends.accelerate.uninterrupted import uninterrupted
+from llm_magic.backends.accelerate.placement.placed import PlacedModel
+from llm_magic.backends.accelerate.placement.stream import HostStreams, Lane, StagedSource, Staging
+from llm_magic.backends.accelerate.placement.uninterrupted import uninterrupted
 from llm_magic.errors import EngineError
 from tests import tiny
 from tests.fake_streams import HurriedStreams

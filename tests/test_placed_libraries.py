@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llm_magic.backends.accelerate.placed import PlacedModel
+from llm_magic.backends.accelerate.placement.placed import PlacedModel
 from llm_magic.backends.accelerate.quiet import quiet
 from tests.engines import load
 from tests.placements import (

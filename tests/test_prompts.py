@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from llm_magic.backends.accelerate.prompts import tokenize
+from llm_magic.backends.accelerate.prompt.prompts import tokenize
 from llm_magic.errors import PromptError
 from llm_magic.events import Message, Request
 from tests import tiny

@@ -12,9 +12,8 @@ from typing import Any
 
 import pytest
 
-from llm_magic.backends.accelerate.layout import build_skeleton, load_config
-from llm_magic.backends.accelerate.packing import parameters, parts, template
-from llm_magic.backends.accelerate.quantize import (
+from llm_magic.backends.accelerate.placement.packing import parameters, parts, template
+from llm_magic.backends.accelerate.placement.quantize import (
     METHODS,
     find_method,
     import_library,
@@ -24,7 +23,8 @@ from llm_magic.backends.accelerate.quantize import (
     refuse_devices,
 )
 from llm_magic.backends.accelerate.quiet import quiet
-from llm_magic.backends.accelerate.sources import resolve
+from llm_magic.backends.accelerate.source.layout import build_skeleton, load_config
+from llm_magic.backends.accelerate.source.sources import resolve
 from llm_magic.errors import OptionError, PlanError
 from llm_magic.model import ModelSpec
 from tests.packed import extension_was_loaded, without_extension
@@ -167,7 +167,7 @@ def same_parts(mine: dict[str, Any], theirs: dict[str, Any]) -> None:
 
 def same_values(mine: Any, theirs: Any) -> None:
     """Put back into the plain order first."""
-    from llm_magic.backends.accelerate.packing import arrange
+    from llm_magic.backends.accelerate.placement.packing import arrange
 
     arrange(mine, "cuda")
     same_parts(parts(mine, "weight"), parts(theirs, "weight"))
@@ -201,7 +201,7 @@ def test_other_architectures_compute_what_their_packed_weights_say(
 
 
 def unpacked_weight(module: Any) -> Any:
-    from llm_magic.backends.accelerate.packing import arrange
+    from llm_magic.backends.accelerate.placement.packing import arrange
 
     functional = import_library("bitsandbytes").functional
     if type(module).__name__ == "QLinear":
@@ -368,7 +368,7 @@ def get_kernel(*_args, **_options):
 """
 IMPORTS = """
 import sys
-from llm_magic.backends.accelerate.quantize import import_library
+from llm_magic.backends.accelerate.placement.quantize import import_library
 for name in ("bitsandbytes", "optimum.quanto"):
     import_library(name)
 assert "kernels" not in sys.modules

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from llm_magic.backends.accelerate.sampling import end_tokens, generation_config, seeded
+from llm_magic.backends.accelerate.decoding.sampling import end_tokens, generation_config, seeded
 from llm_magic.errors import OptionError
 from llm_magic.events import Sampling
 

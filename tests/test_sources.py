@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from llm_magic.backends.accelerate.backend import TransformersBackend
-from llm_magic.backends.accelerate.layout import read_layout
-from llm_magic.backends.accelerate.sources import (
+from llm_magic.backends.accelerate.source.layout import read_layout
+from llm_magic.backends.accelerate.source.sources import (
     ModelFiles,
     fetch_weights,
     find_starter,

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from llm_magic.backends.accelerate.decode import Decoding
-from llm_magic.backends.accelerate.pace import LENGTHS, Pace
-from llm_magic.backends.accelerate.proposers import DraftModel, PromptLookup, require_same_vocabulary
-from llm_magic.backends.accelerate.speculate import Proposal, Speculation, choose
+from llm_magic.backends.accelerate.decoding.decode import Decoding
+from llm_magic.backends.accelerate.decoding.pace import LENGTHS, Pace
+from llm_magic.backends.accelerate.decoding.proposers import DraftModel, PromptLookup, require_same_vocabulary
+from llm_magic.backends.accelerate.decoding.speculate import Proposal, Speculation, choose
 from llm_magic.errors import OptionError
 from tests import tiny
 from tests.test_decode import (

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llm_magic.backends.accelerate.static_cache import StaticCache, to_dynamic, to_static
+from llm_magic.backends.accelerate.decoding.static_cache import StaticCache, to_dynamic, to_static
 
 LAYERS, BATCH, HEADS, TOKENS, WIDTH = 3, 2, 4, 5, 8
 

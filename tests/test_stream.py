@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from llm_magic.backends.accelerate.stream import (
+from llm_magic.backends.accelerate.placement.stream import (
     HostStreams,
     Lane,
     RamSource,

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from llm_magic.backends.accelerate.capture import CapturedSteps
-from llm_magic.backends.accelerate.joined import FEW_TOKENS, JoinedProjections
-from llm_magic.backends.accelerate.warmup import WarmUp, resident_layers
+from llm_magic.backends.accelerate.decoding.capture import CapturedSteps
+from llm_magic.backends.accelerate.decoding.joined import FEW_TOKENS, JoinedProjections
+from llm_magic.backends.accelerate.decoding.warmup import WarmUp, resident_layers
 from tests import tiny
 from tests.engines import plan_for
 from tests.test_capture import CONTEXT, Failing, Tapes, assert_close, begin, eager, greedy, prefilled, prompts

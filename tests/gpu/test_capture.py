@@ -12,11 +12,11 @@ import pytest
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.gpu
 
-from llm_magic.backends.accelerate.blocks import BlockTensors, flat_buffer, pin, unpin  # noqa: E402
-from llm_magic.backends.accelerate.capture import CapturedSteps, CudaGraphs  # noqa: E402
-from llm_magic.backends.accelerate.decode import Decoding  # noqa: E402
-from llm_magic.backends.accelerate.stream import AcceleratorStreams, Lane, RamSource  # noqa: E402
-from llm_magic.backends.accelerate.warmup import WarmUp  # noqa: E402
+from llm_magic.backends.accelerate.decoding.capture import CapturedSteps, CudaGraphs  # noqa: E402
+from llm_magic.backends.accelerate.decoding.decode import Decoding  # noqa: E402
+from llm_magic.backends.accelerate.decoding.warmup import WarmUp  # noqa: E402
+from llm_magic.backends.accelerate.placement.blocks import BlockTensors, flat_buffer, pin, unpin  # noqa: E402
+from llm_magic.backends.accelerate.placement.stream import AcceleratorStreams, Lane, RamSource  # noqa: E402
 
 DEVICE = "cuda:0"
 SIZES = {

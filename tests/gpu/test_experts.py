@@ -16,13 +16,13 @@ pytestmark = pytest.mark.gpu
 
 from safetensors.torch import save_file  # noqa: E402
 
-from llm_magic.backends.accelerate.blocks import pin, unpin  # noqa: E402
-from llm_magic.backends.accelerate.expert_cache import ExpertCache  # noqa: E402
-from llm_magic.backends.accelerate.expert_stores import FileExperts, RamExperts, expert_images  # noqa: E402
-from llm_magic.backends.accelerate.experts import RoutedExperts, find_stacks  # noqa: E402
-from llm_magic.backends.accelerate.extents import file_extents  # noqa: E402
-from llm_magic.backends.accelerate.reader import FileReader, page_buffer  # noqa: E402
-from llm_magic.backends.accelerate.stream import AcceleratorStreams, Staging  # noqa: E402
+from llm_magic.backends.accelerate.placement.blocks import pin, unpin  # noqa: E402
+from llm_magic.backends.accelerate.placement.expert_cache import ExpertCache  # noqa: E402
+from llm_magic.backends.accelerate.placement.expert_stores import FileExperts, RamExperts, expert_images  # noqa: E402
+from llm_magic.backends.accelerate.placement.experts import RoutedExperts, find_stacks  # noqa: E402
+from llm_magic.backends.accelerate.placement.extents import file_extents  # noqa: E402
+from llm_magic.backends.accelerate.placement.reader import FileReader, page_buffer  # noqa: E402
+from llm_magic.backends.accelerate.placement.stream import AcceleratorStreams, Staging  # noqa: E402
 
 LAYERS, EXPERTS = 4, 16
 DEVICE = "cuda:0"

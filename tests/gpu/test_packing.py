@@ -15,15 +15,15 @@ pytestmark = pytest.mark.gpu
 
 from transformers import LlamaConfig  # noqa: E402
 
-from llm_magic.backends.accelerate.layout import build_skeleton  # noqa: E402
-from llm_magic.backends.accelerate.packing import (  # noqa: E402
+from llm_magic.backends.accelerate.placement.packing import (  # noqa: E402
     arrange,
     bind,
     parameters,
     parts,
     template,
 )
-from llm_magic.backends.accelerate.quantize import METHODS, pack_block, packed_bytes, prepare  # noqa: E402
+from llm_magic.backends.accelerate.placement.quantize import METHODS, pack_block, packed_bytes, prepare  # noqa: E402
+from llm_magic.backends.accelerate.source.layout import build_skeleton  # noqa: E402
 
 DEVICE = "cuda:0"
 DTYPES = ["bfloat16", "float16"]

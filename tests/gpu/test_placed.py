@@ -17,10 +17,10 @@ import pytest
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.gpu
 
-from llm_magic.backends.accelerate.blocks import pin, unpin  # noqa: E402
-from llm_magic.backends.accelerate.placed import PlacedModel  # noqa: E402
-from llm_magic.backends.accelerate.reader import page_buffer  # noqa: E402
-from llm_magic.backends.accelerate.stream import AcceleratorStreams  # noqa: E402
+from llm_magic.backends.accelerate.placement.blocks import pin, unpin  # noqa: E402
+from llm_magic.backends.accelerate.placement.placed import PlacedModel  # noqa: E402
+from llm_magic.backends.accelerate.placement.reader import page_buffer  # noqa: E402
+from llm_magic.backends.accelerate.placement.stream import AcceleratorStreams  # noqa: E402
 from tests import tiny  # noqa: E402
 from tests.engines import BACKEND, ask, plan_for, request  # noqa: E402
 from tests.placements import Place, Where, load_placed, placed_plan, stock  # noqa: E402

@@ -45,12 +45,12 @@ class TransformersBackend:
         SourceError
             When the source cannot be found, read or trusted.
         """
-        from llm_magic.backends.accelerate.sources import resolve
+        from llm_magic.backends.accelerate.source.sources import resolve
 
         files = resolve(spec, progress)
         progress(PhaseEvent("importing"))
         import_torch_calmly()
-        from llm_magic.backends.accelerate.layout import read_layout, with_draft
+        from llm_magic.backends.accelerate.source.layout import read_layout, with_draft
 
         return with_draft(read_layout(spec, files), spec, progress)
 
@@ -66,7 +66,7 @@ class TransformersBackend:
         EngineError
             When memory runs out on the way.
         """
-        from llm_magic.backends.accelerate.sources import fetch_weights, resolve
+        from llm_magic.backends.accelerate.source.sources import fetch_weights, resolve
 
         progress(PhaseEvent("reading"))
         files = fetch_weights(spec, resolve(spec, progress), progress)

@@ -7,18 +7,18 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from llm_magic.backends.accelerate.decode import Decoding
-from llm_magic.backends.accelerate.detokenize import Detokenizer
+from llm_magic.backends.accelerate.decoding.decode import Decoding
+from llm_magic.backends.accelerate.decoding.detokenize import Detokenizer
+from llm_magic.backends.accelerate.decoding.kv_cache import ChatCaches
+from llm_magic.backends.accelerate.decoding.sampling import end_tokens, generation_config, seeded
 from llm_magic.backends.accelerate.generate import Steps, run_generate, watched_blocks
-from llm_magic.backends.accelerate.kv_cache import ChatCaches
 from llm_magic.backends.accelerate.load import LoadedWeights
 from llm_magic.backends.accelerate.measure import Clock, Probe, sweep_speed
 from llm_magic.backends.accelerate.memory_errors import is_out_of_memory, release_memory
-from llm_magic.backends.accelerate.prompts import TokenizedPrompt, tokenize
+from llm_magic.backends.accelerate.prompt.prompts import TokenizedPrompt, tokenize
 from llm_magic.backends.accelerate.quick import Quick, layer_index
 from llm_magic.backends.accelerate.quiet import quiet
 from llm_magic.backends.accelerate.repair import Repair, failed_device
-from llm_magic.backends.accelerate.sampling import end_tokens, generation_config, seeded
 from llm_magic.backends.accelerate.threads import cores_left_for_the_driver
 from llm_magic.errors import EngineError, LLMMagicError, OptionError, PlanError, PromptError
 from llm_magic.events import (

@@ -8,9 +8,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from llm_magic.backends.accelerate.decode import Decoding
-from llm_magic.backends.accelerate.detokenize import Detokenizer
-from llm_magic.backends.accelerate.prompts import TokenizedPrompt
+from llm_magic.backends.accelerate.decoding.decode import Decoding
+from llm_magic.backends.accelerate.decoding.detokenize import Detokenizer
+from llm_magic.backends.accelerate.prompt.prompts import TokenizedPrompt
 from llm_magic.events import Emit, PhaseEvent, StopFlag, TokenEvent
 
 

@@ -8,13 +8,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from llm_magic.backends.accelerate.decoding.proposers import require_same_vocabulary
 from llm_magic.backends.accelerate.default_dtype import default_dtype_kept
-from llm_magic.backends.accelerate.hooks import strip, weights_loader
 from llm_magic.backends.accelerate.memory_errors import is_out_of_memory, release_memory, trim
-from llm_magic.backends.accelerate.offload_folder import OffloadFolder, check_tensor_names, disk_error
-from llm_magic.backends.accelerate.placed import Fill, PlacedModel, accelerate_device_map
-from llm_magic.backends.accelerate.proposers import require_same_vocabulary
-from llm_magic.backends.accelerate.quantize import pack_block, prepare, refuse_devices
+from llm_magic.backends.accelerate.placement.hooks import strip, weights_loader
+from llm_magic.backends.accelerate.placement.offload_folder import (
+    OffloadFolder,
+    check_tensor_names,
+    disk_error,
+)
+from llm_magic.backends.accelerate.placement.placed import Fill, PlacedModel, accelerate_device_map
+from llm_magic.backends.accelerate.placement.quantize import pack_block, prepare, refuse_devices
 from llm_magic.backends.accelerate.quiet import bars_into, quiet
 from llm_magic.errors import EngineError, LLMMagicError, PlanError, SourceError
 from llm_magic.events import PhaseEvent, Progress
@@ -26,7 +30,7 @@ from llm_magic.planning.planner import refusal
 from llm_magic.units import format_bytes
 
 if TYPE_CHECKING:
-    from llm_magic.backends.accelerate.sources import ModelFiles
+    from llm_magic.backends.accelerate.source.sources import ModelFiles
 
 
 _TOKENIZER = re.compile(r".*(token|vocab|merges|spiece|sentencepiece|\.model$|\.tiktoken$).*", re.IGNORECASE)
@@ -171,8 +175,8 @@ def _read_draft(spec: ModelSpec, plan: Plan, tokenizer: Any, progress: Progress)
     import torch
     from transformers import AutoModelForCausalLM
 
-    from llm_magic.backends.accelerate.layout import draft_spec
-    from llm_magic.backends.accelerate.sources import fetch_weights, resolve
+    from llm_magic.backends.accelerate.source.layout import draft_spec
+    from llm_magic.backends.accelerate.source.sources import fetch_weights, resolve
 
     small = draft_spec(spec)
     files = fetch_weights(small, resolve(small, progress), progress)
@@ -205,7 +209,7 @@ def _read_model(
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-    from llm_magic.backends.accelerate.layout import load_config
+    from llm_magic.backends.accelerate.source.layout import load_config
 
     config = load_config(files)
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM

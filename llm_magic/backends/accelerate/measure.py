@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from llm_magic.backends.accelerate.decoding.speculate import Proposal
 from llm_magic.backends.accelerate.generate import Stopped
-from llm_magic.backends.accelerate.speculate import Proposal
 from llm_magic.events import PhaseEvent, Progress, SweepSpeed
 
 _SWEEPS = 24  # of one token, at most

@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from llm_magic.backends.accelerate.capture import CapturedSteps, CudaGraphs, why_not
-from llm_magic.backends.accelerate.pace import Pace
-from llm_magic.backends.accelerate.placed import PlacedModel
-from llm_magic.backends.accelerate.proposers import DraftModel, PromptLookup
-from llm_magic.backends.accelerate.speculate import Speculation
-from llm_magic.backends.accelerate.warmup import WarmUp, resident_layers
+from llm_magic.backends.accelerate.decoding.capture import CapturedSteps, CudaGraphs, why_not
+from llm_magic.backends.accelerate.decoding.pace import Pace
+from llm_magic.backends.accelerate.decoding.proposers import DraftModel, PromptLookup
+from llm_magic.backends.accelerate.decoding.speculate import Speculation
+from llm_magic.backends.accelerate.decoding.warmup import WarmUp, resident_layers
+from llm_magic.backends.accelerate.placement.placed import PlacedModel
 from llm_magic.errors import OptionError
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from llm_magic.backends.accelerate import convert
+from llm_magic.backends.accelerate.source import convert
 from llm_magic.errors import SourceError
 from llm_magic.events import PhaseEvent, Progress
 from llm_magic.folders import display_path
@@ -95,7 +95,7 @@ def resolve(spec: ModelSpec, progress: Progress) -> ModelFiles:
         raise _no_such_path(path)
     if not _HUB_ID.fullmatch(source):
         raise SourceError(f"{source[:80]!r} is neither a file, a folder nor a hub id.", _SOURCE_HELP)
-    from llm_magic.backends.accelerate import hub
+    from llm_magic.backends.accelerate.source import hub
 
     return hub.resolve(spec, progress)
 
@@ -117,7 +117,7 @@ def fetch_weights(spec: ModelSpec, files: ModelFiles, progress: Progress) -> Mod
         folder = convert.convert_gguf(files.gguf, progress)
         return replace(files, folder=folder, weight_files=_weights_of(folder, allow_pickle=False))
     if not files.is_local and not files.weight_files:
-        from llm_magic.backends.accelerate import hub
+        from llm_magic.backends.accelerate.source import hub
 
         files = hub.fetch_weights(spec, files, progress)
     if not files.weight_files:

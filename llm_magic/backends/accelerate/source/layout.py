@@ -11,12 +11,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from llm_magic.backends.accelerate import gguf_model, hub
-from llm_magic.backends.accelerate.cache_cost import cache_costs
-from llm_magic.backends.accelerate.convert import MARK, most_common_type
 from llm_magic.backends.accelerate.default_dtype import default_dtype_kept
-from llm_magic.backends.accelerate.quantize import Method, find_method, packed_bytes, prepare
-from llm_magic.backends.accelerate.sources import ModelFiles, read_json, resolve, weight_headers
+from llm_magic.backends.accelerate.placement.quantize import Method, find_method, packed_bytes, prepare
+from llm_magic.backends.accelerate.source import gguf_model, hub
+from llm_magic.backends.accelerate.source.cache_cost import cache_costs
+from llm_magic.backends.accelerate.source.convert import MARK, most_common_type
+from llm_magic.backends.accelerate.source.sources import ModelFiles, read_json, resolve, weight_headers
 from llm_magic.errors import OptionError, SourceError
 from llm_magic.events import Progress
 from llm_magic.headers import GgufHeader, read_gguf_header

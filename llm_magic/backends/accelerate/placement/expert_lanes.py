@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from llm_magic.backends.accelerate.blocks import BlockTensors, FileStore, RamStore, pin, unpin
-from llm_magic.backends.accelerate.expert_cache import ExpertCache
-from llm_magic.backends.accelerate.expert_stores import (
+from llm_magic.backends.accelerate.placement.blocks import BlockTensors, FileStore, RamStore, pin, unpin
+from llm_magic.backends.accelerate.placement.expert_cache import ExpertCache
+from llm_magic.backends.accelerate.placement.expert_stores import (
     ExpertStore,
     FileExperts,
     RamExperts,
@@ -28,11 +28,11 @@ from llm_magic.backends.accelerate.expert_stores import (
     expert_images,
     flat_bytes,
 )
-from llm_magic.backends.accelerate.experts import RoutedExperts, find_stacks
-from llm_magic.backends.accelerate.extents import FileImage
-from llm_magic.backends.accelerate.lanes import make_streams, slot_memory
-from llm_magic.backends.accelerate.reader import FileReader, page_buffer
-from llm_magic.backends.accelerate.stream import Staging, Streams
+from llm_magic.backends.accelerate.placement.experts import RoutedExperts, find_stacks
+from llm_magic.backends.accelerate.placement.extents import FileImage
+from llm_magic.backends.accelerate.placement.lanes import make_streams, slot_memory
+from llm_magic.backends.accelerate.placement.reader import FileReader, page_buffer
+from llm_magic.backends.accelerate.placement.stream import Staging, Streams
 
 LEAST_SLOTS = 2
 """One expert computes while the next one comes."""

@@ -16,7 +16,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from llm_magic.backends.accelerate.sources import (
+from llm_magic.backends.accelerate.source.sources import (
     CONFIG,
     INDEX,
     PICKLE_INDEX,

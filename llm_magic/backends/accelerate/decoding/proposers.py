@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from llm_magic.backends.accelerate.kv_cache import crop
-from llm_magic.backends.accelerate.speculate import Proposal
+from llm_magic.backends.accelerate.decoding.kv_cache import crop
+from llm_magic.backends.accelerate.decoding.speculate import Proposal
 from llm_magic.errors import OptionError
 
 _INDEXED = (1, 2, 3, 4)  # lengths of the runs of tokens that are found at once

@@ -15,8 +15,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from llm_magic.backends.accelerate import hooks, packing
-from llm_magic.backends.accelerate.blocks import (
+from llm_magic.backends.accelerate.placement import hooks, packing
+from llm_magic.backends.accelerate.placement.blocks import (
     BlockTensors,
     FileStore,
     RamStore,
@@ -25,16 +25,16 @@ from llm_magic.backends.accelerate.blocks import (
     is_equal,
     write_block,
 )
-from llm_magic.backends.accelerate.checkpoint import Checkpoint
-from llm_magic.backends.accelerate.expert_lanes import DeviceExperts, ExpertTraveller
-from llm_magic.backends.accelerate.experts import advise_routed, find_stacks
-from llm_magic.backends.accelerate.extents import Extent
-from llm_magic.backends.accelerate.lanes import DeviceLane, Traveller
-from llm_magic.backends.accelerate.mapped import MappedFiles
-from llm_magic.backends.accelerate.offload_folder import OffloadFolder, disk_error
-from llm_magic.backends.accelerate.open_file import OpenFile
-from llm_magic.backends.accelerate.reader import FileReader, choose_direct
-from llm_magic.backends.accelerate.uninterrupted import uninterrupted
+from llm_magic.backends.accelerate.placement.checkpoint import Checkpoint
+from llm_magic.backends.accelerate.placement.expert_lanes import DeviceExperts, ExpertTraveller
+from llm_magic.backends.accelerate.placement.experts import advise_routed, find_stacks
+from llm_magic.backends.accelerate.placement.extents import Extent
+from llm_magic.backends.accelerate.placement.lanes import DeviceLane, Traveller
+from llm_magic.backends.accelerate.placement.mapped import MappedFiles
+from llm_magic.backends.accelerate.placement.offload_folder import OffloadFolder, disk_error
+from llm_magic.backends.accelerate.placement.open_file import OpenFile
+from llm_magic.backends.accelerate.placement.reader import FileReader, choose_direct
+from llm_magic.backends.accelerate.placement.uninterrupted import uninterrupted
 from llm_magic.plan import Placement, Plan
 from llm_magic.planning.costs import slots_for
 

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
-from llm_magic.backends.accelerate.extents import Extent, FileImage, file_image
-from llm_magic.backends.accelerate.stream import Arrival, Mark, ReadSource, Source, StagedSource
+from llm_magic.backends.accelerate.placement.extents import Extent, FileImage, file_image
+from llm_magic.backends.accelerate.placement.stream import Arrival, Mark, ReadSource, Source, StagedSource
 
 if TYPE_CHECKING:
-    from llm_magic.backends.accelerate.reader import FileReader
-    from llm_magic.backends.accelerate.stream import Staging, Streams
+    from llm_magic.backends.accelerate.placement.reader import FileReader
+    from llm_magic.backends.accelerate.placement.stream import Staging, Streams
 
 _ALIGNMENT = 256  # what device kernels load fastest
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from llm_magic.backends.accelerate.pace import Pace
+from llm_magic.backends.accelerate.decoding.pace import Pace
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from llm_magic.backends.accelerate.rollback import Rollback
-from llm_magic.backends.accelerate.speculate import Proposal, Speculation, choose
+from llm_magic.backends.accelerate.decoding.rollback import Rollback
+from llm_magic.backends.accelerate.decoding.speculate import Proposal, Speculation, choose
 
 _REPEATS = 3  # of one pass that failed; each time something was moved out of its way
 _FOLLOW_THE_TEXT = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")

@@ -10,7 +10,7 @@ from typing import Any
 
 from jinja2.exceptions import SecurityError
 
-from llm_magic.backends.accelerate.template_sandbox import OverBudgetError, Refusal, run
+from llm_magic.backends.accelerate.prompt.template_sandbox import OverBudgetError, Refusal, run
 from llm_magic.errors import PromptError
 from llm_magic.harmless.terminal import sanitize
 

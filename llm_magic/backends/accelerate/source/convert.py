@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from llm_magic.backends.accelerate import gguf_model
+from llm_magic.backends.accelerate.source import gguf_model
 from llm_magic.errors import SourceError
 from llm_magic.events import PhaseEvent, Progress
 from llm_magic.folders import cache_folder, make_private
@@ -91,7 +91,7 @@ def convert_gguf(gguf: Path, progress: Progress) -> Path:
 def _save_model(gguf: Path, header: GgufHeader, folder: Path, progress: Progress) -> None:
     import torch
 
-    from llm_magic.backends.accelerate.layout import build_skeleton
+    from llm_magic.backends.accelerate.source.layout import build_skeleton
 
     dtype = getattr(torch, gguf_model.gguf_dtype(header))
     config = gguf_model.gguf_config(gguf, header)

@@ -22,7 +22,7 @@ from typing import Any
 from weakref import ref
 
 from llm_magic.backends.accelerate.default_dtype import default_dtype_kept
-from llm_magic.backends.accelerate.packing import arrange, bind, parts, template
+from llm_magic.backends.accelerate.placement.packing import arrange, bind, parts, template
 from llm_magic.backends.accelerate.quiet import quiet
 from llm_magic.errors import OptionError, PlanError
 

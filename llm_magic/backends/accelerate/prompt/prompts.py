@@ -55,7 +55,7 @@ def tokenize(request: Request, tokenizer: Any, is_encoder_decoder: bool) -> Toke
 
 
 def _render(template: str, request: Request, tokenizer: Any) -> str:
-    from llm_magic.backends.accelerate import chat_template
+    from llm_magic.backends.accelerate.prompt import chat_template
 
     variables = {**tokenizer.special_tokens_map, "tools": None, "documents": None}
 

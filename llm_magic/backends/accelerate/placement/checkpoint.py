@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llm_magic.backends.accelerate.extents import Extent, file_extents
+from llm_magic.backends.accelerate.placement.extents import Extent, file_extents
 
 
 class Checkpoint:

@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llm_magic.backends.accelerate.expert_stores import ExpertStore
-    from llm_magic.backends.accelerate.stream import Arrival, Mark, Streams
+    from llm_magic.backends.accelerate.placement.expert_stores import ExpertStore
+    from llm_magic.backends.accelerate.placement.stream import Arrival, Mark, Streams
 
 _HALF_LIFE_TOKENS = 256  # a use counts half after as many tokens: some paragraphs
 

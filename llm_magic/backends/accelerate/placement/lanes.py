@@ -15,10 +15,17 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
-from llm_magic.backends.accelerate.blocks import Binding, BlockTensors, FileStore, RamStore, pin, unpin
-from llm_magic.backends.accelerate.extents import FileImage
-from llm_magic.backends.accelerate.reader import page_buffer
-from llm_magic.backends.accelerate.stream import (
+from llm_magic.backends.accelerate.placement.blocks import (
+    Binding,
+    BlockTensors,
+    FileStore,
+    RamStore,
+    pin,
+    unpin,
+)
+from llm_magic.backends.accelerate.placement.extents import FileImage
+from llm_magic.backends.accelerate.placement.reader import page_buffer
+from llm_magic.backends.accelerate.placement.stream import (
     AcceleratorStreams,
     HostStreams,
     Lane,

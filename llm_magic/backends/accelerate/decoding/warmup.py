@@ -14,13 +14,13 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from llm_magic.backends.accelerate.joined import JoinedProjections
-from llm_magic.backends.accelerate.static_cache import OneLayer
+from llm_magic.backends.accelerate.decoding.joined import JoinedProjections
+from llm_magic.backends.accelerate.decoding.static_cache import OneLayer
 from llm_magic.harmless.paths import without_paths
 
 if TYPE_CHECKING:
-    from llm_magic.backends.accelerate.capture import Shape
-    from llm_magic.backends.accelerate.static_cache import StaticCache
+    from llm_magic.backends.accelerate.decoding.capture import Shape
+    from llm_magic.backends.accelerate.decoding.static_cache import StaticCache
     from llm_magic.plan import Plan
 
 Compile = Callable[[Callable[..., Any]], Callable[..., Any]]

@@ -13,9 +13,9 @@ from typing import Any
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
 from accelerate.utils import send_to_device
 
-from llm_magic.backends.accelerate.blocks import Binding, BlockTensors
-from llm_magic.backends.accelerate.packing import bind
-from llm_magic.backends.accelerate.stream import Lane
+from llm_magic.backends.accelerate.placement.blocks import Binding, BlockTensors
+from llm_magic.backends.accelerate.placement.packing import bind
+from llm_magic.backends.accelerate.placement.stream import Lane
 
 
 class StreamHook(AlignDevicesHook):  # type: ignore[misc]  # accelerate has no types

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from llm_magic.backends.accelerate import packing
-from llm_magic.backends.accelerate.extents import Extent, FileImage, file_image
-from llm_magic.backends.accelerate.reader import FileReader, page_buffer
+from llm_magic.backends.accelerate.placement import packing
+from llm_magic.backends.accelerate.placement.extents import Extent, FileImage, file_image
+from llm_magic.backends.accelerate.placement.reader import FileReader, page_buffer
 
 ALIGNMENT = 256
 """Bytes to which tensors are aligned in a buffer: what device kernels load fastest."""

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from weakref import WeakSet
 
-from llm_magic.backends.accelerate.kv_cache import crop
-from llm_magic.backends.accelerate.static_cache import StaticCache, to_dynamic, to_static
-from llm_magic.backends.accelerate.warmup import WarmUp, short
+from llm_magic.backends.accelerate.decoding.kv_cache import crop
+from llm_magic.backends.accelerate.decoding.static_cache import StaticCache, to_dynamic, to_static
+from llm_magic.backends.accelerate.decoding.warmup import WarmUp, short
 
 if TYPE_CHECKING:
     from llm_magic.plan import Plan

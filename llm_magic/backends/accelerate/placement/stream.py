@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from llm_magic.backends.accelerate.uninterrupted import uninterrupted
+from llm_magic.backends.accelerate.placement.uninterrupted import uninterrupted
 
 
 class Mark(Protocol):

@@ -17,11 +17,11 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from llm_magic.backends.accelerate.expert_cache import ExpertCache, ExpertLayer
-from llm_magic.backends.accelerate.expert_stores import ExpertStore, Stack, expert_extents
+from llm_magic.backends.accelerate.placement.expert_cache import ExpertCache, ExpertLayer
+from llm_magic.backends.accelerate.placement.expert_stores import ExpertStore, Stack, expert_extents
 
 if TYPE_CHECKING:
-    from llm_magic.backends.accelerate.extents import Extent
+    from llm_magic.backends.accelerate.placement.extents import Extent
 
 __all__ = ["RoutedExperts", "Stack", "advise_routed", "can_route", "find_stacks"]
 

@@ -1,0 +1,1 @@
+"""Where a model comes from: hub, folders, GGUF files; what is in it."""
