@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -121,3 +123,32 @@ def test_errors_of_the_disk_are_told_from_others(tmp_path: Path) -> None:
     assert denied is not None
     assert "written" in denied.message
     assert disk_error(ValueError("something else")) is None
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="folders are not locked there")
+def test_what_a_killed_process_left_is_removed_and_what_lives_is_not(tmp_path: Path) -> None:
+    """The folders look two minutes old, as they would; a younger one may not be locked yet."""
+    script = (
+        "import os, sys, time\n"
+        "from llm_magic.backends.accelerate.placement.offload_folder import OffloadFolder\n"
+        "folder = OffloadFolder(sys.argv[1])\n"
+        "(folder.path / 'weights').write_bytes(b'1')\n"
+        "os.utime(folder.path, (time.time() - 120,) * 2)\n"
+        "print(folder.path, flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    with subprocess.Popen(command, **pipes) as killed, subprocess.Popen(command, **pipes) as living:
+        left, kept = (Path(process.stdout.readline().strip()) for process in (killed, living))
+        killed.kill()
+        killed.wait(60)
+        other = tmp_path / "llm-magic-notes.txt"
+        other.write_text("mine")
+        mine = OffloadFolder(str(tmp_path))
+        assert not left.exists()
+        assert (kept / "weights").exists()
+        assert other.exists()
+        mine.remove()
+        living.communicate("", 60)
+    assert list(tmp_path.iterdir()) == [other]

@@ -2,7 +2,8 @@
 
 transformers reads most offloaded weights from the model's own files; those it converts while
 loading (experts that are stacked, ``.bin`` checkpoints) it writes to a folder, one file per tensor.
-The folder is new, closed to other users, and gone when the model is.
+The folder is new, closed to other users, and gone when the model is. A process that is killed leaves
+its folder behind, unlocked: whoever makes the next one removes it.
 """
 
 from __future__ import annotations
@@ -12,11 +13,16 @@ import os
 import shutil
 import stat
 import tempfile
+import time
 import weakref
+from contextlib import suppress
 from pathlib import Path
 
 from llm_magic.errors import PlanError, SourceError
 from llm_magic.folders import cache_folder, display_path, make_private
+
+_PREFIX = "llm-magic-"
+_NEW_S = 60.0  # a younger folder may not be locked yet by the process that makes it
 
 
 class OffloadFolder:
@@ -36,7 +42,9 @@ class OffloadFolder:
     def __init__(self, parent: str = "") -> None:
         base = Path(parent).expanduser() if parent else cache_folder() / "offload"
         self.path = _make_private(base)
-        self._remove = weakref.finalize(self, _remove_tree, self.path, _identity(self.path))
+        lock = _locked(self.path)
+        self._remove = weakref.finalize(self, _remove_tree, self.path, _identity(self.path), lock)
+        _remove_orphans(base)
 
     def new_file(self, name: str) -> Path:
         """A path in it that does not exist yet, for the bytes of the block ``name``."""
@@ -94,7 +102,7 @@ def _make_private(base: Path) -> Path:
             "Give the folder itself: --offload-folder DIR",
         )
     try:
-        folder = Path(tempfile.mkdtemp(prefix="llm-magic-", dir=make_private(base)))
+        folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=make_private(base)))
         folder.chmod(stat.S_IRWXU)  # mkdtemp gives 0700, less what an unusual umask takes from its owner
         return folder
     except OSError as error:
@@ -109,11 +117,44 @@ def _identity(path: Path) -> tuple[int, int]:
     return info.st_dev, info.st_ino
 
 
-def _remove_tree(path: Path, identity: tuple[int, int]) -> None:
+def _locked(path: Path) -> int | None:
+    """A descriptor that holds the folder for this process; ``None`` when another one does, or nobody can."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _remove_orphans(base: Path) -> None:
+    """Delete what killed processes of this user have left in ``base``."""
+    with suppress(OSError):
+        for path in base.glob(f"{_PREFIX}*"):
+            info = path.lstat()
+            is_ours = stat.S_ISDIR(info.st_mode) and info.st_uid == os.getuid()
+            if not is_ours or time.time() - info.st_mtime < _NEW_S:
+                continue
+            lock = _locked(path)
+            if lock is not None:
+                _remove_tree(path, (info.st_dev, info.st_ino), lock)
+
+
+def _remove_tree(path: Path, identity: tuple[int, int], lock: int | None) -> None:
     """Delete the folder that was made, and nothing that was put in its place."""
     try:
-        same = _identity(path) == identity and not path.is_symlink()
+        if _identity(path) == identity and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
     except OSError:
-        return
-    if same:
-        shutil.rmtree(path, ignore_errors=True)
+        pass
+    finally:
+        if lock is not None:
+            os.close(lock)
