@@ -217,7 +217,7 @@ def test_an_error_keeps_what_came_in_the_variable(loaded, backend) -> None:
         ("%llm move", "arguments are required: BLOCKS, DEVICE", "%llm move --help"),
         ("%llm move layers.1", "arguments are required: DEVICE", "%llm move --help"),
         ("%llm move layers.99 cpu", "no block 'layers.99'", "It has layers.0-2"),
-        ("%llm move layers.1 cuda", "no device 'cuda'", "Devices: cpu, disk"),
+        ("%llm move layers.1 cuda", "no GPU", "Devices: cpu, disk"),
         ("%llm move layers.1 cpu -m b", "no loaded model 'b'", "Known: a"),
         ("%llm apply", "arguments are required: PLAN", "%llm apply --help"),
         ("%llm apply nosuch", "no placement policy, .json file or variable 'nosuch'", "Policies: auto"),

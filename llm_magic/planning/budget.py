@@ -69,8 +69,10 @@ def device_name(key: object, machine: Machine) -> str:
     names = [device.id for device in placeable(machine)]
     if text.isdecimal() and int(text) < len(machine.gpus):
         return machine.gpus[int(text)].id
-    if text in names:
-        return text
+    if text.lower() in names:
+        return text.lower()
+    if not machine.gpus and text.lower().startswith(("gpu", "cuda")):
+        raise PlanError("There is no GPU to put blocks on.", f"Devices: {', '.join(names)}.")
     aliases = {"ram": "cpu", "gpu": names[0], "cuda": names[0]}
     close = difflib.get_close_matches(text.lower(), names, 1, 0.6)
     guess = aliases.get(text.lower()) or (close[0] if close else "")
