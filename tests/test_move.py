@@ -87,7 +87,7 @@ def test_blocks_move_and_the_chat_goes_on(session, backend) -> None:
 
 @pytest.mark.parametrize("device", ["ram", "gpu", "0", "tape", "cuda"])
 def test_a_device_that_is_not_there_is_named_with_those_that_are(session, device) -> None:
-    with pytest.raises(PlanError, match="There is no (device|GPU)") as caught:
+    with pytest.raises(PlanError, match=r"There is no (device|GPU)") as caught:
         session.move("layers.1", device)
     assert "Devices: cpu, disk" in caught.value.next_step
 
