@@ -132,7 +132,8 @@ def test_transformers_own_speculation(home: str, tiny_model: TinyModel, streams:
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 def test_an_adapter_stays_while_blocks_move(tiny_model: TinyModel, streams: Streams) -> None:
     """It is put on while the weights are there: PEFT makes it where the base layer's are."""
-    peft = pytest.importorskip("peft")
+    import peft
+
     folder = tiny_model("llama")
     config = peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
 

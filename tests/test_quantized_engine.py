@@ -146,8 +146,10 @@ def test_a_packed_model_refuses_to_be_saved_as_what_it_is_not(
     engine.close()
 
 
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
 def test_an_adapter_on_a_packed_model_is_saved(folder: Path, tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft")
+    import peft
+
     engine = load_packed(folder, "int8", "ram")
     with quiet():
         engine.model.add_adapter(peft.LoraConfig(r=2, target_modules=["lm_head"]))
