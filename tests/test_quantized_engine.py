@@ -146,7 +146,7 @@ def test_a_packed_model_refuses_to_be_saved_as_what_it_is_not(
     engine.close()
 
 
-@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`", "ignore:Attempting to save a model")
 def test_an_adapter_on_a_packed_model_is_saved(folder: Path, tmp_path: Path) -> None:
     import peft
 
