@@ -1,4 +1,4 @@
-"""The first notebook as a person meets it: opened, run, read; in light and dark, in both front ends."""
+"""The notebooks as a person meets them: opened, run, read; in light and dark, in both front ends."""
 
 from __future__ import annotations
 
@@ -11,14 +11,19 @@ from tests.ui.jupyter import REPOSITORY, App
 
 pytestmark = pytest.mark.browser
 FIRST = REPOSITORY / "examples" / "01_first_prompt.ipynb"
+MOVES = REPOSITORY / "examples" / "02_move_layers.ipynb"
 STREAMED = "%%llm --temperature 0 --max-new-tokens 60\nCount from one to fifty in words."
 
 
-@pytest.mark.parametrize(("app", "dark"), [("lab", False), ("lab", True), ("notebook", False)])
-def test_the_first_notebook(
-    open_notebook: OpenNotebook, starter_folder: Path, screenshots: Path, app: App, dark: bool
+@pytest.mark.parametrize(
+    ("path", "app", "dark"),
+    [(FIRST, "lab", False), (FIRST, "lab", True), (FIRST, "notebook", False), (MOVES, "lab", True)],
+    ids=["first-lab-light", "first-lab-dark", "first-notebook", "moves-lab-dark"],
+)
+def test_a_notebook_runs_and_reads_well(
+    open_notebook: OpenNotebook, starter_folder: Path, screenshots: Path, path: Path, app: App, dark: bool
 ) -> None:
-    notebook = open_notebook(FIRST, app, dark=dark)
+    notebook = open_notebook(path, app, dark=dark)
     notebook.page.evaluate("() => jupyterapp.commands.execute('notebook:clear-all-cell-outputs')")
     notebook.run_all()
     saved = notebook.save()
@@ -27,7 +32,8 @@ def test_the_first_notebook(
         notebook.output(cell).scroll_into_view_if_needed()
         assert "Paris" in notebook.output(cell).inner_text()
         assert "tok/s" in notebook.output(cell).inner_text()
-        take = screenshots / f"journey-{app}-{'dark' if dark else 'light'}-{cell}.png"
+        theme = "dark" if dark else "light"
+        take = screenshots / f"journey-{path.stem[:2]}-{app}-{theme}-{cell}.png"
         notebook.screenshot(take)
         assert take.stat().st_size > 10_000
     assert not [o for cell in saved.cells for o in cell.get("outputs", []) if o.output_type == "error"]
