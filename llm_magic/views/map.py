@@ -140,21 +140,27 @@ def percents_of(shares: Mapping[str, int], cells: int) -> dict[str, int]:
 
 def _tiers(plan: Plan) -> tuple[_Tier, ...]:
     """Tiers to draw, fastest first: all GPUs, and RAM and disk where something is planned there."""
-    largest = max(use.planned for use in plan.uses)
-    shared = {device.id for device in unified_pool(plan.machine)}
     tiers = []
     for use in plan.uses:
         device = plan.machine.device(use.device)
         if not use.planned and device.kind != "gpu":
             continue
-        counted_above = device.kind == "cpu" and device.id in shared and len(shared & _names(plan)) > 1
-        whole = use.total <= _WHOLE_UP_TO * largest and device.kind != "disk" and not counted_above
+        whole = is_drawn_whole(plan, use)
         blocks = tuple(place for place in plan.placements if place.home == use.device and place.block.bytes)
         unified = ", unified memory" if device.unified else ""
         free = "" if whole else f", {format_bytes(device.free_bytes)} free"
         name = f"{device.name}{unified} · {format_bytes(use.total)}{free}"
         tiers.append(_Tier(use, device.kind, name, blocks, whole))
     return tuple(tiers)
+
+
+def is_drawn_whole(plan: Plan, use: DeviceUse) -> bool:
+    """Whether a device's bar shows all of it: no disk, nothing much larger than what is planned anywhere."""
+    largest = max(other.planned for other in plan.uses)
+    device = plan.machine.device(use.device)
+    shared = {device.id for device in unified_pool(plan.machine)}
+    counted_above = device.kind == "cpu" and device.id in shared and len(shared & _names(plan)) > 1
+    return use.total <= _WHOLE_UP_TO * largest and device.kind != "disk" and not counted_above
 
 
 def _names(plan: Plan) -> set[str]:

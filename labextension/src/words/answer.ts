@@ -1,0 +1,2 @@
+/** Strings of src/views/answer*.ts. */
+export const answerWords = {} as const

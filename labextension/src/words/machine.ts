@@ -1,0 +1,2 @@
+/** Strings of src/views/machine*.ts. */
+export const machineWords = {} as const

@@ -1,0 +1,2 @@
+/** Strings of src/views/map*.ts. */
+export const mapWords = {} as const

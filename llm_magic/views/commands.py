@@ -1,0 +1,73 @@
+"""A placement as ``%llm`` commands: what a person would type to get it."""
+
+from __future__ import annotations
+
+import shlex
+from collections import defaultdict
+from pathlib import Path
+
+from llm_magic.folders import display_path
+from llm_magic.plan import Plan
+from llm_magic.views.words import grouped
+
+_POLICIES_OF_HAND = ("hand",)
+
+
+def command_of(plan: Plan, before: Plan | None = None, model: str = "") -> str:
+    """Lines to paste into cells.
+
+    Parameters
+    ----------
+    plan
+        The placement that is wanted.
+    before
+        The one that is in force in a loaded model; ``None`` when nothing is loaded.
+    model
+        Name of the loaded model.
+
+    Returns
+    -------
+    str
+        ``%llm move …`` for each device that gets blocks, or ``%llm load SOURCE …``; empty where
+        nothing changes.
+    """
+    if model:
+        return "\n".join(_moves(plan, before or plan, model))
+    words = ["%llm load", shlex.quote(_source(plan.source))]
+    if plan.budget.explicit:
+        limits = ",".join(f"{device}={plan.budget.limits[device]}" for device in sorted(plan.budget.explicit))
+        words += ["--max-memory", limits]
+    words += ["-c", str(plan.workload.context_length)]
+    for name in ("dtype", "revision", "quantize", "draft"):
+        value = plan.options.get(name, "")
+        words += [f"--{name}", shlex.quote(value)] if value and value != "auto" else []
+    if plan.policy in _POLICIES_OF_HAND:
+        words += ["--device-map", "map.json"]
+    elif plan.policy != "auto":
+        words += ["--device-map", shlex.quote(plan.policy)]
+    return " ".join(words)
+
+
+def _source(source: str) -> str:
+    path = Path(source).expanduser()
+    return display_path(path) if path.exists() else source
+
+
+def _moves(plan: Plan, before: Plan, model: str) -> list[str]:
+    routes: defaultdict[str, list[str]] = defaultdict(list)
+    for old, new in zip(before.placements, plan.placements, strict=True):
+        if old.home != new.home:
+            routes[new.home].append(new.block.label)
+    return [f"%llm move {_typed(labels)} {home} -m {model}" for home, labels in routes.items()]
+
+
+def _typed(labels: list[str]) -> str:
+    """``"layers.0-3,layers.7,head"``: ranges as they are typed."""
+    parts = []
+    for group in grouped(labels):
+        family, _, numbers = group.rpartition(".")
+        if not family:
+            parts.append(group)
+            continue
+        parts += [f"{family}.{run}".replace("–", "-") for run in numbers.split(", ")]
+    return ",".join(parts)
