@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from llm_magic.events import Emit, Finish, PhaseEvent, Request, StopFlag, TokenEvent
+from llm_magic.events import Emit, Finish, PhaseEvent, Request, StopFlag, SweepEvent, TokenEvent
 from llm_magic.harmless.terminal import sanitize
 from llm_magic.stop_strings import StopStrings
 
@@ -20,8 +20,12 @@ class Answer:
     ----------
     text
         The answer so far; with ``beginning``, what it continues.
+    model
+        Name of the model that answers.
     phase
         The newest phase event, or ``None`` before the first.
+    sweep
+        Where the time of the newest sweep that was measured went; ``None`` before the first.
     tokens
         Tokens generated so far.
     first_token_s
@@ -30,19 +34,23 @@ class Answer:
         Asks the engine to end the answer here.
     """
 
-    def __init__(self, beginning: str = "") -> None:
+    def __init__(self, beginning: str = "", model: str = "") -> None:
         self.text = beginning
+        self.model = model
         self.phase: PhaseEvent | None = None
+        self.sweep: SweepEvent | None = None
         self.tokens = 0
         self.first_token_s: float | None = None
         self.stop: Callable[[], None] = lambda: None
         self._started = time.perf_counter()
         self._last_token = self._started
 
-    def take(self, event: PhaseEvent | TokenEvent) -> None:
+    def take(self, event: PhaseEvent | TokenEvent | SweepEvent) -> None:
         """Write down what the engine said; called on its thread."""
         if isinstance(event, PhaseEvent):
             self.phase = event
+        elif isinstance(event, SweepEvent):
+            self.sweep = event
         else:
             self._take_token(event)
 
@@ -66,6 +74,13 @@ class Answer:
         span = self._last_token - self._started - self.first_token_s
         return (self.tokens - 1) / span if span > 0 else 0.0
 
+    @property
+    def tokens_per_sweep(self) -> float:
+        """Tokens that each pass after the prefill gave, as far as the engine has said; else 0."""
+        if self.sweep is None or not self.sweep.sweeps:
+            return 0.0
+        return (self.sweep.tokens - 1) / self.sweep.sweeps
+
 
 def generate_clean(
     generate: Callable[[Request, Emit, StopFlag], Finish],
@@ -84,7 +99,7 @@ def generate_clean(
     """
     stops = StopStrings(request.sampling.stop)
 
-    def emit(event: PhaseEvent | TokenEvent) -> None:
+    def emit(event: PhaseEvent | TokenEvent | SweepEvent) -> None:
         if isinstance(event, TokenEvent):
             event = TokenEvent(stops.feed(sanitize(event.text)), event.tokens)
             if stops.found:

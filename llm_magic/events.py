@@ -149,6 +149,29 @@ class SweepSpeed:
     verify_s: Mapping[int, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class SweepEvent:
+    """Where the time of one sweep through the model went, now and then while an answer comes.
+
+    An engine that cannot tell emits none: a sweep that is replayed as one CUDA graph has no times of
+    its blocks, and nothing is made up for them.
+
+    Attributes
+    ----------
+    times
+        For each block of the plan's layout, in its order, seconds of ``(wait, copy, compute)``:
+        how long the computation stood still for the block's weights; how long their bytes were on the
+        way, while other blocks may have computed (0 for a block that is where it computes); and how
+        long the block itself computed. All 0 for a block that the sweep did not run.
+    sweeps, tokens
+        Passes after the prefill, and tokens of the answer, so far.
+    """
+
+    times: tuple[tuple[float, float, float], ...]
+    sweeps: int = 0
+    tokens: int = 0
+
+
 StopFlag = threading.Event
-Emit = Callable[[PhaseEvent | TokenEvent], None]
+Emit = Callable[[PhaseEvent | TokenEvent | SweepEvent], None]
 Progress = Callable[[PhaseEvent], None]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_magic.backends.accelerate.backend import TransformersBackend
-from llm_magic.events import Finish, Message, PhaseEvent, Request, Sampling, TokenEvent
+from llm_magic.events import Finish, Message, PhaseEvent, Request, Sampling, SweepEvent, TokenEvent
 from llm_magic.hookspecs import Planner
 from llm_magic.machine import Device, Machine
 from llm_magic.model import ModelLayout, ModelSpec
@@ -95,7 +95,7 @@ class Answer:
     """What came out of one ``generate``."""
 
     finish: Finish
-    events: list[PhaseEvent | TokenEvent] = field(default_factory=list)
+    events: list[PhaseEvent | TokenEvent | SweepEvent] = field(default_factory=list)
 
     @property
     def text(self) -> str:
@@ -104,6 +104,10 @@ class Answer:
     @property
     def phases(self) -> list[PhaseEvent]:
         return [event for event in self.events if isinstance(event, PhaseEvent)]
+
+    @property
+    def sweeps(self) -> list[SweepEvent]:
+        return [event for event in self.events if isinstance(event, SweepEvent)]
 
 
 def request(*contents: str, chat: str = "", use_template: bool = False, **sampling: Any) -> Request:

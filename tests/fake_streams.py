@@ -13,15 +13,28 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from llm_magic.backends.accelerate.placement.moments import StreamMoment, Trip
+
 
 class FakeEvent:
-    """Set when a stream has come to it."""
+    """Set when a stream has come to it; takes the time, as an event with ``enable_timing``."""
 
     def __init__(self) -> None:
         self._reached = threading.Event()
+        self._at_s = 0.0
 
     def set(self) -> None:
+        self._at_s = time.perf_counter()
         self._reached.set()
+
+    def query(self) -> bool:
+        return self._reached.is_set()
+
+    def elapsed_time(self, later: FakeEvent) -> float:
+        """Milliseconds."""
+        if not (self.query() and later.query()):
+            raise RuntimeError("both events must be completed before calculating elapsed time")
+        return (later._at_s - self._at_s) * 1000
 
     def synchronize(self) -> None:
         assert self._reached.wait(60), "a stream never came to an event"
@@ -79,12 +92,13 @@ class FakeStreams:
     def copy(self, pairs: Sequence[tuple[Any, Any]], after: FakeEvent | None) -> FakeArrival:
         if after is not None:
             self.copies.wait_event(after)
+        begin = self.copies.record()
         for source, target in pairs:
             if self._poison:
                 self.copies.enqueue(lambda target=target: target.fill_(255))
             self.copies.enqueue(lambda source=source, target=target: target.copy_(source))
         self.copied += 1
-        return FakeArrival(self.copies.record(), self.compute)
+        return FakeArrival(begin, self.copies.record(), self.compute)
 
     def join(self) -> None:
         self.compute.wait_event(self.copies.record())
@@ -95,8 +109,8 @@ class FakeStreams:
 
 
 class FakeArrival:
-    def __init__(self, event: FakeEvent, compute: FakeStream) -> None:
-        self._event, self._compute = event, compute
+    def __init__(self, begin: FakeEvent, event: FakeEvent, compute: FakeStream) -> None:
+        self._begin, self._event, self._compute = begin, event, compute
 
     def wait(self) -> None:
         self._compute.wait_event(self._event)
@@ -106,6 +120,9 @@ class FakeArrival:
 
     def synchronize(self) -> None:
         self._event.synchronize()
+
+    def trips(self) -> list[Trip]:
+        return [(StreamMoment(self._begin), StreamMoment(self._event))]
 
 
 class HurriedStreams(FakeStreams):
@@ -136,3 +153,6 @@ class _Now:
 
     def synchronize(self) -> None:
         self._arrival.synchronize()
+
+    def trips(self) -> list[Trip]:
+        return self._arrival.trips()

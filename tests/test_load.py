@@ -10,6 +10,7 @@ import socket
 import stat
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,12 +18,14 @@ from typing import Any
 
 import pytest
 
+from llm_magic.backends.accelerate.load import block_labels
 from llm_magic.errors import LLMMagicError, PlanError, SourceError
 from llm_magic.events import PhaseEvent
 from llm_magic.model import ModelSpec
 from llm_magic.plan import Workload
 from llm_magic.planning.planner import make_plan
 from llm_magic.units import GIB, TIB
+from tests import tiny
 from tests.engines import BACKEND, MACHINE, all_in_ram, ask, half_on_disk, load, plan_for, request
 
 TinyModel = Callable[[str], Path]
@@ -50,14 +53,45 @@ def edit_weights(folder: Path, edit: Callable[[dict[str, Any]], None]) -> None:
 
 
 @pytest.mark.parametrize("placement", ["ram", "half"])
-def test_progress_names_every_tensor(tiny_model: TinyModel, placement: str) -> None:
+def test_progress_counts_every_tensor_and_names_its_block(tiny_model: TinyModel, placement: str) -> None:
     events: list[PhaseEvent] = []
     load(tiny_model("llama"), placement, events.append).close()
     loading = [event for event in events if event.phase == "loading"]
     total = 3 + 4 * 9  # embedding, norm, head; nine tensors in each of four layers
     assert [event.done for event in loading] == list(range(total + 1))
     assert {(event.total, event.unit) for event in loading} == {(total, "tensors")}
-    assert {event.detail for event in loading} >= {"model.embed_tokens.weight", "lm_head.weight"}
+    details = Counter(event.detail for event in loading)
+    layers = {f"layers.{number}": 9 for number in range(4)}
+    assert details == {"embed": 1, **layers, "norm": 1, "head": 1, "": 1}, "nothing is read at the end"
+
+
+@pytest.mark.parametrize("name", tiny.MODELS)
+def test_progress_names_blocks_of_the_plan_for_every_architecture(tiny_model: TinyModel, name: str) -> None:
+    events: list[PhaseEvent] = []
+    engine = load(tiny_model(name), "half", events.append)
+    labels = {block.label for block in engine.plan.layout.blocks if block.tensors}
+    *loading, last = [event for event in events if event.phase == "loading"]
+    assert {event.detail for event in loading} == labels
+    assert (last.done, last.detail) == (last.total, "")
+    engine.close()
+
+
+def test_a_draft_models_tensors_are_of_no_block_of_the_plan(tiny_model: TinyModel) -> None:
+    events: list[PhaseEvent] = []
+    llama, draft = tiny_model("llama"), tiny_model("llama-tied")
+    load(llama, "ram", events.append, spec=ModelSpec(str(llama), draft=str(draft))).close()
+    loading = [event for event in events if event.phase == "loading"]
+    own = [event for event in loading if event.total == 39]
+    assert {event.detail for event in loading[len(own) :]} == {""}
+    assert {event.total for event in loading[len(own) :]} == {38}
+
+
+def test_the_block_of_a_tensor_is_the_innermost_one(tiny_model: TinyModel) -> None:
+    label = block_labels(plan_for(tiny_model("llama"))[1].layout)
+    assert label("model.layers.1.mlp.up_proj.weight") == "layers.1"
+    assert label("model.layers.11.mlp.up_proj.weight") == ""
+    assert label("model.layers.3") == "layers.3"
+    assert label("../../secret") == label("") == ""
 
 
 class Cancelled(Exception):

@@ -293,3 +293,105 @@ def test_memory_that_somebody_computes_with_is_not_written_to_yet() -> None:
     assert fetched.wait(60)
     lane.close()
     streams.close()
+
+
+# ------------------------------------------------------------------------------------------------ times
+
+
+class Watching:
+    """Writes down what a lane tells."""
+
+    def __init__(self) -> None:
+        self.told: list[Any] = []
+
+    def stands_still(self) -> None:
+        self.told.append("still")
+
+    def goes_on(self, arrival: Any) -> None:
+        self.told.append(arrival and arrival.trips())
+
+    def ways(self) -> list[Any]:
+        """What was told of the bytes of each block that was taken."""
+        assert self.told[::2] == ["still"] * (len(self.told) // 2)
+        ways, self.told = self.told[1::2], []
+        return ways
+
+
+def sweep(lane: Lane, blocks: int) -> None:
+    for index in range(blocks):
+        lane.take(index)
+        lane.release(index)
+
+
+def test_a_lane_tells_of_every_wait_and_once_of_every_way() -> None:
+    reader, watching = SlowReader(1), Watching()
+    lane = Lane([ReadSource(reader.of(i)) for i in range(4)], slots(2), HostStreams())
+    sweep(lane, 4)
+    lane.watch = watching
+    for _ in range(2):
+        sweep(lane, 4)
+        ways = watching.ways()
+        assert len(ways) == 4
+        assert all(end.since(begin) > 0 for ((begin, end),) in ways)
+    lane.watch = None
+    sweep(lane, 4)
+    assert watching.told == []
+    lane.close()
+    reader.close()
+
+
+def test_what_is_in_its_slot_already_has_no_way() -> None:
+    reader, watching = SlowReader(1), Watching()
+    lane = Lane([ReadSource(reader.of(i)) for i in range(2)], slots(2), HostStreams())
+    lane.watch = watching
+    sweep(lane, 2)
+    assert [len(way) for way in watching.ways()] == [1, 1]
+    sweep(lane, 2)
+    assert watching.ways() == [None, None]
+    lane.close()
+    reader.close()
+
+
+def test_a_block_that_is_taken_before_anybody_watches_has_had_its_way() -> None:
+    watching, streams = Watching(), HostStreams()
+    lane = Lane([RamSource(block(i), streams) for i in range(2)], slots(2), streams)
+    sweep(lane, 2)
+    lane.watch = watching
+    sweep(lane, 2)
+    assert watching.ways() == [None, None]
+
+
+def test_a_copy_on_the_cpu_has_its_own_duration() -> None:
+    watching, streams = Watching(), HostStreams()
+    lane = Lane([RamSource(block(i), streams) for i in range(3)], slots(1), streams)
+    lane.watch = watching
+    sweep(lane, 3)
+    assert all(end.since(begin) > 0 for ((begin, end),) in watching.ways())
+
+
+def test_a_staged_block_has_the_way_of_its_read_and_of_its_copy(streams: FakeStreams) -> None:
+    reader, watching = SlowReader(2), Watching()
+    staging = Staging(slots(2))
+    sources = [
+        StagedSource(reader.of(i), lambda buffer, slot: [(buffer, slot)], staging, streams) for i in range(3)
+    ]
+    lane = Lane(sources, slots(2), streams)
+    lane.watch = watching
+    sweep(lane, 3)
+    ways = watching.ways()
+    streams.join()
+    streams.mark().synchronize()
+    for read, copied in ways:
+        assert read[1].since(read[0]) > 0
+        assert copied[1].since(copied[0]) > 0
+    lane.close()
+    reader.close()
+
+
+def test_a_fault_ends_a_wait_without_a_way(streams: FakeStreams) -> None:
+    watching = Watching()
+    lane = Lane([Faulty(RamSource(block(0), streams), "way")], slots(1), streams)
+    lane.watch = watching
+    with pytest.raises(OSError, match="way"):
+        lane.take(0)
+    assert watching.told == ["still"]

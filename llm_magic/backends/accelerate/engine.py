@@ -11,6 +11,7 @@ from llm_magic.backends.accelerate.decoding.decode import Decoding
 from llm_magic.backends.accelerate.decoding.detokenize import Detokenizer
 from llm_magic.backends.accelerate.decoding.kv_cache import ChatCaches
 from llm_magic.backends.accelerate.decoding.sampling import end_tokens, generation_config, seeded
+from llm_magic.backends.accelerate.decoding.sweep_times import SweepTimes
 from llm_magic.backends.accelerate.generate import Steps, run_generate, watched_blocks
 from llm_magic.backends.accelerate.load import LoadedWeights
 from llm_magic.backends.accelerate.measure import Clock, Probe, sweep_speed
@@ -100,8 +101,10 @@ class TransformersEngine:
         config = generation_config(self.model, self.tokenizer, request.sampling, wanted)
         steps = Steps(Detokenizer(self.tokenizer), emit, stop, self._input_device(), started)
         repair = Repair(lambda: self.plan, self._caches.drop, self._move)
-        decoding = Decoding(steps, 0, self._quick.speculation(config), repair, self._quick)
-        cached = self._run(request, prompt, config, decoding)
+        times = SweepTimes(self._placed, emit)
+        decoding = Decoding(steps, 0, self._quick.speculation(config), repair, self._quick, times)
+        with times.hooked():
+            cached = self._run(request, prompt, config, decoding)
         ended_by_token = bool(steps.ids) and steps.ids[-1] in end_tokens(config)
         reason: FinishReason = "length"
         if ended_by_token:

@@ -24,7 +24,7 @@ from llm_magic.errors import EngineError, LLMMagicError, PlanError, SourceError
 from llm_magic.events import PhaseEvent, Progress
 from llm_magic.harmless.paths import without_paths
 from llm_magic.host.memory import host_memory
-from llm_magic.model import ModelSpec
+from llm_magic.model import ModelLayout, ModelSpec
 from llm_magic.plan import Placement, Plan
 from llm_magic.planning.planner import refusal
 from llm_magic.units import format_bytes
@@ -181,7 +181,7 @@ def _read_draft(spec: ModelSpec, plan: Plan, tokenizer: Any, progress: Progress)
     small = draft_spec(spec)
     files = fetch_weights(small, resolve(small, progress), progress)
     require_same_vocabulary(tokenizer, _read_tokenizer(files), files.name)
-    with bars_into(_reporter(progress)), default_dtype_kept():
+    with bars_into(_reporter(progress, lambda _name: "")), default_dtype_kept():
         model = AutoModelForCausalLM.from_pretrained(
             str(files.folder),
             device_map={"": torch.device(plan.placements[0].compute)},
@@ -193,12 +193,24 @@ def _read_draft(spec: ModelSpec, plan: Plan, tokenizer: Any, progress: Progress)
     return model.eval().requires_grad_(False), files.name
 
 
-def _reporter(progress: Progress) -> Callable[[str, int, int, str], None]:
-    """What turns transformers' bar over the weights into progress."""
+def block_labels(layout: ModelLayout) -> Callable[[str], str]:
+    """What tells of which block a tensor is, by label; empty for one of no block that is known."""
+    labels = {block.name: block.label for block in layout.blocks}
+
+    def label(name: str) -> str:
+        while name and name not in labels:
+            name = name.rpartition(".")[0]
+        return labels.get(name, "")
+
+    return label
+
+
+def _reporter(progress: Progress, label: Callable[[str], str]) -> Callable[[str, int, int, str], None]:
+    """What turns transformers' bar over the weights into progress, block by block."""
 
     def report(title: str, done: int, total: int, name: str) -> None:
         if title == "Loading weights":
-            progress(PhaseEvent("loading", done, total, "tensors", name))
+            progress(PhaseEvent("loading", done, total, "tensors", label(name)))
 
     return report
 
@@ -213,7 +225,7 @@ def _read_model(
 
     config = load_config(files)
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    with bars_into(_reporter(progress)), default_dtype_kept():
+    with bars_into(_reporter(progress, block_labels(plan.layout))), default_dtype_kept():
         model, info = auto.from_pretrained(
             str(files.folder),
             config=config,

@@ -10,7 +10,7 @@ repeats a pass that failed once somebody made room for it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -42,6 +42,16 @@ class QuickSteps(Protocol):
 
     def give_back(self, length: int) -> None:
         """Put the first ``length`` tokens into the cache again."""
+
+
+class Watch(Protocol):
+    """Measures sweeps that call the model, now and then."""
+
+    def sweep(self, *, always: bool = False) -> AbstractContextManager[None]:
+        """Around one forward pass; ``always`` measures it even if the last one was a moment ago."""
+
+    def report(self, sweeps: int, tokens: int) -> None:
+        """Say what was measured, after so many sweeps and tokens of the answer."""
 
 
 @dataclass
@@ -79,6 +89,8 @@ class Decoding:
         repeats the pass. What a failed pass had allocated is free by then.
     quick
         Takes sweeps over from the model.
+    watch
+        Measures the others.
     counts
         Filled while it runs.
     """
@@ -88,6 +100,7 @@ class Decoding:
     speculation: Speculation | None = None
     recover: Callable[[BaseException], bool] = never
     quick: QuickSteps | None = None
+    watch: Watch | None = None
     counts: Counts = field(default_factory=Counts)
 
     def __call__(
@@ -233,10 +246,12 @@ class _Answer:
         can_speculate = choice.ids.shape[0] == 1 and self._cache is not None and self._rollback.is_possible
         self._speculation = decoding.speculation if can_speculate else None
         self._tokens: list[int] = []
+        self._begin = choice.length
 
     def run(self) -> Any:
         try:
             self._choice.take(self._prefill(), Proposal())
+            self._report()
             self._rollback.start()
             self._begin_speculation()
             with self._for_decoding():
@@ -261,7 +276,12 @@ class _Answer:
         return logits
 
     def _read(self, ids: Any, begin: int) -> Any:
-        return self._repeating(lambda: self._model(ids, begin, 1, is_first=True), begin)
+        self._report()
+        return self._repeating(lambda: self._read_once(ids, begin), begin)
+
+    def _read_once(self, ids: Any, begin: int) -> Any:
+        with self._watched():
+            return self._model(ids, begin, 1, is_first=True)
 
     # Sweeps
 
@@ -280,6 +300,7 @@ class _Answer:
         if self._speculation and self._counts.repeats == repeats:
             self._speculation.pace.add(1 + len(proposal.tokens), clock() - started)
             self._speculation.pace.judge(proposal.grade, len(proposal.tokens), right)
+        self._report()
 
     def _forward(self, ids: Any, before: int) -> Any:
         """Logits of all places from ``before`` on, by a quick step or by the model."""
@@ -290,7 +311,8 @@ class _Answer:
             self._quick_holds_cache = True
             return step(ids[:, before:], before)
         self._give_back(before)
-        return self._model(ids, before, tokens)
+        with self._watched(always=not self._counts.sweeps):
+            return self._model(ids, before, tokens)
 
     def _take(self, logits: Any, proposal: Proposal, before: int) -> int:
         """Choose tokens, and leave in the cache those that were fed and are right."""
@@ -311,6 +333,16 @@ class _Answer:
         if self._quick_holds_cache and self._decoding.quick:
             self._quick_holds_cache = False
             self._decoding.quick.give_back(length)
+
+    # Times
+
+    def _watched(self, *, always: bool = False) -> AbstractContextManager[None]:
+        watch = self._decoding.watch
+        return watch.sweep(always=always) if watch else nullcontext()
+
+    def _report(self) -> None:
+        if self._decoding.watch:
+            self._decoding.watch.report(self._counts.sweeps, self._choice.length - self._begin)
 
     # Proposals
 

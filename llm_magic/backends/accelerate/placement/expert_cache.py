@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llm_magic.backends.accelerate.placement.expert_stores import ExpertStore
-    from llm_magic.backends.accelerate.placement.stream import Arrival, Mark, Streams
+    from llm_magic.backends.accelerate.placement.stream import Arrival, Mark, Streams, Watch
 
 _HALF_LIFE_TOKENS = 256  # a use counts half after as many tokens: some paragraphs
 
@@ -105,6 +105,8 @@ class ExpertCache:
         Experts that a pass needed and that were there, or were not.
     fetched_bytes
         What came to the device, evicted experts that were asked for again included.
+    watch
+        Is told of every wait for an expert, while somebody measures; ``None``: nobody does.
 
     Raises
     ------
@@ -121,6 +123,7 @@ class ExpertCache:
         self.slot_bytes = slot_bytes
         self.device = memory.device
         self.hits = self.misses = self.fetched_bytes = 0
+        self.watch: Watch | None = None
         self._streams = streams
         now = streams.mark()  # what had this memory before may be at work on it still
         self._slots = [
@@ -164,9 +167,7 @@ class ExpertCache:
             work = self._passes[threading.get_ident()]
             if work.current != index:
                 self._release_current(work)
-                slot = work.held.get(index) or self._bring(work, index)
-                self._fetch_ahead(work)
-                _arrived(slot)
+                self._arrive(work, index)
                 work.current = index
             return work.held[index].views
 
@@ -201,6 +202,18 @@ class ExpertCache:
             self._slots.clear()
 
     # Inside; the lock is held
+
+    def _arrive(self, work: _Pass, index: int) -> None:
+        """Have an expert there, and those that come next on their way."""
+        slot = work.held.get(index)
+        watch = None if slot is not None and slot.has_come else self.watch
+        if watch is not None:
+            watch.stands_still()
+        slot = slot or self._bring(work, index)
+        self._fetch_ahead(work)
+        _arrived(slot)
+        if watch is not None:
+            watch.goes_on(slot.arrival)
 
     def _fetch_ahead(self, work: _Pass) -> None:
         while work.wanted:

@@ -34,6 +34,7 @@ from llm_magic.backends.accelerate.placement.mapped import MappedFiles
 from llm_magic.backends.accelerate.placement.offload_folder import OffloadFolder, disk_error
 from llm_magic.backends.accelerate.placement.open_file import OpenFile
 from llm_magic.backends.accelerate.placement.reader import FileReader, choose_direct
+from llm_magic.backends.accelerate.placement.stream import Watch
 from llm_magic.backends.accelerate.placement.uninterrupted import uninterrupted
 from llm_magic.plan import Placement, Plan
 from llm_magic.planning.costs import slots_for
@@ -227,6 +228,13 @@ class PlacedModel:
         if any(place.home == "disk" for place in self.plan.placements):
             for file in self._opened:
                 file.check_unchanged()
+
+    def watch(self, watch: Watch | None) -> None:
+        """Tell ``watch`` of every wait for weights from now on; ``None``: nobody."""
+        for lane in self.lanes:
+            lane.watch = watch
+        for experts in self._expert_lanes.values():
+            experts.cache.watch = watch
 
     def settle(self) -> None:
         """Make the next forward pass right after one that did not end."""

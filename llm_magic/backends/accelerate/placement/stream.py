@@ -18,6 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from llm_magic.backends.accelerate.placement.moments import Moment, StreamMoment, Trip, now, on_stream
 from llm_magic.backends.accelerate.placement.uninterrupted import uninterrupted
 
 
@@ -36,6 +37,19 @@ class Arrival(Protocol):
 
     def settle(self) -> None:
         """Wait until nothing but later transfers of the same device writes to the slot any more."""
+
+    def trips(self) -> Sequence[Trip] | None:
+        """When the bytes left and when they were there, after ``wait``; ``None`` when nobody took the time."""
+
+
+class Watch(Protocol):
+    """Is told when a computation stands still for weights."""
+
+    def stands_still(self) -> None:
+        """From here on nothing is computed."""
+
+    def goes_on(self, arrival: Arrival | None) -> None:
+        """The weights are there; ``arrival`` is what brought them, unless that was there before."""
 
 
 class Source(Protocol):
@@ -65,12 +79,13 @@ class Streams(Protocol):
 
 @dataclass(eq=False)  # two slots are never the same
 class Slot:
-    """Room for one block. ``users`` counts the forward passes that read it now."""
+    """Room for one block. ``users`` counts the forward passes that read it now; before any did, it ``is_new``."""
 
     memory: Any
     tag: int | None = None
     arrival: Arrival | None = None
     used: Mark | None = None
+    is_new: bool = False
     users: int = 0
     owners: set[int] = field(default_factory=set)
 
@@ -93,12 +108,15 @@ class Lane:
         Blocks that were brought so far.
     missed
         How many of them were not on their way when they were needed.
+    watch
+        Is told of every ``take``, while somebody measures; ``None``: nobody does.
     """
 
     def __init__(self, sources: Sequence[Source], slots: Sequence[Any], streams: Streams) -> None:
         self.streams = streams
         self.fetched = 0
         self.missed = 0
+        self.watch: Watch | None = None
         self._sources = list(sources)
         now = streams.mark()  # what had this memory before may be at work on it still
         self._slots = [Slot(memory, used=now) for memory in slots]
@@ -121,16 +139,13 @@ class Lane:
             What went wrong with the transfer; the next ``take`` tries it anew.
         """
         with self._lock:
-            slot = self._holding(index)
-            if slot is None:
-                self.missed += 1
-                slot = self._free_slot()
-                self._fill(slot, index)
-            try:
-                _arrived(slot)
-            except BaseException:
-                slot.tag = None
-                raise
+            watch = self.watch
+            if watch is not None:
+                watch.stands_still()
+            slot = self._arrived(index)
+            if watch is not None:
+                watch.goes_on(slot.arrival if slot.is_new else None)
+            slot.is_new = False
             slot.users += 1
             slot.owners.add(threading.get_ident())
             return self._slots.index(slot)
@@ -195,6 +210,21 @@ class Lane:
 
     # Inside; the lock is held
 
+    def _arrived(self, index: int) -> Slot:
+        """The slot that holds a block, once it does."""
+        slot = self._holding(index)
+        if slot is None:
+            self.missed += 1
+            slot = self._free_slot()
+            self._fill(slot, index)
+        try:
+            if slot.arrival is not None:
+                slot.arrival.wait()
+        except BaseException:
+            slot.tag = None
+            raise
+        return slot
+
     def _holding(self, index: int) -> Slot | None:
         return next((slot for slot in self._slots if slot.tag == index), None)
 
@@ -221,7 +251,7 @@ class Lane:
         _settled(slot)
         with uninterrupted():  # nobody would know of a transfer that was started and not written down
             slot.arrival = self._sources[index].start(slot.memory, slot.used)
-            slot.tag = index
+            slot.tag, slot.is_new = index, True
         self.fetched += 1
 
     def _free_slot(self) -> Slot:
@@ -239,11 +269,6 @@ class Lane:
             _settled(slot)
             slot.tag = slot.arrival = None
             slot.used = used
-
-
-def _arrived(slot: Slot) -> None:
-    if slot.arrival is not None:
-        slot.arrival.wait()
 
 
 def _settled(slot: Slot) -> None:
@@ -266,6 +291,16 @@ class _Done:
 DONE = _Done()
 
 
+@dataclass(frozen=True)
+class _Copied(_Done):
+    """A copy that is over."""
+
+    trip: Trip
+
+    def trips(self) -> Sequence[Trip]:
+        return (self.trip,)
+
+
 class HostStreams:
     """The CPU's own memory, where a copy is over when it returns."""
 
@@ -277,9 +312,10 @@ class HostStreams:
 
     def copy(self, pairs: Sequence[tuple[Any, Any]], after: Mark | None) -> Arrival:  # noqa: ARG002
         """Copy at once: what came before is over."""
+        begin = now()
         for source, target in pairs:
             target.copy_(source)
-        return DONE
+        return _Copied((begin, now()))
 
     def join(self) -> None:
         """Nothing to wait for."""
@@ -291,8 +327,8 @@ class HostStreams:
 class _CopyEvent:
     """The end of a copy on its stream."""
 
-    def __init__(self, event: Any, module: Any, device: Any) -> None:
-        self._event, self._module, self._device = event, module, device
+    def __init__(self, event: Any, module: Any, device: Any, begin: Moment | None) -> None:
+        self._event, self._module, self._device, self._begin = event, module, device, begin
 
     def wait(self) -> None:
         self._module.current_stream(self._device).wait_event(self._event)
@@ -302,6 +338,9 @@ class _CopyEvent:
 
     def synchronize(self) -> None:
         self._event.synchronize()
+
+    def trips(self) -> Sequence[Trip] | None:
+        return None if self._begin is None else ((self._begin, StreamMoment(self._event)),)
 
 
 class AcceleratorStreams:
@@ -333,17 +372,22 @@ class AcceleratorStreams:
         with self._module.device(self._device), self._module.stream(self._copies):
             if after is not None:
                 self._copies.wait_event(after)
+            begin = on_stream(self._module, self._copies) if self._takes_the_time() else None
             for source, target in pairs:
                 target.copy_(source, non_blocking=True)
-            event = self._recorded(self._copies)
-        return _CopyEvent(event, self._module, self._device)
+            event = self._recorded(self._copies, timed=begin is not None)
+        return _CopyEvent(event, self._module, self._device, begin)
 
     def join(self) -> None:
         """The computing stream waits for the one that copies."""
         self._module.current_stream(self._device).wait_stream(self._copies)
 
-    def _recorded(self, stream: Any) -> Any:
-        event = self._module.Event()
+    def _takes_the_time(self) -> bool:
+        """Whether events can say how long a copy was: not those that become part of a graph."""
+        return self._device.type == "cuda" and not self._module.is_current_stream_capturing()
+
+    def _recorded(self, stream: Any, *, timed: bool = False) -> Any:
+        event = self._module.Event(enable_timing=timed)
         event.record(stream)
         return event
 
@@ -375,18 +419,26 @@ class ReadSource:
 
     def start(self, slot: Any, after: Mark | None) -> Arrival:  # noqa: ARG002
         """Start to read: on this device a computation is over when its call is."""
-        return _Reading(self.read(slot, None))
+        return _Reading(now(), self.read(slot, None))
 
 
 class _Reading:
-    def __init__(self, future: Future[None]) -> None:
-        self._future = future
+    def __init__(self, begin: Moment, future: Future[None]) -> None:
+        self._begin, self._future = begin, future
+        self._end: Moment | None = None
+        future.add_done_callback(self._has_ended)
 
     def wait(self) -> None:
         self._future.result()
 
     def settle(self) -> None:
         self._future.exception()
+
+    def trips(self) -> Sequence[Trip]:
+        return ((self._begin, self._end or now()),)  # the waiting thread may be told before the callback is
+
+    def _has_ended(self, _future: Future[None]) -> None:
+        self._end = now()
 
 
 class Staging:
@@ -433,11 +485,13 @@ class StagedSource:
     def start(self, slot: Any, after: Mark | None) -> Arrival:
         """Start to read; the thread that ends the reading starts the copy."""
         copied: Future[Any] = Future()
+        staged = _Staged(now(), copied)
         buffer, before = self.staging.turn(copied)
 
         def copy(reading: Future[None]) -> None:
             try:
                 reading.result()
+                staged.read_end = now()
                 copied.set_result(self.streams.copy(self.pairs(buffer, slot), after))
             except BaseException as error:
                 copied.set_exception(error)
@@ -447,12 +501,13 @@ class StagedSource:
         except BaseException as error:
             copied.set_exception(error)  # or the buffer's next user would wait for ever
             raise
-        return _Staged(copied)
+        return staged
 
 
 class _Staged:
-    def __init__(self, copied: Future[Any]) -> None:
-        self._copied = copied
+    def __init__(self, begin: Moment, copied: Future[Any]) -> None:
+        self._begin, self._copied = begin, copied
+        self.read_end: Moment = begin
 
     def wait(self) -> None:
         self._copied.result().wait()
@@ -460,3 +515,7 @@ class _Staged:
     def settle(self) -> None:
         """The copy must have been started: then the stream keeps the order."""
         self._copied.exception()
+
+    def trips(self) -> Sequence[Trip] | None:
+        copied = self._copied.result().trips()
+        return None if copied is None else ((self._begin, self.read_end), *copied)

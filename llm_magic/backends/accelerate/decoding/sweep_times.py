@@ -1,0 +1,224 @@
+"""Where the time of a sweep goes, block by block: measured a few times a second while an answer comes.
+
+Hooks on the blocks do nothing in all other sweeps. A sweep that fails, is interrupted or cannot be told
+apart into blocks is measured in vain: nothing is said of it, and nothing of it reaches the answer.
+
+A captured sweep runs no Python between its blocks, so only sweeps that call the model are measured. An
+encoder reads its prompt before the first of them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from llm_magic.backends.accelerate.placement.moments import Moment, Timer, Trip, covered, timers, total
+from llm_magic.backends.accelerate.placement.placed import PlacedModel
+from llm_magic.backends.accelerate.placement.stream import Arrival
+from llm_magic.events import Emit, SweepEvent
+
+_LEAST_S = 0.25  # between two sweeps that are measured: nobody reads faster
+
+Times = tuple[tuple[float, float, float], ...]
+"""For each block, seconds of (wait, copy, compute)."""
+
+
+class SweepTimes:
+    """Measures sweeps of one answer, and says so.
+
+    Parameters
+    ----------
+    placed
+        The model; blocks may move between two sweeps.
+    emit
+        Gets a `SweepEvent` for each sweep that was measured.
+    clock
+        Decides when the next one is due.
+    make_timers
+        Makes a timer for each device; ``None`` when one has none: nothing is measured then.
+    """
+
+    def __init__(
+        self,
+        placed: PlacedModel,
+        emit: Emit,
+        *,
+        clock: Callable[[], float] = time.perf_counter,
+        make_timers: Callable[[Iterable[str]], Mapping[str, Timer] | None] = timers,
+    ) -> None:
+        self._placed, self._emit = placed, emit
+        self._clock, self._make_timers = clock, make_timers
+        self._began_s = float("-inf")
+        self._current: Measurement | None = None
+        self._measured: Measurement | None = None
+
+    @contextmanager
+    def hooked(self) -> Iterator[None]:
+        """Around an answer: have hooks on the blocks."""
+        handles: list[Any] = []
+        try:
+            for number, block in enumerate(self._placed.plan.layout.blocks):
+                placed = self._placed.blocks.get(block.name)
+                if placed is not None:  # a bare parameter has no times
+                    begins, ends = partial(self._begins, number), partial(self._ends, number)
+                    handles.append(placed.module.register_forward_pre_hook(begins))
+                    handles.append(placed.module.register_forward_hook(ends))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @contextmanager
+    def sweep(self, *, always: bool = False) -> Iterator[None]:
+        """Around one forward pass of the model.
+
+        Parameters
+        ----------
+        always
+            Measure it, however short a time ago the last one was.
+        """
+        measurement = self._begin() if always or self._is_due() else None
+        if measurement is None:
+            yield
+            return
+        try:
+            self._current = measurement
+            self._placed.watch(measurement)
+            yield
+        finally:
+            self._current = None
+            self._placed.watch(None)
+        self._measured = measurement
+
+    def report(self, sweeps: int, tokens: int) -> None:
+        """Emit the times of the last sweep that was measured, once all of them are known.
+
+        Parameters
+        ----------
+        sweeps, tokens
+            Passes after the prefill and tokens of the answer so far.
+        """
+        measurement = self._measured
+        if measurement is None:
+            return
+        times = measurement.times()
+        if times is not None or not measurement.is_whole:
+            self._measured = None
+        if times is not None:
+            self._emit(SweepEvent(times, sweeps, tokens))
+
+    def _is_due(self) -> bool:
+        """One that is not known yet comes first."""
+        return self._measured is None and self._clock() - self._began_s >= _LEAST_S
+
+    def _begin(self) -> Measurement | None:
+        places = {place.block.name: place.compute for place in self._placed.plan.placements}
+        made = self._make_timers(set(places.values()))
+        if made is None:
+            return None
+        self._began_s = self._clock()
+        self._measured = None
+        blocks = self._placed.plan.layout.blocks
+        return Measurement([made[places[block.name]] for block in blocks])
+
+    def _begins(self, number: int, _module: Any, _inputs: Any) -> None:
+        if self._current is not None:
+            self._current.begins(number)
+
+    def _ends(self, number: int, _module: Any, _inputs: Any, _output: Any) -> None:
+        if self._current is not None:
+            self._current.ends(number)
+
+
+@dataclass
+class _Block:
+    """What one block did: each of its runs, each wait of its runs, each way of its bytes."""
+
+    timer: Timer
+    runs: list[Trip] = field(default_factory=list)
+    waits: list[Trip] = field(default_factory=list)
+    ways: list[Trip] = field(default_factory=list)
+
+    def times(self) -> tuple[float, float, float] | None:
+        """Seconds of (wait, copy, compute); ``None`` as long as the device has not come to the end."""
+        run, wait, copy = total(self.runs), total(self.waits), covered(self.ways)
+        if run is None or wait is None or copy is None:
+            return None
+        return wait, copy, max(0.0, run - wait)
+
+
+class Measurement:
+    """One sweep, as the blocks and the lanes that bring their weights tell it.
+
+    Parameters
+    ----------
+    blocks
+        The timer of each block's device.
+
+    Attributes
+    ----------
+    is_whole
+        Whether everything that was told fits together.
+    """
+
+    def __init__(self, blocks: Sequence[Timer]) -> None:
+        self.is_whole = True
+        self._blocks = [_Block(timer) for timer in blocks]
+        self._at_work: _Block | None = None
+        self._since: Moment | None = None
+        self._still_since: Moment | None = None
+
+    def times(self) -> Times | None:
+        """What every block did; ``None`` as long as it is not known, or for ever when it is not whole."""
+        if not self.is_whole or self._at_work is not None:
+            self.is_whole = False
+            return None
+        try:
+            times = [block.times() for block in self._blocks]
+        except RuntimeError:  # a device that lost its events
+            self.is_whole = False
+            return None
+        known = tuple(each for each in times if each is not None)
+        return known if len(known) == len(times) else None
+
+    def begins(self, number: int) -> None:
+        """A block runs."""
+        if self._at_work is not None:  # one inside of another has no time of its own
+            self.is_whole = False
+        self._at_work = self._blocks[number]
+        self._since = self._now()
+
+    def ends(self, number: int) -> None:
+        """It is over."""
+        block, since, end = self._at_work, self._since, self._now()
+        self._at_work = None
+        if block is self._blocks[number] and since is not None and end is not None:
+            block.runs.append((since, end))
+        else:
+            self.is_whole = False
+
+    def stands_still(self) -> None:
+        """The block at work needs weights that may not be there."""
+        self._still_since = self._now()
+
+    def goes_on(self, arrival: Arrival | None) -> None:
+        """They are."""
+        block, since, end = self._at_work, self._still_since, self._now()
+        trips = arrival.trips() if arrival is not None else ()
+        if block is None or since is None or end is None or trips is None:
+            self.is_whole = False
+            return
+        block.waits.append((since, end))
+        block.ways.extend(trips)
+
+    def _now(self) -> Moment | None:
+        if self._at_work is None:
+            return None
+        try:
+            return self._at_work.timer()
+        except RuntimeError:  # a device without room for an event must not end the answer
+            return None
