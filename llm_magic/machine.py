@@ -111,7 +111,11 @@ class Machine:
         """Bandwidth from ``source`` to ``target``; 0 when no link says."""
         if source == target:
             return self.device(source).read_bytes_per_s
-        return next((k.bytes_per_s for k in self.links if (k.source, k.target) == (source, target)), 0.0)
+        return self._speeds.get((source, target), 0.0)
+
+    @cached_property
+    def _speeds(self) -> dict[tuple[str, str], float]:
+        return {(link.source, link.target): link.bytes_per_s for link in reversed(self.links)}
 
 
 def _missing(device_id: str) -> Device:

@@ -122,6 +122,12 @@ class Block:
         """Number of parameters."""
         return sum(_product(tensor.shape) for tensor in self.tensors)
 
+    @cached_property
+    def likeness(self) -> tuple[object, ...]:
+        """What two blocks share that cost the same in every sweep: layers of a model mostly do."""
+        experts = (self.experts, self.expert_bytes, self.active_experts)
+        return self.kind, self.bytes, self.parameters, self.tied_to, self.cache, experts
+
     @property
     def bytes_per_token(self) -> int:
         """Bytes of weights that one decoded token reads: experts that are not routed to stay."""
@@ -189,6 +195,28 @@ class ModelLayout:
     def is_mixture_of_experts(self) -> bool:
         """Whether any layer routes tokens to experts."""
         return any(block.experts for block in self.blocks)
+
+    @cached_property
+    def active_experts(self) -> int:
+        """Most experts that work on one token in any layer; 0 without experts."""
+        return max((block.active_experts for block in self.blocks), default=0)
+
+    @cached_property
+    def cache_costs(self) -> frozenset[CacheCost]:
+        """What blocks keep between tokens, every kind of it once: layers are mostly alike."""
+        return frozenset(block.cache for block in self.blocks)
+
+    @cached_property
+    def module_names(self) -> frozenset[str]:
+        """Every module that holds a parameter: blocks, their parents, what is in them; ``""`` for all."""
+        names = {""}
+        for block in self.blocks:
+            for inner in (block.name, *(tensor.name for tensor in block.tensors)):
+                name = inner
+                while name and name not in names:
+                    names.add(name)
+                    name = name.rpartition(".")[0]
+        return frozenset(names)
 
     @property
     def size_class(self) -> str:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
+from llm_magic.events import PhaseEvent
 from llm_magic.machine import Machine
 from llm_magic.model import Block, ModelLayout
 
@@ -37,6 +38,12 @@ class Workload:
     def cache_bytes(self, block: Block) -> int:
         """KV cache or state bytes of ``block``."""
         return self.batch * block.cache.bytes_for(self.context_length)
+
+    def largest_cache_bytes(self, layout: ModelLayout) -> int:
+        """KV cache or state bytes of the block that keeps most."""
+        return self.batch * max(
+            (cost.bytes_for(self.context_length) for cost in layout.cache_costs), default=0
+        )
 
 
 @dataclass(frozen=True)
@@ -204,3 +211,10 @@ class Plan:
             if use.device == device:
                 return use
         raise KeyError(device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedEvent(PhaseEvent):
+    """The phase begins, and where blocks will be is known now."""
+
+    plan: Plan

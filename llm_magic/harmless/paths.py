@@ -7,6 +7,7 @@ import re
 import sys
 import sysconfig
 import tempfile
+from functools import lru_cache
 from pathlib import Path
 
 _ABSOLUTE_PATH = re.compile(r"(?<![\w.~:/\\*-])(?:[A-Za-z]:[/\\]|/)(?:[^\s'\"/\\:]+[/\\])+([^\s'\"/\\:]*)")
@@ -27,19 +28,24 @@ def without_paths(text: str) -> str:
     return _ABSOLUTE_PATH.sub(r"\1", hide_folders(text))
 
 
-def _folders() -> list[tuple[str, str]]:
+def _folders() -> tuple[tuple[str, str], ...]:
+    return _spelled(str(Path.cwd()), str(Path.home()), tempfile.gettempdir())
+
+
+@lru_cache(maxsize=4)  # a map on the wire asks a dozen times, and resolving folders is slow
+def _spelled(cwd: str, home: str, temporary: str) -> tuple[tuple[str, str], ...]:
     known = [
         (sysconfig.get_path("purelib"), "site-packages"),
         (sysconfig.get_path("platlib"), "site-packages"),
         (sysconfig.get_path("stdlib"), "python"),
         (sys.prefix, "python"),
-        (str(Path.cwd()), "."),
-        (str(Path.home()), "~"),
-        (tempfile.gettempdir(), "<temporary folder>"),
+        (cwd, "."),
+        (home, "~"),
+        (temporary, "<temporary folder>"),
     ]
     spellings = {(spelling, name) for path, name in known for spelling in _spellings(path)}
     # The longest first: the working folder is often inside of the home folder.
-    return sorted(spellings, key=lambda pair: (-len(pair[0]), pair))
+    return tuple(sorted(spellings, key=lambda pair: (-len(pair[0]), pair)))
 
 
 def _spellings(path: str) -> list[str]:

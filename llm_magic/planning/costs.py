@@ -61,11 +61,11 @@ def activation_bytes(layout: ModelLayout, workload: Workload) -> int:
     """
     tokens = _tokens(workload)
     row = tokens * layout.hidden_size * dtype_bytes(layout.dtype)
-    experts = max((block.active_experts for block in layout.blocks), default=0) or 1
+    experts = layout.active_experts or 1
     gathered = experts * row if experts > 1 else 0
     width = layout.intermediate_size or 4 * layout.hidden_size
     mlp = 3 * tokens * experts * width * dtype_bytes(layout.dtype) + gathered
-    largest_cache = max((workload.cache_bytes(block) for block in layout.blocks), default=0)
+    largest_cache = workload.largest_cache_bytes(layout)
     peak = 2 * row + max(6 * row, 8 * tokens * layout.hidden_size, mlp)
     rest = _attention_bytes(layout, workload) + _scan_bytes(layout, workload) + _unpacked_bytes(layout)
     return peak + largest_cache // 2 + rest
@@ -73,7 +73,7 @@ def activation_bytes(layout: ModelLayout, workload: Workload) -> int:
 
 def can_prefill_in_parts(layout: ModelLayout) -> bool:
     """Whether a prompt may be read in several passes: recurrent states and encoders need one."""
-    caches = [block.cache for block in layout.blocks]
+    caches = layout.cache_costs
     keeps_all = any(cache.bytes_per_token for cache in caches) and not any(c.fixed_bytes for c in caches)
     return keeps_all and not layout.is_encoder_decoder
 
@@ -260,7 +260,7 @@ def _attention_bytes(layout: ModelLayout, workload: Workload) -> int:
     is_eager, width = layout.details.get("attention") == "eager", dtype_bytes(layout.dtype)
     if not is_eager and (tokens == context or not can_prefill_in_parts(layout)):
         return 0
-    growing = [block.cache for block in layout.blocks if block.cache.bytes_per_token]
+    growing = [cache for cache in layout.cache_costs if cache.bytes_per_token]
     reach = max((min(context, (cache.window or context) + tokens) for cache in growing), default=0)
     heads, kv_heads = layout.details.get("attention_heads", 0), layout.details.get("kv_heads", 0)
     groups = heads // kv_heads if kv_heads else 1
@@ -275,7 +275,7 @@ def _scan_bytes(layout: ModelLayout, workload: Workload) -> int:
     The Mamba path without its own kernels materialises one state a token; linear attention works
     in chunks.
     """
-    state = max((block.cache.fixed_bytes for block in layout.blocks), default=0)
+    state = max((cache.fixed_bytes for cache in layout.cache_costs), default=0)
     tokens = min(workload.prefill_tokens, workload.context_length)
     states = tokens if "Mamba" in layout.architecture else -(-tokens // SCAN_CHUNK_TOKENS)
     return 3 * workload.batch * states * state

@@ -99,13 +99,9 @@ def _by_module(device_map: Mapping[str, object], layout: ModelLayout, machine: M
     return devices
 
 
-def _modules(layout: ModelLayout) -> set[str]:
-    """Every name that holds a parameter of the model: blocks, their parents, what is in them."""
-    modules = {""}
-    for block in layout.blocks:
-        for name in (block.name, *(tensor.name for tensor in block.tensors)):
-            modules.update(_prefixes(name))
-    return modules | set(layout.details.get("buffer_modules", ()))
+def _modules(layout: ModelLayout) -> frozenset[str]:
+    """Every name that a map may use: modules that hold a parameter or a buffer."""
+    return layout.module_names | set(layout.details.get("buffer_modules", ()))
 
 
 def _prefixes(name: str) -> Iterable[str]:

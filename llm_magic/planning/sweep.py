@@ -98,9 +98,13 @@ class Leg:
 
 def sweep_of(layout: ModelLayout, workload: Workload, placed: Iterable[Placement], *, tokens: int) -> Sweep:
     """What a pass over ``tokens`` tokens of each sequence does."""
-    whole = Sweep()
+    alike: dict[object, tuple[Placement, int]] = {}
     for place in placed:
-        whole.add(block_sweep(layout, workload, place, tokens=tokens))
+        key = (place.block.likeness, place.home, place.compute, place.kept)
+        alike[key] = place, alike.get(key, (place, 0))[1] + 1
+    whole = Sweep()
+    for place, times in alike.values():
+        whole.add(block_sweep(layout, workload, place, tokens=tokens), times)
     return whole
 
 
