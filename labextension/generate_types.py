@@ -6,7 +6,9 @@ A test fails while the file is older than the schema.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 from msgspec import inspect as schema
@@ -46,32 +48,28 @@ def _interface(struct: type[msgspec.Struct]) -> str:
     return "\n".join([*lines, "}\n"])
 
 
+_WORDS: dict[type[schema.Type], Callable[[Any], str]] = {
+    schema.StrType: lambda _: "string",
+    schema.BoolType: lambda _: "boolean",
+    schema.IntType: lambda _: "number",
+    schema.FloatType: lambda _: "number",
+    schema.NoneType: lambda _: "null",
+    schema.Metadata: lambda info: _type(info.type),
+    schema.LiteralType: lambda info: " | ".join(f"'{value}'" for value in info.values),
+    schema.UnionType: lambda info: " | ".join(map(_type, sorted(info.types, key=_is_none))),
+    schema.ListType: lambda info: _list(_type(info.item_type)),
+    schema.TupleType: lambda info: f"[{', '.join(map(_type, info.item_types))}]",
+    schema.DictType: lambda info: f"Record<string, {_type(info.value_type)}>",
+    schema.StructType: lambda info: info.cls.__name__,
+}
+
+
 def _type(info: schema.Type) -> str:
-    match info:
-        case schema.Metadata():
-            return _type(info.type)
-        case schema.StrType():
-            return "string"
-        case schema.BoolType():
-            return "boolean"
-        case schema.IntType() | schema.FloatType():
-            return "number"
-        case schema.NoneType():
-            return "null"
-        case schema.LiteralType():
-            return " | ".join(f"'{value}'" for value in info.values)
-        case schema.UnionType():
-            return " | ".join(_type(member) for member in sorted(info.types, key=_is_none))
-        case schema.ListType():
-            inner = _type(info.item_type)
-            return f"({inner})[]" if "|" in inner else f"{inner}[]"
-        case schema.TupleType():
-            return f"[{', '.join(map(_type, info.item_types))}]"
-        case schema.DictType():
-            return f"Record<string, {_type(info.value_type)}>"
-        case schema.StructType():
-            return info.cls.__name__
-    raise TypeError(f"no TypeScript for {info}")
+    return _WORDS[type(info)](info)
+
+
+def _list(item: str) -> str:
+    return f"({item})[]" if "|" in item else f"{item}[]"
 
 
 def _is_none(info: schema.Type) -> bool:

@@ -12,6 +12,7 @@ from llm_magic.plan import DeviceUse, Placement, Plan
 from llm_magic.planning.costs import placeable
 from llm_magic.result import Footprint
 from llm_magic.views.commands import command_of
+from llm_magic.views.llama_cpp import llama_cpp_options
 from llm_magic.views.map import is_drawn_whole
 from llm_magic.views.python import python_of
 from llm_magic.wire import (
@@ -101,6 +102,7 @@ def plan_state(
             python=_clean(python_of(plan)),
             command=_clean(command_of(plan, before, model)),
             json=_clean(json.dumps(plan.device_map, indent=1)),
+            llama_cpp=llama_cpp_options(plan),
             backend=_clean(backend),
         ),
     )
@@ -153,7 +155,7 @@ def _block(plan: Plan, place: Placement) -> BlockState:
     block = place.block
     dtypes = sorted({tensor.dtype for tensor in block.tensors}) or [plan.layout.dtype]
     return BlockState(
-        label=_clean(block.label),
+        label=sanitize(block.label),
         kind=block.kind,
         bytes=block.bytes,
         dtype=", ".join(dtypes),
@@ -161,7 +163,7 @@ def _block(plan: Plan, place: Placement) -> BlockState:
         compute=place.compute,
         way=place.way,
         cache_bytes=plan.workload.cache_bytes(block),
-        tied_to=[_clean(plan.layout.block(name).label) for name in block.tied_to],
+        tied_to=[sanitize(plan.layout.block(name).label) for name in block.tied_to],
         experts=block.experts,
         active_experts=block.active_experts,
     )

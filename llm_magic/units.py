@@ -53,6 +53,14 @@ def format_bytes(count: float) -> str:
     return f"{sign}{size / KIB:.0f} KiB" if size >= KIB else f"{sign}{size:.0f} B"
 
 
+def exact_bytes(count: int) -> str:
+    """``2147483648`` as ``"2GiB"``, as it is typed: the largest unit in which it is a whole number."""
+    for unit, factor in (("GiB", GIB), ("MiB", MIB), ("KiB", KIB)):
+        if count and count % factor == 0:
+            return f"{count // factor}{unit}"
+    return str(count)
+
+
 def format_bandwidth(bytes_per_s: float) -> str:
     """``25.1e9`` as ``"25.1 GB/s"``, ``1008e9`` as ``"1008 GB/s"``: decimal units, as buses and disks are sold."""
     if bytes_per_s >= 99.95e9:

@@ -88,7 +88,7 @@ class MoveState(Struct, frozen=True, kw_only=True):
 
 
 class ExportState(Struct, frozen=True, kw_only=True):
-    """The same placement to copy: Python, ``%llm`` commands, JSON, and what the backend calls it.
+    """The same placement to copy: Python, ``%llm`` commands, JSON, options of llama.cpp and of the backend.
 
     ``backend`` is empty where the backend places every block as the map says.
     """
@@ -96,6 +96,7 @@ class ExportState(Struct, frozen=True, kw_only=True):
     python: str
     command: str
     json: str
+    llama_cpp: str
     backend: str = ""
 
 
@@ -354,7 +355,8 @@ def decode_command(content: Any) -> Command:
     try:
         if len(msgspec.json.encode(content)) > MESSAGE_BYTES_AT_MOST:
             raise OptionError("A message of the front end is too large.", "Run the cell again.")
-        return msgspec.convert(content, Command)
+        command: Command = msgspec.convert(content, Command)
+        return command
     except (msgspec.ValidationError, TypeError, ValueError, RecursionError) as error:
         raise OptionError(
             "The front end sent what is no command.", "Reload the page, and run the cell again."

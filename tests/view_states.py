@@ -46,9 +46,7 @@ def states() -> dict[str, Any]:
     mixed = plan_of(moe30b(), machine("two-3090"), {"cuda:0": 6 * GIB, "cuda:1": 5 * GIB})
     held = {"cpu": {"weights": 150 * MIB, "kv_cache": 3 * MIB}}
     return {
-        "streamed": encode(
-            map_state(streamed, model="qwen", status="loaded", last=last, policies=NAMES)
-        ),
+        "streamed": encode(map_state(streamed, model="qwen", status="loaded", last=last, policies=NAMES)),
         "halved": encode(map_state(halved, model="starter", status="loaded", memory=held, policies=NAMES)),
         "refused": encode(map_state(refused, policies=NAMES)),
         "experts": encode(map_state(mixed, policies=NAMES)),

@@ -54,15 +54,21 @@ export class Hub {
 
   private show(view: string, state: State): void {
     const screen = this.screens.get(view)
-    if (screen?.type === state.type) {
+    if (screen?.type === state.type && !this.isLost) {
       screen.shown.update(state)
       return
     }
+    this.isLost = false // a connection that came back: whoever sends a state is there
     screen?.shown.cleanup()
+    this.mounts.remove(view)
     const language = pageLanguage()
     const { host, root } = makeHost()
     root.lang = language
     const shown = showState(state, { root, view, language, t: translator(language), send: this.send })
+    if (!shown) {
+      this.screens.delete(view)
+      return
+    }
     this.screens.set(view, { type: state.type, shown })
     this.mounts.add(view, host)
     // Whoever hears this while it is at work will hear Stop as well.

@@ -31,14 +31,16 @@ export const BASE_CSS = `
   --card: var(--jp-layout-color1, var(--vscode-editorWidget-background, light-dark(#f6f7f9, #191d23)));
   --hover: var(--jp-layout-color2, var(--vscode-list-hoverBackground, light-dark(#eceff2, #262b32)));
   --accent: var(--jp-brand-color1, var(--vscode-focusBorder, light-dark(#1967d2, #7ab7ff)));
-  --bad-text: var(--jp-error-color1, var(--vscode-errorForeground, light-dark(#c62828, #ff7b72)));
+  --bad-text: color-mix(in srgb, #d1242f 70%, var(--text)); /* a host's red may be too dark on its black */
   --mono: var(--jp-code-font-family, ui-monospace, SFMono-Regular, Menlo, Consolas, monospace);
   --good: #1a7f5a; --bad: #d1242f; --care: #a8680e;
+  --tier-gpu: #1a7f5a; --tier-ram: #2f6fd6; --tier-disk: #a8680e; --tier-npu: #5f6b78;
   box-sizing: border-box; max-width: 1040px; padding: 12px 14px; border-radius: 6px;
   background: var(--page); color: var(--text); text-align: left;
   font: 13px/1.45 var(--jp-ui-font-family, system-ui, sans-serif);
 }
 .llm *, .llm *::before, .llm *::after { box-sizing: border-box; }
+.llm [hidden] { display: none !important; }
 .llm .muted { color: var(--muted); }
 .llm .num { font-variant-numeric: tabular-nums; }
 .llm .visually-hidden {

@@ -49,11 +49,12 @@ export interface MoveState {
   bytes_per_s: number
 }
 
-/** The same placement to copy: Python, `%llm` commands, JSON, and what the backend calls it. */
+/** The same placement to copy: Python, `%llm` commands, JSON, options of llama.cpp and of the backend. */
 export interface ExportState {
   python: string
   command: string
   json: string
+  llama_cpp: string
   backend: string
 }
 

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from llm_magic.folders import display_path
 from llm_magic.plan import Plan
+from llm_magic.units import exact_bytes
 from llm_magic.views.words import grouped
 
-_POLICIES_OF_HAND = ("hand",)
+_BY_HAND = "hand"
 
 
 def command_of(plan: Plan, before: Plan | None = None, model: str = "") -> str:
@@ -35,13 +36,15 @@ def command_of(plan: Plan, before: Plan | None = None, model: str = "") -> str:
         return "\n".join(_moves(plan, before or plan, model))
     words = ["%llm load", shlex.quote(_source(plan.source))]
     if plan.budget.explicit:
-        limits = ",".join(f"{device}={plan.budget.limits[device]}" for device in sorted(plan.budget.explicit))
+        limits = ",".join(
+            f"{device}={exact_bytes(plan.budget.limits[device])}" for device in sorted(plan.budget.explicit)
+        )
         words += ["--max-memory", limits]
     words += ["-c", str(plan.workload.context_length)]
     for name in ("dtype", "revision", "quantize", "draft"):
         value = plan.options.get(name, "")
         words += [f"--{name}", shlex.quote(value)] if value and value != "auto" else []
-    if plan.policy in _POLICIES_OF_HAND:
+    if plan.policy == _BY_HAND:
         words += ["--device-map", "map.json"]
     elif plan.policy != "auto":
         words += ["--device-map", shlex.quote(plan.policy)]

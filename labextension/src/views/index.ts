@@ -1,22 +1,20 @@
 /** The views by the type of their state. */
 
-import type { Shown, Surroundings } from '../view'
+import type { Shown, Surroundings, View } from '../view'
 import type { State } from '../wire'
 import { answerView } from './answer'
 import { jobView } from './job'
 import { machineView } from './machine'
 import { mapView } from './map'
 
-/** Show a state with the view that is made for it. */
-export function showState(state: State, surroundings: Surroundings): Shown<State> {
-  switch (state.type) {
-    case 'map':
-      return mapView(state, surroundings) as Shown<State>
-    case 'machine':
-      return machineView(state, surroundings) as Shown<State>
-    case 'job':
-      return jobView(state, surroundings) as Shown<State>
-    case 'answer':
-      return answerView(state, surroundings) as Shown<State>
+const VIEWS = { map: mapView, machine: machineView, job: jobView, answer: answerView }
+
+/** Show a state with the view that is made for it; nothing where there is none, or it fails. */
+export function showState(state: State, surroundings: Surroundings): Shown<State> | undefined {
+  try {
+    return (VIEWS[state.type] as View<State> | undefined)?.(state, surroundings) as Shown<State> | undefined
+  } catch (error) {
+    console.warn('llm_magic: a view failed; the notebook shows its static form', error)
+    return undefined
   }
 }
