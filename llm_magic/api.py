@@ -87,6 +87,16 @@ class LLM:
         """Take the last ``move`` or ``apply`` back."""
         return self.session.undo()
 
+    def view(self, name: str = "map") -> Any:
+        """A live view as a widget of its own: ``"map"`` of the current model, or ``"machine"``.
+
+        For hosts of the anywidget standard beside Jupyter, and for layouts of ipywidgets; in a
+        notebook ``%llm map`` and ``%llm machine`` show the same.
+        """
+        from llm_magic.widgets.alone import view_widget
+
+        return view_widget(self.session, name)
+
     def close(self) -> None:
         """Unload everything and begin with a new session."""
         if self._session is not None:

@@ -10,6 +10,8 @@ import os
 import sys
 import time
 from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Literal, Protocol, TextIO
 
 from IPython.display import DisplayHandle, display
@@ -21,13 +23,16 @@ from llm_magic.formats import bundle, footer_text
 from llm_magic.harmless.paths import without_paths
 from llm_magic.harmless.terminal import sanitize
 from llm_magic.hookspecs import Format
+from llm_magic.plan import Plan
 from llm_magic.result import Generation
 from llm_magic.screen import AnswerView, ProgressView, Screen
 from llm_magic.text.safe_html import escape_text
 from llm_magic.units import format_bytes, format_rate, format_seconds
 from llm_magic.views.report import Report
 
-UI = Literal["text", "basic"]
+UI = Literal["text", "basic", "rich"]
+STREAMED = ("markdown", "text", "code", "math")  # formats whose text can be read while it comes
+VIEWS = Path(__file__).with_name("static") / "views.js"
 _LIVE_CHARACTERS = 20_000  # of a longer answer only the end is sent while it comes
 _QUIET_S = 0.5  # how often a clock moves when nothing else does
 _PHASES = {
@@ -46,7 +51,10 @@ _PHASES = {
 
 
 def choose_ui(is_notebook: bool) -> UI:
-    """``LLM_MAGIC_UI`` when it is set, otherwise what the front end can show.
+    """``LLM_MAGIC_UI`` when it is set, otherwise the best that the front end can show.
+
+    Live views need a front end that runs their module. A Jupyter server that opens a notebook's
+    kernel names the notebook; where none does (nbconvert, papermill), there is no front end.
 
     Raises
     ------
@@ -54,13 +62,18 @@ def choose_ui(is_notebook: bool) -> UI:
         When ``LLM_MAGIC_UI`` names no kind of display.
     """
     forced = os.environ.get("LLM_MAGIC_UI", "")
-    if forced == "text":
+    if forced not in ("", "text", "basic", "rich"):
+        raise OptionError(f"LLM_MAGIC_UI={forced!r} is no kind of display.", "Set it to text, basic or rich.")
+    if forced in ("text", "basic"):
+        return "text" if forced == "text" else "basic"
+    if not is_notebook:
         return "text"
-    if forced == "basic":
-        return "basic"
-    if forced:
-        raise OptionError(f"LLM_MAGIC_UI={forced!r} is no kind of display.", "Set it to text or basic.")
-    return "basic" if is_notebook else "text"
+    return "rich" if (forced or "JPY_SESSION_NAME" in os.environ) and _has_views() else "basic"
+
+
+def _has_views() -> bool:
+    """Whether the views' host is installed and the views are built."""
+    return find_spec("anywidget") is not None and VIEWS.exists()
 
 
 def phase_words(event: PhaseEvent | None) -> str:
@@ -86,12 +99,15 @@ class TextScreen(Screen):
         """A line that rewrites itself."""
         return _TextProgress(title, _StatusLine(self._out or sys.stdout))
 
-    def answer(self, output_format: str) -> AnswerView:
+    def answer(self, output_format: str, model: str = "", plan: Plan | None = None) -> AnswerView:  # noqa: ARG002
         """Streams text; a format that needs the whole answer is printed at the end."""
         return _TextAnswer(self._formats[output_format], self._out or sys.stdout)
 
     def begin(self) -> None:
         """Nothing to forget."""
+
+    def close(self) -> None:
+        """What was written stays."""
 
     def show(self, shown: object) -> None:
         """Print a report; leave anything else to IPython."""
@@ -161,7 +177,7 @@ def _text_bar(event: PhaseEvent | None, width: int = 20) -> str:
 class _TextAnswer:
     def __init__(self, output_format: Format, out: TextIO) -> None:
         self._format, self._out = output_format, out
-        self._streams = output_format.name in ("markdown", "text", "code", "math")
+        self._streams = output_format.name in STREAMED
         self._line = _StatusLine(out)
         self._written = 0
 
@@ -225,6 +241,9 @@ class NotebookScreen(Screen):
         self._formats = formats
         self._bar: NotebookDisplay | None = None
 
+    def close(self) -> None:
+        """What is shown stays."""
+
     def begin(self) -> None:
         """Forget the bar of an earlier cell: what is shown next belongs to this one."""
         self._bar = None
@@ -232,19 +251,21 @@ class NotebookScreen(Screen):
     def progress(self, title: str) -> ProgressView:
         """A bar that ends as one line, or makes way for what is shown next."""
         self._bar = NotebookDisplay()
-        return _NotebookProgress(title, self._bar)
+        return NotebookProgress(title, self._bar)
 
     def show(self, shown: object) -> None:
         """Show it, in place of the bar of the work that led to it."""
         (self._bar or NotebookDisplay()).show_object(shown)
         self._bar = None
 
-    def answer(self, output_format: str) -> AnswerView:
+    def answer(self, output_format: str, model: str = "", plan: Plan | None = None) -> AnswerView:  # noqa: ARG002
         """Escaped text while it comes; the format's bundle when it is done."""
-        return _NotebookAnswer(self._formats[output_format], NotebookDisplay())
+        return NotebookAnswer(self._formats[output_format], NotebookDisplay())
 
 
-class _NotebookProgress:
+class NotebookProgress:
+    """A ``ProgressView`` of static HTML: a bar that ends as one line."""
+
     def __init__(self, title: str, display: Display) -> None:
         self._title, self._display = title, display
         self._event: PhaseEvent | None = None
@@ -278,7 +299,9 @@ def _bar_html(words: str, done: float) -> str:
     )
 
 
-class _NotebookAnswer:
+class NotebookAnswer:
+    """An ``AnswerView`` of static HTML: escaped text while it comes, the format's bundle at the end."""
+
     def __init__(self, output_format: Format, display: Display) -> None:
         self._format, self._display = output_format, display
         self._seen: tuple[int, PhaseEvent | None] = (-1, None)

@@ -58,6 +58,10 @@ class EngineError(LLMMagicError):
     """A loaded model failed while it worked."""
 
 
+class CancelledError(LLMMagicError):
+    """A job that somebody cancelled on a screen; everything is as it was before it."""
+
+
 class PluginError(LLMMagicError):
     """A plugin that registers something invalid or twice."""
 

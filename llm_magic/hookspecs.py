@@ -82,6 +82,14 @@ class FindsAccelerators(Protocol):
         """GPUs this backend can use, with their links; ``measure`` times them anew."""
 
 
+@runtime_checkable
+class ExpressesPlacement(Protocol):
+    """What a backend has beside that does not place block by block: its own words for a placement."""
+
+    def express(self, plan: Plan) -> str:
+        """The backend's options for the nearest that it can do (``"-ngl 20 --tensor-split 3,1"``)."""
+
+
 @dataclass(frozen=True)
 class Planner:
     """A placement policy: ``--device-map NAME``.
@@ -144,7 +152,8 @@ class Hooks:
     def session_event(self, session: Session, event: object) -> None:
         """Observe what the session does; what is returned or raised changes nothing.
 
-        ``event`` is a ``LoadedModel`` or an ``Unloaded`` (both of ``llm_magic.session``), or the
-        ``Generation`` of an answer that ended, however it did. More kinds may come: test with
-        ``isinstance`` for those you know.
+        ``event`` is a ``LoadedModel`` or an ``Unloaded`` (both of ``llm_magic.session``), a
+        ``llm_magic.placing.Moved``, the ``llm_magic.answer.Answer`` that is coming (about 20 times
+        a second), or the ``Generation`` of an answer that ended, however it did. More kinds may
+        come: test with ``isinstance`` for those you know.
         """

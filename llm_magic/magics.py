@@ -13,12 +13,13 @@ from traitlets import TraitError, validate
 from llm_magic.arguments import HELP_FLAGS, split_words
 from llm_magic.cell import CellLine, parse_cell_line
 from llm_magic.commands.help import cell_help, command_help, command_parser
-from llm_magic.display import NotebookScreen, TextScreen, choose_ui
+from llm_magic.display import UI, NotebookScreen, TextScreen, choose_ui
 from llm_magic.errors import LLMMagicError, OptionError
 from llm_magic.events import RenderedPrompt
 from llm_magic.formats import extract_code
 from llm_magic.notebook import Notebook
 from llm_magic.plugins import pick
+from llm_magic.screen import Screen
 from llm_magic.session import Session
 from llm_magic.settings import Settings
 from llm_magic.text.prompt import Interpolated, interpolate
@@ -66,11 +67,10 @@ class LLMMagic(ipython_magic.Magics, Settings):
         self._user_shell = shell
         self.notebook = IPythonNotebook(shell)
         is_notebook = hasattr(shell, "kernel")
-        is_text = choose_ui(is_notebook) == "text"
+        ui = choose_ui(is_notebook)
         session.settings = self
         session.notebook = self.notebook
-        formats = session.plugins.formats
-        session.screen = TextScreen(formats) if is_text else NotebookScreen(formats)
+        session.screen = _screen(ui, session)
 
     @validate("format")
     def _is_a_format(self, proposal: dict[str, str]) -> str:
@@ -164,6 +164,15 @@ class LLMMagic(ipython_magic.Magics, Settings):
         return interpolate(word, self.notebook.lookup).text
 
 
+def _screen(ui: UI, session: Session) -> Screen:
+    formats = session.plugins.formats
+    if ui == "rich":
+        from llm_magic.widgets.screen import RichScreen  # a fifth of a second that a terminal need not wait
+
+        return RichScreen(formats, session)
+    return TextScreen(formats) if ui == "text" else NotebookScreen(formats)
+
+
 def _command_name(words: list[str]) -> str:
     if not words:
         return "status"
@@ -210,6 +219,7 @@ def register(shell: InteractiveShell, session: Session) -> Callable[[], None]:
 
     def unregister() -> None:
         session.close()
+        session.screen.close()
         shell.input_transformers_cleanup.remove(give_empty_cell_a_body)
         shell.Completer.custom_matchers.remove(matcher)
         shell.events.unregister("post_run_cell", magics.notebook.record_error)

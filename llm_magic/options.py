@@ -14,11 +14,11 @@ QUANTIZE = ("nf4", "fp4", "int8", "int4", "int2", "float8", "quanto-int8")
 class LoadOptions:
     """Options that ``%llm load`` and ``%llm plan`` share.
 
-    ``device_map`` is the name of a planner or a ``.json`` file; ``max_memory`` bytes by device;
+    ``device_map`` is the name of a planner, a ``.json`` file, or a map; ``max_memory`` bytes by device;
     ``machine`` a file that describes another machine, to plan for.
     """
 
-    device_map: str = "auto"
+    device_map: str | Mapping[str, str] = "auto"
     max_memory: Mapping[str, int] = field(default_factory=dict)
     ctx_size: int | None = None
     offload_folder: str = ""

@@ -6,13 +6,14 @@ import difflib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
+from types import SimpleNamespace
 from typing import Any, Protocol, TypeVar
 
 import pluggy
 
 from llm_magic.errors import OptionError, PluginError
 from llm_magic.harmless.paths import without_paths
-from llm_magic.hookspecs import Backend, Command, Format, Hooks, Planner
+from llm_magic.hookspecs import Backend, Command, Format, Hooks, Planner, hookimpl
 from llm_magic.model import ModelSpec
 
 GROUP = "llm_magic"
@@ -73,6 +74,27 @@ class Plugins:
                 "Give a hub id (owner/name), a model folder, a .gguf file, or: %llm load starter",
             )
         return best
+
+    def observe(self, callback: Callable[[object], None]) -> Callable[[], None]:
+        """Call back with every event of the session, by the hook that plugins use.
+
+        Returns
+        -------
+        unobserve
+            Ends it.
+        """
+
+        def session_event(event: object) -> None:
+            callback(event)
+
+        observer = SimpleNamespace(session_event=hookimpl(session_event))
+        self._manager.register(observer)
+
+        def unobserve() -> None:
+            if self._manager.is_registered(observer):
+                self._manager.unregister(observer)
+
+        return unobserve
 
     def notify(self, session: Any, event: object) -> None:
         """Tell every observer; one that raises is dropped and named, never heard by the session."""

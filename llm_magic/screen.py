@@ -8,6 +8,7 @@ from llm_magic.events import PhaseEvent
 
 if TYPE_CHECKING:
     from llm_magic.answer import Answer
+    from llm_magic.plan import Plan
     from llm_magic.result import Generation
 
 
@@ -40,11 +41,14 @@ class Screen(Protocol):
     def show(self, shown: object) -> None:
         """Show a report, or any object."""
 
+    def close(self) -> None:
+        """Nothing more will be shown."""
+
     def progress(self, title: str) -> ProgressView:
         """A view of a load or a download."""
 
-    def answer(self, output_format: str) -> AnswerView:
-        """A view of an answer that is about to come."""
+    def answer(self, output_format: str, model: str = "", plan: Plan | None = None) -> AnswerView:
+        """A view of an answer that is about to come, from the model of this name, placed by ``plan``."""
 
 
 class SilentScreen:
@@ -56,11 +60,19 @@ class SilentScreen:
     def show(self, shown: object) -> None:
         """Show nothing."""
 
+    def close(self) -> None:
+        """Nothing was shown."""
+
     def progress(self, title: str) -> ProgressView:  # noqa: ARG002 - part of the protocol
         """A view that shows nothing."""
         return _Nothing()
 
-    def answer(self, output_format: str) -> AnswerView:  # noqa: ARG002 - part of the protocol
+    def answer(  # part of the protocol
+        self,
+        output_format: str,  # noqa: ARG002
+        model: str = "",  # noqa: ARG002
+        plan: Plan | None = None,  # noqa: ARG002
+    ) -> AnswerView:
         """A view that shows nothing."""
         return _Nothing()
 

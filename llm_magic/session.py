@@ -15,7 +15,7 @@ from llm_magic.answer import Answer, generate_clean
 from llm_magic.asking import Ending, build_request, follow, make_footprint, system_of
 from llm_magic.calibration import Calibration, calibrate, kept_constants
 from llm_magic.chat import Chat, Chats, check_chat_name
-from llm_magic.errors import EngineError, LLMMagicError, OptionError, PlanError, SessionError
+from llm_magic.errors import CancelledError, EngineError, LLMMagicError, OptionError, PlanError, SessionError
 from llm_magic.events import Message, PhaseEvent, Progress, RenderedPrompt, Request, StopFlag
 from llm_magic.folders import cache_folder, make_private
 from llm_magic.hookspecs import Backend, Engine, FindsAccelerators, Planner
@@ -26,14 +26,14 @@ from llm_magic.model import ModelLayout, ModelSpec
 from llm_magic.notebook import Notebook
 from llm_magic.options import AskOptions, LoadOptions
 from llm_magic.placing import Moved, Target, as_if_unloaded, carry_out, limits_of, refusal_to_move
-from llm_magic.plan import Plan, Workload
+from llm_magic.plan import Plan, PlannedEvent, Workload
 from llm_magic.planning.budget import device_name
 from llm_magic.planning.constants import Constants
 from llm_magic.planning.planner import make_plan, read_device_map, refusal
 from llm_magic.planning.select import edited, select_blocks
 from llm_magic.plugins import Plugins, pick
 from llm_magic.result import Footprint, Generation, Turn
-from llm_magic.screen import AnswerView, QuietAnswer, Screen, SilentScreen
+from llm_magic.screen import AnswerView, ProgressView, QuietAnswer, Screen, SilentScreen
 from llm_magic.settings import Settings
 from llm_magic.units import format_seconds
 from llm_magic.worker import Cancelled, Latest, Worker
@@ -96,7 +96,7 @@ class Session:
         self.log: list[Generation] = []
         self.aliases: dict[str, str] = {}
         self._lock = threading.Lock()
-        self._answer: Answer | None = None
+        self._stop: Callable[[], None] | None = None
 
     # Models
 
@@ -156,11 +156,32 @@ class Session:
             return planned(options.ctx_size)
         return _with_longest_context(planned, self._default_context(layout.context_length))
 
-    def load(self, spec: ModelSpec, options: LoadOptions, name: str = "") -> LoadedModel:
+    def replan(self, plan: Plan, target: Target, max_memory: Mapping[str, int]) -> Plan:
+        """Another placement of a model that is planned and not loaded, on the machine as it was then.
+
+        Parameters
+        ----------
+        target
+            As ``propose`` takes it.
+        max_memory
+            Device -> bytes.
+
+        Raises
+        ------
+        LLMMagicError
+            When the target is none. A plan that does not fit is returned, with its ``problems``.
+        """
+        constants = Constants() if plan.machine.described else kept_constants(plan.layout)
+        return self._placed(plan, plan.machine, target, max_memory, constants)
+
+    def load(
+        self, spec: ModelSpec, options: LoadOptions, name: str = "", view: ProgressView | None = None
+    ) -> LoadedModel:
         """Plan and load a model, make it the current one, and give it a name.
 
         Loading the same source with the same options again keeps the model that is there. A model
-        of the same name is unloaded once the new one is loaded.
+        of the same name is unloaded once the new one is loaded. ``view`` shows the progress; the
+        session's screen makes one without it.
 
         Raises
         ------
@@ -184,6 +205,7 @@ class Session:
             f"Loading {name}",
             lambda progress: self._load(backend, spec, options, name, progress),
             undo=lambda model: model.engine.close(),
+            view=view,
         )
         if same:
             self.unload(name)
@@ -275,23 +297,20 @@ class Session:
         model = self.model(name)
         now = model.plan
         machine = as_if_unloaded(self.machine(), model.engine.memory())
-        placement, policy = self._placement(target, now.layout, machine)
-        return make_plan(
-            now.layout,
-            machine,
-            now.workload,
-            placement=placement,
-            policy=policy,
-            max_memory=limits_of(now) if max_memory is None else max_memory,
-            source=now.source,
-            options=now.options,
-            constants=kept_constants(now.layout),
-        )
+        limits = limits_of(now) if max_memory is None else max_memory
+        return self._placed(now, machine, target, limits, kept_constants(now.layout))
 
-    def apply(self, target: Target, name: str = "", max_memory: Mapping[str, int] | None = None) -> Moved:
+    def apply(
+        self,
+        target: Target,
+        name: str = "",
+        max_memory: Mapping[str, int] | None = None,
+        view: ProgressView | None = None,
+    ) -> Moved:
         """Place a loaded model anew: only blocks whose place changes move; chats stay.
 
-        Parameters are those of ``propose``.
+        Parameters are those of ``propose``; ``view`` shows the progress, and the session's screen
+        makes one without it.
 
         Raises
         ------
@@ -302,7 +321,7 @@ class Session:
         """
         model = self.model(name)
         before = model.plan
-        moved = self._move(model, lambda: self.propose(target, model.name, max_memory))
+        moved = self._move(model, lambda: self.propose(target, model.name, max_memory), view)
         if moved.count:
             model.history.append(before)
         return moved
@@ -370,17 +389,22 @@ class Session:
         chat = self._chat(options)
         request = build_request(text, options, chat, self.settings)
         beginning = request.messages[-1].content if request.continue_last else ""
-        answer = Answer(beginning)
-        view = view or self.screen.answer(output_format)
+        answer = Answer(beginning, model.name)
+        view = view or self.screen.answer(output_format, model.name, model.plan)
         view = view if options.stream else QuietAnswer(view)
         worker = Worker(
             lambda stop: generate_clean(model.engine.generate, request, answer, stop), self._lock.release
         )
         answer.stop = worker.stop
+
+        def show(answer: Answer) -> None:
+            view.update(answer)
+            self.plugins.notify(self, answer)
+
         self._acquire()
-        self._answer = answer
-        ending = follow(worker, answer, view.update, model.name)
-        self._answer = None
+        self._stop = answer.stop
+        ending = follow(worker, answer, show, model.name)
+        self._stop = None
         if not worker.has_started:
             self._lock.release()
         generation = self._generation(model, answer, ending, request, output_format)
@@ -391,14 +415,14 @@ class Session:
         return generation
 
     def stop(self) -> bool:
-        """End the answer that is coming, softly: ``ask`` returns what came. False when none is coming.
+        """End what is at work, softly: ``ask`` returns what came, a job is cancelled. False when nothing is.
 
-        For another thread than the one that asks: a button, an event loop.
+        For another thread than the one that waits: a button, an event loop.
         """
-        answer = self._answer
-        if answer is not None:
-            answer.stop()
-        return answer is not None
+        stop = self._stop
+        if stop is not None:
+            stop()
+        return stop is not None
 
     def render(self, text: str, options: AskOptions = DEFAULTS) -> RenderedPrompt:
         """The final prompt that ``ask`` would send, without running the model."""
@@ -454,7 +478,30 @@ class Session:
             return read_device_map(Path(target), layout, machine), Path(target).name
         return pick(self.plugins.planners, target, "placement policy"), target
 
-    def _move(self, model: LoadedModel, propose: Callable[[], Plan]) -> Moved:
+    def _placed(
+        self,
+        plan: Plan,
+        machine: Machine,
+        target: Target,
+        max_memory: Mapping[str, int],
+        constants: Constants,
+    ) -> Plan:
+        placement, policy = self._placement(target, plan.layout, machine)
+        return make_plan(
+            plan.layout,
+            machine,
+            plan.workload,
+            placement=placement,
+            policy=policy,
+            max_memory=max_memory,
+            source=plan.source,
+            options=plan.options,
+            constants=constants,
+        )
+
+    def _move(
+        self, model: LoadedModel, propose: Callable[[], Plan], view: ProgressView | None = None
+    ) -> Moved:
         before = model.plan
 
         def job(progress: Progress) -> Moved:
@@ -466,7 +513,10 @@ class Session:
                 return carry_out(model.name, model.engine, plan, progress)
 
         moved = self._on_worker(
-            f"Moving blocks of {model.name}", job, undo=lambda _: model.engine.apply(before, lambda _: None)
+            f"Moving blocks of {model.name}",
+            job,
+            undo=lambda _: model.engine.apply(before, lambda _: None),
+            view=view,
         )
         if moved.count:
             model.last = None  # measured where the blocks are no more
@@ -484,6 +534,7 @@ class Session:
         plan = self.plan(spec, options, progress)
         if not plan.fits:
             raise refusal(plan)
+        progress(PlannedEvent("loading", plan=plan))
         engine = backend.load(spec, plan, progress)
         return LoadedModel(name, spec, options, engine, time.perf_counter() - started)
 
@@ -496,7 +547,11 @@ class Session:
             self._lock.release()
 
     def _on_worker(
-        self, title: str, job: Callable[[Progress], Result], undo: Callable[[Result], object] = lambda _: None
+        self,
+        title: str,
+        job: Callable[[Progress], Result],
+        undo: Callable[[Result], object] = lambda _: None,
+        view: ProgressView | None = None,
     ) -> Result:
         """Run a job, showing its progress; ``undo`` gets what it made when an interrupt came too late."""
         started = time.perf_counter()
@@ -511,14 +566,18 @@ class Session:
 
         worker = Worker(run, self._lock.release)
         self._acquire()
-        view = None
         try:
-            view = self.screen.progress(title)
+            view = view or self.screen.progress(title)
+            self._stop = worker.stop
             worker.start()
             for _ in worker.ticks():
                 view.update(latest.take())
             result = worker.result()
             ending = "done in"
+        except Cancelled:
+            raise CancelledError(
+                f"{title} was cancelled; everything is as it was before.", "Run it again when you want it."
+            ) from None
         except KeyboardInterrupt:
             worker.stop()
             if worker.has_started:
@@ -526,6 +585,7 @@ class Session:
                     undo(worker.result())
             raise
         finally:
+            self._stop = None
             if not worker.has_started:
                 self._lock.release()
             if view is not None:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
 from llm_magic.events import PhaseEvent, StopFlag
+from llm_magic.plan import PlannedEvent
 
 Result = TypeVar("Result")
 
@@ -22,18 +23,22 @@ class Cancelled(Exception):  # noqa: N818 - not an error: somebody asked for it
 
 
 class Latest:
-    """The newest progress of a job: older ones need no showing."""
+    """The newest progress of a job: older ones need no showing, except where blocks will be."""
 
     def __init__(self) -> None:
         self._event: PhaseEvent | None = None
+        self._planned: PlannedEvent | None = None
 
     def put(self, event: PhaseEvent) -> None:
         """Write it down; called on the worker thread."""
+        if isinstance(event, PlannedEvent):
+            self._planned = event
         self._event = event
 
     def take(self) -> PhaseEvent | None:
-        """The newest event; ``None`` before the first."""
-        return self._event
+        """The newest event, but a plan first, once; ``None`` before the first."""
+        planned, self._planned = self._planned, None
+        return planned or self._event
 
 
 class Worker(Generic[Result]):

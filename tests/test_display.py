@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from llm_magic.answer import Answer
-from llm_magic.display import TextScreen, _NotebookAnswer, choose_ui, phase_words
+from llm_magic.display import NotebookAnswer, TextScreen, choose_ui, phase_words
 from llm_magic.errors import OptionError
 from llm_magic.events import PhaseEvent, TokenEvent
 from llm_magic.plugins import Plugins
@@ -112,7 +112,7 @@ def test_progress_rewrites_one_line_of_a_terminal_and_is_silent_elsewhere() -> N
 
 def test_a_notebook_shows_the_phase_at_once_then_escaped_text_then_the_bundle() -> None:
     recorder = Recorder()
-    view = _NotebookAnswer(FORMATS["markdown"], recorder)
+    view = NotebookAnswer(FORMATS["markdown"], recorder)
     view.update(Answer())
     assert "starting" in recorder.shown[0]["text/html"]
     view.update(answer_of("<script>alert(1)</script>"))
@@ -126,7 +126,7 @@ def test_a_notebook_shows_the_phase_at_once_then_escaped_text_then_the_bundle() 
 
 def test_an_unchanged_answer_is_not_sent_again_at_once() -> None:
     recorder = Recorder()
-    view = _NotebookAnswer(FORMATS["markdown"], recorder)
+    view = NotebookAnswer(FORMATS["markdown"], recorder)
     answer = answer_of("x")
     for _ in range(20):
         view.update(answer)
@@ -135,7 +135,7 @@ def test_an_unchanged_answer_is_not_sent_again_at_once() -> None:
 
 def test_a_very_long_answer_sends_only_its_end_while_it_comes() -> None:
     recorder = Recorder()
-    view = _NotebookAnswer(FORMATS["markdown"], recorder)
+    view = NotebookAnswer(FORMATS["markdown"], recorder)
     view.update(answer_of("a" * 50_000, "the end"))
     assert len(recorder.shown[0]["text/html"]) < 25_000
     assert "the end" in recorder.shown[0]["text/html"]
@@ -143,7 +143,7 @@ def test_a_very_long_answer_sends_only_its_end_while_it_comes() -> None:
 
 def test_quiet_shows_only_the_end() -> None:
     recorder = Recorder()
-    view = QuietAnswer(_NotebookAnswer(FORMATS["text"], recorder))
+    view = QuietAnswer(NotebookAnswer(FORMATS["text"], recorder))
     view.update(answer_of("x"))
     assert recorder.shown == []
     view.close(Generation("x"))
@@ -156,7 +156,7 @@ def test_a_format_that_fails_shows_the_answer_all_the_same() -> None:
 
     recorder = Recorder()
     broken = replace(FORMATS["text"], name="broken", bundle=fail)
-    _NotebookAnswer(broken, recorder).close(Generation("<b>kept</b>"))
+    NotebookAnswer(broken, recorder).close(Generation("<b>kept</b>"))
     assert "<b>kept</b>" in recorder.shown[-1]["text/plain"]
     assert "The format broken failed (KeyError" in recorder.shown[-1]["text/plain"]
     assert "&lt;b&gt;kept" in recorder.shown[-1]["text/html"]

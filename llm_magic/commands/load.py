@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 
+from llm_magic.commands.plan import planned_report
 from llm_magic.commands.source_options import add_source_options, read_source_options
 from llm_magic.hookspecs import Command
 from llm_magic.model import ModelLayout
 from llm_magic.session import Session
 from llm_magic.units import format_bytes, format_count, format_seconds
 from llm_magic.views.map import map_report
-from llm_magic.views.plan import plan_report, warnings_report
-from llm_magic.views.report import Report
+from llm_magic.views.plan import warnings_report
+from llm_magic.views.report import LiveMap, Report
 from llm_magic.views.table import line_report, stack
 from llm_magic.views.words import wrapped
 
@@ -25,7 +26,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 def _run(session: Session, found: argparse.Namespace) -> Report:
     spec, options = read_source_options(found)
     if found.dry_run:
-        return plan_report(session.run("Planning", lambda progress: session.plan(spec, options, progress)))
+        return planned_report(session, spec, options)
     model = session.load(spec, options, found.name)
     layout = model.plan.layout
     headline = (
@@ -36,7 +37,7 @@ def _run(session: Session, found: argparse.Namespace) -> Report:
     return stack(
         Report(wrapped(headline), line_report(headline).html),
         warnings_report(model.plan),
-        map_report(model.plan, model.engine.memory()),
+        map_report(model.plan, model.engine.memory(), LiveMap(model.plan, model.name)),
     )
 
 

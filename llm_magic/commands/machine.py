@@ -7,7 +7,7 @@ import argparse
 from llm_magic.hookspecs import Command
 from llm_magic.session import Session
 from llm_magic.views.machine import machine_report
-from llm_magic.views.report import Report
+from llm_magic.views.report import LiveMachine, Report
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,7 +16,11 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(session: Session, found: argparse.Namespace) -> Report:
     title = "Measuring the machine" if found.measure else "Looking at the machine"
-    return machine_report(session.run(title, lambda _: session.machine(found.measure)))
+    machine = session.run(title, lambda _: session.machine(found.measure))
+    if not session.models:
+        return machine_report(machine, LiveMachine(machine))
+    model = session.model()
+    return machine_report(machine, LiveMachine(machine, model.plan, model.name))
 
 
 MACHINE = Command(

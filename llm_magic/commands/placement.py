@@ -12,7 +12,7 @@ from llm_magic.session import Session
 from llm_magic.units import format_rate, format_seconds
 from llm_magic.views.map import map_report
 from llm_magic.views.plan import plan_report, warnings_report
-from llm_magic.views.report import Report
+from llm_magic.views.report import LiveMap, Report
 from llm_magic.views.table import line_report, stack
 
 
@@ -56,7 +56,7 @@ def moved_report(session: Session, moved: Moved) -> Report:
     return stack(
         line_report("\n".join([*changes, _forecasts(moved.before, moved.after)])),
         warnings_report(replace(moved.after, warnings=news)),
-        map_report(moved.after, session.model(moved.name).engine.memory()),
+        map_report(moved.after, session.model(moved.name).engine.memory(), LiveMap(moved.after, moved.name)),
     )
 
 

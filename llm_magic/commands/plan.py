@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 
 from llm_magic.commands.source_options import add_source_options, read_source_options
 from llm_magic.hookspecs import Command
+from llm_magic.model import ModelSpec
+from llm_magic.options import LoadOptions
 from llm_magic.session import Session
+from llm_magic.views.map import map_report
 from llm_magic.views.plan import plan_report
-from llm_magic.views.report import Report
+from llm_magic.views.report import LiveMap, Report
+from llm_magic.views.table import stack
 
 
 def _run(session: Session, found: argparse.Namespace) -> Report:
     spec, options = read_source_options(found)
-    return plan_report(session.run("Planning", lambda progress: session.plan(spec, options, progress)))
+    return planned_report(session, spec, options)
+
+
+def planned_report(session: Session, spec: ModelSpec, options: LoadOptions) -> Report:
+    """Plan, and show the plan with its map; a terminal shows the plan alone."""
+    plan = session.run("Planning", lambda progress: session.plan(spec, options, progress))
+    picture = map_report(plan, live=LiveMap(plan, spec=spec, options=options))
+    return stack(plan_report(plan), replace(picture, text=""))
 
 
 PLAN = Command(

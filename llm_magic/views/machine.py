@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from llm_magic.machine import Device, Link, Machine
 from llm_magic.text.safe_html import escape_text
 from llm_magic.units import MIB, format_bandwidth, format_bytes, format_flops
-from llm_magic.views.report import Report
+from llm_magic.views.report import LiveMachine, Report
 from llm_magic.views.table import table_report
 
 _BAR_CELLS = 12
@@ -21,9 +21,12 @@ _WORTH_SAYING_BYTES = 64 * MIB
 _TITLES = {"gpu": "GPU", "cpu": "RAM", "disk": "Disk", "npu": "NPU"}
 
 
-def machine_report(machine: Machine) -> Report:
-    """Devices, what is free on them, and their links, with the date or the source of every speed."""
-    return Report(_text(machine), _html(machine))
+def machine_report(machine: Machine, live: LiveMachine | None = None) -> Report:
+    """Devices, what is free on them, and their links, with the date or the source of every speed.
+
+    ``live`` is what a front end may put over it.
+    """
+    return Report(_text(machine), _html(machine), live)
 
 
 # --- What both pictures say

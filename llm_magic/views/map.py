@@ -14,7 +14,7 @@ from llm_magic.planning.costs import unified_pool
 from llm_magic.text.safe_html import escape_text
 from llm_magic.units import format_bandwidth, format_bytes, format_rate
 from llm_magic.views import theme
-from llm_magic.views.report import Report
+from llm_magic.views.report import LiveMap, Report
 from llm_magic.views.words import (
     computes_on_gpu,
     device_title,
@@ -97,16 +97,25 @@ class _Tier:
         return max(1, use.total, use.planned + use.reserve + use.other)
 
 
-def map_report(plan: Plan, memory: Memory | None = None) -> Report:
+def map_report(
+    plan: Plan, memory: Memory | None = None, live: LiveMap | None = None, note: str = ""
+) -> Report:
     """What ``%llm map`` shows.
 
     Parameters
     ----------
     memory
         Device -> purpose -> bytes as measured in a loaded model, shown beside what was planned.
+    live
+        What a front end may put over it.
+    note
+        A line above it.
     """
     tiers = _tiers(plan)
-    return Report(_text(plan, tiers, memory or {}), _html(plan, tiers, memory or {}))
+    text, html = _text(plan, tiers, memory or {}), _html(plan, tiers, memory or {})
+    if note:
+        text, html = f"{note}\n{text}", theme.frame(f"<b>{escape_text(note)}</b>") + html
+    return Report(text, html, live)
 
 
 def placement_bar(plan: Plan) -> tuple[str, str]:

@@ -2,10 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from llm_magic.harmless.terminal import sanitize
+from llm_magic.machine import Machine
+from llm_magic.model import ModelSpec
+from llm_magic.options import LoadOptions
+from llm_magic.plan import Plan
+
+
+@dataclass(frozen=True)
+class LiveMap:
+    """A memory map that may come alive: of a loaded model by its name, or of a plan that can be loaded."""
+
+    plan: Plan
+    model: str = ""
+    spec: ModelSpec | None = None
+    options: LoadOptions = field(default_factory=LoadOptions)
+
+
+@dataclass(frozen=True)
+class LiveMachine:
+    """A picture of the machine that may come alive, with the path of a token's bytes."""
+
+    machine: Machine
+    plan: Plan | None = None
+    model: str = ""
 
 
 class _Printer(Protocol):
@@ -20,10 +43,14 @@ class Report:
 
     ``html`` is static: inline styles only, no script, nothing fetched, every value escaped by the
     view that made it. A front end without HTML, and a saved notebook read as text, show ``text``.
+    ``live`` is what a front end that can do more may put over ``html``; ``parts`` are the reports
+    that this one is stacked of.
     """
 
     text: str
     html: str = ""
+    live: LiveMap | LiveMachine | None = None
+    parts: tuple[Report, ...] = ()
 
     def __post_init__(self) -> None:
         # Names in it come from files, the hub and plugins: none may steer a terminal.

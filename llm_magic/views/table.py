@@ -23,10 +23,15 @@ def table_report(headers: Sequence[str], rows: Sequence[Sequence[str]], note: st
 
 def stack(*reports: Report) -> Report:
     """Reports one below the other."""
-    shown = [report for report in reports if report.text or report.html]
+    shown = [
+        report if report.html else line_report(report.text)
+        for report in reports
+        if report.text or report.html
+    ]
     return Report(
-        "\n".join(report.text for report in shown),
-        "".join(report.html or line_report(report.text).html for report in shown),
+        "\n".join(report.text for report in shown).rstrip("\n"),
+        "".join(report.html for report in shown),
+        parts=tuple(part for report in shown for part in report.parts or (report,)),
     )
 
 
