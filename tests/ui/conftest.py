@@ -39,13 +39,15 @@ def open_notebook(server: Server, browser: Browser, request: pytest.FixtureReque
     """``open_notebook(cells, app="lab")``: a new notebook, open and connected."""
     opened: list[Notebook] = []
 
-    def open_(cells: Sequence[str] | Path, app: App = "lab", *, dark: bool = False) -> Notebook:
+    def open_(
+        cells: Sequence[str] | Path, app: App = "lab", *, dark: bool = False, kernel: str = "python3"
+    ) -> Notebook:
         name = f"{request.node.name.split('[')[0]}-{len(list(server.notebooks.iterdir()))}.ipynb"
         target = server.notebooks / name
         if isinstance(cells, Path):
             target.write_bytes(cells.read_bytes())
         else:
-            write_notebook(target, cells)
+            write_notebook(target, cells, kernel)
         opened.append(Notebook(server, browser, app, name, dark=dark))
         return opened[-1]
 

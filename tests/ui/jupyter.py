@@ -22,6 +22,8 @@ from playwright.sync_api import Browser, BrowserContext, Page, Route
 
 App = Literal["lab", "notebook"]
 REPOSITORY = Path(__file__).parents[2]
+# Other versions of ipykernel: `make kernels` installs them.
+KERNELS = Path(sys.prefix) / "kernels"
 # What a browser may do on its own: nothing. Debian's chromium runs as root only without its sandbox.
 CHROMIUM_FLAGS = (
     "--no-sandbox",
@@ -93,6 +95,8 @@ class Server:
         for name in ("home", "config", "data", "runtime", "ipython", "workspaces", "settings"):
             (folder / name).mkdir()
         self.notebooks.mkdir()
+        for target in KERNELS.glob("*"):
+            _write_kernelspec(folder / "data", target)
         for name, values in SETTINGS.items():
             file = folder / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -155,7 +159,7 @@ class Notebook:
         self.page: Page = self._context.new_page()
         self._context.on("page", lambda page: self.traffic.popups.append(page.url))
         self.page.goto(server.url(app, name))
-        self._wait_for_kernel()
+        self.wait_for_kernel()
         # Always: the server remembers the theme of the notebook before.
         self.set_theme("JupyterLab Dark" if dark else "JupyterLab Light")
 
@@ -178,10 +182,11 @@ class Notebook:
         self.page.evaluate("() => jupyterapp.commands.execute('notebook:run-cell')")
 
     def interrupt(self) -> None:
-        """Press ■, and wait until the kernel has nothing to do."""
+        """Press ■, and wait until no cell runs; the kernel's status also tells of messages of widgets."""
         self.page.evaluate("() => jupyterapp.commands.execute('notebook:interrupt-kernel')")
         self.page.wait_for_function(
-            "() => jupyterapp.shell.currentWidget.context.sessionContext.session.kernel.status === 'idle'"
+            """() => [...document.querySelectorAll('.jp-InputPrompt')].every(
+                prompt => !prompt.textContent.includes('*'))"""
         )
 
     def _select(self, first: int, last: int) -> None:
@@ -219,7 +224,8 @@ class Notebook:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.page.screenshot(path=path)
 
-    def _wait_for_kernel(self) -> None:
+    def wait_for_kernel(self) -> None:
+        """Wait until the notebook is open and its kernel answers."""
         # "idle" comes before the websocket is up, and what is run then is lost.
         self.page.wait_for_function(
             """name => {
@@ -249,8 +255,21 @@ class Notebook:
         route.continue_()
 
 
-def write_notebook(path: Path, cells: Sequence[str]) -> None:
+def _write_kernelspec(data: Path, target: Path) -> None:
+    """A kernel of another version of ipykernel, by the name ``ipykernel-VERSION``."""
+    folder = data / "kernels" / f"ipykernel-{target.name}"
+    folder.mkdir(parents=True)
+    spec = {
+        "argv": [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
+        "display_name": folder.name,
+        "language": "python",
+        "env": {"PYTHONPATH": os.pathsep.join([str(target), str(REPOSITORY)])},
+    }
+    (folder / "kernel.json").write_text(json.dumps(spec))
+
+
+def write_notebook(path: Path, cells: Sequence[str], kernel: str = "python3") -> None:
     """A notebook of code cells without outputs."""
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in cells])
-    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    notebook.metadata["kernelspec"] = {"name": kernel, "display_name": kernel, "language": "python"}
     nbformat.write(notebook, path)
