@@ -252,6 +252,16 @@ class SweepEvent(Struct, frozen=True, kw_only=True, tag_field="type", tag="sweep
     times: list[tuple[float, float, float]]
 
 
+class MeasuredEvent(Struct, frozen=True, kw_only=True, tag_field="type", tag="measured"):
+    """How the last answer of a map's model went, and what the model holds now; fields as in the states."""
+
+    view: str
+    measured_tps: float
+    tokens_per_sweep: float
+    limit_share: float
+    now: dict[str, dict[str, int]]
+
+
 class ProposalEvent(Struct, frozen=True, kw_only=True, tag_field="type", tag="proposal"):
     """What a proposal would mean. ``changed`` counts blocks that would move; ``moved_bytes`` their bytes."""
 
@@ -292,6 +302,7 @@ Event = (
     | AnswerEvent
     | ProgressEvent
     | SweepEvent
+    | MeasuredEvent
     | ProposalEvent
     | FailedEvent
     | AppliedEvent

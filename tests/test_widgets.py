@@ -24,6 +24,7 @@ from llm_magic.wire import (
     Event,
     FailedEvent,
     HelloEvent,
+    MeasuredEvent,
     ProgressEvent,
     ProposalEvent,
     StateEvent,
@@ -334,8 +335,10 @@ def test_the_map_of_a_loaded_model_follows_its_answers(session, backend, hub) ->
     view = hub.of(StateEvent)[-1].view
     backend.enqueue("one ", "two")
     session.ask("Count.")
-    assert hub.of(StateEvent)[-1].view == view
-    assert hub.of(StateEvent)[-1].state.measured_tps > 0
+    measured = hub.of(MeasuredEvent)[-1]
+    assert measured.view == view
+    assert measured.measured_tps > 0
+    assert measured.now["cpu"]["weights"] == 3 << 20
 
 
 def test_reports_around_a_picture_stay_static(session, hub, outputs) -> None:

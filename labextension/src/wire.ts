@@ -198,6 +198,16 @@ export interface SweepEvent {
   times: [number, number, number][]
 }
 
+/** How the last answer of a map's model went, and what the model holds now; fields as in the states. */
+export interface MeasuredEvent {
+  type: 'measured'
+  view: string
+  measured_tps: number
+  tokens_per_sweep: number
+  limit_share: number
+  now: Record<string, Record<string, number>>
+}
+
 /** What a proposal would mean. `changed` counts blocks that would move; `moved_bytes` their bytes. */
 export interface ProposalEvent {
   type: 'proposal'
@@ -269,6 +279,6 @@ export interface Apply {
 
 export type State = MapState | MachineState | JobState | AnswerState
 
-export type Event = StateEvent | HelloEvent | AnswerEvent | ProgressEvent | SweepEvent | ProposalEvent | FailedEvent | AppliedEvent | ClosedEvent
+export type Event = StateEvent | HelloEvent | AnswerEvent | ProgressEvent | SweepEvent | MeasuredEvent | ProposalEvent | FailedEvent | AppliedEvent | ClosedEvent
 
 export type Command = Hello | Stop | Propose | Apply

@@ -17,7 +17,7 @@ from llm_magic.widgets.place import InPlace
 from llm_magic.wire import AnswerEvent, AnswerState, Command, Hello, HelloEvent, Stop
 
 _QUIET_S = 0.5  # how often speeds are sent when no text comes
-_KEPT_S = 5.0  # how often the notebook gets the text so far, should the kernel die
+_KEPT_S = 30.0  # how often the notebook gets the text so far, should the kernel die: a selection is lost then
 _UNHEARD_S = 0.25  # and how often while nobody may be there who shows it live
 
 

@@ -25,6 +25,7 @@ from llm_magic.wire import (
     Command,
     FailedEvent,
     MapState,
+    MeasuredEvent,
     Placement,
     ProposalEvent,
     Propose,
@@ -114,13 +115,25 @@ class MapScreen:
         elif isinstance(event, Moved) and event.name == model.name:
             self._refresh()
         elif isinstance(event, Generation) and event.footprint.model == model.name:
-            self._channel.post(StateEvent(view=self.view, state=self.state()))
+            self._show_measured(model)
 
     # Inside
 
     def _refresh(self) -> None:
         self._channel.post(StateEvent(view=self.view, state=self.state()))
         self._redraw()
+
+    def _show_measured(self, model: LoadedModel) -> None:
+        last = model.last
+        self._channel.post(
+            MeasuredEvent(
+                view=self.view,
+                measured_tps=last.generation_tps if last else 0.0,
+                tokens_per_sweep=last.tokens_per_sweep if last else 0.0,
+                limit_share=last.limit_share if last else 0.0,
+                now={device: dict(held) for device, held in model.engine.memory().items()},
+            )
+        )
 
     def _show_sweep(self, answer: Answer) -> None:
         if answer.sweep is not None and answer.sweep is not self._shown_sweep:
@@ -173,7 +186,10 @@ class MapScreen:
 
     def _apply(self, command: Apply) -> None:
         if not self._at_work.acquire(blocking=False):
-            return  # pressed twice
+            self._failed(
+                command.seq, SessionError("A placement is being applied.", "Wait for it, or cancel it.")
+            )
+            return
         try:
             self._answer(command.seq, lambda: self._carry_out(command))
         finally:
