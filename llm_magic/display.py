@@ -9,11 +9,12 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, Protocol, TextIO
 
+import psutil
 from IPython.display import DisplayHandle, display
 
 from llm_magic.answer import Answer
@@ -68,7 +69,19 @@ def choose_ui(is_notebook: bool) -> UI:
         return "text" if forced == "text" else "basic"
     if not is_notebook:
         return "text"
-    return "rich" if (forced or "JPY_SESSION_NAME" in os.environ) and _has_views() else "basic"
+    return "rich" if (forced or _is_opened_by_a_server()) and _has_views() else "basic"
+
+
+def _is_opened_by_a_server() -> bool:
+    """Whether a Jupyter server named the notebook for this kernel, and not for one that started us."""
+    name = os.environ.get("JPY_SESSION_NAME")
+    if name is None:
+        return False
+    try:
+        parent = psutil.Process().parent()
+        return parent is None or parent.environ().get("JPY_SESSION_NAME") != name
+    except (psutil.Error, OSError):  # one that we may not look at
+        return True
 
 
 def _has_views() -> bool:
@@ -95,7 +108,7 @@ class TextScreen(Screen):
         self._formats = formats
         self._out = out
 
-    def progress(self, title: str) -> ProgressView:
+    def progress(self, title: str, cancel: Callable[[], None]) -> ProgressView:  # noqa: ARG002
         """A line that rewrites itself."""
         return _TextProgress(title, _StatusLine(self._out or sys.stdout))
 
@@ -248,7 +261,7 @@ class NotebookScreen(Screen):
         """Forget the bar of an earlier cell: what is shown next belongs to this one."""
         self._bar = None
 
-    def progress(self, title: str) -> ProgressView:
+    def progress(self, title: str, cancel: Callable[[], None]) -> ProgressView:  # noqa: ARG002
         """A bar that ends as one line, or makes way for what is shown next."""
         self._bar = NotebookDisplay()
         return NotebookProgress(title, self._bar)

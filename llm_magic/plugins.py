@@ -6,7 +6,6 @@ import difflib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
-from types import SimpleNamespace
 from typing import Any, Protocol, TypeVar
 
 import pluggy
@@ -25,6 +24,18 @@ class _Named(Protocol):
 
 
 Item = TypeVar("Item", bound=_Named)
+
+
+class _Observer:
+    """A plugin that only listens."""
+
+    def __init__(self, callback: Callable[[object], None]) -> None:
+        self._callback = callback
+
+    @hookimpl
+    def session_event(self, event: object) -> None:
+        """Pass it on."""
+        self._callback(event)
 
 
 @dataclass(frozen=True)
@@ -83,12 +94,8 @@ class Plugins:
         unobserve
             Ends it.
         """
-
-        def session_event(event: object) -> None:
-            callback(event)
-
-        observer = SimpleNamespace(session_event=hookimpl(session_event))
-        self._manager.register(observer)
+        observer = _Observer(callback)
+        self._manager.register(observer, name=f"observer {id(observer)}")
 
         def unobserve() -> None:
             if self._manager.is_registered(observer):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 from llm_magic.events import PhaseEvent
@@ -32,6 +33,10 @@ class AnswerView(Protocol):
         """Replace the live view by what stays."""
 
 
+MakeProgress = Callable[[str, Callable[[], None]], ProgressView]
+"""Makes a view of a job, from its title and what cancels it."""
+
+
 class Screen(Protocol):
     """Makes live views, and shows what is finished."""
 
@@ -44,8 +49,8 @@ class Screen(Protocol):
     def close(self) -> None:
         """Nothing more will be shown."""
 
-    def progress(self, title: str) -> ProgressView:
-        """A view of a load or a download."""
+    def progress(self, title: str, cancel: Callable[[], None]) -> ProgressView:
+        """A view of a load or a download, and maybe a button that calls ``cancel``."""
 
     def answer(self, output_format: str, model: str = "", plan: Plan | None = None) -> AnswerView:
         """A view of an answer that is about to come, from the model of this name, placed by ``plan``."""
@@ -63,7 +68,7 @@ class SilentScreen:
     def close(self) -> None:
         """Nothing was shown."""
 
-    def progress(self, title: str) -> ProgressView:  # noqa: ARG002 - part of the protocol
+    def progress(self, title: str, cancel: Callable[[], None]) -> ProgressView:  # noqa: ARG002 - the protocol's
         """A view that shows nothing."""
         return _Nothing()
 

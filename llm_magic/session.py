@@ -33,7 +33,7 @@ from llm_magic.planning.planner import make_plan, read_device_map, refusal
 from llm_magic.planning.select import edited, select_blocks
 from llm_magic.plugins import Plugins, pick
 from llm_magic.result import Footprint, Generation, Turn
-from llm_magic.screen import AnswerView, ProgressView, QuietAnswer, Screen, SilentScreen
+from llm_magic.screen import AnswerView, MakeProgress, QuietAnswer, Screen, SilentScreen
 from llm_magic.settings import Settings
 from llm_magic.units import format_seconds
 from llm_magic.worker import Cancelled, Latest, Worker
@@ -175,7 +175,7 @@ class Session:
         return self._placed(plan, plan.machine, target, max_memory, constants)
 
     def load(
-        self, spec: ModelSpec, options: LoadOptions, name: str = "", view: ProgressView | None = None
+        self, spec: ModelSpec, options: LoadOptions, name: str = "", view: MakeProgress | None = None
     ) -> LoadedModel:
         """Plan and load a model, make it the current one, and give it a name.
 
@@ -305,7 +305,7 @@ class Session:
         target: Target,
         name: str = "",
         max_memory: Mapping[str, int] | None = None,
-        view: ProgressView | None = None,
+        view: MakeProgress | None = None,
     ) -> Moved:
         """Place a loaded model anew: only blocks whose place changes move; chats stay.
 
@@ -402,9 +402,9 @@ class Session:
             self.plugins.notify(self, answer)
 
         self._acquire()
-        self._stop = answer.stop
+        self._stop = stop = answer.stop
         ending = follow(worker, answer, show, model.name)
-        self._stop = None
+        self._forget_stop(stop)
         if not worker.has_started:
             self._lock.release()
         generation = self._generation(model, answer, ending, request, output_format)
@@ -500,7 +500,7 @@ class Session:
         )
 
     def _move(
-        self, model: LoadedModel, propose: Callable[[], Plan], view: ProgressView | None = None
+        self, model: LoadedModel, propose: Callable[[], Plan], view: MakeProgress | None = None
     ) -> Moved:
         before = model.plan
 
@@ -551,7 +551,7 @@ class Session:
         title: str,
         job: Callable[[Progress], Result],
         undo: Callable[[Result], object] = lambda _: None,
-        view: ProgressView | None = None,
+        view: MakeProgress | None = None,
     ) -> Result:
         """Run a job, showing its progress; ``undo`` gets what it made when an interrupt came too late."""
         started = time.perf_counter()
@@ -566,12 +566,13 @@ class Session:
 
         worker = Worker(run, self._lock.release)
         self._acquire()
+        stop, shown = worker.stop, None
         try:
-            view = view or self.screen.progress(title)
-            self._stop = worker.stop
+            shown = (view or self.screen.progress)(title, stop)
+            self._stop = stop
             worker.start()
             for _ in worker.ticks():
-                view.update(latest.take())
+                shown.update(latest.take())
             result = worker.result()
             ending = "done in"
         except Cancelled:
@@ -585,12 +586,17 @@ class Session:
                     undo(worker.result())
             raise
         finally:
-            self._stop = None
+            self._forget_stop(stop)
             if not worker.has_started:
                 self._lock.release()
-            if view is not None:
-                view.close(f"{title}: {ending} {format_seconds(time.perf_counter() - started)}")
+            if shown is not None:
+                shown.close(f"{title}: {ending} {format_seconds(time.perf_counter() - started)}")
         return result
+
+    def _forget_stop(self, stop: Callable[[], None]) -> None:
+        """Another job may have begun: the worker gave the lock back before we came here."""
+        if self._stop is stop:
+            self._stop = None
 
     def _acquire(self) -> None:
         if not self._lock.acquire(blocking=False):

@@ -326,7 +326,7 @@ class Stop(Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", ta
 
 
 class Placement(Struct, frozen=True, forbid_unknown_fields=True):
-    """A target: the homes of blocks by label (the others stay), or a policy by name; limits by device."""
+    """A target: homes of blocks by label (others stay), or a policy by name; limits by device, none else."""
 
     homes: Annotated[dict[Label, DeviceId], Meta(max_length=BLOCKS_AT_MOST)] = {}
     policy: Annotated[str, Meta(max_length=40)] = ""

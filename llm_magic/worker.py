@@ -33,11 +33,14 @@ class Latest:
         """Write it down; called on the worker thread."""
         if isinstance(event, PlannedEvent):
             self._planned = event
+            event = PhaseEvent(event.phase, event.done, event.total, event.unit, event.detail)
         self._event = event
 
     def take(self) -> PhaseEvent | None:
         """The newest event, but a plan first, once; ``None`` before the first."""
-        planned, self._planned = self._planned, None
+        planned = self._planned
+        if planned is not None:
+            self._planned = None
         return planned or self._event
 
 

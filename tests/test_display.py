@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -45,6 +48,21 @@ def test_the_front_end_decides_and_a_variable_forces(monkeypatch) -> None:
     monkeypatch.setenv("LLM_MAGIC_UI", "3d")
     with pytest.raises(OptionError, match="no kind of display"):
         choose_ui(True)
+
+
+def test_live_views_where_a_server_opened_the_kernel_for_a_notebook(monkeypatch) -> None:
+    monkeypatch.delenv("LLM_MAGIC_UI", raising=False)
+    monkeypatch.setenv("JPY_SESSION_NAME", "notebook.ipynb")
+    assert (choose_ui(True), choose_ui(False)) == ("rich", "text")
+    # A kernel that somebody started from a notebook has the variable from there, and no front end.
+    kernel = [sys.executable, "-c", "from llm_magic.display import choose_ui; print(choose_ui(True))"]
+    between = [sys.executable, "-c", f"import subprocess; subprocess.run({kernel!r}, check=True)"]
+    for command, ui in ((kernel, "rich"), (between, "basic")):
+        assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == f"{ui}\n"
+    monkeypatch.setattr("llm_magic.display.VIEWS", Path("nowhere"))
+    assert choose_ui(True) == "basic"
+    monkeypatch.setenv("LLM_MAGIC_UI", "rich")
+    assert (choose_ui(True), choose_ui(False)) == ("basic", "text")
 
 
 @pytest.mark.parametrize(
@@ -101,7 +119,7 @@ def test_a_format_that_needs_the_whole_answer_waits_for_it() -> None:
 
 def test_progress_rewrites_one_line_of_a_terminal_and_is_silent_elsewhere() -> None:
     for out, is_shown in ((Terminal(), True), (io.StringIO(), False)):
-        view = TextScreen(FORMATS, out).progress("Loading a")
+        view = TextScreen(FORMATS, out).progress("Loading a", lambda: None)
         view.update(PhaseEvent("loading", 1, 2, "tensors"))
         view.close("done")
         assert ("Loading a" in out.getvalue()) == is_shown

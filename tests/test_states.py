@@ -88,6 +88,13 @@ def test_commands_of_a_plan_load_it(plan: Plan) -> None:
     assert command_of(by_hand(plan, l0="disk")).endswith("--device-map map.json")
 
 
+def test_a_folder_elsewhere_is_never_copied_as_the_name_of_another_model(plan: Plan, tmp_path: Path) -> None:
+    folder = tmp_path / "my-model"
+    folder.mkdir()
+    # Without the dot it would mean a model of the hub.
+    assert command_of(replace(plan, source=str(folder))) == "%llm load ./my-model -c 1000"
+
+
 def test_copied_commands_are_understood(plan: Plan) -> None:
     """The words that are copied are the words that the parser takes."""
     from llm_magic.arguments import split_words

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import threading
 from typing import Any
 
+import ipywidgets
 import pytest
 
 from llm_magic.errors import CancelledError, OptionError
@@ -416,9 +418,136 @@ def test_a_view_alone_is_a_widget_that_follows_and_takes_edits(session, backend)
         view_widget(session, "nonsense")
 
 
-def test_a_screen_that_cannot_be_made_stops_nothing(session, monkeypatch) -> None:
-    """An observer that raises is dropped; the session goes on."""
+def test_a_view_alone_ends_with_its_widget(session) -> None:
     load(session)
-    monkeypatch.setattr(screen_module.MapScreen, "observe", lambda self, event: 1 / 0)
+    observers = len(session.plugins._manager.list_name_plugin())
+    widget = view_widget(session, "map")
+    assert len(session.plugins._manager.list_name_plugin()) == observers + 1
+    widget.close()
+    assert len(session.plugins._manager.list_name_plugin()) == observers
+
+
+def test_a_picture_that_fails_once_goes_on_following(session, backend, hub, monkeypatch) -> None:
+    load(session)
+    backend.enqueue("one ", "two")
+    with monkeypatch.context() as broken:
+        broken.setattr(backend.engines[0], "memory", lambda: 1 / 0)
+        session.ask("Count.")
+        hub.say(type="hello", view=hub.of(MeasuredEvent)[-1].view)
+    session.unload()
+    assert hub.of(StateEvent)[-1].state.status == "unloaded"
+    assert not [status for status in session.plugins.status if status.error]
+
+
+def test_what_a_screen_raises_reaches_no_cell(session, hub, monkeypatch) -> None:
+    load(session)
+    view = hub.of(StateEvent)[-1].view
+    monkeypatch.setattr(screen_module.MapScreen, "state", lambda self: 1 / 0)
+    hub.say(type="hello", view=view)  # ipywidgets would print what comes out of here
+
+
+def test_a_front_end_that_is_lost_does_not_end_an_answer(session, backend, hub, monkeypatch) -> None:
+    load(session)
+    monkeypatch.setattr(hub._widget, "send", lambda *_: 1 / 0)
+    backend.enqueue("one ", "two")
+    assert session.ask("Count.") == "one two"
+
+
+def test_cancel_of_a_move_is_not_that_of_another_job(session, backend, hub) -> None:
+    """A map's Cancel belongs to what was applied from it."""
+    load(session)
+    view = hub.of(StateEvent)[-1].view
+    hub.say(type="apply", view=view, seq=1, placement=placement(session, l1="disk"))
+    hub.wait_for(AppliedEvent)
+    backend.enqueue("one ", "two", before={1: lambda stop: hub.say(type="stop", view=view)})
+    assert session.ask("Count.") == "one two"
+
+
+def test_homes_that_are_not_named_stay(session, hub) -> None:
+    load(session)
+    view = hub.of(StateEvent)[-1].view
+    hub.say(type="propose", view=view, seq=1, placement={"homes": {"layers.2": "disk"}})
+    assert [block.home for block in hub.wait_for(ProposalEvent).plan.blocks] == ["cpu", "cpu", "disk"]
+
+
+def test_a_second_apply_is_told_that_one_is_at_work(session, backend, hub) -> None:
+    load(session)
+    view = hub.of(StateEvent)[-1].view
+    again = placement(session, l0="disk")
+    backend.engines[0].while_moving = lambda: (
+        hub.say(type="apply", view=view, seq=2, placement=again),
+        hub.wait_for(FailedEvent),
+    )
+    hub.say(type="apply", view=view, seq=1, placement=placement(session, l1="disk"))
+    assert hub.wait_for(AppliedEvent).seq == 1
+    assert hub.of(FailedEvent)[0].seq == 2
+
+
+def test_a_plan_is_loaded_under_the_name_that_was_asked_for(session, hub) -> None:
+    from llm_magic.commands.plan import planned_report
+
+    session.screen.show(planned_report(session, SPEC, LoadOptions(), "bee"))
+    hub.say(type="apply", view=hub.of(StateEvent)[-1].view, seq=1, placement={"policy": "cpu"})
+    hub.wait_for(AppliedEvent)
+    assert session.current == "bee"
+
+
+def test_blocks_that_an_engine_moved_by_itself_are_seen_and_kept(session, backend, hub, outputs) -> None:
+    load(session)
+
+    def repair(_stop) -> None:
+        engine = backend.engines[0]
+        engine.plan = session.propose({"": "cpu", "layers.0": "disk"})
+
+    backend.enqueue("one ", "two", before={1: repair})
+    session.ask("Count.")
+    assert hub.of(StateEvent)[-1].state.plan.blocks[0].home == "disk"
+    assert "Disk: layers.0" in outputs[0][-1]["text/plain"]
+
+
+def test_the_path_in_the_machine_follows_the_model_and_goes_with_it(session, hub) -> None:
+    from llm_magic.plugins import pick
+
+    load(session)
+    command = pick(session.plugins.commands, "machine", "command")
+    session.screen.show(command.run(session, argparse.Namespace(measure=False)))
+    view = hub.of(StateEvent)[-1].view
+    assert hub.of(StateEvent)[-1].state.model == "fake-a"
     session.move("layers.0", "disk")
-    assert session.model().plan.device_map["model.layers.0"] == "disk"
+    states = [event.state for event in hub.of(StateEvent) if event.view == view]
+    assert len(states) == 2
+    session.unload()
+    states = [event.state for event in hub.of(StateEvent) if event.view == view]
+    assert (states[-1].model, states[-1].moves) == ("", [])
+
+
+def test_a_backend_says_what_it_does_instead_of_single_blocks(session, backend, hub) -> None:
+    backend.express = lambda plan: f"-ngl {list(plan.device_map.values()).count('cpu')}"
+    load(session)
+    assert hub.of(StateEvent)[-1].state.plan.exports.backend == "-ngl 3"
+    hub.say(
+        type="propose",
+        view=hub.of(StateEvent)[-1].view,
+        seq=1,
+        placement=placement(session, l1="disk"),
+    )
+    assert hub.wait_for(ProposalEvent).plan.exports.backend == "-ngl 2"
+
+
+def test_widgets_that_a_user_closed_are_made_anew(session, backend, hub) -> None:
+    load(session)
+    hub.say(type="hello")
+    ipywidgets.Widget.close_all()
+    backend.enqueue("one")
+    assert session.ask("Count.") == "one"
+    assert hub._widget.comm is not None
+    assert not hub.is_heard
+
+
+def test_another_model_of_the_same_name_is_not_the_one_in_the_map(session, hub) -> None:
+    load(session)
+    view = hub.of(StateEvent)[-1].view
+    session.load(SPEC, LoadOptions(ctx_size=512))
+    hub.say(type="apply", view=view, seq=1, placement={"homes": {"layers.1": "disk"}})
+    assert "unloaded" in hub.wait_for(FailedEvent).message
+    assert set(session.model().plan.device_map.values()) == {"cpu"}

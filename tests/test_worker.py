@@ -5,7 +5,9 @@ import threading
 import pytest
 
 from llm_magic.events import PhaseEvent
+from llm_magic.plan import PlannedEvent
 from llm_magic.worker import Latest, Worker
+from tests.view_states import machine, plan_of, starter
 
 
 def test_ticks_come_until_the_job_has_ended_and_once_more() -> None:
@@ -64,3 +66,15 @@ def test_the_latest_progress_is_the_one_to_show() -> None:
     for done in range(3):
         latest.put(PhaseEvent("loading", done, 3))
     assert latest.take() == PhaseEvent("loading", 2, 3)
+
+
+def test_a_plan_is_told_once_and_never_lost() -> None:
+    latest = Latest()
+    planned = PlannedEvent("loading", plan=plan_of(starter(), machine("laptop-no-gpu")))
+    latest.put(planned)
+    latest.put(PhaseEvent("loading", 1, 2))
+    assert latest.take() is planned
+    assert latest.take() == PhaseEvent("loading", 1, 2)
+    latest.put(planned)
+    assert latest.take() is planned
+    assert latest.take() == PhaseEvent("loading")

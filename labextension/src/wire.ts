@@ -254,7 +254,7 @@ export interface Stop {
   view: string
 }
 
-/** A target: the homes of blocks by label (the others stay), or a policy by name; limits by device. */
+/** A target: homes of blocks by label (others stay), or a policy by name; limits by device, none else. */
 export interface Placement {
   homes?: Record<string, string>
   policy?: string

@@ -26,7 +26,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 def _run(session: Session, found: argparse.Namespace) -> Report:
     spec, options = read_source_options(found)
     if found.dry_run:
-        return planned_report(session, spec, options)
+        return planned_report(session, spec, options, found.name)
     model = session.load(spec, options, found.name)
     layout = model.plan.layout
     headline = (

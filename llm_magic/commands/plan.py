@@ -21,10 +21,13 @@ def _run(session: Session, found: argparse.Namespace) -> Report:
     return planned_report(session, spec, options)
 
 
-def planned_report(session: Session, spec: ModelSpec, options: LoadOptions) -> Report:
-    """Plan, and show the plan with its map; a terminal shows the plan alone."""
+def planned_report(session: Session, spec: ModelSpec, options: LoadOptions, name: str = "") -> Report:
+    """Plan, and show the plan with its map, from which it may be loaded under a name.
+
+    A terminal shows the plan alone.
+    """
     plan = session.run("Planning", lambda progress: session.plan(spec, options, progress))
-    picture = map_report(plan, live=LiveMap(plan, spec=spec, options=options))
+    picture = map_report(plan, live=LiveMap(plan, spec=spec, options=options, name=name))
     return stack(plan_report(plan), replace(picture, text=""))
 
 

@@ -43,6 +43,7 @@ def command_of(plan: Plan, before: Plan | None = None, model: str = "") -> str:
     words += ["-c", str(plan.workload.context_length)]
     for name in ("dtype", "revision", "quantize", "draft"):
         value = plan.options.get(name, "")
+        value = _source(value) if value and name == "draft" else value
         words += [f"--{name}", shlex.quote(value)] if value and value != "auto" else []
     if plan.policy == _BY_HAND:
         words += ["--device-map", "map.json"]
@@ -52,8 +53,12 @@ def command_of(plan: Plan, before: Plan | None = None, model: str = "") -> str:
 
 
 def _source(source: str) -> str:
+    """A source as it is typed, without the folders of this computer; never one that means another model."""
     path = Path(source).expanduser()
-    return display_path(path) if path.exists() else source
+    if not path.exists():
+        return source
+    shown = display_path(path)
+    return shown if shown.startswith(("~", ".")) else f"./{shown}"
 
 
 def _moves(plan: Plan, before: Plan, model: str) -> list[str]:

@@ -14,12 +14,16 @@ from llm_magic.plan import Plan
 
 @dataclass(frozen=True)
 class LiveMap:
-    """A memory map that may come alive: of a loaded model by its name, or of a plan that can be loaded."""
+    """A memory map that may come alive.
+
+    Of a loaded model, ``model``; or of a plan that can be loaded from ``spec`` with ``options``, as ``name``.
+    """
 
     plan: Plan
     model: str = ""
     spec: ModelSpec | None = None
     options: LoadOptions = field(default_factory=LoadOptions)
+    name: str = ""
 
 
 @dataclass(frozen=True)

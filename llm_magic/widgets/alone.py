@@ -49,10 +49,11 @@ def view_widget(session: Session, name: str, model: str = "") -> Any:
         screen = MapScreen(LiveMap(loaded.plan, loaded.name), session, channel)
     else:
         plan = session.model(model).plan if session.models else None
-        screen = MachineScreen(LiveMachine(session.machine(), plan, session.current))
+        screen = MachineScreen(LiveMachine(session.machine(), plan, session.current), channel)
     channel.widget = ViewWidget(view=screen.view, state=encode(screen.state()))
     answer_on_the_channel_of_the_question(channel.widget)
-    session.plugins.observe(screen.observe)
+    unobserve = session.plugins.observe(screen.observe)
+    channel.widget.observe(lambda change: change.new is None and unobserve(), names="comm")
 
     def received(_widget: object, content: object, _buffers: object) -> None:
         try:

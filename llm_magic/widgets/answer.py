@@ -26,8 +26,6 @@ class AnswerScreen:
 
     Parameters
     ----------
-    stop
-        Ends the answer softly.
     model, plan
         Name of the model that answers, and its placement.
     """
@@ -38,12 +36,12 @@ class AnswerScreen:
         hub: Hub,
         display: Display,
         *,
-        stop: Callable[[], object],
         model: str,
         plan: Plan | None,
     ) -> None:
         self.view = new_view()
-        self._hub, self._stop = hub, stop
+        self._hub = hub
+        self._stop: Callable[[], None] = lambda: None
         self._static = NotebookAnswer(output_format, InPlace(display, hub.key, self.view))
         self._display = display
         self._format = output_format
@@ -72,6 +70,7 @@ class AnswerScreen:
     def update(self, answer: Answer) -> None:
         """Show the answer so far."""
         now = time.monotonic()
+        self._stop = answer.stop
         is_first = not self._kept_s
         if is_first or now - self._kept_s >= (_KEPT_S if self._hub.is_heard else _UNHEARD_S):
             self._static.update(answer)
@@ -82,8 +81,10 @@ class AnswerScreen:
 
     def close(self, generation: Generation) -> None:
         """Replace the live view by what stays."""
-        NotebookAnswer(self._format, self._display).close(generation)
-        self._hub.drop(self.view)
+        try:
+            NotebookAnswer(self._format, self._display).close(generation)
+        finally:
+            self._hub.drop(self.view)
 
     def _post(self, answer: Answer, now: float) -> None:
         text, greeted = answer.text, self._greeted

@@ -1,14 +1,16 @@
 """One widget for a kernel: it has no view of its own, and carries the messages of all that are there.
 
 The front end's half runs when the widget's model is made, finds the views' places in the notebook's static
-HTML and shows them there. So nothing that needs a kernel is ever saved, the module is sent once, and a page
-that is loaded again finds its views where they were.
+HTML and shows them there. So a notebook keeps nothing that needs a kernel, the module is sent once, and a
+page that is loaded again finds its views where they were.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 import anywidget
@@ -16,8 +18,10 @@ import traitlets
 
 from llm_magic.display import VIEWS
 from llm_magic.errors import OptionError
-from llm_magic.widgets.channel import LiveScreen, new_view
-from llm_magic.wire import ClosedEvent, Command, Event, Hello, State, StateEvent, decode_command, encode
+from llm_magic.widgets.channel import Channel, LiveScreen, new_view
+from llm_magic.wire import ClosedEvent, Command, Event, Hello, StateEvent, decode_command, encode
+
+_LOG = logging.getLogger(__name__)
 
 
 class HubWidget(anywidget.AnyWidget):
@@ -49,7 +53,7 @@ class Hub:
         Whether a front end has said hello: until then the static HTML must do, and changes often.
     """
 
-    at_most = 64
+    at_most = 16
 
     def __init__(self) -> None:
         self.key = new_view()
@@ -57,6 +61,12 @@ class Hub:
         self._screens: OrderedDict[str, LiveScreen] = OrderedDict()
         self._lock = threading.RLock()
         self._widget: Any = None
+
+    @property
+    def screens(self) -> tuple[LiveScreen, ...]:
+        """Those that live now, the oldest first."""
+        with self._lock:
+            return tuple(self._screens.values())
 
     def add(self, screen: LiveScreen) -> None:
         """Let a screen live until it is dropped, or many newer ones have come."""
@@ -74,10 +84,10 @@ class Hub:
         self.post(ClosedEvent(view=view))
 
     def post(self, event: Event) -> None:
-        """Send an event to every front end; from any thread."""
+        """Send an event to every front end; from any thread. A front end that is lost stops nothing."""
         with self._lock:
-            if self._widget is not None:
-                self._widget.send(encode(event))
+            if self._is_open:
+                quietly(lambda: self._widget.send(encode(event)))
 
     def close(self) -> None:
         """End every screen."""
@@ -88,11 +98,18 @@ class Hub:
                 self._widget.close()
                 self._widget = None
 
+    @property
+    def _is_open(self) -> bool:
+        return self._widget is not None and self._widget.comm is not None
+
     def _open(self) -> None:
-        if self._widget is None:
-            self._widget = HubWidget(key=self.key)
-            answer_on_the_channel_of_the_question(self._widget)
-            self._widget.on_msg(lambda _widget, content, _buffers: self._hear(content))
+        if self._is_open:  # not after ``Widget.close_all()``, which is a user's right
+            return
+        self.is_heard = False
+        widget = HubWidget(key=self.key)
+        answer_on_the_channel_of_the_question(widget)
+        widget.on_msg(lambda _widget, content, _buffers: self._hear(content))
+        self._widget = widget
 
     def _hear(self, content: object) -> None:
         try:
@@ -108,12 +125,27 @@ class Hub:
             self.post(ClosedEvent(view=command.view))
 
 
-def hear(channel: Any, screen: LiveScreen, command: Command) -> None:
-    """Answer a hello with the state, and let the screen do the rest."""
-    if isinstance(command, Hello):
-        state: State = screen.state()
-        channel.post(StateEvent(view=screen.view, state=state))
-    screen.hear(command)
+def hear(channel: Channel, screen: LiveScreen, command: Command) -> None:
+    """Let a screen hear a command, and answer a hello with its state.
+
+    Nothing is raised: ipywidgets would print it, with the paths of this computer, into whatever cell is
+    at work.
+    """
+
+    def answer() -> None:
+        screen.hear(command)
+        if isinstance(command, Hello):
+            channel.post(StateEvent(view=screen.view, state=screen.state()))
+
+    quietly(answer)
+
+
+def quietly(act: Callable[[], object]) -> None:
+    """Do something for screens alone: when it fails, that is for a log and not for a cell."""
+    try:
+        act()
+    except Exception:
+        _LOG.debug("a live screen failed", exc_info=True)
 
 
 def answer_on_the_channel_of_the_question(widget: Any) -> None:

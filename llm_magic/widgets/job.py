@@ -22,13 +22,13 @@ class JobScreen:
     ----------
     title
         What is being done.
-    stop
-        Cancels it.
+    cancel
+        Ends it; everything is as it was before then.
     """
 
-    def __init__(self, title: str, hub: Hub, display: Display, stop: Callable[[], object]) -> None:
+    def __init__(self, title: str, hub: Hub, display: Display, cancel: Callable[[], None]) -> None:
         self.view = new_view()
-        self._title, self._hub, self._stop = title, hub, stop
+        self._title, self._hub, self._cancel = title, hub, cancel
         self._plan: Plan | None = None
         self._greeted = False
         self._poster = ProgressPoster(hub, self.view)
@@ -45,7 +45,7 @@ class JobScreen:
         if isinstance(command, Hello):
             self._greeted = True
         elif isinstance(command, Stop):
-            self._stop()
+            self._cancel()
 
     def update(self, event: PhaseEvent | None) -> None:
         """Show the newest progress; ``None`` when nothing happened for a moment."""
@@ -62,5 +62,7 @@ class JobScreen:
 
     def close(self, summary: str) -> None:
         """Replace the live view by a line that may stay."""
-        self._static.close(summary)
-        self._hub.drop(self.view)
+        try:
+            self._static.close(summary)
+        finally:
+            self._hub.drop(self.view)

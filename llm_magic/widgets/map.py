@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import contextvars
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from llm_magic.answer import Answer
 from llm_magic.errors import LLMMagicError, SessionError
 from llm_magic.hookspecs import ExpressesPlacement
-from llm_magic.options import LoadOptions
 from llm_magic.placing import Moved, Target, changed
 from llm_magic.plan import Plan
 from llm_magic.result import Generation
-from llm_magic.session import LoadedModel, Session, Unloaded
+from llm_magic.screen import ProgressView
+from llm_magic.session import LoadedModel, Session
 from llm_magic.states import map_state, plan_state
 from llm_magic.views.map import map_report
 from llm_magic.views.report import LiveMap, Report
@@ -24,6 +25,7 @@ from llm_magic.wire import (
     Apply,
     Command,
     FailedEvent,
+    Hello,
     MapState,
     MeasuredEvent,
     Placement,
@@ -53,28 +55,38 @@ class MapScreen:
         self.view = new_view()
         self._live, self._session, self._channel, self._redraw = live, session, channel, redraw
         self._model: LoadedModel | None = session.models.get(live.model)
-        self._plan = live.plan
-        self._is_gone = False
+        self._plan = self._drawn = live.plan
+        self._was_loaded = self._model is not None
+        self._is_seen = False
+        self._shown_sweep: object = None
         self._at_work = threading.Lock()
+        self._cancel: Callable[[], None] | None = None
 
     # What it shows
 
     @property
+    def model(self) -> LoadedModel | None:
+        """The loaded model; ``None`` before it is loaded, and for ever once it is gone."""
+        if self._model is not None and self._session.models.get(self._model.name) is not self._model:
+            self._model = None  # another one of its name is not it
+        return self._model
+
+    @property
     def plan(self) -> Plan:
         """The placement that is in force, was in force last, or is planned."""
-        if self._model is not None and not self._is_gone:
-            self._plan = self._model.plan
+        if self.model is not None:
+            self._plan = self.model.plan
         return self._plan
 
     def state(self) -> MapState:
         """The map as it is now."""
-        model = self._model
-        status: Status = "unloaded" if self._is_gone else "loaded" if model else "planned"
+        model = self.model
+        status: Status = "loaded" if model else "unloaded" if self._was_loaded else "planned"
         return map_state(
             self.plan,
             model=model.name if model else "",
             status=status,
-            memory=model.engine.memory() if model and not self._is_gone else None,
+            memory=_held(model),
             last=model.last if model else None,
             policies=list(self._session.plugins.planners),
             backend=self._expressed(self.plan),
@@ -82,15 +94,17 @@ class MapScreen:
 
     def report(self) -> Report:
         """The same as static text and HTML."""
-        if self._is_gone:
-            return map_report(self.plan, note="This model was unloaded.")
-        return map_report(self.plan, self._model.engine.memory() if self._model else None)
+        self._drawn = self.plan
+        note = "This model was unloaded." if self._was_loaded and self.model is None else ""
+        return map_report(self.plan, _held(self.model), note=note)
 
     # What it hears
 
     def hear(self, command: Command) -> None:
         """Answer a proposal, begin to apply one, or cancel what was begun."""
-        if isinstance(command, Propose):
+        if isinstance(command, Hello):
+            self._is_seen = True
+        elif isinstance(command, Propose):
             self._answer(command.seq, lambda: self._propose(command))
         elif isinstance(command, Apply):
             # On a thread of its own: the one that brings messages must bring Cancel as well.
@@ -99,23 +113,22 @@ class MapScreen:
                 target=run, args=(self._apply, command), name="llm_magic apply", daemon=True
             )
             job.start()
-        elif isinstance(command, Stop) and self._at_work.locked():
-            self._session.stop()
+        elif isinstance(command, Stop) and self._cancel is not None:
+            self._cancel()
 
     def observe(self, event: object) -> None:
         """Follow the model: moved, unloaded, at work."""
-        model = self._model
-        if model is None or self._is_gone:
+        before, model = self._model, self.model
+        if before is None:
             return
-        if isinstance(event, Answer) and event.model == model.name:
+        if model is None:
+            self._refresh()
+        elif isinstance(event, Answer) and event.model == model.name:
             self._show_sweep(event)
-        elif isinstance(event, Unloaded) and event.name == model.name:
-            self._is_gone = self._session.models.get(model.name) is not model
-            self._refresh()
-        elif isinstance(event, Moved) and event.name == model.name:
-            self._refresh()
         elif isinstance(event, Generation) and event.footprint.model == model.name:
             self._show_measured(model)
+        elif isinstance(event, Moved) and event.name == model.name:
+            self._refresh()
 
     # Inside
 
@@ -124,6 +137,8 @@ class MapScreen:
         self._redraw()
 
     def _show_measured(self, model: LoadedModel) -> None:
+        if model.plan is not self._drawn:  # memory ran out, and the engine moved blocks by itself
+            self._refresh()
         last = model.last
         self._channel.post(
             MeasuredEvent(
@@ -131,16 +146,14 @@ class MapScreen:
                 measured_tps=last.generation_tps if last else 0.0,
                 tokens_per_sweep=last.tokens_per_sweep if last else 0.0,
                 limit_share=last.limit_share if last else 0.0,
-                now={device: dict(held) for device, held in model.engine.memory().items()},
+                now={device: dict(held) for device, held in _held(model).items()},
             )
         )
 
     def _show_sweep(self, answer: Answer) -> None:
-        if answer.sweep is not None and answer.sweep is not self._shown_sweep:
+        if self._is_seen and answer.sweep is not None and answer.sweep is not self._shown_sweep:
             self._shown_sweep = answer.sweep
             self._channel.post(SweepEvent(view=self.view, times=list(answer.sweep.times)))
-
-    _shown_sweep: object = None
 
     def _answer(self, seq: int, act: Callable[[], None]) -> None:
         """Do something for a person at a screen, and tell them when it cannot be done."""
@@ -161,55 +174,55 @@ class MapScreen:
         moving = [
             new for old, new in zip(now.placements, plan.placements, strict=True) if old.home != new.home
         ]
+        state = plan_state(
+            plan,
+            before=now,
+            model=self._model.name if self._model else "",
+            backend=self._expressed(plan),
+        )
         self._channel.post(
             ProposalEvent(
                 view=self.view,
                 seq=command.seq,
-                plan=plan_state(
-                    plan,
-                    before=now,
-                    model=self._model.name if self._model else "",
-                    backend=self._expressed(plan),
-                ),
+                plan=state,
                 changed=len(changed(now, plan)),
                 moved_bytes=sum(place.block.bytes for place in moving),
             )
         )
 
     def _proposed(self, placement: Placement) -> Plan:
-        if self._is_gone:
-            raise SessionError("This model was unloaded.", "Load it again.")
-        target = _target(placement)
-        if self._model is None:
-            return self._session.replan(self.plan, target, placement.limits)
-        return self._session.propose(target, self._model.name, placement.limits)
+        self._require_model()
+        if self.model is None:
+            return self._session.replan(self.plan, self._target(placement), placement.limits)
+        return self._session.propose(self._target(placement), self.model.name, placement.limits)
 
     def _apply(self, command: Apply) -> None:
         if not self._at_work.acquire(blocking=False):
-            self._failed(
-                command.seq, SessionError("A placement is being applied.", "Wait for it, or cancel it.")
-            )
+            busy = SessionError("A placement is being applied.", "Wait for it, or cancel it.")
+            self._failed(command.seq, busy)
             return
         try:
             self._answer(command.seq, lambda: self._carry_out(command))
         finally:
+            self._cancel = None
             self._at_work.release()
 
     def _carry_out(self, command: Apply) -> None:
-        progress = ProgressPoster(self._channel, self.view)
-        if self._is_gone:
-            raise SessionError("This model was unloaded.", "Load it again.")
-        if self._model is None:
-            model = self._load(command.placement, progress)
+        self._require_model()
+        target, limits = self._target(command.placement), command.placement.limits
+        if self.model is None:
+            model = self._load(target, limits)
             count, seconds = len(model.plan.placements), model.load_s
         else:
-            moved = self._session.apply(
-                _target(command.placement), self._model.name, command.placement.limits, progress
-            )
+            moved = self._session.apply(target, self.model.name, limits, self._progress)
             count, seconds = moved.count, moved.seconds
         self._channel.post(AppliedEvent(view=self.view, seq=command.seq, changed=count, seconds=seconds))
 
-    def _load(self, placement: Placement, progress: ProgressPoster) -> LoadedModel:
+    def _progress(self, _title: str, cancel: Callable[[], None]) -> ProgressView:
+        self._cancel = cancel
+        return ProgressPoster(self._channel, self.view)
+
+    def _load(self, target: Target, limits: Mapping[str, int]) -> LoadedModel:
         live = self._live
         if live.spec is None:
             raise SessionError("This plan cannot be loaded.", "%llm load SOURCE loads a model.")
@@ -217,15 +230,27 @@ class MapScreen:
             raise SessionError(
                 "The plan is for another machine.", "%llm plan without --machine plans for this one."
             )
-        options = LoadOptions(
-            device_map=placement.policy or dict(placement.homes) or live.options.device_map,
-            max_memory=placement.limits,
+        options = replace(
+            live.options,
+            device_map=target if isinstance(target, str | Mapping) else target.device_map,
+            max_memory=limits,
             ctx_size=self.plan.workload.context_length,
-            offload_folder=live.options.offload_folder,
         )
-        self._model = self._session.load(live.spec, options, view=progress)
+        self._model = self._session.load(live.spec, options, live.name, self._progress)
+        self._was_loaded = True
         self._refresh()
         return self._model
+
+    def _require_model(self) -> None:
+        if self._was_loaded and self.model is None:
+            raise SessionError("This model was unloaded.", "Load it again.")
+
+    def _target(self, placement: Placement) -> Target:
+        """A policy, or all homes; what the placement does not name stays."""
+        if placement.policy.lower().endswith(".json"):
+            raise SessionError("A front end names no files.", "%llm apply FILE.json applies a file.")
+        now = {place.block.label: place.home for place in self.plan.placements}
+        return placement.policy or now | dict(placement.homes)
 
     def _expressed(self, plan: Plan) -> str:
         """What the backend calls this placement, where it has words of its own."""
@@ -236,7 +261,9 @@ class MapScreen:
         return backend.express(plan) if isinstance(backend, ExpressesPlacement) else ""
 
 
-def _target(placement: Placement) -> Target:
-    if placement.policy.lower().endswith(".json"):
-        raise SessionError("A front end names no files.", "%llm apply FILE.json applies a file.")
-    return placement.policy or dict(placement.homes)
+def _held(model: LoadedModel | None) -> Mapping[str, Mapping[str, int]]:
+    """What a model holds; nothing while that cannot be told, because it is being moved or closed."""
+    try:
+        return model.engine.memory() if model else {}
+    except Exception:
+        return {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 
 from llm_magic.display import NotebookDisplay, NotebookScreen
 from llm_magic.hookspecs import Format
@@ -11,7 +12,7 @@ from llm_magic.screen import AnswerView, ProgressView
 from llm_magic.session import Session
 from llm_magic.views.report import LiveMachine, LiveMap, Report
 from llm_magic.widgets.answer import AnswerScreen
-from llm_magic.widgets.hub import Hub
+from llm_magic.widgets.hub import Hub, quietly
 from llm_magic.widgets.job import JobScreen
 from llm_magic.widgets.machine import MachineScreen
 from llm_magic.widgets.map import MapScreen
@@ -28,12 +29,18 @@ class RichScreen(NotebookScreen):
         self._session = session
         self.hub = hub or Hub()
         self._unobserve = session.plugins.observe(self._observe)
-        self._pictures: list[Picture] = []
 
-    def progress(self, title: str) -> ProgressView:
+    def begin(self) -> None:
+        """A new cell begins: what an interrupt left of an earlier one is over."""
+        super().begin()
+        for screen in self.hub.screens:
+            if isinstance(screen, JobScreen | AnswerScreen):
+                self.hub.drop(screen.view)
+
+    def progress(self, title: str, cancel: Callable[[], None]) -> ProgressView:
         """A live view of a job, which makes way for what is shown next."""
         self._bar = NotebookDisplay()
-        return JobScreen(title, self.hub, self._bar, self._session.stop)
+        return JobScreen(title, self.hub, self._bar, cancel)
 
     def answer(self, output_format: str, model: str = "", plan: Plan | None = None) -> AnswerView:
         """A live view of an answer; the format's bundle when it is done."""
@@ -41,7 +48,6 @@ class RichScreen(NotebookScreen):
             self._formats[output_format],
             self.hub,
             NotebookDisplay(),
-            stop=self._session.stop,
             model=model,
             plan=plan,
         )
@@ -56,9 +62,7 @@ class RichScreen(NotebookScreen):
         screens = list(output.enliven(self._picture))
         output.draw()
         for screen in screens:
-            self._pictures.append(screen)
             self.hub.add(screen)
-        self._pictures = self._pictures[-self.hub.at_most :]
 
     def close(self) -> None:
         """End every live view."""
@@ -67,12 +71,13 @@ class RichScreen(NotebookScreen):
 
     def _picture(self, live: LiveMap | LiveMachine, output: _Output) -> Picture:
         if isinstance(live, LiveMachine):
-            return MachineScreen(live)
+            return MachineScreen(live, self.hub)
         return MapScreen(live, self._session, self.hub, output.draw)
 
     def _observe(self, event: object) -> None:
-        for picture in self._pictures:
-            picture.observe(event)
+        for screen in self.hub.screens:
+            if isinstance(screen, MapScreen | MachineScreen):
+                quietly(partial(screen.observe, event))
 
 
 class _Output:

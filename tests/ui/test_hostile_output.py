@@ -38,7 +38,7 @@ for payload in map(sanitize, PAYLOADS):  # as the worker sends them on
     answer.take(PhaseEvent("generating", 1, 2, payload, payload))
     answer.take(TokenEvent(payload))
     view.update(answer)
-    progress = screen.progress(payload)
+    progress = screen.progress(payload, lambda: None)
     progress.update(PhaseEvent("loading", 1, 2, payload, payload))
     progress.close(payload)
 """

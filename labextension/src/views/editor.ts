@@ -4,13 +4,13 @@
  */
 
 import type {
-  AppliedEvent, Command, Event, FailedEvent, MapState, Placement, PlanState, ProgressEvent, ProposalEvent,
+  AppliedEvent, Command, Event, FailedEvent, MapState, MeasuredEvent, Placement, PlanState, ProgressEvent, ProposalEvent,
 } from '../wire'
 import { guess, withTied } from './editor_guess'
 import { History } from './editor_history'
 import { Selection } from './editor_selection'
 import { Talk } from './editor_talk'
-import { isEditable } from './map_facts'
+import { isEditable, isSamePlacement } from './map_facts'
 
 /** A placement that is asked for; `plan` is a guess until there is an answer. */
 export interface Step {
@@ -20,6 +20,9 @@ export interface Step {
   failure: FailedEvent | null
   gesture: string
 }
+
+/** What is to be drawn again: how far Apply is, how the last answer went, or everything. */
+export type Change = 'progress' | 'figures' | 'all'
 
 const AUTO = 'auto'
 
@@ -31,7 +34,10 @@ export class Editor {
   failure: FailedEvent | null = null
   isApplying = false
   private isLost = false
-  private applySeq = -1
+  /** The Apply that was asked for here and has not ended: its number, and what it was about. */
+  private own: { seq: number; step: Step | null } | null = null
+  /** Placements that were in force before what was applied here, to go back to. */
+  private formers: Step[] = []
   private history = new History<Step | null>(null)
   private readonly talk: Talk
 
@@ -39,7 +45,7 @@ export class Editor {
     public state: MapState,
     private readonly view: string,
     private readonly send: (command: Command) => void,
-    private readonly changed: () => void,
+    private readonly changed: (what: Change) => void,
   ) {
     this.talk = new Talk(view, send)
   }
@@ -82,14 +88,18 @@ export class Editor {
   /** Budgets that the user set, here or before; others are what is free. */
   get limits(): Record<string, number> {
     if (this.step) return this.step.placement.limits
-    const limited = this.state.plan.tiers.filter(tier => tier.is_limited)
-    return Object.fromEntries(limited.map(tier => [tier.device, tier.limit]))
+    return limitsOf(this.state.plan)
   }
 
   /** The policy that is chosen; empty when blocks were placed by hand. */
   get policy(): string {
     if (this.step) return this.step.placement.policy
     return this.state.policies.includes(this.plan.policy) ? this.plan.policy : ''
+  }
+
+  /** Whether what is drawn is known: Python has said what it means, or it is in force. */
+  get isKnown(): boolean {
+    return !this.step || this.step.answer !== null
   }
 
   /** The blocks that would go along with these, with themselves, when they move. */
@@ -117,8 +127,12 @@ export class Editor {
 
   /** A budget while its slider moves; `endGesture` when it rests. */
   setLimit(device: string, bytes: number): void {
-    const limits = { ...this.limits, [device]: bytes }
-    this.ask({ homes: {}, policy: this.policy || AUTO, limits }, this.plan, `limit ${device}`)
+    this.limit({ ...this.limits, [device]: bytes }, `limit ${device}`)
+  }
+
+  /** No budget: a device may be used as far as it is free. */
+  clearLimit(device: string): void {
+    this.limit(Object.fromEntries(Object.entries(this.limits).filter(([other]) => other !== device)))
   }
 
   endGesture(): void {
@@ -127,9 +141,7 @@ export class Editor {
 
   /** Leave it to the planner, with the budgets that are in force. */
   reset(): void {
-    const limited = this.state.plan.tiers.filter(tier => tier.is_limited)
-    const limits = Object.fromEntries(limited.map(tier => [tier.device, tier.limit]))
-    this.ask({ homes: {}, policy: AUTO, limits })
+    this.ask({ homes: {}, policy: AUTO, limits: limitsOf(this.state.plan) })
   }
 
   /** Back to what is in force. */
@@ -151,9 +163,9 @@ export class Editor {
     if (!this.canApply) return
     this.isApplying = true
     this.failure = this.applied = this.progress = null
-    const placement = this.step?.placement ?? { homes: homesOf(this.plan), policy: '', limits: this.limits }
-    this.applySeq = this.talk.apply(placement)
-    this.changed()
+    const { step } = this
+    this.own = { seq: this.talk.apply(step?.placement ?? placementOf(this.plan)), step }
+    this.changed('all')
   }
 
   stop(): void {
@@ -166,21 +178,22 @@ export class Editor {
     if (this.isLost) return
     if (event.type === 'proposal') this.takeProposal(event)
     else if (event.type === 'failed') this.takeFailure(event)
-    else if (event.type === 'progress') this.progress = event
-    else if (event.type === 'applied' && event.seq === this.applySeq) this.takeApplied(event)
-    else return
-    this.changed()
+    else if (event.type === 'progress') this.takeProgress(event)
+    else if (event.type === 'measured') this.takeMeasured(event)
+    else if (event.type === 'applied') this.takeApplied(event)
   }
 
-  /** Another state is in force: what was asked for is history. */
-  update(state: MapState): void {
+  /**
+   * Take a state. When another placement is in force than before, what was asked for is history; a state comes
+   * for every front end that says hello as well, and changes nothing then. Returns whether it is another.
+   */
+  update(state: MapState): boolean {
+    const before = this.state
     this.state = state
-    this.history = new History<Step | null>(null)
-    this.talk.drop()
-    this.isApplying = false
-    this.progress = this.failure = this.applied = null
-    this.selection.keep(isEditable(state) ? state.plan.blocks.map(block => block.label) : [])
-    this.changed()
+    const isOther = !isSamePlacement(before, state)
+    if (isOther) this.startAnew(before)
+    this.changed('all')
+    return isOther
   }
 
   /** No commands any more. */
@@ -190,7 +203,32 @@ export class Editor {
     this.progress = null
     this.talk.drop()
     this.selection.clear()
-    this.changed()
+    this.changed('all')
+  }
+
+  cleanup(): void {
+    this.talk.drop()
+  }
+
+  private startAnew(before: MapState): void {
+    const { state } = this
+    const isOwn = this.own !== null && before.status === 'loaded' && state.status === 'loaded'
+    this.formers = isOwn ? [...this.formers, stepTo(before.plan)] : []
+    this.history = this.fresh()
+    this.talk.drop()
+    this.isApplying = false // if it goes on, its progress says so
+    this.progress = this.failure = this.applied = null
+    this.selection.keep(isEditable(state) ? state.plan.blocks.map(block => block.label) : [])
+  }
+
+  private fresh(): History<Step | null> {
+    return new History<Step | null>(null, [...this.formers])
+  }
+
+  /** Other budgets for what is asked for: the same policy, or the same homes. */
+  private limit(limits: Record<string, number>, gesture = ''): void {
+    const { plan, policy } = this
+    this.ask({ homes: policy ? {} : homesOf(plan), policy, limits }, plan, gesture)
   }
 
   private ask(placement: Required<Placement>, plan = this.plan, gesture = ''): void {
@@ -198,7 +236,7 @@ export class Editor {
     this.failure = this.applied = null
     this.history.push({ placement, plan, answer: null, failure: null, gesture }, gesture)
     this.talk.propose(placement)
-    this.changed()
+    this.changed('all')
   }
 
   /** Another step of the history is the current one: ask anew, for memory may be another by now. */
@@ -206,7 +244,7 @@ export class Editor {
     this.failure = this.applied = null
     if (this.step) this.talk.propose(this.step.placement)
     else this.talk.forget()
-    this.changed()
+    this.changed('all')
   }
 
   private takeProposal(event: ProposalEvent): void {
@@ -216,25 +254,72 @@ export class Editor {
     // While a slider moves, an answer to where it was a moment ago is better than none.
     if (found === 'past' && !step.gesture) return
     this.history.amend({ ...step, plan: event.plan, answer: event, failure: null })
+    this.changed('all')
   }
 
   private takeFailure(event: FailedEvent): void {
-    if (event.seq === this.applySeq) {
-      this.isApplying = false
-      this.progress = null
+    if (event.seq === this.own?.seq || this.isEndOfOther(event.seq)) {
+      this.end()
       this.failure = event
     } else if (this.talk.take(event.seq) === 'newest' && this.step) {
       this.history.amend({ ...this.step, answer: null, failure: event })
-    }
+    } else return
+    this.changed('all')
   }
 
   private takeApplied(event: AppliedEvent): void {
-    this.isApplying = false
-    this.progress = null
+    const { own } = this
+    const isOwn = event.seq === own?.seq
+    if (!isOwn && !this.isEndOfOther(event.seq)) return
+    // It is in force now, and was before if no other state came.
+    if (isOwn && own?.step && own.step === this.step) this.history = this.fresh()
+    this.end()
+    this.failure = null
     this.applied = event
+    this.changed('all')
+  }
+
+  /** Something is applied, perhaps from another tab, or before this page was loaded again. */
+  private takeProgress(event: ProgressEvent): void {
+    const isNew = !this.isApplying
+    this.isApplying = true
+    this.progress = event
+    if (isNew) this.applied = null
+    this.changed(isNew ? 'all' : 'progress')
+  }
+
+  private takeMeasured({ measured_tps, tokens_per_sweep, limit_share, now }: MeasuredEvent): void {
+    const { plan } = this.state
+    const tiers = plan.tiers.map(tier => ({ ...tier, now: now[tier.device] ?? {} }))
+    this.state = { ...this.state, measured_tps, tokens_per_sweep, limit_share, plan: { ...plan, tiers } }
+    this.changed('figures')
+  }
+
+  /** Whether a number is of another front end, and ends the Apply that is shown and is not from here. */
+  private isEndOfOther(seq: number): boolean {
+    return this.isApplying && this.own === null && !this.talk.isOwn(seq)
+  }
+
+  private end(): void {
+    this.own = this.progress = null
+    this.isApplying = false
   }
 }
 
 function homesOf(plan: PlanState): Record<string, string> {
   return Object.fromEntries(plan.blocks.map(block => [block.label, block.home]))
+}
+
+/** Budgets that were set, by device. */
+function limitsOf(plan: PlanState): Record<string, number> {
+  return Object.fromEntries(plan.tiers.filter(tier => tier.is_limited).map(tier => [tier.device, tier.limit]))
+}
+
+function placementOf(plan: PlanState): Required<Placement> {
+  return { homes: homesOf(plan), policy: '', limits: limitsOf(plan) }
+}
+
+/** A plan that was in force, as one to ask for. */
+function stepTo(plan: PlanState): Step {
+  return { placement: placementOf(plan), plan, answer: null, failure: null, gesture: '' }
 }

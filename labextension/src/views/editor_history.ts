@@ -1,10 +1,10 @@
 /** Steps that can be undone and done again. A gesture (a slider that moves) is one step. */
 export class History<T> {
-  private past: T[] = []
   private future: T[] = []
   private gesture = ''
 
-  constructor(private now: T) {}
+  /** `past` can be undone from the beginning. */
+  constructor(private now: T, private readonly past: T[] = []) {}
 
   get current(): T {
     return this.now

@@ -169,6 +169,16 @@ export function sumOf(sizes: Record<string, number>): number {
   return Object.values(sizes).reduce((sum, size) => sum + size, 0)
 }
 
+/** Whether the same placement is in force in both: homes and ways of all blocks, and the budgets that were set. */
+export function isSamePlacement(a: MapState, b: MapState): boolean {
+  return a === b || (a.status === b.status && a.model === b.model && placementKey(a.plan) === placementKey(b.plan))
+}
+
+function placementKey({ blocks, tiers }: PlanState): string {
+  const limits = tiers.map(tier => [tier.device, tier.is_limited && tier.limit])
+  return JSON.stringify([blocks.map(({ label, home, compute, way }) => [label, home, compute, way]), limits])
+}
+
 /** Whether blocks of this map may be moved: the model is here, or can be loaded. */
 export function isEditable(state: MapState): boolean {
   return (state.status === 'loaded' || state.status === 'planned') && state.plan.blocks.length > 0

@@ -117,7 +117,10 @@ class SweepTimes:
 
     def _begin(self) -> Measurement | None:
         places = {place.block.name: place.compute for place in self._placed.plan.placements}
-        made = self._make_timers(set(places.values()))
+        try:
+            made = self._make_timers(set(places.values()))
+        except Exception:  # a device that cannot be timed is not timed
+            made = None
         if made is None:
             return None
         self._began_s = self._clock()
@@ -151,6 +154,13 @@ class _Block:
         return wait, copy, max(0.0, run - wait)
 
 
+def _trips(arrival: Arrival | None) -> Any:
+    try:
+        return arrival.trips() if arrival is not None else ()
+    except Exception:
+        return None  # not whole, then
+
+
 class Measurement:
     """One sweep, as the blocks and the lanes that bring their weights tell it.
 
@@ -179,7 +189,7 @@ class Measurement:
             return None
         try:
             times = [block.times() for block in self._blocks]
-        except RuntimeError:  # a device that lost its events
+        except Exception:  # a device that lost its events: the answer goes on without
             self.is_whole = False
             return None
         known = tuple(each for each in times if each is not None)
@@ -208,7 +218,7 @@ class Measurement:
     def goes_on(self, arrival: Arrival | None) -> None:
         """They are."""
         block, since, end = self._at_work, self._still_since, self._now()
-        trips = arrival.trips() if arrival is not None else ()
+        trips = _trips(arrival)
         if block is None or since is None or end is None or trips is None:
             self.is_whole = False
             return
@@ -220,5 +230,5 @@ class Measurement:
             return None
         try:
             return self._at_work.timer()
-        except RuntimeError:  # a device without room for an event must not end the answer
+        except Exception:  # a device without room for an event must not end the answer
             return None
