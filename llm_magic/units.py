@@ -65,16 +65,16 @@ def format_bandwidth(bytes_per_s: float) -> str:
     """``25.1e9`` as ``"25.1 GB/s"``, ``1008e9`` as ``"1008 GB/s"``: decimal units, as buses and disks are sold."""
     if bytes_per_s >= 99.95e9:
         return f"{bytes_per_s / 1e9:.0f} GB/s"
-    if bytes_per_s >= 1e9:
+    if bytes_per_s >= 0.9995e9:
         return f"{bytes_per_s / 1e9:.1f} GB/s"
     return f"{bytes_per_s / 1e6:.0f} MB/s"
 
 
 def format_seconds(seconds: float) -> str:
     """``0.084`` as ``"84 ms"``, ``3.21`` as ``"3.2 s"``, ``75`` as ``"1 min 15 s"``."""
-    if seconds < 1:
+    if seconds < 0.9995:
         return f"{seconds * 1e3:.0f} ms"
-    if seconds < 60:
+    if seconds < 59.95:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
@@ -83,15 +83,15 @@ def format_seconds(seconds: float) -> str:
 
 def format_rate(tokens_per_s: float) -> str:
     """``31.42`` as ``"31.4 tok/s"``; three significant digits below 100."""
-    if tokens_per_s >= 100:
+    if tokens_per_s >= 99.95:
         return f"{tokens_per_s:.0f} tok/s"
-    return f"{tokens_per_s:.1f} tok/s" if tokens_per_s >= 1 else f"{tokens_per_s:.2f} tok/s"
+    return f"{tokens_per_s:.1f} tok/s" if tokens_per_s >= 0.995 else f"{tokens_per_s:.2f} tok/s"
 
 
 def format_count(count: float) -> str:
     """``8030261248`` as ``"8.03 B"``: parameters and tokens."""
     for unit, factor in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
-        if count >= factor:
+        if count >= factor * 0.9995:
             return f"{count / factor:.3g} {unit}"
     return f"{count:.0f}"
 
@@ -99,6 +99,6 @@ def format_count(count: float) -> str:
 def format_flops(operations_per_s: float) -> str:
     """``165.2e12`` as ``"165 TFLOPS"``: dense floating-point operations per second."""
     for unit, factor in (("PFLOPS", 1e15), ("TFLOPS", 1e12)):
-        if operations_per_s >= factor:
+        if operations_per_s >= factor * 0.9995:
             return f"{operations_per_s / factor:.3g} {unit}"
     return f"{operations_per_s / 1e9:.0f} GFLOPS"

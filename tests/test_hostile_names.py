@@ -110,7 +110,7 @@ def test_what_is_shown_while_it_comes_is_harmless(payload: str, monkeypatch: pyt
     screen = NotebookScreen(Plugins().formats)
     ours: set[str] = set()
     for shown in ("x", text):
-        progress = screen.progress(shown)
+        progress = screen.progress(shown, lambda: None)
         progress.close(shown)
         answer = Answer()
         answer.take(TokenEvent(shown))
@@ -128,7 +128,7 @@ class Terminal(io.StringIO):
 
 def test_the_title_of_a_job_cannot_steer_a_terminal() -> None:
     out = Terminal()
-    TextScreen({}, out).progress(f"Loading {CONTROLS}name").close("")
+    TextScreen({}, out).progress(f"Loading {CONTROLS}name", lambda: None).close("")
     assert "name" in out.getvalue()
     assert not (FORBIDDEN - {"\r"}) & set(out.getvalue())
 

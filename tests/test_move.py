@@ -56,7 +56,7 @@ class PressingStop:
     def __init__(self, go: threading.Event) -> None:
         self._go = go
 
-    def progress(self, title):
+    def progress(self, title, cancel):
         return self
 
     def update(self, event):

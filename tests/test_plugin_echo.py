@@ -134,8 +134,10 @@ def test_policies_formats_and_observers_of_plugins(site: Path) -> None:
     output = run_cells(site, cells)
     assert "placed by here" in output
     assert "POLLY WANTS A CRACKER" in output
-    assert [line for line in output.splitlines() if line.startswith("seen:")] == [
+    seen = dict.fromkeys(line for line in output.splitlines() if line.startswith("seen:"))
+    assert list(seen) == [
         "seen: LoadedModel 1",
+        "seen: Answer 1",
         "seen: Generation 1",
         "seen: Unloaded 0",
     ]

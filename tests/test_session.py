@@ -53,7 +53,7 @@ class InterruptedLoad:
         self._phase, self._go = phase, go
         self.summary = ""
 
-    def progress(self, title):
+    def progress(self, title, cancel):
         return self
 
     def update(self, event):

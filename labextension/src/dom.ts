@@ -25,6 +25,12 @@ export function replace(parent: Element, ...children: Child[]): void {
   parent.replaceChildren(...children.filter(isChild))
 }
 
+/** The element that has the focus in the tree of this one: in its shadow root, or in the page. */
+export function activeIn(element: Node): Element | null {
+  const tree = element.getRootNode()
+  return tree instanceof Document || tree instanceof ShadowRoot ? tree.activeElement : null
+}
+
 /** Set the text of an element, only when it is another: assistive technology speaks of changes. */
 export function setText(element: Element, text: string): void {
   if (element.textContent !== text) element.textContent = text

@@ -20,14 +20,14 @@ export function formatBytes(count: number): string {
 /** `25.1e9` as `25.1 GB/s`: decimal units, as buses and disks are sold. */
 export function formatBandwidth(bytesPerS: number): string {
   if (bytesPerS >= 99.95e9) return `${(bytesPerS / 1e9).toFixed(0)} GB/s`
-  if (bytesPerS >= 1e9) return `${(bytesPerS / 1e9).toFixed(1)} GB/s`
+  if (bytesPerS >= 0.9995e9) return `${(bytesPerS / 1e9).toFixed(1)} GB/s`
   return `${(bytesPerS / 1e6).toFixed(0)} MB/s`
 }
 
 /** `0.084` as `84 ms`, `3.21` as `3.2 s`, `75` as `1 min 15 s`. */
 export function formatSeconds(seconds: number): string {
-  if (seconds < 1) return `${(seconds * 1e3).toFixed(0)} ms`
-  if (seconds < 60) return `${seconds.toFixed(1)} s`
+  if (seconds < 0.9995) return `${(seconds * 1e3).toFixed(0)} ms`
+  if (seconds < 59.95) return `${seconds.toFixed(1)} s`
   const whole = Math.round(seconds)
   const hours = Math.floor(whole / 3600)
   const minutes = Math.floor((whole % 3600) / 60)
@@ -37,14 +37,14 @@ export function formatSeconds(seconds: number): string {
 
 /** `31.42` as `31.4 tok/s`; three significant digits below 100. */
 export function formatRate(tokensPerS: number): string {
-  if (tokensPerS >= 100) return `${tokensPerS.toFixed(0)} tok/s`
-  return tokensPerS >= 1 ? `${tokensPerS.toFixed(1)} tok/s` : `${tokensPerS.toFixed(2)} tok/s`
+  if (tokensPerS >= 99.95) return `${tokensPerS.toFixed(0)} tok/s`
+  return tokensPerS >= 0.995 ? `${tokensPerS.toFixed(1)} tok/s` : `${tokensPerS.toFixed(2)} tok/s`
 }
 
 /** `8030261248` as `8.03 B`: parameters and tokens. */
 export function formatCount(count: number): string {
   for (const [unit, factor] of [['T', 1e12], ['B', 1e9], ['M', 1e6], ['K', 1e3]] as [string, number][]) {
-    if (count >= factor) return `${Number((count / factor).toPrecision(3))} ${unit}`
+    if (count >= factor * 0.9995) return `${Number((count / factor).toPrecision(3))} ${unit}`
   }
   return count.toFixed(0)
 }
@@ -52,7 +52,17 @@ export function formatCount(count: number): string {
 /** `165.2e12` as `165 TFLOPS`: dense floating-point operations per second. */
 export function formatFlops(operationsPerS: number): string {
   for (const [unit, factor] of [['PFLOPS', 1e15], ['TFLOPS', 1e12]] as [string, number][]) {
-    if (operationsPerS >= factor) return `${Number((operationsPerS / factor).toPrecision(3))} ${unit}`
+    if (operationsPerS >= factor * 0.9995) return `${Number((operationsPerS / factor).toPrecision(3))} ${unit}`
   }
   return `${(operationsPerS / 1e9).toFixed(0)} GFLOPS`
+}
+
+/** `1412` as `1,412`, in every language. */
+export function formatNumber(count: number): string {
+  return Math.round(count).toLocaleString('en-US')
+}
+
+/** `0.274` as `27 %`: a share in whole percents. */
+export function formatPercent(share: number): string {
+  return `${(100 * share).toFixed(0)} %`
 }

@@ -1,35 +1,18 @@
 /** The numbers of an answer: tokens, speed, and what bounds it. */
 
 import { h } from '../dom'
-import type { Translate, Word } from '../i18n'
-import { formatRate, formatSeconds } from '../units'
+import type { Translate } from '../i18n'
+import { formatNumber, formatRate, formatSeconds } from '../units'
 import type { AnswerEvent } from '../wire'
+import { boundWords } from './bound'
 
 // Below this, one sweep makes one token and needs no words.
 const ONE_TOKEN = 1.05
-/** What the kernel says of the bound, and how that is said here. */
-const BOUNDS: [RegExp, Word][] = [
-  [/^bus to (?<device>[^,]+), (?<speed>.+)$/, 'answerBoundBus'],
-  [/^disk, (?<speed>.+)$/, 'answerBoundDisk'],
-  [/^memory of (?<device>[^,]+), (?<speed>.+)$/, 'answerBoundMemory'],
-  [/^RAM for CPU and buses, (?<speed>.+)$/, 'answerBoundShared'],
-  [/^matrix products on (?<device>.+)$/, 'answerBoundProducts'],
-  [/^launching kernels on (?<device>.+)$/, 'answerBoundKernels'],
-]
 
 /** `142 tokens`, `9.8 tok/s`, …: what is known by now, in the order of its weight. */
 export function figures(event: AnswerEvent | null, boundBy: string, t: Translate): string[] {
-  const bound = boundBy && boundBy !== 'unknown' ? [t('answerBoundBy', { what: boundWords(boundBy, t) })] : []
+  const bound = boundBy && boundBy !== 'unknown' ? [t('answerBoundBy', { what: boundWords(t, boundBy) })] : []
   return event ? [...measured(event, t), ...bound] : bound
-}
-
-/** The bound in the reader's language; words that we do not know stay as they came. */
-export function boundWords(boundBy: string, t: Translate): string {
-  for (const [pattern, word] of BOUNDS) {
-    const groups = pattern.exec(boundBy)?.groups
-    if (groups) return t(word, groups)
-  }
-  return boundBy
 }
 
 /** Figures as elements that wrap between two of them, never inside of one. */
@@ -47,5 +30,5 @@ function measured(event: AnswerEvent, t: Translate): string[] {
 }
 
 function tokensWords(count: number, t: Translate): string {
-  return count === 1 ? t('answerToken') : t('answerTokens', { count: count.toLocaleString('en-US') })
+  return count === 1 ? t('answerToken') : t('answerTokens', { count: formatNumber(count) })
 }

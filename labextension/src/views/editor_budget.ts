@@ -27,26 +27,34 @@ export function makeBudget(t: Translate, device: string, editor: Editor): Budget
   const name = t('editBudgetOf', { device: deviceTitle(t, device) })
   const input = h('input', { type: 'range', min: 0, 'aria-label': name }) as HTMLInputElement
   const value = h('span', { class: 'small num muted' })
+  const all = h('button', { type: 'button', class: 'small all', 'aria-label': `${name}: ${t('editNoLimit')}` }, t('editAll')) as HTMLButtonElement
   // As wide as the tier's bar where that shows all of it: the thumb is where the budget ends in the bar.
   const line = h('div', { class: 'slider' }, input)
   input.addEventListener('input', () => editor.setLimit(device, Number(input.value) * MIB))
   input.addEventListener('change', () => editor.endGesture())
+  all.addEventListener('click', () => {
+    input.focus() // the button goes
+    editor.clearLimit(device)
+  })
   const element = h('div', { class: 'row budget' },
     h('div', { class: 'small muted' }, t('editBudget')),
-    h('div', { class: 'field' }, h('div', { class: 'track' }, line)), value)
+    h('div', { class: 'field' }, h('div', { class: 'track' }, line)), h('div', {}, value, ' ', all))
   return {
     element,
     show(plan, tier) {
+      const isSet = device in editor.limits
       const most = maximum(plan, tier, editor.limits[device])
-      const limit = Math.min(editor.limits[device] ?? tier.limit, most)
+      // A plan whose budget was just given up does not know yet how much there is without it.
+      const limit = Math.min(editor.limits[device] ?? (tier.is_limited ? tier.free : tier.limit), most)
       setAttribute(input, 'max', String(Math.floor(most / MIB)))
       setAttribute(input, 'step', String(stepOf(Math.min(most, 2 * plan.bytes))))
       const now = String(Math.round(limit / MIB))
       if (input.value !== now) input.value = now
-      input.disabled = !editor.canEdit
+      input.disabled = all.disabled = !editor.canEdit
+      all.hidden = !isSet
       const words = t('editBudgetValue', { size: formatBytes(limit), total: formatBytes(most) })
       setAttribute(input, 'aria-valuetext', words)
-      setText(value, device in editor.limits ? formatBytes(limit) : t('editAllFree', { size: formatBytes(limit) }))
+      setText(value, isSet ? formatBytes(limit) : t('editAllFree', { size: formatBytes(limit) }))
       line.style.width = tier.is_whole ? share(most, scaleOf(shownTiers(plan, true))) : '100%'
       line.style.setProperty('--at', share(limit, most))
     },

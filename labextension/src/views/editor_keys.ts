@@ -1,12 +1,11 @@
 /** Blocks by keyboard: arrows go, Shift extends, Space toggles, M asks where to, Alt with an arrow moves. */
 
 import type { BlockList } from './map_list'
+import type { PlanState } from '../wire'
 import type { Editor } from './editor'
 
 export interface KeyHooks {
   editor: Editor
-  /** Devices that can be moved to, fastest first. */
-  devices: () => string[]
   /** Show where the selection could go, and put the focus there. */
   askWhere: () => void
   /** Something was chosen, or given up. */
@@ -56,7 +55,7 @@ function choiceKey(event: KeyboardEvent, label: string, hooks: KeyHooks): boolea
     case 'm':
     case 'M':
     case 'Enter':
-      if (!editor.selection.labels.size) editor.selection.only(label)
+      choose(editor, label)
       hooks.chosen()
       hooks.askWhere()
       return true
@@ -75,12 +74,25 @@ function allKey(event: KeyboardEvent, list: BlockList, { editor, chosen }: KeyHo
 }
 
 /** Alt with an arrow: to the tier above or below, as far as there is one that holds blocks. */
-function moveKey(event: KeyboardEvent, label: string, { editor, devices }: KeyHooks): boolean {
+function moveKey(event: KeyboardEvent, label: string, { editor, chosen }: KeyHooks): boolean {
   const step = { ArrowUp: -1, ArrowDown: 1 }[event.key]
   if (step === undefined || !editor.canEdit) return false
-  const home = editor.plan.blocks.find(block => block.label === label)?.home ?? ''
-  const target = devices()[devices().indexOf(home) + step]
-  const labels = editor.selection.labels.size ? editor.selection.labels : [label]
-  if (target !== undefined) editor.move(labels, target)
+  choose(editor, label)
+  const target = neighbour(editor.plan, label, step)
+  if (target === '' || !editor.move(editor.selection.labels, target)) chosen()
   return true
+}
+
+/** What is done is done to the focused block: it takes the place of a selection that it is not in. */
+function choose({ selection }: Editor, label: string): void {
+  if (!selection.has(label)) selection.only(label)
+}
+
+/** The next tier above or below a block's home that holds blocks; empty where there is none. */
+function neighbour({ blocks, tiers }: PlanState, label: string, step: number): string {
+  const home = blocks.find(block => block.label === label)?.home
+  const at = tiers.findIndex(tier => tier.device === home)
+  if (at < 0) return ''
+  const beyond = step > 0 ? tiers.slice(at + 1) : tiers.slice(0, at).reverse()
+  return beyond.find(tier => tier.can_hold)?.device ?? ''
 }

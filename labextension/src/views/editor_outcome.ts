@@ -5,6 +5,7 @@ import type { Translate } from '../i18n'
 import { formatBytes, formatRate, formatSeconds } from '../units'
 import type { FailedEvent, PlanState } from '../wire'
 import type { Editor, Step } from './editor'
+import { formatNumber, formatPercent } from './map_numbers'
 import { verdict } from './map_words'
 
 export interface Outcome {
@@ -35,7 +36,7 @@ export function statusWords(t: Translate, editor: Editor): string {
   const { applied, step, isApplying } = editor
   if (applied) {
     const word = applied.changed === 1 ? 'editAppliedOne' : 'editApplied'
-    return t(word, { count: applied.changed, time: formatSeconds(applied.seconds) })
+    return t(word, { count: formatNumber(applied.changed), time: formatSeconds(applied.seconds) })
   }
   if (isApplying) return t('editApplying')
   return step?.answer ? answerWords(t, editor, step) : ''
@@ -45,7 +46,7 @@ function answerWords(t: Translate, editor: Editor, { answer }: Step): string {
   if (!answer) return ''
   const isPlanned = editor.state.status === 'planned'
   if (!answer.changed) return t(isPlanned ? 'editSamePlan' : 'editNothingMoves')
-  const words = { count: answer.changed, size: formatBytes(answer.moved_bytes) }
+  const words = { count: formatNumber(answer.changed), size: formatBytes(answer.moved_bytes) }
   if (answer.changed === 1) return t(isPlanned ? 'editWouldDifferOne' : 'editWouldMoveOne', words)
   return t(isPlanned ? 'editWouldDiffer' : 'editWouldMove', words)
 }
@@ -70,7 +71,7 @@ function answered(t: Translate, before: PlanState, after: PlanState): HTMLElemen
 function speed(name: string, before: number, after: number): HTMLElement {
   const change = before > 0 && after > 0 ? 100 * (after / before - 1) : 0
   const sign = change > 0 ? '▲ +' : '▼ −'
-  const words = Math.abs(change) >= 0.5 ? `${sign}${Math.abs(change).toFixed(0)} %` : ''
+  const words = Math.abs(change) >= 0.5 ? `${sign}${formatPercent(Math.abs(change))}` : ''
   return h(
     'span', { class: 'chip num' }, `${name} `, h('span', { class: 'muted' }, `${before ? formatRate(before) : '?'} → `),
     h('b', {}, after ? formatRate(after) : '?'), words && h('span', { class: change > 0 ? 'up' : 'down' }, ` ${words}`),

@@ -8,6 +8,7 @@ import type { Editor } from './editor'
 import { makeOutcome, statusWords } from './editor_outcome'
 import { makeProgress } from './editor_progress'
 import { makePolite } from './map_polite'
+import { formatNumber } from './map_numbers'
 import { deviceTitle } from './map_words'
 
 export interface Panel {
@@ -40,7 +41,7 @@ export function makePanel(t: Translate, editor: Editor, devices: () => string[],
     show() {
       selection.show()
       steps.show()
-      copy.show(editor.plan.exports, editor.canEdit)
+      copy.show(editor.plan.exports, editor.canEdit && editor.isKnown)
       setText(apply, t(editor.state.status === 'planned' ? 'editLoad' : 'editApply'))
       apply.disabled = !editor.canApply
       progress.show(editor)
@@ -119,7 +120,7 @@ export function selectedWords(t: Translate, editor: Editor): string {
   const movers = editor.movers(labels)
   const blocks = editor.plan.blocks.filter(block => movers.has(block.label))
   const size = formatBytes(blocks.reduce((sum, block) => sum + block.bytes, 0))
-  const words = t(blocks.length === 1 ? 'editBlock' : 'editBlocks', { count: blocks.length, size })
+  const words = t(blocks.length === 1 ? 'editBlock' : 'editBlocks', { count: formatNumber(blocks.length), size })
   const tied = blocks.filter(block => !labels.has(block.label)).map(block => block.label)
   return tied.length ? `${words} ${t('editWithTied', { labels: tied.join(', ') })}` : words
 }

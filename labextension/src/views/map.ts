@@ -8,7 +8,7 @@ import type { Shown, StateOf, Surroundings, View } from '../view'
 import type { Event, PlanState } from '../wire'
 import { type Budget, hasBudget, makeBudget } from './editor_budget'
 import { makeDrag } from './editor_drag'
-import { Editor } from './editor'
+import { type Change, Editor } from './editor'
 import { blockKey, type KeyHooks } from './editor_keys'
 import { dropHooks } from './editor_drop'
 import { makePanel } from './editor_panel'
@@ -51,7 +51,7 @@ class MapScreen implements Shown<MapState> {
 
   constructor(state: MapState, private readonly surroundings: Surroundings) {
     const { t, view, send, root } = surroundings
-    this.editor = new Editor(state, view, send, () => this.redraw())
+    this.editor = new Editor(state, view, send, what => this.changed(what))
     this.head = makeHead(t)
     this.tiers = new Tiers(t)
     this.strip = new Strip(t)
@@ -72,16 +72,15 @@ class MapScreen implements Shown<MapState> {
   }
 
   update(state: MapState): void {
+    if (!this.editor.update(state)) return
     this.drag.cancel()
     this.tip.hide()
     if (state.status === 'unloaded') this.rest()
-    this.editor.update(state)
   }
 
   event(event: Event): void {
     if (this.lostMessage) return
     if (event.type === 'sweep') this.sweep(event.times)
-    else if (event.type === 'answer' && event.phase === 'generating') this.flow.begin()
     else this.editor.take(event)
     this.frame.classList.toggle('is-flowing', this.flow.isOn)
   }
@@ -97,6 +96,7 @@ class MapScreen implements Shown<MapState> {
   cleanup(): void {
     this.drag.cancel()
     this.flow.cleanup()
+    this.editor.cleanup()
     this.panel.cleanup()
     this.resizes?.disconnect()
     replace(this.surroundings.root)
@@ -111,11 +111,17 @@ class MapScreen implements Shown<MapState> {
     return { plan, base: state.plan, selected: selection.labels, canEdit, names: this.names }
   }
 
+  private changed(what: Change): void {
+    if (what === 'progress') this.panel.show()
+    else if (what === 'figures') this.showFigures()
+    else this.redraw()
+  }
+
   private redraw(): void {
     const focused = this.focused()
-    const { editor, scene } = this
-    const { step, state } = editor
-    this.head.show(state, scene.plan, step !== null, step !== null && !step.answer && !step.failure)
+    const { state, canEdit } = this.editor
+    if (!canEdit) this.drag.cancel()
+    this.head.show(this.editor)
     this.showBlocks()
     this.showLegend()
     this.showBudgets()
@@ -123,6 +129,12 @@ class MapScreen implements Shown<MapState> {
     this.panel.show()
     this.showBanner()
     this.refocus(focused)
+  }
+
+  /** How the last answer went, and what the model holds since. */
+  private showFigures(): void {
+    this.head.show(this.editor)
+    this.tiers.showNow(this.scene)
   }
 
   /** All cells, at the width there is. */
@@ -175,6 +187,7 @@ class MapScreen implements Shown<MapState> {
     if (!this.lostMessage && this.editor.state.status !== 'unloaded') return
     this.flow.clear()
     this.strip.clear()
+    this.showLegend()
   }
 
   private watchWidth(): ResizeObserver | null {
@@ -227,7 +240,7 @@ class MapScreen implements Shown<MapState> {
 
   private key(event: KeyboardEvent): boolean {
     const { editor } = this
-    if (event.key === 'Escape') this.tip.hide()
+    if (event.key === 'Escape' && this.tip.isShown) return this.tip.hide(), true
     const isText = event.target instanceof HTMLTextAreaElement
     if ((event.ctrlKey || event.metaKey) && !isText) {
       const key = event.key.toLowerCase()
@@ -241,7 +254,6 @@ class MapScreen implements Shown<MapState> {
   private get keyHooks(): KeyHooks {
     return {
       editor: this.editor,
-      devices: () => this.targets(),
       askWhere: () => this.panel.askWhere(),
       chosen: () => this.chosen(),
     }
@@ -285,7 +297,7 @@ class MapScreen implements Shown<MapState> {
     const place = target.closest('.name, .counts, .parts')
     const device = place?.closest('[data-device]')?.getAttribute('data-device')
     const tier = plan.tiers.find(one => one.device === device)
-    return place && tier ? { over: place, lines: tierLines(t, tier) } : null
+    return place && tier ? { over: place, lines: tierLines(t, this.scene, tier) } : null
   }
 
   private focusedIn(target: EventTarget | null): void {

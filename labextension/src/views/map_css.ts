@@ -41,9 +41,9 @@ export const MAP_CSS = `
 .map .bar .blocks { flex: 0 1 auto; }
 .map .block {
   position: relative; flex: 0 1 auto; min-width: 2px; color: #fff; font-size: 10px; line-height: 1; user-select: none;
-  -webkit-user-select: none; touch-action: none; cursor: default; text-align: center; overflow: hidden;
+  -webkit-user-select: none; cursor: default; text-align: center; overflow: hidden;
 }
-.map.can-edit .block { cursor: grab; }
+.map.can-edit .block { cursor: grab; touch-action: none; }
 .map.is-dragging, .map.is-dragging .block { cursor: grabbing; }
 .map .bar .block { box-shadow: inset -1px 0 0 var(--page); }
 .map .bar .block.thin { box-shadow: none; }
@@ -107,6 +107,7 @@ export const MAP_CSS = `
 .map .budget { min-height: 20px; }
 .map .budget > :first-child { text-align: right; }
 .map .budget > :last-child { text-align: right; }
+.map .budget .all { min-height: 18px; padding: 0 6px; }
 .map .slider { min-width: 64px; max-width: 100%; }
 .map input[type="range"] {
   appearance: none; display: block; width: calc(100% + 12px); height: 18px; margin: 0 -6px; cursor: ew-resize; border-radius: 4px;
@@ -150,7 +151,7 @@ export const MAP_CSS = `
 
 /* Controls. */
 .map .panel { margin-top: 12px; padding: 10px 12px; border: 1px solid var(--line); border-radius: 8px; background: var(--card); display: grid; gap: 8px; }
-.map .panel:focus { outline: none; }
+.map .panel:focus:not(:focus-visible) { outline: none; }
 .map .contents { display: contents; }
 .map .panel > :empty, .map .contents > :empty { display: none; }
 .map .selection-row { display: flex; flex-wrap: wrap; gap: 6px 12px; align-items: center; min-height: 28px; }

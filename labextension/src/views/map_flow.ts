@@ -8,7 +8,6 @@ export interface Flow {
   readonly isOn: boolean
   /** There are times of a sweep. */
   readonly isLive: boolean
-  begin: () => void
   /** A sweep that took so long is over; the next may take as long. */
   sweep: (seconds: number) => void
   clear: () => void
@@ -37,7 +36,6 @@ export function makeFlow(rested: () => void): Flow {
     get isLive() {
       return isLive
     },
-    begin: () => keepOn(REST_MS),
     sweep(seconds) {
       isLive = true
       keepOn(Math.min(AT_MOST_MS, REST_MS + 2000 * seconds))

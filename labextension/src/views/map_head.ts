@@ -4,13 +4,16 @@ import { h, replace, setText } from '../dom'
 import type { Translate } from '../i18n'
 import { formatRate } from '../units'
 import type { MapState, PlanState } from '../wire'
+import type { Editor } from './editor'
+import { boundWords } from './bound'
+import { formatNumber, formatPercent } from './map_numbers'
 import { headline, placementWords, verdict } from './map_words'
 
 const SWEEP_WORTH_SAYING = 1.05 // tokens per sweep; with less, nothing was speculated
 
 export interface Head {
   element: HTMLElement
-  show: (state: MapState, plan: PlanState, isProposal: boolean, isGuess: boolean) => void
+  show: (editor: Editor) => void
 }
 
 export function makeHead(t: Translate): Head {
@@ -21,25 +24,32 @@ export function makeHead(t: Translate): Head {
   const element = h('div', {}, h('div', { class: 'title' }, name, facts), chips, notes)
   return {
     element,
-    show(state, plan, isProposal, isGuess) {
+    show(editor) {
+      const { plan, step } = editor
       setText(name, plan.name)
       setText(facts, headline(t, plan))
-      replace(chips, ...makeChips(t, state, plan, isProposal, isGuess))
+      replace(chips, ...(step ? proposalChips(t, editor) : chipsInForce(t, editor.state)))
       // What a proposal means is said below, beside Apply.
-      replace(notes, ...(isProposal ? [] : makeNotes(plan)))
+      replace(notes, ...(step ? [] : makeNotes(plan)))
     },
   }
 }
 
-function makeChips(
-  t: Translate, state: MapState, plan: PlanState, isProposal: boolean, isGuess: boolean,
-): HTMLElement[] {
-  if (isGuess) return [chip(t('editProposed'), 'proposed'), chip(t('editAsking'))]
-  const words = isProposal ? forecast(t, plan) : [...forecast(t, plan), ...measured(t, state)]
+/** Of a proposal there is nothing to say before Python has said it, and nothing when it was refused. */
+function proposalChips(t: Translate, { plan, isKnown, isWaiting }: Editor): HTMLElement[] {
+  const proposed = chip(t('editProposed'), 'proposed')
+  if (isKnown) return [proposed, ...planChips(t, plan)]
+  return isWaiting ? [proposed, chip(t('editAsking'))] : [proposed]
+}
+
+function chipsInForce(t: Translate, state: MapState): HTMLElement[] {
+  return [...planChips(t, state.plan), ...measured(t, state).filter(Boolean).map(text => chip(text))]
+}
+
+function planChips(t: Translate, plan: PlanState): HTMLElement[] {
   return [
-    ...(isProposal ? [chip(t('editProposed'), 'proposed')] : []),
     chip(verdict(t, plan), plan.fits ? 'good' : 'bad'),
-    ...[placementWords(t, plan), ...words].filter(Boolean).map(text => chip(text)),
+    ...[placementWords(t, plan), ...forecast(t, plan)].filter(Boolean).map(text => chip(text)),
   ]
 }
 
@@ -48,7 +58,7 @@ function forecast(t: Translate, plan: PlanState): string[] {
   const prefill = plan.prefill_tps ? [t('mapPrefill', { rate: formatRate(plan.prefill_tps) })] : []
   return [
     [t('mapForecast', { rate: formatRate(plan.decode_tps) }), ...prefill].join(' · '),
-    plan.bound_by ? t('mapBoundBy', { what: plan.bound_by }) : '',
+    plan.bound_by ? t('mapBoundBy', { what: boundWords(plan.bound_by, t) }) : '',
   ]
 }
 
@@ -58,9 +68,9 @@ function measured(t: Translate, state: MapState): string[] {
   return [
     [
       t('mapMeasured', { rate: formatRate(state.measured_tps) }),
-      ...(limit ? [t('mapOfLimit', { percent: (100 * limit).toFixed(0) })] : []),
+      ...(limit ? [t('mapOfLimit', { percent: formatPercent(100 * limit) })] : []),
     ].join(' · '),
-    tokens > SWEEP_WORTH_SAYING ? t('mapTokensPerSweep', { count: tokens.toFixed(1) }) : '',
+    tokens > SWEEP_WORTH_SAYING ? t('mapTokensPerSweep', { count: formatNumber(tokens, 1) }) : '',
   ]
 }
 

@@ -10,7 +10,7 @@ import {
 } from './map_facts'
 import { BlockList } from './map_list'
 import {
-  deviceTitle, leftWords, onDevice, partsWords, partWords, purposeWords, tierName, tierSize, trafficWords,
+  deviceTitle, heldWords, leftWords, onDevice, partsWords, partWords, purposeWords, tierName, tierSize, trafficWords,
 } from './map_words'
 
 const PIXELS = 600 // of the widest bar, where nothing is laid out yet
@@ -24,6 +24,7 @@ export interface TierRow {
   list: BlockList
   slot: HTMLElement
   show: (scene: Scene, tier: TierState, scale: number, pixels: number) => void
+  showNow: (scene: Scene, tier: TierState) => void
 }
 
 export class Tiers {
@@ -51,6 +52,14 @@ export class Tiers {
     this.showScale(scale, pixels)
   }
 
+  /** Only what the loaded model uses now. */
+  showNow(scene: Scene): void {
+    for (const row of this.rows) {
+      const tier = scene.plan.tiers.find(one => one.device === row.device)
+      if (tier) row.showNow(scene, tier)
+    }
+  }
+
   /** Look how wide bars can be; a layout is dear, so only when the width is another. */
   measure(): void {
     this.pixels = this.track.clientWidth || PIXELS
@@ -76,38 +85,57 @@ export class Tiers {
   }
 }
 
-function makeRow(t: Translate, first: TierState): TierRow {
-  const { device } = first
+function makeRow(t: Translate, { device }: TierState): TierRow {
   const title = deviceTitle(t, device)
-  const list = new BlockList(t, t('mapBlocksIn', { where: title }))
   const link = makeLink(t, device)
-  const name = h('div', { class: 'muted small' })
-  const size = h('div', { class: 'muted small num' })
-  const planned = h('b')
-  const change = h('span', { class: 'small change' })
-  const left = h('div', { class: 'small' })
-  const parts = h('div', { class: 'parts', role: 'img' })
-  const bar = h('div', { class: 'bar' }, list.element, parts)
-  const end = h('div', { class: 'ends' })
+  const name = makeName(t, title)
+  const bar = makeBar(t, title)
+  const counts = makeCounts(t)
   const slot = h('div', { class: 'budget-slot' })
   const element = h(
     'div', { class: 'tier', 'data-device': device }, link.element,
-    h('div', { class: 'row' },
-      h('div', { class: 'name' }, h('b', {}, title), name, size),
-      h('div', { class: 'field' }, h('div', { class: 'track' }, bar, end)),
-      h('div', { class: 'counts num' }, h('div', {}, planned, change), left)),
-    slot,
+    h('div', { class: 'row' }, name.element, bar.element, counts.element), slot,
   )
   return {
-    device, element, list, slot,
+    device, element, slot,
+    list: bar.list,
     show(scene, tier, scale, pixels) {
       link.show(scene.plan, scale)
+      name.show(tier)
+      bar.show(scene, tier, scale, pixels)
+      counts.show(scene, tier)
+    },
+    showNow: counts.showLeft,
+  }
+}
+
+function makeName(t: Translate, title: string): { element: HTMLElement; show: (tier: TierState) => void } {
+  const name = h('div', { class: 'muted small' })
+  const size = h('div', { class: 'muted small num' })
+  return {
+    element: h('div', { class: 'name' }, h('b', {}, title), name, size),
+    show(tier) {
       setText(name, tierName(t, tier))
       setText(size, tierSize(t, tier))
-      setText(planned, formatBytes(tier.planned))
-      setText(change, changeWords(scene, tier))
-      setText(left, leftWords(t, scene.plan, tier))
-      setClass(left, `small ${tier.spare < 0 ? 'lacks' : 'muted'}`)
+    },
+  }
+}
+
+interface Bar {
+  element: HTMLElement
+  list: BlockList
+  show: (scene: Scene, tier: TierState, scale: number, pixels: number) => void
+}
+
+function makeBar(t: Translate, title: string): Bar {
+  const list = new BlockList(t, t('mapBlocksIn', { where: title }))
+  const parts = h('div', { class: 'parts', role: 'img' })
+  const bar = h('div', { class: 'bar' }, list.element, parts)
+  const end = h('div', { class: 'ends' })
+  return {
+    element: h('div', { class: 'field' }, h('div', { class: 'track' }, bar, end)),
+    list,
+    show(scene, tier, scale, pixels) {
       showBar(bar, tier, scale)
       showBlocks(list, scene, tier, scale, pixels)
       showParts(t, parts, tier, scale, pixels)
@@ -115,6 +143,37 @@ function makeRow(t: Translate, first: TierState): TierRow {
       setAttribute(bar, 'data-hint', tier.can_hold && !shownBytes(tier) ? t('editDropHere') : '')
     },
   }
+}
+
+interface Counts {
+  element: HTMLElement
+  show: (scene: Scene, tier: TierState) => void
+  /** Only what is left, and what the loaded model uses. */
+  showLeft: (scene: Scene, tier: TierState) => void
+}
+
+function makeCounts(t: Translate): Counts {
+  const planned = h('b')
+  const change = h('span', { class: 'small change' })
+  const left = h('div', { class: 'small' })
+  const showLeft = (scene: Scene, tier: TierState) => {
+    setText(left, leftWords(t, scene.plan, tier, heldNow(scene, tier.device)))
+    setClass(left, `small ${tier.spare < 0 ? 'lacks' : 'muted'}`)
+  }
+  return {
+    element: h('div', { class: 'counts num' }, h('div', {}, planned, change), left),
+    show(scene, tier) {
+      setText(planned, formatBytes(tier.planned))
+      setText(change, changeWords(scene, tier))
+      showLeft(scene, tier)
+    },
+    showLeft,
+  }
+}
+
+/** What the loaded model uses of a device by purpose; of what is only proposed nothing is used. */
+function heldNow({ base }: Scene, device: string): Record<string, number> {
+  return base.tiers.find(tier => tier.device === device)?.now ?? {}
 }
 
 /** What a proposal adds to a tier or takes from it: `" +1.5 GiB"`. */
@@ -226,11 +285,12 @@ function makeLink(t: Translate, device: string): { element: HTMLElement; show: (
 }
 
 /** All words of a tier's parts, for a tooltip. */
-export function tierLines(t: Translate, tier: TierState): string[] {
+export function tierLines(t: Translate, scene: Scene, tier: TierState): string[] {
+  const where = onDevice(t, tier.device)
   return [
     deviceTitle(t, tier.device), `${tierName(t, tier)} · ${tierSize(t, tier)}`,
     ...partsOf(tier).map(({ purpose, bytes }) => `${purposeWords(t, purpose)}: ${formatBytes(bytes)}`),
-    ...Object.entries(tier.now).map(([name, bytes]) =>
-      t('mapNowPart', { name, size: formatBytes(bytes), where: onDevice(t, tier.device) })),
+    ...Object.entries(heldNow(scene, tier.device)).map(([purpose, bytes]) =>
+      t('mapNowPart', { name: heldWords(t, purpose), size: formatBytes(bytes), where })),
   ]
 }

@@ -7,6 +7,7 @@ const MARGIN = 4
 
 export interface Tip {
   element: HTMLElement
+  readonly isShown: boolean
   /** Say these lines over an element, the first as its name. */
   show: (over: Element, lines: string[]) => void
   hide: () => void
@@ -16,6 +17,9 @@ export function makeTip(frame: HTMLElement): Tip {
   const element = h('div', { class: 'tip', role: 'tooltip', hidden: true })
   return {
     element,
+    get isShown() {
+      return !element.hidden
+    },
     show(over, lines) {
       const [name = '', ...rest] = lines
       replace(element, h('b', {}, name), ...rest.map(line => h('div', {}, line)))

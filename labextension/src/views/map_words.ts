@@ -5,8 +5,9 @@ import type { Fill } from '../theme'
 import { formatBandwidth, formatBytes, formatSeconds } from '../units'
 import type { BlockState, PlanState, TierState } from '../wire'
 import {
-  BLOCK_FILLS, computesOnGpu, fillOfBlock, partsOf, type Purpose, sumOf, tightestTier, trafficFrom, weightShares,
+  BLOCK_FILLS, computesOnGpu, fillOfBlock, partsOf, type Purpose, PURPOSES, sumOf, tightestTier, trafficFrom, weightShares,
 } from './map_facts'
+import { formatNumber, formatPercent } from './map_numbers'
 
 /** Seconds of waiting, copying and computing of one block in the newest sweep. */
 export type Times = readonly [number, number, number]
@@ -52,6 +53,12 @@ export function purposeWords(t: Translate, purpose: Purpose): string {
   return t(PURPOSE_WORDS[purpose])
 }
 
+/** What a loaded model uses memory for; an engine may have purposes that this view does not know. */
+export function heldWords(t: Translate, purpose: string): string {
+  if (purpose === 'weights') return t('mapWeights')
+  return PURPOSES.some(known => known === purpose) ? purposeWords(t, purpose as Purpose) : purpose
+}
+
 export function partWords(t: Translate, purpose: Purpose, bytes: number, device: string): string {
   return t('mapPart', { purpose: purposeWords(t, purpose), size: formatBytes(bytes), where: onDevice(t, device) })
 }
@@ -70,9 +77,9 @@ export function headline(t: Translate, plan: PlanState): string {
   return [
     quantization ? t('mapQuantized', { quantization, dtype }) : dtype,
     formatBytes(plan.bytes),
-    t(layers === 1 ? 'mapLayer' : 'mapLayers', { count: layers }),
-    ...(experts ? [t('mapExpertsActive', { experts, active })] : []),
-    t('mapContext', { count: plan.context_length.toLocaleString('en-US') }),
+    t(layers === 1 ? 'mapLayer' : 'mapLayers', { count: formatNumber(layers) }),
+    ...(experts ? [t('mapExpertsActive', { experts: formatNumber(experts), active: formatNumber(active) })] : []),
+    t('mapContext', { count: formatNumber(plan.context_length) }),
   ].join(' · ')
 }
 
@@ -90,7 +97,7 @@ export function placementWords(t: Translate, plan: PlanState): string {
   return [...weightShares(plan)]
     .map(([fill, percent]) => {
       const word = fill === 'ram' && !isOnGpu ? 'ram' : SHARE_WORDS[fill]
-      return t('mapPercent', { percent, what: word ? t(word) : '?' })
+      return t('mapPercent', { percent: formatPercent(percent), what: word ? t(word) : '?' })
     })
     .join(' · ')
 }
@@ -107,9 +114,9 @@ export function trafficWords(t: Translate, plan: PlanState, device: string): str
   return `${words} · ${t(over, { rate: formatBandwidth(bytesPerS) })}`
 }
 
-/** What is left in a tier, or lacks; and what a loaded model uses now. */
-export function leftWords(t: Translate, plan: PlanState, tier: TierState): string {
-  const now = sumOf(tier.now)
+/** What is left in a tier, or lacks; and what a loaded model uses now: bytes by purpose. */
+export function leftWords(t: Translate, plan: PlanState, tier: TierState, held: Record<string, number>): string {
+  const now = sumOf(held)
   const words = spareWords(t, plan, tier)
   return now ? `${words} · ${t('mapNow', { size: formatBytes(now) })}` : words
 }
