@@ -67,6 +67,19 @@ export const BASE_CSS = `
 .llm .lost {
   margin: 0 0 8px; padding: 6px 10px; border: 1px solid var(--care); border-left-width: 4px; border-radius: 6px; background: var(--card);
 }
+.llm .pb {
+  position: relative; height: 8px; margin: 6px 0 8px; overflow: hidden; border-radius: 4px;
+  background: color-mix(in srgb, var(--muted) 26%, transparent);
+}
+.llm .pb-done { height: 100%; width: var(--share); background: var(--accent); border-radius: inherit; transition: width .25s ease-out; }
+.llm .pb.ticks {
+  border-radius: 2px;
+  -webkit-mask: repeating-linear-gradient(90deg, #000 0 calc(100% / var(--ticks) - 2px), transparent 0 calc(100% / var(--ticks)));
+  mask: repeating-linear-gradient(90deg, #000 0 calc(100% / var(--ticks) - 2px), transparent 0 calc(100% / var(--ticks)));
+}
+.llm .pb.ticks .pb-done { border-radius: 0; }
+.llm .pb.unknown .pb-done { width: 28%; animation: pb-wander 1.8s ease-in-out infinite alternate; }
+@keyframes pb-wander { from { margin-left: 0; } to { margin-left: 72%; } }
 .fill-gpu { background: #1a7f5a; }
 .fill-ram { background: #2f6fd6; }
 .fill-ram-streamed { background: ${DIAGONAL}, #2f6fd6; }
@@ -81,9 +94,15 @@ export const BASE_CSS = `
 .fill-other { background: repeating-linear-gradient(135deg,rgba(128,137,147,.75) 0 2px,transparent 2px 6px); }
 .fill-free { background: transparent; }
 @media (forced-colors: active) {
-  .llm [class*="fill-"] { forced-color-adjust: none; }
+  .llm [class*="fill-"], .llm .pb { forced-color-adjust: none; }
+  .llm .pb { background: Canvas; outline: 1px solid CanvasText; }
+  .llm .pb-done { background: Highlight; }
 }
 @media (prefers-reduced-motion: reduce) {
   .llm *, .llm *::before, .llm *::after { animation: none !important; transition: none !important; }
+  /* How far it is nobody knows: stripes all along, which no share looks like. */
+  .llm .pb.unknown .pb-done {
+    width: 100%; opacity: .6; background: repeating-linear-gradient(45deg, var(--accent) 0 4px, transparent 4px 10px);
+  }
 }
 `

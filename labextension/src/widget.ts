@@ -8,7 +8,7 @@
 
 import { Hub } from './hub'
 import { pageLanguage, translator } from './i18n'
-import { watchForLoss, type Model } from './loss'
+import { type Model, watchKernel } from './loss'
 import { makeHost } from './mount'
 import { showState } from './views'
 import type { Command, Event, State } from './wire'
@@ -19,7 +19,7 @@ function initialize({ model }: { model: Model }): (() => void) | undefined {
   const hub = new Hub(key, command => model.send(command))
   const receive = (content: unknown) => hub.receive(content as Event)
   model.on('msg:custom', receive)
-  const unwatch = watchForLoss(model, () => hub.lose())
+  const unwatch = watchKernel(model, () => hub.lose(), () => hub.reconnect())
   hub.greet()
   return () => {
     model.off('msg:custom', receive)
@@ -43,8 +43,9 @@ function render({ model, el }: { model: Model; el: HTMLElement }): () => void {
     else shown?.event(event)
   }
   model.on('msg:custom', receive)
-  const unwatch = watchForLoss(model, () => shown?.lost(t('lostKernel')))
-  send({ type: 'hello', view })
+  const greet = () => send({ type: 'hello', view })
+  const unwatch = watchKernel(model, () => shown?.lost(t('lostKernel')), greet)
+  greet()
   return () => {
     model.off('msg:custom', receive)
     unwatch()

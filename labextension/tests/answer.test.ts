@@ -2,8 +2,8 @@ import { afterEach, beforeEach, expect, test, vi } from 'vitest'
 import { type Language, translator } from '../src/i18n'
 import type { Shown, StateOf } from '../src/view'
 import { answerView } from '../src/views/answer'
-import { boundWords } from '../src/views/answer_figures'
-import { phaseWords } from '../src/views/answer_phase'
+import { boundWords } from '../src/views/bound'
+import { phaseWords } from '../src/views/phase'
 import type { AnswerEvent, Command } from '../src/wire'
 
 type State = StateOf<'answer'>
@@ -73,6 +73,19 @@ test('a gap asks once for all of it, and deltas wait until it is there', () => {
   expect(sent).toHaveLength(2)
 })
 
+test('a question may be lost: it is asked again, now and then', () => {
+  show()
+  say({ seq: 1, text: 'one ' })
+  for (let seq = 3; seq < 83; seq++) say({ seq, text: 'more ' })
+  expect(sent).toHaveLength(2)
+  say({ seq: 83, text: 'more ' })
+  expect(sent).toHaveLength(3)
+  say({ seq: 84, text: 'all of it', whole: true })
+  say({ seq: 85, text: '.' })
+  expect(log().textContent).toBe('all of it.')
+  expect(sent).toHaveLength(3)
+})
+
 test('a whole one may carry the number of the last delta, and replaces what is there', () => {
   show()
   say({ seq: 2, text: 'lost' })
@@ -126,9 +139,10 @@ test('the phase says what is read, with a tick for every layer', () => {
 
 test('phases are said in both languages, and a phase of tomorrow does not throw', () => {
   const at = { phase: 'prefill', done: 12, total: 30, unit: 'layers' } as const
-  expect(phaseWords(at, translator('ja'))).toBe('プロンプトを処理中、30 層中 12')
+  expect(phaseWords(at, translator('ja'))).toBe('プロンプトを処理中、30 層のうち 12 層')
   expect(phaseWords({ ...at, phase: 'loading', unit: 'bytes', done: 2 ** 30, total: 2 ** 31 }, translator('en'))).toBe('loading, 1.0 GiB of 2.0 GiB')
-  expect(phaseWords({ ...at, phase: 'dreaming', unit: 'sheep' } as never, translator('ja'))).toBe('dreaming、30 sheep中 12')
+  expect(phaseWords({ ...at, phase: 'measuring', unit: 'sweeps', done: 3, total: 12 }, translator('ja'))).toBe('計測中、12 回のうち 3 回')
+  expect(phaseWords({ ...at, phase: 'dreaming', unit: 'sheep' } as never, translator('ja'))).toBe('dreaming、30 sheepのうち 12 sheep')
   expect(phaseWords({ ...at, phase: 'toString', total: 0 } as never, translator('en'))).toBe('toString')
 })
 
@@ -144,9 +158,9 @@ test('figures: tokens, speed, tokens of a sweep, first token, what bounds it', (
 
 test('the bound is said in Japanese, and stays where it is not known', () => {
   const t = translator('ja')
-  expect(boundWords('bus to cuda:0, 25.0 GB/s', t)).toBe('cuda:0 へのバス、25.0 GB/s')
-  expect(boundWords('disk, 500 MB/s', t)).toBe('ディスク、500 MB/s')
-  expect(boundWords('the moon', t)).toBe('the moon')
+  expect(boundWords(t, 'bus to cuda:0, 25.0 GB/s')).toBe('cuda:0 へのバス、25.0 GB/s')
+  expect(boundWords(t, 'disk, 500 MB/s')).toBe('ディスク、500 MB/s')
+  expect(boundWords(t, 'the moon')).toBe('the moon')
 })
 
 test('the placement has a part for every kind, the fastest first, with words', () => {
@@ -243,6 +257,32 @@ test('a screen reader hears whole sentences, every three seconds at most', () =>
   expect(spoken.textContent).toBe('次 is open now.')
 })
 
+test('when the answer ends a screen reader hears its last words, and that it is done', () => {
+  show()
+  say({ text: 'A sentence. And half of' })
+  vi.advanceTimersByTime(3000)
+  expect(words('.spoken')).toBe('A sentence.')
+  const page = document.querySelector('.llm-magic-spoken')
+  expect([page?.textContent, page?.getAttribute('aria-live')]).toEqual(['', 'polite'])
+  shown.cleanup()
+  root.remove()
+  expect(page?.isConnected).toBe(true)
+  expect(page?.textContent).toBe('And half of\nThe answer is done.')
+})
+
+test('an answer that was lost, or of which nothing is heard, is not called done', () => {
+  show()
+  say({ text: 'half' })
+  shown.lost('The kernel ended.')
+  shown.cleanup()
+  expect(document.querySelector('.llm-magic-spoken')).toBeNull()
+  show()
+  say({ text: 'half' })
+  vi.advanceTimersByTime(60_000)
+  shown.cleanup()
+  expect(document.querySelector('.llm-magic-spoken')).toBeNull()
+})
+
 test('a page that was loaded again does not hear the answer from its start', () => {
   show()
   const story = 'A long story. '.repeat(50)
@@ -278,14 +318,32 @@ test('when the kernel is lost the text stays, and nothing can be stopped', () =>
   show()
   shown.event({ type: 'hello', view: 'a' })
   say({ text: 'half an ans', elapsed_s: 2 })
+  expect(words('.answer-phase')).toBe('generating')
   shown.lost('The kernel ended.')
   expect(words('.lost')).toBe('The kernel ended.')
+  expect(find('.lost')?.getAttribute('role')).toBe('status')
+  expect(log().textContent).toBe('half an ans')
+  expect(words('.answer-phase')).toBe('interrupted')
+  say({ seq: 2, text: 'wer', elapsed_s: 2 })
+  shown.update(STATE)
+  expect(words('.answer-phase')).toBe('interrupted')
   expect(log().textContent).toBe('half an ans')
   expect(words('.stop-control')).toBe('')
   shown.event({ type: 'hello', view: 'a' })
   expect(find('button.stop')).toBeNull()
   vi.advanceTimersByTime(5000)
   expect(words('.answer-time')).toBe('2.0 s')
+})
+
+test('an answer that is not in the page does not count seconds', () => {
+  show()
+  say({ elapsed_s: 3 })
+  root.remove()
+  vi.advanceTimersByTime(2000)
+  expect(words('.answer-time')).toBe('3.0 s')
+  document.body.append(root)
+  vi.advanceTimersByTime(400)
+  expect(words('.answer-time')).toBe('5.4 s')
 })
 
 test('cleanup leaves no timer', () => {

@@ -1,13 +1,19 @@
-import { afterEach, expect, test, vi } from 'vitest'
+import { afterEach, beforeEach, expect, test, vi } from 'vitest'
 import { History } from '../src/views/editor_history'
 import { Talk } from '../src/views/editor_talk'
 import type { Command } from '../src/wire'
-import { realState, smallState, Stage } from './map_stage'
+import { otherState, realState, smallState, Stage } from './map_stage'
 
 const GIB = 1024 ** 3
 const ALT_DOWN: [string, KeyboardEventInit] = ['ArrowDown', { altKey: true }]
 
-afterEach(() => vi.unstubAllGlobals())
+beforeEach(() => {
+  vi.spyOn(Math, 'random').mockReturnValue(0) // numbers begin with 1
+})
+afterEach(() => {
+  vi.restoreAllMocks()
+  vi.unstubAllGlobals()
+})
 
 test('clicks choose: one, a range, and one more', () => {
   const stage = new Stage(smallState())
@@ -35,8 +41,13 @@ test('keys choose: Space, Shift with arrows, Ctrl+A, Escape', () => {
   expect(stage.focused).toBe(stage.block('layers.4'))
   expect(stage.key(stage.block('layers.4'), 'a', { ctrlKey: true }).defaultPrevented).toBe(true)
   expect(stage.selected()).toEqual(['layers.4', 'layers.5', 'layers.6'])
+  // The first hides the tooltip of the focused block.
+  expect(stage.key(stage.block('layers.4'), 'Escape').defaultPrevented).toBe(true)
+  expect(stage.one('.tip').hidden).toBe(true)
+  expect(stage.selected()).toEqual(['layers.4', 'layers.5', 'layers.6'])
   stage.key(stage.block('layers.4'), 'Escape')
   expect(stage.selected()).toEqual([])
+  expect(stage.key(stage.block('layers.4'), 'Escape').defaultPrevented).toBe(false)
 })
 
 test('Alt with an arrow moves to the next tier: blocks jump at once, Python is asked', () => {
@@ -69,6 +80,29 @@ test('M asks where to; the choice moves, and the focus comes back', () => {
   stage.click(stage.focused as Element)
   expect(stage.labelsIn('disk')).toEqual(['layers.0', 'layers.7'])
   expect(stage.focused).toBe(stage.block('layers.0'))
+})
+
+test('keys act on the focused block, alone where it is not selected', () => {
+  const stage = new Stage(smallState())
+  stage.click(stage.block('layers.0'))
+  stage.key(stage.block('layers.4'), ...ALT_DOWN)
+  expect(stage.selected()).toEqual(['layers.4'])
+  expect(stage.labelsIn('disk')).toEqual(['layers.4', 'layers.7'])
+  expect(stage.labelsIn('cuda:0')).toContain('layers.0')
+  stage.key(stage.block('layers.1'), 'm')
+  expect(stage.selected()).toEqual(['layers.1'])
+  stage.key(stage.block('layers.7'), ...ALT_DOWN)
+  expect(stage.selected()).toEqual(['layers.7'])
+})
+
+test('a block where blocks can not stay goes to the next tier in the direction, if there is one', () => {
+  const state = smallState()
+  Object.assign(state.plan.tiers[2] ?? {}, { can_hold: false })
+  const stage = new Stage(state)
+  stage.key(stage.block('layers.7'), ...ALT_DOWN)
+  expect(stage.sent).toEqual([])
+  stage.key(stage.block('layers.7'), 'ArrowUp', { altKey: true })
+  expect(stage.labelsIn('cpu')).toContain('layers.7')
 })
 
 test('blocks that share tensors go together', () => {
@@ -191,6 +225,38 @@ test('a budget is asked for while its slider moves, and is one step back', () =>
   expect(slider.getAttribute('aria-valuetext')).toBe('7.5 GiB of 8.0 GiB')
 })
 
+function slide(stage: Stage, device: string, gib: number): void {
+  const slider = stage.tier(device).querySelector('input') as HTMLInputElement
+  slider.value = String(gib * 1024)
+  slider.dispatchEvent(new Event('input', { bubbles: true }))
+  slider.dispatchEvent(new Event('change', { bubbles: true }))
+}
+
+test('a budget keeps a placement that was made by hand', () => {
+  const stage = new Stage(smallState())
+  stage.key(stage.block('layers.3'), ...ALT_DOWN)
+  stage.answer()
+  slide(stage, 'cuda:0', 4)
+  expect(stage.proposals[1]?.placement).toMatchObject({
+    policy: '', limits: { cpu: 8 * GIB, 'cuda:0': 4 * GIB }, homes: { 'layers.3': 'cpu', 'layers.0': 'cuda:0' },
+  })
+})
+
+test('a budget can be given up', () => {
+  const stage = new Stage(smallState())
+  const all = (device: string) => stage.tier(device).querySelector('button.all') as HTMLButtonElement
+  expect(all('cuda:0').hidden).toBe(true)
+  expect(all('cpu').hidden).toBe(false)
+  expect(all('cpu').getAttribute('aria-label')).toBe('Budget of RAM: all that is free')
+  stage.click(all('cpu'))
+  expect(stage.proposals[0]?.placement).toEqual({ homes: {}, policy: 'auto', limits: {} })
+  expect(all('cpu').hidden).toBe(true)
+  expect(stage.focused).toBe(stage.tier('cpu').querySelector('input'))
+  stage.answer()
+  stage.click(stage.button('Undo'))
+  expect(all('cpu').hidden).toBe(false)
+})
+
 test('a failed proposal says what to do, until the next', () => {
   const stage = new Stage(smallState())
   stage.key(stage.block('layers.3'), ...ALT_DOWN)
@@ -255,8 +321,8 @@ test('another state ends what was proposed, and keeps the selection', () => {
   const stage = new Stage(smallState())
   stage.click(stage.block('layers.3'))
   stage.key(stage.block('layers.3'), ...ALT_DOWN)
-  stage.shown.update(smallState())
-  expect(stage.labelsIn('cuda:0')).toContain('layers.3')
+  stage.shown.update({ ...smallState(), plan: otherState().plan })
+  expect(stage.one('.chips').textContent).not.toContain('proposed')
   expect(stage.selected()).toEqual(['layers.3'])
   expect(stage.button('Undo').disabled).toBe(true)
   stage.answer({ decode_tps: 7 })

@@ -1,12 +1,5 @@
 import { expect, test } from 'vitest'
-import { smallState, Stage } from './map_stage'
-
-/** A pointer event as a browser sends it; jsdom has no layout, so what is under it is its target. */
-function point(target: Element, type: string, x: number, y: number, values: PointerEventInit = {}): void {
-  target.dispatchEvent(new PointerEvent(type, {
-    bubbles: true, composed: true, cancelable: true, clientX: x, clientY: y, pointerId: 1, button: 0, ...values,
-  }))
-}
+import { point, smallState, Stage } from './map_stage'
 
 function dragTo(stage: Stage, label: string, device: string): Element {
   const target = stage.tier(device).querySelector('.bar') as Element

@@ -52,7 +52,7 @@ test('title, phase, bar and bytes', () => {
 test('in Japanese too', () => {
   show(PLAN, 'ja')
   say({ done: 3, total: 67, unit: 'blocks', detail: 'layers.1', left_s: 12.3 })
-  expect(words('.job-phase')).toBe('読み込み中、67 ブロック中 3')
+  expect(words('.job-phase')).toBe('読み込み中、67 ブロックのうち 3 ブロック')
   expect(words('.job-left')).toBe('残り約 12 s')
   expect(words('.job-now')).toBe('処理中: layers.1')
 })
@@ -178,12 +178,33 @@ test('titles and details are text', () => {
 test('lost: a message, no Cancel, no timer', () => {
   show()
   shown.event({ type: 'hello', view: 'b' })
-  say({ left_s: 12 })
+  say({ done: 1, total: 67, unit: 'blocks', detail: 'layers.3', left_s: 12 })
+  expect(now()).toEqual(['layers.3'])
   shown.lost('The kernel ended.')
+  expect(find('.lost')?.getAttribute('role')).toBe('status')
+  expect(now()).toEqual([])
+  expect(words('.job-now')).toBe('')
+  expect(words('.job-phase')).toBe('interrupted')
+  say({ done: 2, total: 67, unit: 'blocks', detail: 'layers.4', left_s: 12 })
+  expect([now(), words('.job-now'), words('.job-left')]).toEqual([[], '', ''])
   expect(words('.lost')).toBe('The kernel ended.')
   expect(find('button.stop')).toBeNull()
   expect(words('.job-left')).toBe('')
   expect(vi.getTimerCount()).toBe(0)
+})
+
+test('a screen reader hears each phase once, and not how far it is', () => {
+  show()
+  const spoken = find('.job-spoken') as HTMLElement
+  const observer = new MutationObserver(() => undefined)
+  observer.observe(spoken, { childList: true })
+  expect(spoken.getAttribute('role')).toBe('status')
+  say({ phase: 'loading', done: 1, total: 67, unit: 'blocks' })
+  say({ phase: 'loading', done: 2, total: 67, unit: 'blocks' })
+  expect(observer.takeRecords()).toHaveLength(1)
+  expect(spoken.textContent).toBe('loading')
+  say({ phase: 'measuring' })
+  expect(spoken.textContent).toBe('measuring')
 })
 
 test('cleanup leaves no timer', () => {

@@ -2,6 +2,7 @@ import { afterEach, expect, test, vi } from 'vitest'
 import { type Language, translator } from '../src/i18n'
 import type { Shown, StateOf } from '../src/view'
 import { machineView } from '../src/views/machine'
+import { MACHINE_CSS } from '../src/views/machine_css'
 import { strokeWidth } from '../src/views/machine_draw'
 import { layout } from '../src/views/machine_layout'
 import { pathOf } from '../src/views/machine_path'
@@ -274,6 +275,10 @@ test('lost says so and leaves the picture; cleanup stops watching the width', ()
   expect(find('svg')?.getAttribute('width')).toBe('452')
   shown.lost('The kernel ended.')
   expect(find('.lost')?.textContent).toBe('The kernel ended.')
+  expect(find('.lost')?.getAttribute('role')).toBe('status')
+  // Dots that run would look like a model at work.
+  expect(find('.mv')?.classList.contains('still')).toBe(true)
+  expect(MACHINE_CSS).toContain('.mv.still .mv-dots { display: none; }')
   expect(find('svg')).not.toBeNull()
   shown.cleanup()
   expect(disconnect).toHaveBeenCalled()

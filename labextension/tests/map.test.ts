@@ -1,6 +1,8 @@
 import { expect, test, vi } from 'vitest'
 import { LANGUAGES } from '../src/i18n'
+import { MAP_CSS } from '../src/views/map_css'
 import { percents, scaleOf, shownTiers, signOf, stepOf, stripColumns } from '../src/views/map_facts'
+import { mapWords } from '../src/words/map'
 import type { MapState } from '../src/wire'
 import { realState, smallState, Stage } from './map_stage'
 
@@ -157,6 +159,51 @@ test('the flow rests when nothing comes', () => {
 
 test('what a loaded model holds now is beside what was planned', () => {
   expect(new Stage(realState('halved')).tier('cpu').textContent).toContain('2.8 MiB spare · now 153.0 MiB')
+})
+
+test('what memory is used for now is said in words', () => {
+  const state = smallState()
+  Object.assign(state.plan.tiers[1] ?? {}, { now: { weights: 1024 ** 3, kv_cache: 1024 ** 2, scratch: 1024 ** 2 } })
+  const lines = (language: 'en' | 'ja') => {
+    const stage = new Stage(state, language)
+    hover(stage.tier('cpu').querySelector('.name') as Element)
+    return stage.one('.tip').textContent
+  }
+  expect(lines('en')).toContain('now weights: 1.0 GiB in RAMnow KV cache: 1.0 MiB in RAMnow scratch: 1.0 MiB in RAM')
+  expect(lines('ja')).toContain('現在の 重み: 1.0 GiB(RAM 上)現在の KV キャッシュ: 1.0 MiB(RAM 上)')
+})
+
+test('what bounds the speed is said in the language of the page', () => {
+  expect(new Stage(smallState(), 'ja').text).toContain('律速: cuda:0 へのバス、25.0 GB/s')
+})
+
+test('Japanese has one style, and one word for each thing', () => {
+  for (const { ja } of Object.values(mapWords)) expect(ja).not.toMatch(/[：（）]|測定|進み|周/)
+})
+
+test('counts and shares are written alike in every language', () => {
+  const state = smallState()
+  Object.assign(state.plan, { context_length: 131072 })
+  for (const language of LANGUAGES) {
+    const stage = new Stage(state, language)
+    stage.event({ type: 'progress', phase: 'moving', done: 1, total: 2, unit: 'blocks', detail: '', elapsed_s: 1, left_s: 0 })
+    stage.event({ type: 'applied', seq: 5, changed: 1234, seconds: 1 })
+    for (const words of ['131,072', '53 %', '1,234']) expect(stage.text).toContain(words)
+  }
+})
+
+test('a finger scrolls where nothing can be dragged', () => {
+  expect(MAP_CSS).toContain('.map.can-edit .block { cursor: grab; touch-action: none; }')
+  expect(MAP_CSS.match(/touch-action/g)).toHaveLength(1)
+})
+
+test('a model that goes leaves no times and no flow behind', () => {
+  const stage = new Stage(smallState())
+  stage.event({ type: 'sweep', times: [[0, 0, 1]] })
+  stage.shown.update({ ...smallState(), status: 'unloaded' })
+  expect(stage.one('.totals').hidden).toBe(true)
+  expect(stage.all('.legend .time-wait')).toEqual([])
+  expect(stage.one('.map').classList).not.toContain('is-flowing')
 })
 
 test('a tier is a list that Tab reaches once', () => {

@@ -45,6 +45,21 @@ export function smallState(change: Partial<MapState> = {}): MapState {
   return { ...state, ...change }
 }
 
+/** The small plan with another placement in force: `layers.3` in RAM. */
+export function otherState(): MapState {
+  const state = smallState()
+  const block = state.plan.blocks.find(one => one.label === 'layers.3')
+  Object.assign(block ?? {}, { home: 'cpu', way: 'streamed' })
+  return state
+}
+
+/** A pointer event as a browser sends it; jsdom has no layout, so what is under it is its target. */
+export function point(target: Element, type: string, x: number, y: number, values: PointerEventInit = {}): void {
+  target.dispatchEvent(new PointerEvent(type, {
+    bubbles: true, composed: true, cancelable: true, clientX: x, clientY: y, pointerId: 1, button: 0, ...values,
+  }))
+}
+
 export class Stage {
   readonly sent: Command[] = []
   readonly root: HTMLElement

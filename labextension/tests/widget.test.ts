@@ -2,17 +2,26 @@ import { afterEach, expect, test } from 'vitest'
 import widget from '../src/widget'
 import states from './states.json'
 
+type Slot = (sender: unknown, status: string) => void
+
 /** An anywidget model, and a kernel that Jupyter's widget manager knows. */
 class FakeModel {
   sent: unknown[] = []
-  slots: ((sender: unknown, status: string) => void)[] = []
+  slots: Slot[] = []
+  connections: Slot[] = []
   listeners: Record<string, ((...values: unknown[]) => void)[]> = {}
   widget_manager: unknown = {
     kernel: {
       statusChanged: {
-        connect: (slot: (sender: unknown, status: string) => void) => this.slots.push(slot),
-        disconnect: (slot: unknown) => {
+        connect: (slot: Slot) => this.slots.push(slot),
+        disconnect: (slot: Slot) => {
           this.slots = this.slots.filter(other => other !== slot)
+        },
+      },
+      connectionStatusChanged: {
+        connect: (slot: Slot) => this.connections.push(slot),
+        disconnect: (slot: Slot) => {
+          this.connections = this.connections.filter(other => other !== slot)
         },
       },
     },
@@ -40,7 +49,8 @@ test('the hub greets the kernel, and shows what it sends in its place', () => {
   const place = document.getElementById('place') as HTMLElement
   place.dataset.llmMagic = 'k/1'
   const end = widget.initialize({ model })
-  expect(model.sent).toEqual([{ type: 'hello' }])
+  // The place that is there already, and the kernel.
+  expect(model.sent).toEqual([{ type: 'hello', view: '1' }, { type: 'hello' }])
   model.fire('msg:custom', { type: 'state', view: '1', state: states.halved })
   const live = () => place.querySelector('.llm-magic-live')?.shadowRoot?.textContent ?? ''
   expect(live()).toContain('SmolLM2')
@@ -49,7 +59,28 @@ test('the hub greets the kernel, and shows what it sends in its place', () => {
   for (const slot of model.slots) slot(null, 'autorestarting')
   expect(live()).toContain('Model unloaded')
   end?.()
-  expect(model.slots).toEqual([])
+  expect([model.slots, model.connections]).toEqual([[], []])
+})
+
+test('a connection that comes back is asked for what was said meanwhile', () => {
+  const model = new FakeModel({ key: 'k' })
+  const place = document.createElement('div')
+  place.dataset.llmMagic = 'k/1'
+  document.body.append(place)
+  const end = widget.initialize({ model })
+  model.fire('msg:custom', { type: 'state', view: '1', state: states.halved })
+  model.fire('msg:custom', { type: 'state', view: '2', state: states.halved })
+  const connection = (status: string) => model.connections.forEach(slot => slot(null, status))
+  model.sent = []
+  connection('connected')
+  expect(model.sent).toEqual([])
+  connection('connecting')
+  expect(model.sent).toEqual([])
+  connection('connected')
+  expect(model.sent).toEqual([{ type: 'hello', view: '1' }])
+  connection('connected')
+  expect(model.sent).toHaveLength(1)
+  end?.()
 })
 
 test('a widget without a key has no hub', () => {

@@ -8,20 +8,23 @@ import { h, replace, setText } from '../dom'
 import { formatSeconds } from '../units'
 import type { Shown, StateOf, Surroundings, View } from '../view'
 import type { AnswerEvent, Event } from '../wire'
-import { Clock } from './answer_clock'
 import { CopyControl } from './answer_copy'
 import { ANSWER_CSS } from './answer_css'
 import { figureElements, figures } from './answer_figures'
-import { PhaseBar, showPhase } from './answer_phase'
 import { placementBar } from './answer_placement'
 import { Sequence } from './answer_sequence'
 import { Spoken } from './answer_spoken'
-import { StopControl } from './answer_stop'
 import { AnswerText } from './answer_text'
+import { Clock } from './clock'
+import { LostNote } from './lost'
+import { PhaseBar, phaseWords } from './phase'
+import { StopControl } from './stop'
 
 type State = StateOf<'answer'>
 
 const BEGINNING_AT_MOST = 300
+/** A kernel at work is heard more often than this, in seconds. */
+const SILENT_S = 5
 
 export const answerView: View<State> = (state, surroundings) => new LiveAnswer(state, surroundings)
 
@@ -32,7 +35,7 @@ class LiveAnswer implements Shown<State> {
   private readonly note = h('p', { class: 'answer-note muted' })
   private readonly figures = h('div', { class: 'figures' })
   private readonly placement = h('div', { class: 'answer-placement' })
-  private readonly lostBox = h('div', { class: 'lost', role: 'alert', hidden: true })
+  private readonly lostNote = new LostNote()
   private readonly bar: PhaseBar
   private readonly text: AnswerText
   private readonly copy: CopyControl
@@ -53,7 +56,7 @@ class LiveAnswer implements Shown<State> {
     this.copy = new CopyControl(t, () => this.text.text, () => this.text.select())
     this.stop = new StopControl(surroundings, 'answerStop', 'answerStopping')
     this.sequence = new Sequence(() => send({ type: 'hello', view }))
-    this.clock = new Clock(elapsedS => setText(this.time, formatSeconds(elapsedS)))
+    this.clock = new Clock(this.time, elapsedS => setText(this.time, formatSeconds(elapsedS)))
     this.build()
     this.showState()
     this.showProgress()
@@ -66,23 +69,25 @@ class LiveAnswer implements Shown<State> {
   }
 
   event(event: Event): void {
+    if (this.lostNote.isShown) return
     if (event.type === 'hello') this.stop.heard()
     else if (event.type === 'answer') this.more(event)
   }
 
   lost(message: string): void {
-    this.lostBox.hidden = false
-    this.lostBox.textContent = message
-    this.bar.element.hidden = true
-    this.note.hidden = true
+    this.lostNote.show(message)
+    this.showState()
+    this.showProgress()
     this.stop.end()
     this.clock.stop()
     this.spoken.stop()
   }
 
+  /** The view ends with its answer; an answer of which nothing was heard for long ended before. */
   cleanup(): void {
+    if (this.last && this.clock.sinceS < SILENT_S) this.spoken.end(this.surroundings.t('answerDone'))
+    else this.spoken.stop()
     this.clock.stop()
-    this.spoken.stop()
     this.copy.stop()
   }
 
@@ -91,7 +96,7 @@ class LiveAnswer implements Shown<State> {
     const tools = h('div', { class: 'head-tools' }, this.copy.element, this.stop.element)
     this.surroundings.root.append(
       h('style', {}, ANSWER_CSS),
-      this.lostBox,
+      this.lostNote.element,
       h('div', { class: 'head' }, words, tools),
       this.bar.element,
       this.text.element,
@@ -134,15 +139,16 @@ class LiveAnswer implements Shown<State> {
     setText(this.title, model)
     this.text.element.hidden = !streams
     this.copy.element.hidden = !streams
-    this.note.hidden = streams
+    this.note.hidden = streams || this.lostNote.isShown
     setText(this.note, streams ? '' : t('answerShownWhenDone'))
     replace(this.placement, placementBar(placement, t))
   }
 
   private showProgress(): void {
     const { t } = this.surroundings
-    showPhase(this.phase, this.last, t)
-    this.bar.element.hidden = this.last?.phase === 'generating' || !this.lostBox.hidden
+    const isLost = this.lostNote.isShown
+    setText(this.phase, isLost ? t('phaseInterrupted') : phaseWords(this.last, t))
+    this.bar.element.hidden = isLost || this.last?.phase === 'generating'
     this.bar.show(this.last)
     const texts = figures(this.last, this.state.bound_by, t)
     if (texts.join() !== this.shownFigures) replace(this.figures, ...figureElements(texts))

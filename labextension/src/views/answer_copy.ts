@@ -1,5 +1,6 @@
 /** A button that copies the text there is by now. */
 
+import { copyText } from '../clipboard'
 import { h } from '../dom'
 import type { Translate } from '../i18n'
 
@@ -26,10 +27,8 @@ export class CopyControl {
   }
 
   private async copy(): Promise<void> {
-    try {
-      await navigator.clipboard.writeText(this.text())
-      this.say(this.t('copied'))
-    } catch {
+    if (await copyText(this.text())) this.say(this.t('copied'))
+    else {
       this.select()
       this.say(this.t('copyFailed'))
     }

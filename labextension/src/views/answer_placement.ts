@@ -3,6 +3,7 @@
 import { h } from '../dom'
 import type { Translate, Word } from '../i18n'
 import { FILLS } from '../theme'
+import { formatPercent } from '../units'
 
 const KINDS: [string, Word][] = [
   ['gpu', 'answerKindGpu'],
@@ -23,7 +24,7 @@ export function placementBar(placement: Record<string, number>, t: Translate): H
   const legend = h('span', { class: 'place-words' })
   for (const [kind, percent] of shares) {
     bar.append(h('span', { class: `place-part ${fillOf(kind)}`, '--part': String(percent) }))
-    const share = t('answerShare', { percent, kind: words.get(kind) ?? kind })
+    const share = t('answerShare', { share: formatPercent(percent / 100), kind: words.get(kind) ?? kind })
     legend.append(h('span', { class: 'place-word' }, h('span', { class: `place-swatch ${fillOf(kind)}` }), share))
   }
   return h('div', { class: 'place', role: 'group', 'aria-label': t('answerPlacement') }, bar, legend)

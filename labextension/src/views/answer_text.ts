@@ -4,6 +4,7 @@
 
 import { h } from '../dom'
 import type { Translate } from '../i18n'
+import { END } from '../kept'
 
 // Appending to a text node costs what it holds, so a node is left alone when it is long.
 const NODE_AT_MOST = 20_000
@@ -15,12 +16,11 @@ export class AnswerText {
   private readonly log: HTMLElement
   private readonly newest: HTMLElement
   private node = document.createTextNode('')
-  private follows = true
   private lastTop = 0
 
   constructor(label: string, t: Translate) {
     this.log = h('div', {
-      class: 'answer-text', role: 'log', 'aria-live': 'off', 'aria-label': label, tabindex: 0, 'data-scrolls': true,
+      class: 'answer-text', role: 'log', 'aria-live': 'off', 'aria-label': label, tabindex: 0, 'data-scrolls': END,
       onscroll: () => this.scrolled(),
     })
     this.newest = h('button', { type: 'button', class: 'newest', hidden: true, onclick: () => this.jump() }, t('answerNewest'))
@@ -56,6 +56,16 @@ export class AnswerText {
     getSelection()?.setBaseAndExtent(this.log, 0, this.log, this.log.childNodes.length)
   }
 
+  /** Whether the reader is at the end, and stays there: also where the text stands in another place. */
+  private get follows(): boolean {
+    return this.log.dataset['scrolls'] === END
+  }
+
+  private set follows(isAtEnd: boolean) {
+    this.log.dataset['scrolls'] = isAtEnd ? END : ''
+    this.newest.hidden = isAtEnd
+  }
+
   private put(text: string): void {
     for (const piece of pieces(text)) {
       if (this.node.length + piece.length > NODE_AT_MOST && this.node.length) {
@@ -72,17 +82,16 @@ export class AnswerText {
   /** Going up by any distance leaves the end; coming near the end follows it again. */
   private scrolled(): void {
     const { scrollTop, scrollHeight, clientHeight } = this.log
+    if (!this.log.isConnected) return // its place has gone, and with it where it was
     const left = scrollHeight - scrollTop - clientHeight
     if (left <= 2) this.follows = true
     else if (scrollTop < this.lastTop) this.follows = false
     else if (left <= NEAR_PX) this.follows = true
     this.lastTop = scrollTop
-    this.newest.hidden = this.follows
   }
 
   private jump(): void {
     this.follows = true
-    this.newest.hidden = true
     this.settle()
     this.log.focus({ preventScroll: true })
   }

@@ -27,7 +27,7 @@ export function makeBudget(t: Translate, device: string, editor: Editor): Budget
   const name = t('editBudgetOf', { device: deviceTitle(t, device) })
   const input = h('input', { type: 'range', min: 0, 'aria-label': name }) as HTMLInputElement
   const value = h('span', { class: 'small num muted' })
-  const all = h('button', { type: 'button', class: 'small all', 'aria-label': `${name}: ${t('editNoLimit')}` }, t('editAll')) as HTMLButtonElement
+  const all = h('button', { type: 'button', class: 'small all', 'aria-label': `${name}: ${t('editAllThatIsFree')}` }, t('editAll')) as HTMLButtonElement
   // As wide as the tier's bar where that shows all of it: the thumb is where the budget ends in the bar.
   const line = h('div', { class: 'slider' }, input)
   input.addEventListener('input', () => editor.setLimit(device, Number(input.value) * MIB))

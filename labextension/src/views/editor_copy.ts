@@ -1,6 +1,7 @@
 /** The placement to take elsewhere: as Python, as a command, as JSON, and what the backend calls it. */
 
-import { h, replace, setText } from '../dom'
+import { copyText } from '../clipboard'
+import { activeIn, h, replace, setText } from '../dom'
 import type { Translate, Word } from '../i18n'
 import type { ExportState } from '../wire'
 import { setAttribute } from './map_cells'
@@ -47,7 +48,7 @@ export function makeCopy(t: Translate): Copy {
     open(false)
     button.focus()
     replace(fallback)
-    if (await wrote(text)) label('copied')
+    if (await copyText(text)) label('copied')
     else showText(t, fallback, text)
   }
   label('copy')
@@ -78,15 +79,6 @@ export function makeCopy(t: Translate): Copy {
   }
 }
 
-async function wrote(text: string): Promise<boolean> {
-  try {
-    await navigator.clipboard.writeText(text)
-    return true
-  } catch {
-    return false // not a secure page, or not allowed
-  }
-}
-
 function showText(t: Translate, place: HTMLElement, text: string): void {
   const rows = Math.min(12, text.split('\n').length)
   const area = h('textarea', { readonly: true, rows, 'aria-label': t('copyFailed') }) as HTMLTextAreaElement
@@ -103,8 +95,8 @@ function menuKey(event: KeyboardEvent, menu: HTMLElement, button: HTMLElement): 
     return event.key === 'ArrowDown'
   }
   const items = [...menu.children]
-  const tree = menu.getRootNode() as Document | ShadowRoot
-  const at = items.findIndex(item => item === tree.activeElement)
+  const active = activeIn(menu)
+  const at = items.findIndex(item => item === active)
   const index = { ArrowDown: at + 1, ArrowUp: at - 1, Home: 0, End: items.length - 1 }[event.key]
   if (index !== undefined) focusItem(menu, (index + items.length) % items.length)
   return index !== undefined || event.key === 'Escape'

@@ -2,10 +2,9 @@
 
 import { h, replace } from '../dom'
 import type { Translate } from '../i18n'
-import { formatBytes, formatRate, formatSeconds } from '../units'
+import { formatBytes, formatNumber, formatPercent, formatRate, formatSeconds } from '../units'
 import type { FailedEvent, PlanState } from '../wire'
 import type { Editor, Step } from './editor'
-import { formatNumber, formatPercent } from './map_numbers'
 import { verdict } from './map_words'
 
 export interface Outcome {
@@ -69,9 +68,9 @@ function answered(t: Translate, before: PlanState, after: PlanState): HTMLElemen
 
 /** `decode 0.51 → 0.62 tok/s  +22 %`. */
 function speed(name: string, before: number, after: number): HTMLElement {
-  const change = before > 0 && after > 0 ? 100 * (after / before - 1) : 0
+  const change = before > 0 && after > 0 ? after / before - 1 : 0
   const sign = change > 0 ? '▲ +' : '▼ −'
-  const words = Math.abs(change) >= 0.5 ? `${sign}${formatPercent(Math.abs(change))}` : ''
+  const words = Math.abs(change) >= 0.005 ? `${sign}${formatPercent(Math.abs(change))}` : ''
   return h(
     'span', { class: 'chip num' }, `${name} `, h('span', { class: 'muted' }, `${before ? formatRate(before) : '?'} → `),
     h('b', {}, after ? formatRate(after) : '?'), words && h('span', { class: change > 0 ? 'up' : 'down' }, ` ${words}`),

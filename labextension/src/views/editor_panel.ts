@@ -2,13 +2,12 @@
 
 import { h, replace, setText } from '../dom'
 import type { Translate } from '../i18n'
-import { formatBytes } from '../units'
+import { formatBytes, formatNumber } from '../units'
 import { makeCopy } from './editor_copy'
 import type { Editor } from './editor'
 import { makeOutcome, statusWords } from './editor_outcome'
 import { makeProgress } from './editor_progress'
 import { makePolite } from './map_polite'
-import { formatNumber } from './map_numbers'
 import { deviceTitle } from './map_words'
 
 export interface Panel {

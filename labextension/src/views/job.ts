@@ -6,12 +6,13 @@ import { h, setText } from '../dom'
 import { formatSeconds } from '../units'
 import type { Shown, StateOf, Surroundings, View } from '../view'
 import type { Event, ProgressEvent } from '../wire'
-import { Clock } from './answer_clock'
-import { PhaseBar, showPhase } from './answer_phase'
-import { StopControl } from './answer_stop'
+import { Clock } from './clock'
 import { BlockProgress } from './job_blocks'
 import { JOB_CSS } from './job_css'
 import { BlockPicture } from './job_picture'
+import { LostNote } from './lost'
+import { PhaseBar, phaseName, phaseWords } from './phase'
+import { StopControl } from './stop'
 
 type State = StateOf<'job'>
 
@@ -23,7 +24,9 @@ class LiveJob implements Shown<State> {
   private readonly time = h('span', { class: 'job-time num muted', role: 'timer', 'aria-live': 'off' })
   private readonly left = h('span', { class: 'job-left num' })
   private readonly now = h('span', { class: 'job-now muted' })
-  private readonly lostBox = h('div', { class: 'lost', role: 'alert', hidden: true })
+  private readonly lostNote = new LostNote()
+  // A phase is said once: how far it is would be said without end.
+  private readonly spoken = h('div', { class: 'visually-hidden job-spoken', role: 'status' })
   private readonly bar: PhaseBar
   private readonly picture: BlockPicture
   private readonly blocks = new BlockProgress()
@@ -38,8 +41,8 @@ class LiveJob implements Shown<State> {
     const { t } = surroundings
     this.bar = new PhaseBar(t)
     this.picture = new BlockPicture(t)
-    this.cancel = new StopControl(surroundings, 'jobCancel', 'jobCancelling')
-    this.clock = new Clock(elapsedS => this.tick(elapsedS))
+    this.cancel = new StopControl(surroundings, 'cancel', 'jobCancelling')
+    this.clock = new Clock(this.time, elapsedS => this.tick(elapsedS))
     this.build()
     this.update(state)
     this.showProgress()
@@ -53,6 +56,7 @@ class LiveJob implements Shown<State> {
   }
 
   event(event: Event): void {
+    if (this.lostNote.isShown) return
     if (event.type === 'hello') this.cancel.heard()
     if (event.type !== 'progress') return
     this.last = event
@@ -62,9 +66,9 @@ class LiveJob implements Shown<State> {
   }
 
   lost(message: string): void {
-    this.lostBox.hidden = false
-    this.lostBox.textContent = message
-    this.bar.element.hidden = true
+    this.lostNote.show(message)
+    this.blocks.rest()
+    this.showProgress()
     this.left.textContent = ''
     this.cancel.end()
     this.clock.stop()
@@ -78,26 +82,30 @@ class LiveJob implements Shown<State> {
     const words = h('div', { class: 'head-words' }, this.title, this.phase, ' ', this.time)
     this.surroundings.root.append(
       h('style', {}, JOB_CSS),
-      this.lostBox,
+      this.lostNote.element,
       h('div', { class: 'head' }, words, h('div', { class: 'head-tools' }, this.cancel.element)),
       this.bar.element,
       h('div', { class: 'job-foot' }, this.left, this.now),
       this.picture.element,
+      this.spoken,
     )
   }
 
   private showProgress(): void {
     const { t } = this.surroundings
-    showPhase(this.phase, this.last, t)
+    const isLost = this.lostNote.isShown
+    setText(this.phase, isLost ? t('phaseInterrupted') : phaseWords(this.last, t))
+    setText(this.spoken, this.last && !isLost ? phaseName(this.last, t) : '')
+    this.bar.element.hidden = isLost
     this.bar.show(this.last)
-    setText(this.now, this.last?.detail ? t('jobAtWork', { label: this.last.detail }) : '')
+    setText(this.now, this.last?.detail && !isLost ? t('jobAtWork', { label: this.last.detail }) : '')
     this.picture.show(this.blocks)
   }
 
   private tick(elapsedS: number): void {
     setText(this.time, formatSeconds(elapsedS))
     const leftS = this.last?.left_s ? Math.max(1, this.last.left_s - this.clock.sinceS) : 0
-    setText(this.left, leftS ? this.surroundings.t('jobLeft', { time: about(leftS) }) : '')
+    setText(this.left, leftS ? this.surroundings.t('phaseLeft', { time: about(leftS) }) : '')
   }
 }
 

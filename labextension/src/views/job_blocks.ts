@@ -31,6 +31,11 @@ export class BlockProgress {
     else if (FILLING.has(event.phase)) this.fill(event, label)
   }
 
+  /** Nothing is at work any more. */
+  rest(): void {
+    this.current = ''
+  }
+
   private begin(phase: ProgressEvent['phase']): void {
     this.phase = phase
     this.current = ''

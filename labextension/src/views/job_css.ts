@@ -1,8 +1,9 @@
 /** Looks of a job at work. */
 
-import { PHASE_CSS } from './answer_css'
+import { HEAD_CSS } from './head_css'
 
-export const JOB_CSS = `${PHASE_CSS}
+export const JOB_CSS = `${HEAD_CSS}
+.job-time { white-space: nowrap; }
 .job-foot { display: flex; flex-wrap: wrap; gap: 0 16px; min-height: 1.5em; font-size: 12px; }
 .job-now { overflow-wrap: anywhere; }
 .job-tiers { margin-top: 8px; display: grid; gap: 6px; }

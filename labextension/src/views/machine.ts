@@ -5,8 +5,9 @@
  * anew for every state and width, while the button, the table and the focus stay.
  */
 
-import { h, replace, setText } from '../dom'
+import { activeIn, h, replace, setText } from '../dom'
 import type { Shown, StateOf, Surroundings, View } from '../view'
+import { LostNote } from './lost'
 import { MACHINE_CSS } from './machine_css'
 import { draw } from './machine_draw'
 import { provenance } from './machine_facts'
@@ -35,7 +36,7 @@ class MachinePicture implements Shown<State> {
   private readonly noPath: HTMLElement
   private readonly notes = h('div', { class: 'mv-notes' })
   private readonly tables = h('div')
-  private readonly lostBox = h('div', { class: 'lost', role: 'alert', hidden: true })
+  private readonly lostNote = new LostNote()
   private readonly tooltip = new Tooltip(this.frame)
   private readonly observer: ResizeObserver | null
   private path: Path
@@ -78,8 +79,8 @@ class MachinePicture implements Shown<State> {
   }
 
   lost(message: string): void {
-    this.lostBox.hidden = false
-    this.lostBox.textContent = message
+    this.lostNote.show(message)
+    this.frame.classList.add('still')
   }
 
   cleanup(): void {
@@ -91,7 +92,7 @@ class MachinePicture implements Shown<State> {
     const head = h('div', { class: 'mv-head' }, h('div', { class: 'mv-title' }, this.title, this.facts), this.noPath, this.toggle)
     const table = h('details', { class: 'mv-table' }, h('summary', {}, t('machineAsTable')), this.tables)
     this.frame.append(
-      this.lostBox, head, h('div', { class: 'mv-body' }, this.picture, this.steps), this.legend(), this.notes, table, this.tooltip.element,
+      this.lostNote.element, head, h('div', { class: 'mv-body' }, this.picture, this.steps), this.legend(), this.notes, table, this.tooltip.element,
     )
     root.append(h('style', {}, MACHINE_CSS), this.frame)
   }
@@ -132,8 +133,7 @@ class MachinePicture implements Shown<State> {
   }
 
   private focusedKey(): string | null {
-    const found = this.picture.getRootNode() as Document | ShadowRoot
-    const active = found.activeElement
+    const active = activeIn(this.picture)
     return active && this.picture.contains(active) ? active.getAttribute('data-key') : null
   }
 

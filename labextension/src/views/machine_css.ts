@@ -43,6 +43,7 @@ export const MACHINE_CSS = `
   fill: none; stroke: var(--lit); stroke-width: 9; stroke-linecap: round; stroke-dasharray: .1 17.9;
   animation: mv-run var(--pace, 1s) linear infinite;
 }
+.mv.still .mv-dots { display: none; }
 @keyframes mv-run { from { stroke-dashoffset: 18; } to { stroke-dashoffset: 0; } }
 .mv-arrow { fill: var(--lit); stroke: var(--page); stroke-width: 1; }
 .mv-svg .mv-step text { fill: var(--lit); font-weight: 600; }

@@ -54,12 +54,12 @@ export function cellLines(t: Translate, scene: Scene, block: BlockState): string
   return moved ? [...lines, t('editMovedFrom', { device: deviceTitle(t, moved) })] : lines
 }
 
-export function marksOf(block: BlockState): string {
+function marksOf(block: BlockState): string {
   return `${block.tied_to.length ? TIED_MARK : ''}${block.experts ? EXPERTS_MARK : ''}`
 }
 
 /** Where a block is in force, when it is asked for elsewhere. */
-export function movedFrom(scene: Scene, block: BlockState): string {
+function movedFrom(scene: Scene, block: BlockState): string {
   if (scene.plan === scene.base) return ''
   const before = homesIn(scene.base).get(block.label)
   return before !== undefined && before !== block.home ? before : ''

@@ -174,10 +174,6 @@ export const MAP_CSS = `
 .map .down { color: var(--bad-text); font-weight: 600; }
 .map .job { display: flex; gap: 12px; align-items: center; }
 .map .job-bar { flex: 1 1 auto; min-width: 0; }
-.map .progress { height: 8px; border-radius: 999px; background: var(--line); overflow: hidden; margin-bottom: 3px; }
-.map .filled { height: 100%; background: #1a66c2; border-radius: 999px; transition: width .2s; }
-.map .progress.unknown .filled { animation: llm-unknown 1.4s ease-in-out infinite alternate; }
-@keyframes llm-unknown { from { margin-left: 0; } to { margin-left: 70%; } }
 .map textarea { width: 100%; font: 12px/1.4 var(--mono); color: var(--text); background: var(--page); border: 1px solid var(--muted); border-radius: 6px; padding: 6px; }
 .map code { font-family: var(--mono); overflow-wrap: anywhere; }
 
@@ -197,7 +193,7 @@ export const MAP_CSS = `
   .map input[type="range"] { appearance: auto; }
   .map .block { border: 1px solid CanvasText; }
   .map .block.selected { outline: 3px solid Highlight; outline-offset: -3px; }
-  .map .lane, .map .meter i, .map .swatch, .map .filled, .map .beyond-end { forced-color-adjust: none; }
+  .map .lane, .map .meter i, .map .swatch, .map .beyond-end { forced-color-adjust: none; }
   .map .tip, .map .ghost { background: Canvas; color: CanvasText; border: 1px solid CanvasText; }
 }
 `

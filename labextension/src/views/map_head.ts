@@ -2,11 +2,10 @@
 
 import { h, replace, setText } from '../dom'
 import type { Translate } from '../i18n'
-import { formatRate } from '../units'
+import { formatPercent, formatRate } from '../units'
 import type { MapState, PlanState } from '../wire'
 import type { Editor } from './editor'
 import { boundWords } from './bound'
-import { formatNumber, formatPercent } from './map_numbers'
 import { headline, placementWords, verdict } from './map_words'
 
 const SWEEP_WORTH_SAYING = 1.05 // tokens per sweep; with less, nothing was speculated
@@ -58,7 +57,7 @@ function forecast(t: Translate, plan: PlanState): string[] {
   const prefill = plan.prefill_tps ? [t('mapPrefill', { rate: formatRate(plan.prefill_tps) })] : []
   return [
     [t('mapForecast', { rate: formatRate(plan.decode_tps) }), ...prefill].join(' · '),
-    plan.bound_by ? t('mapBoundBy', { what: boundWords(plan.bound_by, t) }) : '',
+    plan.bound_by ? t('mapBoundBy', { what: boundWords(t, plan.bound_by) }) : '',
   ]
 }
 
@@ -68,9 +67,9 @@ function measured(t: Translate, state: MapState): string[] {
   return [
     [
       t('mapMeasured', { rate: formatRate(state.measured_tps) }),
-      ...(limit ? [t('mapOfLimit', { percent: formatPercent(100 * limit) })] : []),
+      ...(limit ? [t('mapOfLimit', { percent: formatPercent(limit) })] : []),
     ].join(' · '),
-    tokens > SWEEP_WORTH_SAYING ? t('mapTokensPerSweep', { count: formatNumber(tokens, 1) }) : '',
+    tokens > SWEEP_WORTH_SAYING ? t('mapTokensPerSweep', { count: tokens.toFixed(1) }) : '',
   ]
 }
 

@@ -11,7 +11,7 @@ import type { Times } from './map_words'
 
 const NARROW_COLUMNS = 33
 /** What a sweep's times are made of, from the bottom of a bar to its top. */
-export const TIME_KINDS = ['compute', 'copy', 'wait'] as const
+const TIME_KINDS = ['compute', 'copy', 'wait'] as const
 
 export class Strip {
   readonly element: HTMLElement

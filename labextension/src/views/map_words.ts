@@ -2,12 +2,11 @@
 
 import type { Translate, Word } from '../i18n'
 import type { Fill } from '../theme'
-import { formatBandwidth, formatBytes, formatSeconds } from '../units'
+import { formatBandwidth, formatBytes, formatNumber, formatPercent, formatSeconds } from '../units'
 import type { BlockState, PlanState, TierState } from '../wire'
 import {
   BLOCK_FILLS, computesOnGpu, fillOfBlock, partsOf, type Purpose, PURPOSES, sumOf, tightestTier, trafficFrom, weightShares,
 } from './map_facts'
-import { formatNumber, formatPercent } from './map_numbers'
 
 /** Seconds of waiting, copying and computing of one block in the newest sweep. */
 export type Times = readonly [number, number, number]
@@ -97,7 +96,7 @@ export function placementWords(t: Translate, plan: PlanState): string {
   return [...weightShares(plan)]
     .map(([fill, percent]) => {
       const word = fill === 'ram' && !isOnGpu ? 'ram' : SHARE_WORDS[fill]
-      return t('mapPercent', { percent: formatPercent(percent), what: word ? t(word) : '?' })
+      return t('mapPercent', { percent: formatPercent(percent / 100), what: word ? t(word) : '?' })
     })
     .join(' · ')
 }
@@ -140,7 +139,7 @@ export function tierSize(t: Translate, tier: TierState): string {
 }
 
 /** What happens to a block in every sweep: `"streams to cuda:0"`. */
-export function doesWords(t: Translate, plan: PlanState, block: BlockState): string {
+function doesWords(t: Translate, plan: PlanState, block: BlockState): string {
   const target = processor(t, block.compute)
   switch (block.way) {
     case 'kept':

@@ -130,7 +130,7 @@ export const mapWords = {
   editBudgetOf: { en: 'Budget of {device}', ja: '{device} の上限' },
   editBudgetValue: { en: '{size} of {total}', ja: '{total} のうち {size}' },
   editAll: { en: 'all', ja: 'すべて' },
-  editNoLimit: { en: 'no limit', ja: '上限なし' },
+  editAllThatIsFree: { en: 'all that is free', ja: '空きすべて' },
   editAllFree: { en: '{size} (all free)', ja: '{size}(空きすべて)' },
 
   // What a proposal means
@@ -149,25 +149,6 @@ export const mapWords = {
   editApplying: { en: 'The placement is being carried out…', ja: '配置を適用しています…' },
   editAppliedOne: { en: '✓ Applied: 1 block changed in {time}.', ja: '✓ 適用しました: 1 ブロックを {time} で変更。' },
   editApplied: { en: '✓ Applied: {count} blocks changed in {time}.', ja: '✓ 適用しました: {count} ブロックを {time} で変更。' },
-
-  // While it is carried out
-  editProgress: { en: 'Progress', ja: '進行状況' },
-  editStarting: { en: 'starting…', ja: '開始しています…' },
-  editCancel: { en: 'Cancel', ja: 'キャンセル' },
-  editDone: { en: '{done} of {total}', ja: '{done} / {total}' },
-  editBlocksDone: { en: '{done} of {total} blocks', ja: '{done} / {total} ブロック' },
-  editLeft: { en: 'about {time} left', ja: '残り約 {time}' },
-  editImporting: { en: 'importing', ja: 'インポート中' },
-  editReading: { en: 'reading', ja: '読み取り中' },
-  editPlanning: { en: 'planning', ja: '計画中' },
-  editDownloading: { en: 'downloading', ja: 'ダウンロード中' },
-  editConverting: { en: 'converting', ja: '変換中' },
-  editLoading: { en: 'loading', ja: '読み込み中' },
-  editQuantizing: { en: 'quantizing', ja: '量子化中' },
-  editMoving: { en: 'moving', ja: '移動中' },
-  editMeasuring: { en: 'measuring', ja: '計測中' },
-  editPrefilling: { en: 'prefill', ja: 'プリフィル中' },
-  editGenerating: { en: 'generating', ja: '生成中' },
 
   // To take elsewhere
   editCopyPython: { en: 'Copy as Python', ja: 'Python としてコピー' },

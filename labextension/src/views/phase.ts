@@ -1,8 +1,8 @@
-/** A phase in words and as a bar, the same for an answer and for a job. */
+/** Where an answer or a job is, in words and as a bar: the same in every view. */
 
-import { h, setText } from '../dom'
+import { h } from '../dom'
 import type { Translate, Word } from '../i18n'
-import { formatBytes } from '../units'
+import { formatBytes, formatNumber } from '../units'
 import type { ProgressEvent } from '../wire'
 
 /** What answers and jobs both say about where they are. */
@@ -30,21 +30,27 @@ const UNITS = new Map<string, Word>([
 // More ticks than this are a blur: a plain bar says the same.
 const TICKS_AT_MOST = 80
 
-/** `reading the prompt, 12 of 30 layers`. A phase of a newer kernel is shown by its own name. */
-export function phaseWords(phase: Phase | null, t: Translate): string {
+/** `reading the prompt`. A phase of a newer kernel is shown by its own name. */
+export function phaseName(phase: Phase | null, t: Translate): string {
   if (!phase?.phase) return t('phaseStarting')
-  const words = Object.hasOwn(PHASES, phase.phase) ? t(PHASES[phase.phase]) : String(phase.phase)
+  return Object.hasOwn(PHASES, phase.phase) ? t(PHASES[phase.phase]) : String(phase.phase)
+}
+
+/** `12 of 30 layers`; empty where nothing is counted. */
+export function phaseAmount(phase: Phase | null, t: Translate): string {
+  if (!phase) return ''
   const isBytes = phase.unit === 'bytes'
-  const amount = (count: number) => (isBytes ? formatBytes(count) : String(count))
-  if (!phase.total) return phase.done && isBytes ? t('phaseSoFar', { phase: words, done: amount(phase.done) }) : words
-  const values = { phase: words, done: amount(phase.done), total: amount(phase.total) }
+  const amount = (count: number) => (isBytes ? formatBytes(count) : formatNumber(count))
+  if (!phase.total) return phase.done && isBytes ? t('phaseSoFar', { done: amount(phase.done) }) : ''
+  const values = { done: amount(phase.done), total: amount(phase.total) }
   return isBytes ? t('phaseBytes', values) : t('phaseAmount', { ...values, unit: unitWords(phase.unit, t) })
 }
 
-/** Share that is done, from 0 to 1; `null` where nobody can tell. */
-export function shareDone(phase: Phase | null): number | null {
-  if (!phase?.total) return null
-  return Math.min(1, Math.max(0, phase.done / phase.total))
+/** `reading the prompt, 12 of 30 layers`. */
+export function phaseWords(phase: Phase | null, t: Translate): string {
+  const name = phaseName(phase, t)
+  const amount = phase?.phase ? phaseAmount(phase, t) : ''
+  return amount ? t('phaseWith', { phase: name, amount }) : name
 }
 
 /** A bar that may have a tick for every unit. */
@@ -57,15 +63,15 @@ export class PhaseBar {
     this.show(null)
   }
 
-  /** Without a share the bar moves to and fro, and says no value. */
-  show(phase: Phase | null): void {
+  /** Without a share that is done the bar moves to and fro, and says no value. */
+  show(phase: Phase | null, words = phaseWords(phase, this.t)): void {
     const share = shareDone(phase)
     const hasTicks = phase !== null && phase.unit !== 'bytes' && phase.total > 1 && phase.total <= TICKS_AT_MOST
     this.element.classList.toggle('ticks', hasTicks)
     this.element.classList.toggle('unknown', share === null)
     this.element.style.setProperty('--ticks', String(hasTicks ? phase.total : 1))
     this.element.style.setProperty('--share', `${((share ?? 0) * 100).toFixed(2)}%`)
-    this.element.setAttribute('aria-valuetext', phaseWords(phase, this.t))
+    this.element.setAttribute('aria-valuetext', words)
     if (share === null) for (const name of ['now', 'min', 'max']) this.element.removeAttribute(`aria-value${name}`)
     else this.setValue(Math.round(share * 100))
   }
@@ -77,9 +83,10 @@ export class PhaseBar {
   }
 }
 
-/** A phase in an element, told again only when it is another. */
-export function showPhase(element: Element, phase: Phase | null, t: Translate): void {
-  setText(element, phaseWords(phase, t))
+/** Share that is done, from 0 to 1; `null` where nobody can tell. */
+function shareDone(phase: Phase | null): number | null {
+  if (!phase?.total) return null
+  return Math.min(1, Math.max(0, phase.done / phase.total))
 }
 
 function unitWords(unit: string, t: Translate): string {

@@ -7,13 +7,14 @@ export class Clock {
   private knownS = 0
   private since = performance.now()
 
-  /** `tick` is called a few times a second with the seconds since the start. */
-  constructor(private readonly tick: (elapsedS: number) => void) {
-    this.timer = setInterval(() => tick(this.elapsedS), TICK_MS)
-  }
-
-  get elapsedS(): number {
-    return this.knownS + this.sinceS
+  /** `tick` is called a few times a second with the seconds since the start, while `element` is in the page. */
+  constructor(
+    element: Element,
+    private readonly tick: (elapsedS: number) => void,
+  ) {
+    this.timer = setInterval(() => {
+      if (element.isConnected) tick(this.knownS + this.sinceS)
+    }, TICK_MS)
   }
 
   /** Seconds since the kernel last said what time it is. */
