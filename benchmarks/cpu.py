@@ -196,6 +196,7 @@ def screens(setup: Setup) -> None:
             ("engine alone", "bare"),
             ("session, text and footer", "text"),
             ("session, notebook and footer", "notebook"),
+            ("session, live views and footer", "live"),
         )
     ]
     group = setup.run("screens", contenders, repeats=3 * setup.repeats)

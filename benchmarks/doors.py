@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 import threading
@@ -15,6 +16,11 @@ from llm_magic.events import Message, Request, Sampling
 from llm_magic.model import ModelSpec
 from llm_magic.options import AskOptions, LoadOptions
 from llm_magic.session import Session
+from llm_magic.views.map import map_report
+from llm_magic.views.report import LiveMap
+from llm_magic.widgets.hub import Hub
+from llm_magic.widgets.screen import RichScreen
+from llm_magic.wire import Event, Hello, encode
 
 
 class SessionSubject:
@@ -26,9 +32,10 @@ class SessionSubject:
         self._engine = self._session.model().engine
         self._nowhere = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - closed with the subject
         self._shell: Any = None
+        self._live: Any = None
 
     def measure(self, case: str, **options: Any) -> dict[str, float]:
-        """``"bare"``, ``"text"`` and ``"notebook"`` answer; ``"move"`` applies a device map."""
+        """``"bare"``, ``"text"``, ``"notebook"`` and ``"live"`` answer; ``"move"`` applies a device map."""
         if case == "move":
             return self._moved(**options)
         return self._answered(case, **options)
@@ -57,7 +64,18 @@ class SessionSubject:
         if self._shell is None:
             self._shell = _shell()
         self._shell.display_pub.outputs.clear()
-        return NotebookScreen(formats)
+        return self._live_screen() if case == "live" else NotebookScreen(formats)
+
+    def _live_screen(self) -> Any:
+        """Live views, a map among them, whose messages are made as for a browser that said hello."""
+        if self._live is None:
+            self._live = RichScreen(self._session.plugins.formats, self._session, _Wire())
+            plan = self._session.model().plan
+            self._live.show(map_report(plan, live=LiveMap(plan, "bench")))
+            for screen in self._live.hub.screens:
+                screen.hear(Hello(screen.view))
+        self._live.hub.is_heard = True
+        return self._live
 
     def _moved(self, device_map: Mapping[str, str]) -> dict[str, float]:
         names = {block.name for block in self._engine.plan.layout.blocks}
@@ -68,6 +86,14 @@ class SessionSubject:
             "copied_bytes": sum(moved.bytes.values()),
             "load_s": self._session.model().load_s,
         }
+
+
+class _Wire(Hub):
+    """A hub whose messages go to JSON, and no further."""
+
+    def post(self, event: Event) -> None:
+        super().post(event)
+        json.dumps(encode(event))
 
 
 def _shell() -> Any:

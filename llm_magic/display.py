@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, Literal, Protocol, TextIO
 
 import psutil
@@ -20,6 +19,7 @@ from IPython.display import DisplayHandle, display
 from llm_magic.answer import Answer
 from llm_magic.errors import OptionError
 from llm_magic.events import PhaseEvent
+from llm_magic.folders import VIEWS
 from llm_magic.formats import bundle, footer_text
 from llm_magic.harmless.paths import without_paths
 from llm_magic.harmless.terminal import sanitize
@@ -33,7 +33,6 @@ from llm_magic.views.report import Report
 
 UI = Literal["text", "basic", "rich"]
 STREAMED = ("markdown", "text", "code", "math")  # formats whose text can be read while it comes
-VIEWS = Path(__file__).with_name("static") / "views.js"
 _LIVE_CHARACTERS = 20_000  # of a longer answer only the end is sent while it comes
 _QUIET_S = 0.5  # how often a clock moves when nothing else does
 _PHASES = {

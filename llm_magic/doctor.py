@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -20,7 +21,7 @@ import psutil
 from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
 
-from llm_magic.folders import cache_folder, data_folder, display_path
+from llm_magic.folders import VIEWS, cache_folder, data_folder, display_path
 from llm_magic.units import GIB, format_bytes
 
 Level = Literal["ok", "warning", "problem"]
@@ -89,6 +90,7 @@ def diagnose(failed_plugins: Iterable[str] = ()) -> tuple[Finding, ...]:
         check_memory(psutil.virtual_memory().available),
         *check_hub(os.environ, Path.home()),
         check_front_end(sys.modules),
+        check_views(VIEWS, find_spec("anywidget") is not None),
         *check_plugins(failed_plugins),
     ]
     order: dict[Level, int] = {"problem": 0, "warning": 1, "ok": 2}
@@ -226,6 +228,21 @@ def check_front_end(modules: Mapping[str, object]) -> Finding:
     if "ipykernel.zmqshell" in modules or "ipykernel.kernelapp" in modules:
         return Finding("ok", "front end: a Jupyter kernel")
     return Finding("ok", "front end: a terminal")
+
+
+def check_views(module: Path, has_host: bool) -> Finding:
+    """Whether notebooks can show live views: they were built, and their host is installed."""
+    if not has_host:
+        return Finding(
+            "warning", "anywidget is missing: views in notebooks do not move", "pip install anywidget"
+        )
+    if not module.exists():
+        return Finding(
+            "warning",
+            "the live views were not built: views in notebooks do not move",
+            "pip install . in the checkout",
+        )
+    return Finding("ok", "live views of notebooks: built")
 
 
 def check_plugins(failed_plugins: Iterable[str]) -> Iterator[Finding]:

@@ -1,9 +1,12 @@
-"""Where llm_magic keeps what it makes: converted models and measurements, saved chats."""
+"""Where llm_magic keeps what it makes: converted models and measurements, saved chats, built views."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+
+VIEWS = Path(__file__).with_name("static") / "views.js"
+"""The live views as one ES module, which the package's build makes."""
 
 
 def cache_folder() -> Path:

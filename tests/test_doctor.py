@@ -159,3 +159,11 @@ def test_this_environment_is_well_and_nothing_heavy_is_imported() -> None:
 def test_no_finding_holds_a_path_of_this_computer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLM_MAGIC_CACHE", str(tmp_path / "canary" / "cache"))
     assert not [f for f in diagnose() if str(tmp_path) in f.what + f.next_step]
+
+
+def test_live_views_that_cannot_be_shown_are_named(tmp_path: Path) -> None:
+    module = tmp_path / "views.js"
+    assert doctor.check_views(module, has_host=False).level == "warning"
+    assert "not built" in doctor.check_views(module, has_host=True).what
+    module.touch()
+    assert doctor.check_views(module, has_host=True).level == "ok"

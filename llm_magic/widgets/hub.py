@@ -16,8 +16,8 @@ from typing import Any
 import anywidget
 import traitlets
 
-from llm_magic.display import VIEWS
 from llm_magic.errors import OptionError
+from llm_magic.folders import VIEWS
 from llm_magic.widgets.channel import Channel, LiveScreen, new_view
 from llm_magic.wire import ClosedEvent, Command, Event, Hello, StateEvent, decode_command, encode
 
