@@ -16,6 +16,7 @@ from llm_magic.events import PhaseEvent, StopFlag
 from llm_magic.plan import PlannedEvent
 
 Result = TypeVar("Result")
+_ON_ITS_WAY_S = 2.0  # a thread that was created has begun by then, on a busy computer too
 
 
 class Cancelled(Exception):  # noqa: N818 - not an error: somebody asked for it
@@ -57,21 +58,32 @@ class Worker(Generic[Result]):
 
     def __init__(self, job: Callable[[StopFlag], Result], on_end: Callable[[], None] = lambda: None) -> None:
         self.stop_flag: StopFlag = threading.Event()
-        self._ended = threading.Event()
+        self._begun, self._ended = threading.Event(), threading.Event()
         self._result: Result | None = None
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, args=(job, on_end), name="llm_magic", daemon=True)
 
     def start(self) -> None:
-        """Begin."""
-        self._thread.start()
+        """Begin.
+
+        Raises
+        ------
+        KeyboardInterrupt
+            When one comes in the midst of it; ``has_started`` tells whether there is a thread.
+        """
+        try:
+            self._thread.start()
+        except KeyboardInterrupt:
+            self._begun.wait(_ON_ITS_WAY_S)  # the thread may be there, and not yet know it
+            raise
 
     @property
     def has_started(self) -> bool:
         """Whether there is, or was, a thread that will call ``on_end``."""
-        return self._thread.ident is not None
+        return self._begun.is_set() or self._thread.ident is not None
 
     def _run(self, job: Callable[[StopFlag], Result], on_end: Callable[[], None]) -> None:
+        self._begun.set()
         try:
             self._result = job(self.stop_flag)
         except BaseException as error:  # handed to the caller's thread, which raises it

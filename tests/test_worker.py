@@ -68,6 +68,24 @@ def test_the_latest_progress_is_the_one_to_show() -> None:
     assert latest.take() == PhaseEvent("loading", 2, 3)
 
 
+def test_an_interrupt_while_the_thread_is_made_does_not_hide_it() -> None:
+    """The thread gives the lock back itself; whoever thinks there is none would do it a second time."""
+    ended = threading.Event()
+    worker = Worker(lambda stop: "done", ended.set)
+    make = worker._thread.start
+
+    def interrupted() -> None:
+        threading.Thread(target=make).start()
+        raise KeyboardInterrupt
+
+    worker._thread.start = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        worker.start()
+    assert worker.has_started
+    assert worker.result() == "done"
+    assert ended.is_set()
+
+
 def test_a_plan_is_told_once_and_never_lost() -> None:
     latest = Latest()
     planned = PlannedEvent("loading", plan=plan_of(starter(), machine("laptop-no-gpu")))

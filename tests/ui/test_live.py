@@ -14,7 +14,7 @@ from playwright.sync_api import Locator, WebSocket, expect
 from tests.payloads import PAYLOADS
 from tests.ui.conftest import OpenNotebook
 from tests.ui.jupyter import KERNELS, App, Notebook
-from tests.ui.live import live
+from tests.ui.live import live, serious_findings
 
 pytestmark = pytest.mark.browser
 LOAD = "%load_ext llm_magic\n%llm load starter"
@@ -54,7 +54,10 @@ def test_stop_ends_the_answer_and_the_next_cell_runs(
     notebook = open_notebook([LOAD, ENDLESS, "print(_llm.finish_reason, len(_llm) > 0)"], app, kernel=kernel)
     notebook.run_cell(0)
     view = begin(notebook, 1)
-    view.get_by_role("button", name="Stop").click()
+    stop = view.get_by_role("button", name="Stop")
+    stop.wait_for()
+    assert serious_findings(notebook) == []
+    stop.click()
     expect(notebook.output(1)).to_contain_text("stopped by you", timeout=20_000)
     expect(live(notebook, 1)).to_have_count(0)
     notebook.run_cell(2)
@@ -86,6 +89,39 @@ def test_interrupt_ends_the_answer_on_every_kernel(
     begin(notebook, 1)
     notebook.interrupt()
     expect(notebook.output(1)).to_contain_text("interrupted by you", timeout=20_000)
+
+
+@pytest.mark.parametrize("app", ["lab", "notebook"])
+def test_a_load_is_cancelled_and_leaves_nothing(open_notebook: OpenNotebook, app: App) -> None:
+    slow = SCRIPTED.replace(
+        "%llm load", "import time\nbackend.while_loading = lambda: time.sleep(3)\n%llm load"
+    )
+    notebook = open_notebook([slow, "%llm ps"], app)
+    notebook.start_cells(0, 0)
+    view = live(notebook, 0)
+    expect(view.get_by_role("progressbar")).to_be_visible(timeout=30_000)
+    cancel = view.get_by_role("button", name="Cancel")
+    cancel.wait_for()
+    assert serious_findings(notebook) == []
+    cancel.click()
+    expect(notebook.output(0)).to_contain_text("Loading fake-a was cancelled", timeout=20_000)
+    expect(live(notebook, 0)).to_have_count(0)
+    notebook.run_cell(1)
+    assert "No model is loaded" in notebook.output(1).inner_text()
+
+
+def test_views_speak_the_language_of_the_page_and_fit_when_zoomed(open_notebook: OpenNotebook) -> None:
+    notebook = open_notebook([SCRIPTED, "%llm map", "%llm machine"])
+    notebook.page.evaluate("() => { document.documentElement.lang = 'ja' }")
+    notebook.page.set_viewport_size({"width": 640, "height": 900})  # as 1280 at 200 %
+    for cell in range(3):
+        notebook.run_cell(cell)
+    for cell, words in ((1, "ディスク"), (2, "メモリ")):
+        expect(live(notebook, cell)).to_contain_text(words)
+        assert live(notebook, cell).evaluate(
+            """host => { const root = host.shadowRoot.querySelector('.llm');
+                return root.scrollWidth <= root.clientWidth + 1 }"""
+        )
 
 
 def frames(notebook: Notebook) -> list[dict[str, Any]]:
