@@ -17,7 +17,15 @@ interface Screen {
   isLost: boolean
   /** Messages may have been lost. */
   isStale: boolean
+  /** Says hello again. */
+  timer: ReturnType<typeof setTimeout> | undefined
 }
+
+/**
+ * When a view that can stop something says hello again, as long as nobody has heard it while at work. What is
+ * said before the front end has a subshell for our messages is heard only when the cell is over.
+ */
+const AGAIN_MS = [250, 750, 2000, 5000, 10_000]
 
 /** What is of use only to who sees it; the newest progress is kept. */
 const PASSING: Event['type'][] = ['answer', 'progress', 'sweep']
@@ -59,6 +67,7 @@ export class Hub {
     for (const [view, screen] of [...this.screens]) {
       const { shown, isLost } = screen
       screen.isLost = true
+      clearTimeout(screen.timer)
       if (!shown) this.close(view)
       else if (!isLost) this.attempt(view, () => shown.lost(message))
     }
@@ -91,6 +100,7 @@ export class Hub {
     }
     const screen = this.screens.get(event.view)
     if (!screen?.shown || screen.isLost) return
+    if (event.type === 'hello') clearTimeout(screen.timer)
     // An answer is made of its events; other views can do without those that nobody sees.
     if (!this.isFed(event.view, screen) && PASSING.includes(event.type)) {
       if (event.type === 'progress') screen.progress = event
@@ -104,7 +114,9 @@ export class Hub {
     let screen = this.screens.get(view)
     if (screen?.type !== state.type || screen.isLost) {
       this.close(view)
-      screen = { type: state.type, shown: null, state: null, progress: null, isLost: false, isStale: false }
+      screen = {
+        type: state.type, shown: null, state: null, progress: null, isLost: false, isStale: false, timer: undefined,
+      }
       this.screens.set(view, screen)
     }
     screen.state = state
@@ -132,6 +144,14 @@ export class Hub {
     this.mounts.add(view, host)
     // Whoever hears this while it is at work will hear Stop as well.
     this.send({ type: 'hello', view })
+    if (screen.type === 'job' || screen.type === 'answer') this.greetAgain(view, screen, 0)
+  }
+
+  private greetAgain(view: string, screen: Screen, times: number): void {
+    screen.timer = setTimeout(() => {
+      this.send({ type: 'hello', view })
+      this.greetAgain(view, screen, times + 1)
+    }, AGAIN_MS[times] ?? AGAIN_MS[AGAIN_MS.length - 1])
   }
 
   /** A place without a view: one that waits for it, or the page was loaded again and the kernel may know it. */
@@ -180,6 +200,7 @@ export class Hub {
   private close(view: string): void {
     const screen = this.screens.get(view)
     this.screens.delete(view)
+    clearTimeout(screen?.timer)
     this.mounts.remove(view)
     try {
       screen?.shown?.cleanup()

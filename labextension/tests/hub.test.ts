@@ -317,3 +317,29 @@ function spied() {
   })
   return { update, event, restore: () => made.mockRestore() }
 }
+
+
+test('a view that can stop something says hello until it is heard, or is gone', () => {
+  vi.useFakeTimers()
+  place('a')
+  place('b')
+  const hellos = (view: string) => sent.filter(c => c.type === 'hello' && c.view === view).length
+  const job = { type: 'job', title: 'Loading', plan: null } as State
+  show('a', job)
+  show('b', map)
+  const first = hellos('a')
+  const ofMap = hellos('b')
+  vi.advanceTimersByTime(1100)
+  expect(hellos('a')).toBe(first + 2)
+  expect(hellos('b')).toBe(ofMap)
+  hub.receive({ type: 'hello', view: 'a' })
+  vi.advanceTimersByTime(60_000)
+  expect(hellos('a')).toBe(first + 2)
+  show('c', job)
+  place('c')
+  hub.receive({ type: 'closed', view: 'c' })
+  const closed = hellos('c')
+  vi.advanceTimersByTime(60_000)
+  expect(hellos('c')).toBe(closed)
+  vi.useRealTimers()
+})

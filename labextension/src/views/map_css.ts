@@ -185,6 +185,7 @@ export const MAP_CSS = `
   .map .row > .field { grid-column: 1 / -1; grid-row: 2; padding-right: 16px; }
   .map .budget > :first-child { text-align: left; }
   .map .link > :not(.field), .map .scale-row > :not(.field) { display: none; }
+  .map .scale-row .track span:nth-child(even) { display: none; }
   .map .tier { padding: 4px 8px; }
   .map .strip .blocks { grid-template-columns: repeat(var(--narrow), minmax(0, 1fr)); }
   .map .spring { display: none; }
