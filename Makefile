@@ -78,7 +78,7 @@ $(VIEWS): $(VIEW_SOURCES) | $(STAMPS)/lab
 kernels: $(KERNELS:%=$(VENV)/kernels/%)
 
 $(VENV)/kernels/%: | $(STAMPS)/test
-	@$(PIP) install -qq --no-deps --target $@ ipykernel==$* nest-asyncio
+	@$(PIP) install -qq --no-deps --target $@ ipykernel==$* nest-asyncio==1.6.0
 
 # Some systems ship Python without ensurepip; then uv or virtualenv make the same environment.
 $(BIN)/python:
