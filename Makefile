@@ -11,7 +11,7 @@ DECLARED := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
 VIEWS := llm_magic/static/views.js
-VIEW_SOURCES := $(wildcard labextension/src/*.ts labextension/src/*/*.ts) labextension/package.json labextension/build.mjs
+VIEW_SOURCES := $(wildcard $(addprefix labextension/src/,*.ts */*.ts */*/*.ts)) labextension/package.json labextension/build.mjs
 NPM := cd labextension && PATH="$(abspath $(BIN)):$$PATH" npm
 
 KERNELS := 6.31.0 7.3.0

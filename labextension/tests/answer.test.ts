@@ -1,7 +1,7 @@
 import { afterEach, beforeEach, expect, test, vi } from 'vitest'
 import { type Language, translator } from '../src/i18n'
 import type { Shown, StateOf } from '../src/view'
-import { answerView } from '../src/views/answer'
+import { answerView } from '../src/views/answer/view'
 import { boundWords } from '../src/views/bound'
 import { phaseWords } from '../src/views/phase'
 import type { AnswerEvent, Command } from '../src/wire'

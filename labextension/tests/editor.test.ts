@@ -1,6 +1,6 @@
 import { afterEach, beforeEach, expect, test, vi } from 'vitest'
-import { History } from '../src/views/editor_history'
-import { Talk } from '../src/views/editor_talk'
+import { History } from '../src/views/editor/history'
+import { Talk } from '../src/views/editor/talk'
 import type { Command } from '../src/wire'
 import { otherState, realState, smallState, Stage } from './map_stage'
 

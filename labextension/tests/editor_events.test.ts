@@ -1,5 +1,5 @@
 import { afterEach, beforeEach, expect, test, vi } from 'vitest'
-import { Talk } from '../src/views/editor_talk'
+import { Talk } from '../src/views/editor/talk'
 import type { Command, MapState } from '../src/wire'
 import { otherState, point, smallState, Stage } from './map_stage'
 

@@ -1,7 +1,7 @@
 import { afterEach, beforeEach, expect, test, vi } from 'vitest'
 import { type Language, translator } from '../src/i18n'
 import type { Shown, StateOf } from '../src/view'
-import { jobView } from '../src/views/job'
+import { jobView } from '../src/views/job/view'
 import type { Command, PlanState, ProgressEvent } from '../src/wire'
 import states from './states.json'
 

@@ -1,11 +1,11 @@
 import { afterEach, expect, test, vi } from 'vitest'
 import { type Language, translator } from '../src/i18n'
 import type { Shown, StateOf } from '../src/view'
-import { machineView } from '../src/views/machine'
-import { MACHINE_CSS } from '../src/views/machine_css'
-import { strokeWidth } from '../src/views/machine_draw'
-import { layout } from '../src/views/machine_layout'
-import { pathOf } from '../src/views/machine_path'
+import { machineView } from '../src/views/machine/view'
+import { MACHINE_CSS } from '../src/views/machine/css'
+import { strokeWidth } from '../src/views/machine/draw'
+import { layout } from '../src/views/machine/layout'
+import { pathOf } from '../src/views/machine/path'
 import states from './states.json'
 
 type State = StateOf<'machine'>

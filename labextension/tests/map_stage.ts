@@ -2,7 +2,7 @@
 
 import { translator, type Language } from '../src/i18n'
 import { makeHost } from '../src/mount'
-import { mapView } from '../src/views/map'
+import { mapView } from '../src/views/map/view'
 import type { Command, Event, MapState, PlanState, Propose } from '../src/wire'
 import states from './states.json'
 

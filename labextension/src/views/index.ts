@@ -2,10 +2,10 @@
 
 import type { Shown, Surroundings, View } from '../view'
 import type { State } from '../wire'
-import { answerView } from './answer'
-import { jobView } from './job'
-import { machineView } from './machine'
-import { mapView } from './map'
+import { answerView } from './answer/view'
+import { jobView } from './job/view'
+import { machineView } from './machine/view'
+import { mapView } from './map/view'
 
 const VIEWS = { map: mapView, machine: machineView, job: jobView, answer: answerView }
 

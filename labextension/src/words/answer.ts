@@ -1,4 +1,4 @@
-/** Strings of src/views/answer*.ts and src/views/job*.ts. */
+/** Strings of src/views/answer and src/views/job. */
 export const answerWords = {
   answerLabel: { en: 'Answer of {model}', ja: '{model} の回答' },
   answerStop: { en: 'Stop', ja: '停止' },

@@ -1,4 +1,4 @@
-/** Strings of src/views/machine*.ts. */
+/** Strings of src/views/machine. */
 export const machineWords = {
   machinePicture: { en: 'Picture of {name}', ja: '{name} の構成図' },
   machineCpu: { en: 'CPU', ja: 'CPU' },

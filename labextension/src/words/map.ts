@@ -1,4 +1,4 @@
-/** Strings of src/views/map*.ts and src/views/editor*.ts. */
+/** Strings of src/views/map and src/views/editor. */
 export const mapWords = {
   // What is in a tier
   mapWeights: { en: 'weights', ja: '重み' },
