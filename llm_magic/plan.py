@@ -65,13 +65,16 @@ class Placement:
     """One block: the device where its weights live, and the one where it computes.
 
     ``compute`` is ``"cpu"`` for a block in RAM that the CPU computes, also beside a GPU. ``kept``
-    says that a copy of a block on disk stays in RAM, so that it is read once only.
+    says that a copy of a block on disk stays in RAM, so that it is read once only. ``prefill``
+    names the GPU that computes such a block in long sweeps (`Plan.long_sweep`), to which its weights
+    stream then: a CPU decodes as fast as it reads, but it multiplies slowly. Empty: always ``compute``.
     """
 
     block: Block
     home: str
     compute: str
     kept: bool = False
+    prefill: str = ""
 
     @property
     def is_offloaded(self) -> bool:
@@ -162,7 +165,8 @@ class Plan:
     ``policy`` is the planner's name or the file that the map came from; ``problems`` says why it
     does not fit, in sentences, and is empty when it does; ``remedies`` says what would fit.
     ``mapped`` says that the CPU uses blocks on disk right in the system's page cache, which has
-    room for all of them.
+    room for all of them. ``long_sweep`` is the number of tokens, of all sequences together, from
+    which on blocks with a ``prefill`` device compute there; 0 without such blocks.
     """
 
     source: str
@@ -179,6 +183,7 @@ class Plan:
     remedies: tuple[str, ...] = ()
     options: Mapping[str, str] = field(default_factory=dict)
     mapped: bool = False
+    long_sweep: int = 0
 
     def __repr__(self) -> str:
         fits = "fits" if self.fits else "does not fit"

@@ -98,6 +98,7 @@ def plan_state(
         warnings=[_clean(text) for text in plan.warnings],
         problems=[_clean(text) for text in plan.problems],
         remedies=[_clean(text) for text in plan.remedies],
+        long_sweep=plan.long_sweep,
         exports=ExportState(
             python=_clean(python_of(plan)),
             command=_clean(command_of(plan, before, model)),
@@ -166,6 +167,7 @@ def _block(plan: Plan, place: Placement) -> BlockState:
         tied_to=[sanitize(plan.layout.block(name).label) for name in block.tied_to],
         experts=block.experts,
         active_experts=block.active_experts,
+        prefill=place.prefill,
     )
 
 

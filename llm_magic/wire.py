@@ -32,7 +32,10 @@ Status = Literal["planned", "loaded", "unloaded"]
 
 
 class BlockState(Struct, frozen=True, kw_only=True):
-    """One block and what happens to it in every sweep; ``label`` is what a person reads and types."""
+    """One block and what happens to it in every sweep; ``label`` is what a person reads and types.
+
+    ``prefill`` is the device that computes it in sweeps of ``PlanState.long_sweep`` tokens and more, if another.
+    """
 
     label: str
     kind: str
@@ -45,6 +48,7 @@ class BlockState(Struct, frozen=True, kw_only=True):
     tied_to: list[str] = []
     experts: int = 0
     active_experts: int = 0
+    prefill: str = ""
 
 
 class TierState(Struct, frozen=True, kw_only=True):
@@ -123,6 +127,7 @@ class PlanState(Struct, frozen=True, kw_only=True):
     problems: list[str]
     remedies: list[str]
     exports: ExportState
+    long_sweep: int = 0
 
 
 class MapState(Struct, frozen=True, kw_only=True, tag_field="type", tag="map"):

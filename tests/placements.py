@@ -22,17 +22,20 @@ from tests.fake_streams import HurriedStreams
 
 GPU = "cpu:0"
 PROMPT = torch.tensor([[7, 11, 13, 17, 19, 23]])
-Where = tuple[str, str, bool]  # home, compute, kept
+Where = tuple[str, str, bool, str]  # home, compute, kept, prefill
+LONG = 4  # tokens of a long sweep: fewer than the prompt has
 Place = Callable[[int, str], Where]  # of a block's number and label
 
 HOMES: Mapping[str, Where] = {
-    "cpu": ("cpu", "cpu", False),
-    "read": ("disk", "cpu", False),
-    "kept": ("disk", "cpu", True),
-    "resident": (GPU, GPU, False),
-    "streamed": ("cpu", GPU, False),
-    "read to a GPU": ("disk", GPU, False),
-    "kept for a GPU": ("disk", GPU, True),
+    "cpu": ("cpu", "cpu", False, ""),
+    "read": ("disk", "cpu", False, ""),
+    "kept": ("disk", "cpu", True, ""),
+    "resident": (GPU, GPU, False, ""),
+    "streamed": ("cpu", GPU, False, ""),
+    "read to a GPU": ("disk", GPU, False, ""),
+    "kept for a GPU": ("disk", GPU, True, ""),
+    "visiting": ("cpu", "cpu", False, GPU),
+    "kept, visiting": ("disk", "cpu", True, GPU),
 }
 """Every place that a block can have, by a name."""
 
@@ -45,7 +48,7 @@ def placed_plan(
     placements = tuple(
         Placement(p.block, *place(number, p.block.label)) for number, p in enumerate(plan.placements)
     )
-    return replace(plan, placements=placements, mapped=mapped)
+    return replace(plan, placements=placements, mapped=mapped, long_sweep=LONG)
 
 
 def mixed_plan(plan: Plan, homes: Mapping[str, str], *, mapped: bool = False) -> Plan:
@@ -56,7 +59,7 @@ def mixed_plan(plan: Plan, homes: Mapping[str, str], *, mapped: bool = False) ->
         owner = next(iter(place.block.tied_to), "") if not place.block.bytes else ""
         where = by_name.get(owner or place.block.name)
         placements.append(Placement(place.block, *where) if where else place)
-    return replace(plan, placements=tuple(placements), mapped=mapped)
+    return replace(plan, placements=tuple(placements), mapped=mapped, long_sweep=LONG)
 
 
 def load_placed(
@@ -89,7 +92,8 @@ def everywhere(home: str) -> Place:
 
 def layers_to(home: str, *, every: int = 1) -> Place:
     """The layers (each, or every second, ...) in a place of `HOMES`; the rest stays where it computes."""
-    rest = "cpu" if HOMES[home][1] == "cpu" else "resident"
+    _, compute, _, prefill = HOMES[home]
+    rest = "cpu" if compute == "cpu" and not prefill else "resident"
 
     def place(number: int, label: str) -> Where:
         return HOMES[home if label.startswith("layers.") and number % every == 0 else rest]
@@ -105,6 +109,8 @@ WAYS: Mapping[str, tuple[Place, bool]] = {
     "disk to the CPU": (layers_to("read"), False),
     "disk to the CPU, mapped": (layers_to("read"), True),
     "disk to the CPU, kept": (layers_to("kept"), False),
+    "visiting a GPU": (layers_to("visiting"), False),
+    "every second layer visiting, kept": (layers_to("kept, visiting", every=2), False),
     "everything on disk": (everywhere("read"), False),
     "everything mapped": (everywhere("read"), True),
     "everything streamed": (everywhere("streamed"), False),

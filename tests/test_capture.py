@@ -383,6 +383,23 @@ def test_after_closing_nothing_is_held_and_it_starts_again(model: Any) -> None:
     assert tapes.recorded == 2
 
 
+def test_memory_is_given_up_between_answers_only(model: Any) -> None:
+    tested, tapes = model("llama"), Tapes()
+    step = step_of(tested, tapes)
+    assert not step.free()  # nothing was captured yet
+    greedy(step, tested, prompts(), 4)
+    assert list(step.tensors())
+    assert step.free()
+    assert not list(step.tensors())
+    assert not step.free()
+    begin(step, prefilled(tested, prompts()), None, 32)
+    step(prompts()[:, -1:], 8)
+    assert not step.free()  # the answer's tokens are there
+    step.reset()
+    assert torch.equal(greedy(step, tested, prompts(), 8), eager(tested, prompts(), 8))
+    assert tapes.recorded == 2
+
+
 class WrittenLane:
     """Writes down what is asked of it, between the layers of the model."""
 

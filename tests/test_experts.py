@@ -896,10 +896,10 @@ def _travellers(model: Any, folder: Path | None, reader: FileReader) -> list[Exp
             memory = page_buffer(experts.bytes)[: experts.bytes]
             for view, value in zip(experts.views(memory), values, strict=True):
                 view.copy_(value)
-            found.append((experts, RamStore(experts, memory)))
+            found.append((experts, RamStore(experts, memory), None))
         else:
             written = write_block(experts, values, folder / name)
-            found.append((experts, FileStore(experts, written, reader)))
+            found.append((experts, FileStore(experts, written, reader), None))
         experts.clear()
     return found
 

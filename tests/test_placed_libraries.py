@@ -16,6 +16,7 @@ from tests.engines import load
 from tests.placements import (
     HOMES,
     WAYS,
+    Where,
     everywhere,
     late_streams,
     layers_to,
@@ -39,7 +40,8 @@ def streams() -> Iterator[Streams]:
 def check_hooks(placed: PlacedModel) -> None:
     """One hook on each block that needs one, one on the model where a device is not the CPU, no other."""
     hooked = {name for name, module in placed.model.named_modules() if hasattr(module, "_hf_hook")}
-    computing = {block.place.compute for block in placed.blocks.values()}
+    places = [block.place for block in placed.blocks.values()]
+    computing = {device for place in places for device in (place.compute, place.prefill) if device}
     travelling = {name for name, block in placed.blocks.items() if block.travels}
     root = set() if computing == {"cpu"} else {""}
     assert hooked == (set(placed.blocks) | root if len(computing) > 1 else travelling | root)
@@ -61,10 +63,10 @@ def test_hooks_and_map_are_right_after_every_move(tiny_model: TinyModel, streams
     placed.close()
 
 
-def hybrid(number: int, label: str) -> tuple[str, str, bool]:
-    """Some layers resident, some streamed, some computed by the CPU."""
-    ways = ("resident", "streamed", "cpu")
-    return HOMES[ways[number % 3] if label.startswith("layers.") else "resident"]
+def hybrid(number: int, label: str) -> Where:
+    """Some layers resident, some streamed, some computed by the CPU, for good or in short sweeps."""
+    ways = ("resident", "streamed", "cpu", "visiting")
+    return HOMES[ways[number % 4] if label.startswith("layers.") else "resident"]
 
 
 @pytest.mark.parametrize("placement", ["ram", "half", "disk", "mapped"])

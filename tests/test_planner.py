@@ -534,16 +534,20 @@ def test_warnings():
 
 def test_streaming_that_is_slower_than_the_cpu_is_said():
     # 61 GiB of weights: over a bus of 25 GB/s 0.4 tok/s, read by a CPU at 60 GB/s 0.9. This CPU takes
-    # minutes for a prompt, so it is not made to compute beside the GPU unasked
+    # minutes for a prompt, so it is not made to compute beside the GPU unasked where its state cannot visit it
     def hints(box: Machine, policy: str = "auto") -> list[str]:
-        return [w for w in plan_for(qwen32b(), box, policy=policy).warnings if "--device-map cpu is" in w]
+        return [w for w in plan_for(layout, box, policy=policy).warnings if "--device-map cpu is" in w]
 
+    recurrent = tuple(replace(b, cache=replace(b.cache, fixed_bytes=1)) for b in qwen32b().blocks)
+    layout = replace(qwen32b(), blocks=recurrent)
     fast, space = ram(128 * GIB, read=6.0e10), disk(1000 * GIB)
     assert len(hints(machine(gpu(0, 8 * GIB), fast, space))) == 1
     assert not hints(machine(gpu(0, 8 * GIB), fast, space), "cpu")
     assert not hints(machine(gpu(0, 96 * GIB), fast, space))  # nothing is offloaded
     assert not hints(machine(gpu(0, 8 * GIB), ram(128 * GIB, read=1.0e9), space))  # the CPU is slower
     assert not hints(machine(gpu(0, 30 * GIB), ram(50 * GIB, read=6.0e10), space))  # the RAM takes not all
+    layout = qwen32b()
+    assert not hints(machine(gpu(0, 8 * GIB), fast, space))  # the CPU decodes beside the GPU
 
 
 def test_a_gpu_that_others_have_filled_is_named_in_the_refusal():

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from llm_magic.backends.accelerate.memory_errors import is_out_of_memory
-from llm_magic.backends.accelerate.repair import failed_device
+from llm_magic.backends.accelerate.repair import Repair, failed_device
 from llm_magic.errors import EngineError
 from tests.engines import ask, load, plan_for, request
 
@@ -73,6 +73,33 @@ def test_caches_of_other_chats_go_before_blocks(
         assert ask(engine, request(PROMPT, chat="other")).finish.cached_tokens == 0
     finally:
         engine.close()
+
+
+def test_what_comes_back_at_once_goes_first_and_in_silence(tiny_model: TinyModel) -> None:
+    plan = plan_for(tiny_model("llama"))[1]
+    placed = tuple(replace(place, home="cuda:0", compute="cuda:0") for place in plan.placements)
+    on_gpu, done, held = replace(plan, placements=placed), list[str](), ["a captured step"]
+    out_of_memory = torch.OutOfMemoryError("CUDA out of memory. GPU 0 has a total")
+
+    def give(name: str, *, was_there: bool) -> bool:
+        done.append(name)
+        return was_there
+
+    repair = Repair(
+        lambda: on_gpu,
+        lambda: give("steps", was_there=bool(held and held.pop())),
+        lambda: give("caches", was_there=True),
+        lambda _plan: None,
+    )
+    assert repair(out_of_memory)
+    assert (done, repair.notes) == (["steps"], [])
+    assert repair(out_of_memory)
+    assert done == ["steps", "steps", "caches"]
+    assert len(repair.notes) == 1
+    done.clear()
+    assert repair(MemoryError())  # of RAM: what a GPU gives up makes no room there
+    assert done == ["caches"]
+    assert not repair(RuntimeError("something else"))
 
 
 def test_what_cannot_be_mended_names_the_block_and_the_command(

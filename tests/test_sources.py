@@ -190,6 +190,7 @@ def test_weights_of_another_name_are_refused(model: Path) -> None:
 def test_an_adapter_is_refused(model: Path) -> None:
     (model / "adapter_config.json").write_text("{}")
     assert "LoRA" in refused(model).message
+    assert "load_adapter" in refused(model).next_step
 
 
 def test_missing_shards_are_counted(sharded: Path) -> None:

@@ -156,11 +156,11 @@ def test_waits_and_computations_fit_into_the_sweep(name: str, way: str, tiny_mod
             assert sum(wait + compute for wait, _, compute in times.values()) <= wall
             assert all(compute > 0 for _, _, compute in times.values())
             travelled.update(label for label, (_, copy, _) in times.items() if copy > 0)
-        travelling = {b.place.block.label for b in placed.blocks.values() if b.travels}
-        travelling |= {b.place.block.label for b in placed.experts.values() if b.travels}
+        parts = (*placed.blocks.values(), *placed.experts.values())
+        travelling = {part.place.block.label for part in parts if part.travels or part.visits}
         assert set(travelled) == travelling
         for block in placed.blocks.values():
-            if not block.travels and block.name not in placed.experts:
+            if not block.travels and not block.visits and block.name not in placed.experts:
                 assert times[block.place.block.label][:2] == (0, 0)
         assert torch.equal(logits(placed.model), expected)
         placed.close()

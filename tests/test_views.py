@@ -130,25 +130,26 @@ def test_plan_text():
 
 MAP_TEXT = """\
 Qwen3-32B  bfloat16 · 61.0 GiB · 64 layers · context 8,192
-✓ fits, 672.4 MiB to spare on cuda:0 · forecast 0.51 tok/s · bound by bus to
-  cuda:0, 25.1 GB/s
+✓ fits, 10.0 MiB to spare in RAM · forecast 0.59 tok/s · bound by bus to cuda:0,
+  25.1 GB/s
 
-cuda:0  [██████████████░░░▓▓-/]                                      21.4 GiB
-        672.4 MiB spare · now 19.0 GiB · RTX 4090 · 24.0 GiB
-     ↑  35.4 GiB to cuda:0 for every token · link 25.1 GB/s
-RAM     [███████████████████████████████░░--/////////////////////]   37.2 GiB
-        351.0 MiB spare · DDR5 · 64.0 GiB
+cuda:0  [██████████████░░░▓▒-/]                                      21.2 GiB
+        864.4 MiB spare · now 19.0 GiB · RTX 4090 · 24.0 GiB
+     ↑  29.1 GiB to cuda:0 for every token · link 25.1 GB/s
+RAM     [███████████████████████████████░░--/////////////////////]   37.6 GiB
+        10.0 MiB spare · DDR5 · 64.0 GiB
      ↑  9.1 GiB to cuda:0 for every token · link 6.8 GB/s
 Disk    [████████ …                                                  9.1 GiB
         read from its files · NVMe SSD · 1000.0 GiB, 412.0 GiB free
 
-blocks in model order: 0 cuda:0; R RAM, streamed; D Disk
-  0RR0DRR0RRD0RRR0RDRR0RRD0RRR0RDR0R
-  RDR0RRR0DRR0RRDR0RRR0DRR0RRD0RR00
+blocks in model order: 0 cuda:0; R RAM, streamed; C RAM, by the CPU; D Disk
+  0RR0DCR0RRD0RRC0RDRR0RCD0RRR0RDR0C
+  RDR0RRR0DCR0RRDR0CRR0DRR0RCD0RR00
   cuda:0: embed, layers.2, 6, 10, 14, 19, 23, 27, 31, 36, 40, 44, 49, 53, 57,
     61, norm, head
-  RAM, streamed: layers.0–1, 4–5, 7–8, 11–13, 15, 17–18, 20–21, 24–26, 28, 30,
-    32–33, 35, 37–39, 42–43, 45–46, 48, 50–52, 55–56, 58–59, 62–63
+  RAM, streamed: layers.0–1, 5, 7–8, 11–12, 15, 17–18, 20, 24–26, 28, 30, 33,
+    35, 37–39, 43, 45–46, 48, 51–52, 55–56, 58, 62–63
+  RAM, by the CPU: layers.4, 13, 21, 32, 42, 50, 59
   Disk: layers.3, 9, 16, 22, 29, 34, 41, 47, 54, 60
 
 █ weights   ░ slots   ▓ KV cache   ▒ activations   · free   - kept in reserve
@@ -162,10 +163,11 @@ def test_map_text():
 
 def test_words_and_bars():
     plan = PLANS["one GPU"]()
-    assert placement_words(plan) == "27 % GPU · 58 % RAM streamed · 15 % disk"
+    words = "27 % GPU · 48 % RAM streamed · 10 % RAM on the CPU · 15 % disk"
+    assert placement_words(plan) == words
     assert processor_words(plan) == "15%/58%/27% disk/CPU/GPU"
     text, html = placement_bar(plan)
-    assert text == "[█████▓▓▓▓▓▓▓▓▓▓▓▓░░░] 27 % GPU · 58 % RAM streamed · 15 % disk"
+    assert text == f"[█████▓▓▓▓▓▓▓▓▓▓▒▒░░░] {words}"
     assert "27 % GPU" in html
     assert placement_words(half_on_disk()) == "50 % RAM · 50 % disk"
     text, _ = placement_bar(PLANS["hybrid"]())

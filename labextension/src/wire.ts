@@ -13,6 +13,7 @@ export interface BlockState {
   tied_to: string[]
   experts: number
   active_experts: number
+  prefill: string
 }
 
 /** One device with its bytes by purpose, and how much of it is drawn. */
@@ -80,6 +81,7 @@ export interface PlanState {
   problems: string[]
   remedies: string[]
   exports: ExportState
+  long_sweep: number
 }
 
 /** The memory map and editor of one model; `model` is empty before it is loaded. */

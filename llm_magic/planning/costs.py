@@ -95,7 +95,7 @@ def longest_pass(plan: Plan, context: int, cached: int = 0) -> int:
         plan has counted.
     """
     layout, batch, left = plan.layout, plan.workload.batch, context - cached
-    computing = {place.compute for place in plan.placements}
+    computing = {place.compute for place in plan.placements}  # each `prefill` device among them
     spare = min((use.spare for use in plan.uses if use.device in computing), default=0)
     room = activation_bytes(layout, plan.workload) + max(0, spare)
 
@@ -192,11 +192,13 @@ def _bytes_by_purpose(
         there = purposes[place.compute]
         there["buffers"] += place.block.buffer_bytes
         there["kv_cache"] += workload.cache_bytes(place.block)
+    for device, visitors in _visitors(placed).items():  # keys and values come along, a block's at a time
+        purposes[device]["activations"] += max(workload.cache_bytes(block) for block in visitors)
     for device, kinds in _kinds_by_device(placed).items():
         # Looking up rows makes hidden states only.
         looks_up = kinds == {"embedding"}
         row = _tokens(workload) * layout.hidden_size * dtype_bytes(layout.dtype)
-        purposes[device]["activations"] = row if looks_up else activation_bytes(layout, workload)
+        purposes[device]["activations"] += row if looks_up else activation_bytes(layout, workload)
     if placed:
         purposes[logits_place(placed).compute]["activations"] += logits_bytes(layout, workload)
     if layout.draft and placed:
@@ -208,6 +210,15 @@ def _bytes_by_purpose(
 def draft_bytes(draft: ModelLayout, workload: Workload) -> int:
     """Weights, buffers and KV cache of a draft model."""
     return sum(block.bytes + block.buffer_bytes + workload.cache_bytes(block) for block in draft.blocks)
+
+
+def _visitors(placed: Sequence[Placement]) -> dict[str, list[Block]]:
+    """Device -> blocks of the CPU that compute there in long sweeps."""
+    visitors: defaultdict[str, list[Block]] = defaultdict(list)
+    for place in placed:
+        if place.prefill:
+            visitors[place.prefill].append(place.block)
+    return visitors
 
 
 def _kinds_by_device(placed: Sequence[Placement]) -> dict[str, set[str]]:
@@ -225,10 +236,11 @@ def _slot_bytes(
     arriving: defaultdict[str, list[int]] = defaultdict(list)
     staged: defaultdict[str, list[int]] = defaultdict(list)
     for place in placed:
-        if not place.is_offloaded or (place.compute == "cpu" and (is_mapped or place.kept)):
+        stays = not place.is_offloaded or (place.compute == "cpu" and (is_mapped or place.kept))
+        if stays and not place.prefill:
             continue
         size = streamed_bytes(place.block, layout)
-        arriving[place.compute].append(size)
+        arriving[place.prefill or place.compute].append(size)
         if place.way == "read" and place.compute != "cpu":
             staged[place.compute].append(size)
     slots = Counter[str]()

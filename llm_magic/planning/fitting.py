@@ -11,7 +11,7 @@ from llm_magic.plan import Plan
 from llm_magic.planning.constants import Constants, limits
 from llm_magic.planning.forecast import engine_of
 from llm_magic.planning.setting import Setting
-from llm_magic.planning.sweep import Leg, can_capture, parts, slowest, sweep_of
+from llm_magic.planning.sweep import Leg, can_capture, in_long_sweep, parts, slowest, sweep_of
 
 _CLOSE = 0.005  # of the measured time: nothing to fit
 _ROUNDS = 12
@@ -70,7 +70,9 @@ def _legs(plan: Plan, constants: Constants, *, tokens: int) -> tuple[Leg, ...]:
     """What runs at the same time in a sweep of one sequence; nothing when a bandwidth is unknown."""
     engine = engine_of(Setting.of(plan, constants), plan.placements, plan.uses)
     workload = replace(plan.workload, batch=1)
-    sweep = sweep_of(plan.layout, workload, plan.placements, tokens=tokens)
+    is_long = 0 < plan.long_sweep <= tokens
+    placed = in_long_sweep(plan.placements) if is_long else plan.placements
+    sweep = sweep_of(plan.layout, workload, placed, tokens=tokens)
     return parts(sweep, engine, is_prefill=tokens > 1) or ()
 
 

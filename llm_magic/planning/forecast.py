@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 
 from llm_magic.plan import DeviceUse, Forecast, Placement
@@ -15,12 +16,19 @@ from llm_magic.planning.sweep import (
     Sweep,
     can_capture,
     disk_bytes_per_s,
+    in_long_sweep,
     link_bytes_per_s,
     parts,
     seconds,
     slowest,
     sweep_of,
 )
+
+_USUALLY_LONG = 32
+"""Tokens of a sweep from which on streaming pays where nobody knows how fast the devices multiply.
+
+llama.cpp has its GPU compute from as many on what lies in RAM.
+"""
 
 
 def make_forecast(setting: Setting, placed: Sequence[Placement], uses: Sequence[DeviceUse]) -> Forecast:
@@ -37,7 +45,25 @@ def make_forecast(setting: Setting, placed: Sequence[Placement], uses: Sequence[
     bound = slowest(legs)
     decode_tps = workload.batch / max(bound.seconds, 1e-9)
     limit_tps = workload.batch / max(_least_seconds(decode, engine), 1e-9)
-    return Forecast(decode_tps, _prefill_tps(setting, placed, engine), bound.words, moved, limit_tps)
+    prefill_tps = _prefill_tps(setting, in_long_sweep(placed), engine)
+    return Forecast(decode_tps, prefill_tps, bound.words, moved, limit_tps)
+
+
+def long_sweep_of(setting: Setting, placed: Sequence[Placement], uses: Sequence[DeviceUse]) -> int:
+    """Tokens, of all sequences, from which on a sweep is faster with ``prefill`` devices; 0 without any."""
+    if not any(place.prefill for place in placed):
+        return 0
+    workload, engine = setting.workload, engine_of(setting, placed, uses)
+    streamed = in_long_sweep(placed)
+
+    def is_long(tokens: int) -> bool:
+        pair = (sweep_of(setting.layout, workload, each, tokens=tokens) for each in (streamed, placed))
+        there, here = (seconds(sweep, engine, is_prefill=True) for sweep in pair)
+        return tokens >= _USUALLY_LONG if there is None or here is None else there < here
+
+    most = min(workload.prefill_tokens, workload.context_length)
+    shortest = 2  # one token is what the CPU's share was chosen for
+    return workload.batch * (shortest + bisect_left(range(shortest, most), True, key=is_long))
 
 
 def engine_of(setting: Setting, placed: Sequence[Placement], uses: Sequence[DeviceUse]) -> Engine:

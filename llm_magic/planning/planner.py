@@ -20,7 +20,7 @@ from llm_magic.planning.budget import device_name, make_budget
 from llm_magic.planning.constants import Constants
 from llm_magic.planning.costs import dtype_bytes, placeable, reads_mapped
 from llm_magic.planning.device_map import read_device_map, resolve_device_map
-from llm_magic.planning.forecast import make_forecast
+from llm_magic.planning.forecast import long_sweep_of, make_forecast
 from llm_magic.planning.policies import POLICIES
 from llm_magic.planning.policies import auto as _auto
 from llm_magic.planning.setting import Setting
@@ -140,6 +140,7 @@ def _place(request: _Request) -> Plan:
         make_forecast(setting, placed, uses),
         options=request.options,
         mapped=reads_mapped(machine, uses, placed),
+        long_sweep=long_sweep_of(setting, placed, uses),
     )
 
 

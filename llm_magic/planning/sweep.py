@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from llm_magic.machine import Machine
 from llm_magic.model import Block, ModelLayout
@@ -96,8 +96,15 @@ class Leg:
     cause: str = ""
 
 
+def in_long_sweep(placed: Iterable[Placement]) -> tuple[Placement, ...]:
+    """The placements as a sweep of many tokens finds them: blocks of the CPU stream to where they prefill."""
+    return tuple(
+        replace(place, compute=place.prefill, prefill="") if place.prefill else place for place in placed
+    )
+
+
 def sweep_of(layout: ModelLayout, workload: Workload, placed: Iterable[Placement], *, tokens: int) -> Sweep:
-    """What a pass over ``tokens`` tokens of each sequence does."""
+    """What a pass over ``tokens`` tokens of each sequence does, every block where it computes."""
     alike: dict[object, tuple[Placement, int]] = {}
     for place in placed:
         key = (place.block.likeness, place.home, place.compute, place.kept)

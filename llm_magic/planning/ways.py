@@ -2,7 +2,7 @@
 
 Offloaded blocks are shared over the buses of all GPUs that the map names. Of those in RAM, some are
 computed by the CPU where they are, when that answers faster than streaming them: CPU and buses work
-at once. Of those on disk, copies of as many as RAM has room for are kept there.
+at once. Prompts, which a CPU reads slowly, are another matter: for them these blocks stream too. Of those on disk, copies of as many as RAM has room for are kept there.
 """
 
 from __future__ import annotations
@@ -14,7 +14,13 @@ from dataclasses import dataclass, replace
 
 from llm_magic.model import Block
 from llm_magic.plan import DeviceUse, Placement
-from llm_magic.planning.costs import activation_bytes, reads_mapped, streamed_bytes, unified_pool
+from llm_magic.planning.costs import (
+    activation_bytes,
+    can_prefill_in_parts,
+    reads_mapped,
+    streamed_bytes,
+    unified_pool,
+)
 from llm_magic.planning.forecast import engine_of
 from llm_magic.planning.setting import Setting
 from llm_magic.planning.sweep import Engine, Sweep, block_sweep, link_bytes_per_s, seconds, sweep_of
@@ -22,7 +28,8 @@ from llm_magic.planning.sweep import Engine, Sweep, block_sweep, link_bytes_per_
 ANSWER_TOKENS = 64
 """Tokens of the answer that the CPU's share is chosen for; few, so that nobody waits long for the first.
 
-A CPU may decode as fast as a bus brings weights, but it reads a prompt much slower than a GPU.
+A CPU may decode as fast as a bus brings weights, but it reads a prompt much slower than a GPU, where
+its blocks cannot stream to one for that.
 """
 
 WORTH_IT = 1.05
@@ -181,16 +188,32 @@ def _with_cpu(setting: Setting, placed: Placements) -> Placements:
     alone_s = times.decode_s([], streams)
     if alone_s is None:
         return placed
-    best, least_s = placed, alone_s / WORTH_IT + times.prefill_s([], mixed) / ANSWER_TOKENS
+    streamed_s, can_visit = times.prefill_s([], mixed), _can_visit(setting, placed)
+    best, least_s = placed, alone_s / WORTH_IT + streamed_s / ANSWER_TOKENS
     for count in range(1, len(candidates) + 1):
         chosen = evenly(candidates, count)
         decode_s = times.decode_s(chosen, mixed)
         if decode_s is None or decode_s * WORTH_IT > alone_s or not _has_room(setting, placed, chosen, room):
             continue
-        answer_s = decode_s + times.prefill_s(chosen, mixed) / ANSWER_TOKENS
+        prefill_s = times.prefill_s(chosen, mixed)
+        visits = can_visit and (not prefill_s or streamed_s <= prefill_s)
+        answer_s = decode_s + (streamed_s if visits else prefill_s) / ANSWER_TOKENS
         if answer_s < least_s:
-            best, least_s = _on_cpu(placed, chosen), answer_s
+            best, least_s = _on_cpu(placed, chosen, visits=visits), answer_s
     return best
+
+
+def _can_visit(setting: Setting, placed: Placements) -> bool:
+    """Whether blocks of the CPU may compute elsewhere in a prefill.
+
+    Their keys and values must be able to go along and come back, and packed weights lie in another
+    order on a GPU. With them goes the KV cache of one block at a time.
+    """
+    if setting.layout.quantization or not can_prefill_in_parts(setting.layout):
+        return False
+    most = setting.workload.largest_cache_bytes(setting.layout)
+    computing = {place.compute for place in placed if place.is_offloaded}
+    return all(use.spare >= most for use in setting.uses(placed) if use.device in computing)
 
 
 def _could_be_computed_by_cpu(place: Placement) -> bool:
@@ -208,9 +231,12 @@ def _has_room(setting: Setting, placed: Placements, chosen: Sequence[int], room:
     return sum(setting.workload.cache_bytes(b) + b.buffer_bytes for b in blocks) <= room
 
 
-def _on_cpu(placed: Placements, chosen: Sequence[int]) -> Placements:
+def _on_cpu(placed: Placements, chosen: Sequence[int], *, visits: bool) -> Placements:
     them = set(chosen)
-    return tuple(replace(place, compute="cpu") if i in them else place for i, place in enumerate(placed))
+    return tuple(
+        replace(place, compute="cpu", prefill=place.compute if visits else "") if i in them else place
+        for i, place in enumerate(placed)
+    )
 
 
 class _Times:

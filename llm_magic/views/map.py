@@ -435,7 +435,7 @@ def _tooltip(plan: Plan, place: Placement) -> str:
     """``"layers.19 · 950.0 MiB · bfloat16 · in RAM, streams to cuda:0 · KV cache 32.0 MiB"``."""
     block = place.block
     dtypes = sorted({tensor.dtype for tensor in block.tensors}) or [plan.layout.dtype]
-    where = f"{on_device(place.home)}, {_does(plan, place)}"
+    where = f"{on_device(place.home)}, {_does(plan, place)}{_visits(plan, place)}"
     cache = plan.workload.cache_bytes(block)
     tied = f"shares tensors with {', '.join(block.tied_to)}" if block.tied_to else ""
     facts = [
@@ -461,6 +461,12 @@ def _does(plan: Plan, place: Placement) -> str:
     if place.way == "cpu":
         return "computed by the CPU"
     return f"streams to {target}" if place.is_offloaded else "computes there"
+
+
+def _visits(plan: Plan, place: Placement) -> str:
+    if not place.prefill:
+        return ""
+    return f"; streams to {place.prefill} for {plan.long_sweep} tokens or more at once"
 
 
 def _html_link(plan: Plan, tier: _Tier) -> str:

@@ -31,12 +31,14 @@ SWEEPS = 5
 PROMPT = [[7, 11, 13, 17, 19, 23]]
 SLEEPS = (0, 0, 100_000, 2_000_000)  # cycles of the device: up to about a millisecond
 
-RESIDENT: Where = (DEVICE, DEVICE, False)
-STREAMED: Where = ("cpu", DEVICE, False)
-READ: Where = ("disk", DEVICE, False)
-KEPT: Where = ("disk", DEVICE, True)
-ON_CPU: Where = ("cpu", "cpu", False)
-READ_BY_CPU: Where = ("disk", "cpu", False)
+RESIDENT: Where = (DEVICE, DEVICE, False, "")
+STREAMED: Where = ("cpu", DEVICE, False, "")
+READ: Where = ("disk", DEVICE, False, "")
+KEPT: Where = ("disk", DEVICE, True, "")
+ON_CPU: Where = ("cpu", "cpu", False, "")
+READ_BY_CPU: Where = ("disk", "cpu", False, "")
+VISITING: Where = ("cpu", "cpu", False, DEVICE)
+KEPT_VISITING: Where = ("disk", "cpu", True, DEVICE)
 
 
 def layers(*homes: Where) -> Place:
@@ -69,6 +71,9 @@ HYBRID: Mapping[str, Place] = {
     "resident, and computed by the CPU": layers(RESIDENT, ON_CPU),
     "read by both": layers(READ, READ_BY_CPU),
     "looked up by the CPU": looked_up,
+    "streamed, and visiting in prompts": layers(STREAMED, VISITING),
+    "visiting in prompts": layers(VISITING),
+    "a bit of each, and visiting in prompts": layers(RESIDENT, KEPT_VISITING, READ, ON_CPU),
 }
 
 
@@ -179,6 +184,32 @@ def test_cpu_and_gpu_compute_together(name: str, way: str, folder_of: Callable[[
     for _ in range(SWEEPS):
         assert torch.equal(logits(placed.model), first)
     assert tokens(placed.model) == answer
+    placed.close()
+
+
+@pytest.mark.parametrize("where", [layers(VISITING), layers(STREAMED, KEPT_VISITING)])
+@pytest.mark.parametrize("name", MODELS)
+def test_prompts_are_read_by_the_gpu_and_keys_and_values_go_back(
+    name: str, where: Place, folder_of: Callable[[str], Path]
+) -> None:
+    folder = folder_of(name)
+    model = resident(folder)
+    placed = place(folder, where)
+    prompt, short = torch.tensor(PROMPT, device=DEVICE), torch.tensor([[29]], device=DEVICE)
+    homes = [torch.device(p.compute) for p in placed.plan.placements if p.block.label.startswith("layers.")]
+    with torch.inference_mode():
+        for _ in range(SWEEPS):
+            ours, theirs = placed.model(prompt), model(prompt)
+            assert torch.equal(ours.logits, theirs.logits)
+            pairs = zip(ours.past_key_values.layers, theirs.past_key_values.layers, homes, strict=True)
+            for kept, right, home in pairs:
+                assert (kept.keys.device, kept.values.device) == (home, home)
+                assert torch.equal(kept.keys.to(DEVICE), right.keys)
+                assert torch.equal(kept.values.to(DEVICE), right.values)
+            for tokens in (short, short, prompt):  # the CPU goes on, and then the GPU, with what the CPU kept
+                more = placed.model(tokens, past_key_values=ours.past_key_values)
+                expected = model(tokens, past_key_values=theirs.past_key_values)
+                torch.testing.assert_close(more.logits, expected.logits, rtol=1e-3, atol=1e-3)
     placed.close()
 
 

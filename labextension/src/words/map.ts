@@ -70,6 +70,10 @@ export const mapWords = {
   mapDoesRead: { en: 'read for {target} every time', ja: '毎回 {target} へ読み込み' },
   mapDoesMapped: { en: 'used in the page cache by the CPU', ja: 'CPU がページキャッシュで使用' },
   mapDoesKept: { en: 'a copy stays in RAM and streams to {target}', ja: 'RAM の常駐コピーを {target} へ転送' },
+  mapVisits: {
+    en: 'streams to {target} for {tokens} tokens or more at once',
+    ja: '一度に {tokens} トークン以上なら {target} へ転送して計算',
+  },
   mapDoesKeptCpu: { en: 'a copy stays in RAM, computed by the CPU', ja: 'RAM の常駐コピーを CPU が計算' },
   mapExpertsToken: { en: '{active} of {experts} experts a token', ja: '1 トークンに {experts} 個中 {active} 個のエキスパート' },
   mapBlockCache: { en: 'KV cache {size} {where}', ja: 'KV キャッシュ {size}({where})' },

@@ -16,8 +16,10 @@ from llm_magic.backends.accelerate.generate import Steps, run_generate, watched_
 from llm_magic.backends.accelerate.load import LoadedWeights
 from llm_magic.backends.accelerate.measure import Clock, Probe, sweep_speed
 from llm_magic.backends.accelerate.memory_errors import is_out_of_memory, release_memory
+from llm_magic.backends.accelerate.placement.adapters import fingerprint
+from llm_magic.backends.accelerate.placement.layer_cache import layer_index
 from llm_magic.backends.accelerate.prompt.prompts import TokenizedPrompt, tokenize
-from llm_magic.backends.accelerate.quick import Quick, layer_index
+from llm_magic.backends.accelerate.quick import Quick
 from llm_magic.backends.accelerate.quiet import quiet
 from llm_magic.backends.accelerate.repair import Repair, failed_device
 from llm_magic.backends.accelerate.threads import cores_left_for_the_driver
@@ -62,6 +64,7 @@ class TransformersEngine:
         self._context = _context_length(plan)
         self._caches = ChatCaches(self.model, plan.workload.context_length)
         self._quick = Quick(loaded.placed, self._context, loaded.draft, loaded.draft_name)
+        self._adapters = fingerprint(self.model)
         modules = dict(self.model.named_modules())
         self._blocks = [block.name for block in plan.layout.blocks if block.name in modules]
         self._layers = [block.name for block in plan.layout.layers if block.name in modules]
@@ -100,7 +103,7 @@ class TransformersEngine:
         wanted = min(request.sampling.max_new_tokens, room)
         config = generation_config(self.model, self.tokenizer, request.sampling, wanted)
         steps = Steps(Detokenizer(self.tokenizer), emit, stop, self._input_device(), started)
-        repair = Repair(lambda: self.plan, self._caches.drop, self._move)
+        repair = Repair(lambda: self.plan, self._quick.free, self._caches.drop, self._move)
         times = SweepTimes(self._placed, emit)
         decoding = Decoding(steps, 0, self._quick.speculation(config), repair, self._quick, times)
         with times.hooked():
@@ -157,6 +160,7 @@ class TransformersEngine:
     def measure(self, progress: Progress) -> SweepSpeed:
         """Time some sweeps of the model, within half a minute; chats stay."""
         model = self._open()
+        self._notice_adapters()
         import torch
 
         count = max(1, min(self.plan.workload.prefill_tokens, self._context // 2))
@@ -266,6 +270,7 @@ class TransformersEngine:
         """Run the model; returns how many tokens of the prompt came from the kept cache."""
         steps: Steps = decoding.streamer
         self._placed.check_files()
+        self._notice_adapters()
         keep = bool(request.chat) and config.use_cache is not False
         room = len(prompt.ids) + config.max_new_tokens
         cache, cached = self._caches.take(request.chat, prompt.ids, room) if keep else (None, 0)
@@ -298,6 +303,19 @@ class TransformersEngine:
         else:
             self._caches.release()
         return cached
+
+    def _notice_adapters(self) -> None:
+        """Forget what was computed and captured with other adapters than the model has now."""
+        found = fingerprint(self.model)
+        if found == self._adapters:
+            return
+        self._quick.before_move()
+        try:
+            self._placed.place_added()
+            self._caches.drop()
+            self._adapters = found
+        finally:
+            self._quick.after_move()
 
     def _pass_length(self, prompt: TokenizedPrompt, cached: int, config: Any) -> int:
         """Tokens that one pass of the prefill reads: all that are new, if memory allows."""

@@ -74,7 +74,7 @@ class Quick:
             return None
         if most is not None:
             return Speculation(PromptLookup(), Pace(most))
-        if self._draft is None and not self._placed.lanes:
+        if self._draft is None and not self._placed.travels:
             return None
         return Speculation(self._draft or self._lookup, self._pace)
 
@@ -85,7 +85,7 @@ class Quick:
             said.insert(0, self.steps.status if self.steps else f"eager decode: {self._why_not}")
         if self._draft:
             said.append(f"draft {self._draft_name}")
-        elif self._placed.lanes:
+        elif self._placed.travels:
             said.append("prompt lookup")
         return tuple(said)
 
@@ -142,6 +142,10 @@ class Quick:
         if self.steps:
             self.steps.prepare(room)
 
+    def free(self) -> bool:
+        """Give up memory that a captured step can have again at once; whether there was any."""
+        return self.steps is not None and self.steps.free()
+
     def reset(self) -> None:
         """After an error."""
         if self.steps:
@@ -153,15 +157,6 @@ class Quick:
         if self._draft:
             self._draft.close()
         self._draft = self._draft_model = None
-
-
-def layer_index(module: Any) -> int | None:
-    """The number of a decoder layer in the KV cache; ``None`` for a module that has none."""
-    for part in module.modules():
-        index = getattr(part, "layer_idx", None)
-        if isinstance(index, int):
-            return index
-    return None
 
 
 def _vocabulary(model: Any) -> int:

@@ -1,4 +1,4 @@
-"""What is done when memory runs out in the middle of an answer: caches nobody needs now go, then blocks.
+"""What is done when memory runs out in the middle of an answer: what comes back at once, caches, then blocks.
 
 The answer so far is safe: the decoding loop has cut the KV cache back to before the pass that failed,
 and repeats it when there is room again.
@@ -31,6 +31,8 @@ class Repair:
     ----------
     plan
         Says where everything is now.
+    free
+        Gives up what can be had again at once; returns whether there was anything.
     drop_caches
         Gives up KV caches that the answer does not need; returns whether there were any.
     apply
@@ -43,10 +45,14 @@ class Repair:
     """
 
     def __init__(
-        self, plan: Callable[[], Plan], drop_caches: Callable[[], bool], apply: Callable[[Plan], object]
+        self,
+        plan: Callable[[], Plan],
+        free: Callable[[], bool],
+        drop_caches: Callable[[], bool],
+        apply: Callable[[Plan], object],
     ) -> None:
         self.notes: list[str] = []
-        self._plan, self._drop_caches, self._apply = plan, drop_caches, apply
+        self._plan, self._free, self._drop_caches, self._apply = plan, free, drop_caches, apply
 
     def __call__(self, error: BaseException) -> bool:
         """Whether there is more room than before."""
@@ -54,6 +60,9 @@ class Repair:
             return False
         release_memory()
         device = failed_device(error, self._plan())
+        if device != "cpu" and self._free():  # nobody needs to know: it takes no longer than to say so
+            release_memory()
+            return True
         if self._drop_caches():
             self.notes.append(f"memory ran out {on_device(device)}: KV caches of other chats were dropped")
             release_memory()

@@ -162,6 +162,7 @@ export function blockLines(t: Translate, plan: PlanState, block: BlockState, tim
     block.label,
     `${block.bytes ? formatBytes(block.bytes) : t('mapNoBytes')} · ${block.dtype}`,
     `${onDevice(t, block.home)}${separator}${doesWords(t, plan, block)}`,
+    ...(block.prefill ? [t('mapVisits', { target: processor(t, block.prefill), tokens: plan.long_sweep })] : []),
     ...(block.experts ? [t('mapExpertsToken', { experts: block.experts, active: block.active_experts })] : []),
     ...(block.cache_bytes
       ? [t('mapBlockCache', { size: formatBytes(block.cache_bytes), where: onDevice(t, block.compute) })]

@@ -285,6 +285,18 @@ class CapturedSteps:
             self._warm_up.close()
             self._warm_up = None
 
+    def free(self) -> bool:
+        """Give up what is held between answers, to be captured again; whether there was anything.
+
+        Nothing goes in the midst of an answer whose tokens are here.
+        """
+        if self._dynamic is not None or not self._static.capacity:
+            return False
+        self._forget_graphs()
+        self._inputs = None
+        self._static.free()
+        return True
+
     # What others want to know
 
     @property

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from llm_magic.backends.accelerate.placement.layer_cache import take_along
+
 
 @dataclass
 class KeptCache:
@@ -104,10 +106,8 @@ class ChatCaches:
         """
         for cache in [*(kept.cache for kept in self._kept.values()), self._in_use]:
             for number, layer in enumerate(getattr(cache, "layers", ())):
-                keys = getattr(layer, "keys", None)
-                if number in devices and keys is not None and keys.device != devices[number]:
-                    layer.keys, layer.values = keys.to(devices[number]), layer.values.to(devices[number])
-                    layer.device = devices[number]
+                if number in devices:
+                    take_along(layer, devices[number])
 
     def close(self) -> None:
         """Drop all, and the model."""

@@ -53,6 +53,7 @@ class SweepTimes:
         self._placed, self._emit = placed, emit
         self._clock, self._make_timers = clock, make_timers
         self._began_s = float("-inf")
+        self._visiting: dict[int, Timer] = {}
         self._current: Measurement | None = None
         self._measured: Measurement | None = None
 
@@ -116,21 +117,22 @@ class SweepTimes:
         return self._measured is None and self._clock() - self._began_s >= _LEAST_S
 
     def _begin(self) -> Measurement | None:
-        places = {place.block.name: place.compute for place in self._placed.plan.placements}
+        blocks = self._placed.plan.placements
         try:
-            made = self._make_timers(set(places.values()))
+            made = self._make_timers({d for place in blocks for d in (place.compute, place.prefill) if d})
         except Exception:  # a device that cannot be timed is not timed
             made = None
         if made is None:
             return None
         self._began_s = self._clock()
         self._measured = None
-        blocks = self._placed.plan.layout.blocks
-        return Measurement([made[places[block.name]] for block in blocks])
+        self._visiting = {n: made[place.prefill] for n, place in enumerate(blocks) if place.prefill}
+        return Measurement([made[place.compute] for place in blocks])
 
     def _begins(self, number: int, _module: Any, _inputs: Any) -> None:
         if self._current is not None:
-            self._current.begins(number)
+            visits = self._placed.visits.is_on
+            self._current.begins(number, self._visiting.get(number) if visits else None)
 
     def _ends(self, number: int, _module: Any, _inputs: Any, _output: Any) -> None:
         if self._current is not None:
@@ -195,11 +197,12 @@ class Measurement:
         known = tuple(each for each in times if each is not None)
         return known if len(known) == len(times) else None
 
-    def begins(self, number: int) -> None:
-        """A block runs."""
+    def begins(self, number: int, timer: Timer | None = None) -> None:
+        """A block runs; ``timer`` is that of the device, when it is not on its own."""
         if self._at_work is not None:  # one inside of another has no time of its own
             self.is_whole = False
         self._at_work = self._blocks[number]
+        self._at_work.timer = timer or self._at_work.timer
         self._since = self._now()
 
     def ends(self, number: int) -> None:

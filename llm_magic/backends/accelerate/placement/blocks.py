@@ -79,6 +79,7 @@ class BlockTensors:
 
     def __init__(self, module: Any, without: Collection[str] = ()) -> None:
         self.module = module
+        self._without = frozenset(without)
         owners = {name: _owner(module, name) for name, _ in module.named_parameters()}
         self._known = {(id(owner), leaf) for owner, leaf in owners.values()}
         self._owners = {name: owner for name, owner in owners.items() if name not in without}
@@ -150,14 +151,56 @@ class BlockTensors:
 
     def move_rest(self, device: Any) -> None:
         """Put what stays where the block computes there: buffers (rotary tables, counters), adapters."""
+        self.move_buffers(device)
+        for _, _, parameter in self._added():
+            if parameter.device != device:
+                parameter.data = parameter.data.to(device)
+
+    def move_buffers(self, device: Any) -> None:
+        """Put the buffers where the block computes."""
         for name, buffer in list(self.module.named_buffers()):
             if buffer.device != device:
                 owner, leaf = _owner(self.module, name)
                 owner._buffers[leaf] = buffer.to(device)
+
+    def lend_added(self, device: Any) -> tuple[Binding, Binding]:
+        """What puts copies of adapters on ``device`` into the module, and what puts themselves back.
+
+        Others hold adapters by the parameter, to train or to save them: it is not changed.
+        """
+        import torch
+
+        copies: Binding = []
+        themselves: Binding = []
+        for mapping, leaf, parameter in self._added():
+            if parameter.device != device:
+                copy = parameter.detach().to(device)
+                copies.append((mapping, leaf, torch.nn.Parameter(copy, requires_grad=False)))
+                themselves.append((mapping, leaf, parameter))
+        return copies, themselves
+
+    def added(self) -> list[Any]:
+        """Parameters that came after the block was taken over: those of adapters."""
+        return [parameter for _, _, parameter in self._added()]
+
+    def packed_anew(self) -> BlockTensors:
+        """The same parameters, once their modules hold them in another form."""
+        added = [name for name, _ in self.module.named_parameters() if not self._is_known(name)]
+        fresh = BlockTensors(self.module, without=self._without | set(added))
+        fresh._known -= {(id(owner), leaf) for owner, leaf in (_owner(self.module, name) for name in added)}
+        return fresh
+
+    def _added(self) -> list[tuple[dict[str, Any], str, Any]]:
+        found = []
         for name, parameter in self.module.named_parameters():
-            owner, leaf = _owner(self.module, name)
-            if (id(owner), leaf) not in self._known and parameter.device != device:
-                parameter.data = parameter.data.to(device)
+            if not self._is_known(name):
+                owner, leaf = _owner(self.module, name)
+                found.append((owner._parameters, leaf, parameter))
+        return found
+
+    def _is_known(self, name: str) -> bool:
+        owner, leaf = _owner(self.module, name)
+        return (id(owner), leaf) in self._known
 
     def _laid_out(self) -> Iterator[Piece]:
         at = 0

@@ -28,7 +28,7 @@ from llm_magic.backends.accelerate.placement.expert_stores import (
     expert_images,
     flat_bytes,
 )
-from llm_magic.backends.accelerate.placement.experts import RoutedExperts, find_stacks
+from llm_magic.backends.accelerate.placement.experts import RoutedExperts, Visitor, find_stacks
 from llm_magic.backends.accelerate.placement.extents import FileImage
 from llm_magic.backends.accelerate.placement.lanes import make_streams, slot_memory
 from llm_magic.backends.accelerate.placement.reader import FileReader, page_buffer
@@ -39,8 +39,8 @@ LEAST_SLOTS = 2
 
 _BUFFERS = 8  # experts on their way through pinned memory at a time: they are small, and a disk wants several
 
-ExpertTraveller = tuple[BlockTensors, RamStore | FileStore]
-"""The stacks of one block's experts, and nothing else of it; and where they are."""
+ExpertTraveller = tuple[BlockTensors, RamStore | FileStore, Visitor | None]
+"""The stacks of one block's experts, and nothing else of it; where they are; their block, if it visits only."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ class _Module:
     pieces: tuple[int, ...]
     store: RamStore | FileStore
     images: Sequence[FileImage]
+    visitor: Visitor | None
 
     @property
     def bytes_on_the_way(self) -> int:
@@ -104,7 +105,7 @@ class DeviceExperts:
         self.cache_bytes = max(count, LEAST_SLOTS) * slot_bytes
         self.cache = ExpertCache(self._room(), slot_bytes, self._streams)
         self._routed = [
-            RoutedExperts(module.module, store, self.cache)
+            RoutedExperts(module.module, store, self.cache, module.visitor)
             for module, store in zip(self._modules, stores, strict=True)
         ]
 
@@ -156,7 +157,9 @@ class DeviceExperts:
         return Staging(buffers)
 
 
-def _modules(tensors: BlockTensors, store: RamStore | FileStore) -> Iterator[_Module]:
+def _modules(
+    tensors: BlockTensors, store: RamStore | FileStore, visitor: Visitor | None
+) -> Iterator[_Module]:
     places = {piece.name: number for number, piece in enumerate(tensors.pieces)}
     found = find_stacks(tensors.module)
     for name in dict.fromkeys(stack.module_name for stack in found):
@@ -165,4 +168,4 @@ def _modules(tensors: BlockTensors, store: RamStore | FileStore) -> Iterator[_Mo
         images: Sequence[FileImage] = ()
         if isinstance(store, FileStore):
             images = expert_images(stacks, [store.extents[number] for number in pieces])
-        yield _Module(tensors.module.get_submodule(name), stacks, pieces, store, images)
+        yield _Module(tensors.module.get_submodule(name), stacks, pieces, store, images, visitor)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from llm_magic.backends.accelerate.placement.expert_cache import ExpertCache, ExpertLayer
 from llm_magic.backends.accelerate.placement.expert_stores import ExpertStore, Stack, expert_extents
@@ -50,6 +50,12 @@ def can_route(experts: Any) -> bool:
     return any(_takes_one_at_a_time(experts, stacks, width) for width in widths)
 
 
+class Visitor(Protocol):
+    """A block that computes in RAM unless it ``is_away``."""
+
+    is_away: bool
+
+
 class RoutedExperts:
     """The experts of one module, fetched when a token is routed to them.
 
@@ -64,6 +70,8 @@ class RoutedExperts:
         Where they stay.
     cache
         Where they compute.
+    visitor
+        Their block, when they compute in RAM unless it is away; ``None``: they always come to the cache.
 
     Raises
     ------
@@ -71,10 +79,12 @@ class RoutedExperts:
         When an expert does not fit into a slot of the cache.
     """
 
-    def __init__(self, module: Any, store: ExpertStore, cache: ExpertCache) -> None:
+    def __init__(
+        self, module: Any, store: ExpertStore, cache: ExpertCache, visitor: Visitor | None = None
+    ) -> None:
         if store.slot_bytes > cache.slot_bytes:
             raise ValueError(f"an expert takes {store.slot_bytes} bytes, a slot has {cache.slot_bytes}")
-        self._module, self._cache = module, cache
+        self._module, self._cache, self._visitor = module, cache, visitor
         self._layer = ExpertLayer(store)
         self._asked: tuple[Any, int] = (None, -1)
         self._twin = copy.copy(module)
@@ -87,6 +97,8 @@ class RoutedExperts:
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
         """What the module does, with the experts that its input is routed to."""
+        if self._visitor is not None and not self._visitor.is_away:
+            return type(self._module).forward(self._module, *inputs, **named)
         chosen = _chosen(self._module, inputs, named)
         self._cache.begin(self._layer, _uses(chosen, self._layer.store.experts), len(chosen))
         try:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import weakref
 from collections import ChainMap, Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from llm_magic.backends.accelerate.placement import hooks, packing
+from llm_magic.backends.accelerate.placement import adapters, hooks, packing
 from llm_magic.backends.accelerate.placement.blocks import (
     BlockTensors,
     FileStore,
@@ -36,6 +37,7 @@ from llm_magic.backends.accelerate.placement.open_file import OpenFile
 from llm_magic.backends.accelerate.placement.reader import FileReader, choose_direct
 from llm_magic.backends.accelerate.placement.stream import Watch
 from llm_magic.backends.accelerate.placement.uninterrupted import uninterrupted
+from llm_magic.backends.accelerate.placement.visits import Route, SweepHook, VisitingHook, Visits
 from llm_magic.plan import Placement, Plan
 from llm_magic.planning.costs import slots_for
 
@@ -93,9 +95,13 @@ class PlacedBlock:
     @property
     def travels(self) -> bool:
         """Whether its modules hold no weights between two uses."""
-        if self.place.kept and self.place.compute == "cpu":
-            return False
-        return self.store is not None
+        stays = self.place.compute == "cpu" and (self.place.kept or self.place.prefill)
+        return self.store is not None and not stays
+
+    @property
+    def visits(self) -> bool:
+        """Whether it computes in RAM, and elsewhere in long sweeps."""
+        return bool(self.place.prefill) and self.store is not None
 
 
 class PlacedModel:
@@ -127,6 +133,8 @@ class PlacedModel:
         By name, in model order; without the experts that are routed to one by one.
     experts
         Those experts, by the name of their block.
+    visits
+        Tells whether the sweep that runs takes the CPU's blocks to a GPU.
     """
 
     def __init__(
@@ -151,17 +159,24 @@ class PlacedModel:
         self._lanes: dict[str, DeviceLane] = {}
         self._expert_lanes: dict[str, DeviceExperts] = {}
         self._stream_hooks: list[hooks.StreamHook] = []
+        self._visiting_hooks: dict[str, VisitingHook] = {}
         self._advice: list[Any] = []
         self._skip_keys = getattr(model, "_skip_keys_device_placement", None)
         self.blocks: dict[str, PlacedBlock] = {}
         self.experts: dict[str, PlacedBlock] = {}
         self._take_over(fill)
         self._attach()
+        adapters.let_in(model, weakref.WeakMethod(self.weights_shown))
 
     @property
     def lanes(self) -> list[Any]:
         """What brings the blocks that travel, one for each device."""
         return [lane.lane for lane in self._lanes.values()]
+
+    @property
+    def travels(self) -> bool:
+        """Whether blocks move in every sweep."""
+        return any(block.travels for block in self.blocks.values())
 
     def memory(self) -> dict[str, Counter[str]]:
         """Device -> ``"weights"``, ``"kept"`` or ``"slots"`` -> bytes."""
@@ -236,13 +251,50 @@ class PlacedModel:
         for experts in self._expert_lanes.values():
             experts.cache.watch = watch
 
+    @contextmanager
+    def weights_shown(self) -> Iterator[None]:
+        """Between sweeps, have all weights in their modules without a copy, in RAM or in mapped files.
+
+        What is added to the model meanwhile is for where its block computes; so says the device map.
+        """
+        parts = [part for part in (*self.blocks.values(), *self.experts.values()) if part.travels]
+        homes = self.model.hf_device_map
+        try:
+            computing = {place.block.name: place.compute for place in self.plan.placements}
+            self.model.hf_device_map = accelerate_device_map(computing)
+            for part in parts:
+                held = part.store.tensors() if isinstance(part.store, RamStore) else self._map(part)
+                part.tensors.bind(held)
+            yield
+        finally:
+            with uninterrupted():
+                self.model.hf_device_map = homes
+                for part in parts:
+                    part.tensors.clear()
+                self.place_added()
+
+    def place_added(self) -> None:
+        """Take what was added to blocks, as adapters are, to where they compute.
+
+        Raises
+        ------
+        EngineError
+            When it has no bytes.
+        """
+        import torch
+
+        for block in self.blocks.values():
+            adapters.check_not_lost(block.tensors.added())
+        for block in self.blocks.values():
+            block.tensors.move_rest(torch.device(block.place.compute))
+
     def settle(self) -> None:
         """Make the next forward pass right after one that did not end."""
         with uninterrupted():
-            for hook in self._stream_hooks:
-                hook.settle()
+            self._settle_hooks()
             for lane in self.lanes:
                 lane.settle()
+            self.visits.end()
             for experts in self._expert_lanes.values():
                 experts.settle()
 
@@ -324,7 +376,7 @@ class PlacedModel:
         if block is None:
             return False
         now = block.place
-        same = (now.home, now.compute, now.kept) == (place.home, place.compute, place.kept)
+        same = replace(now, block=place.block) == place
         return not same or (place.way == "read" and plan.mapped != self.plan.mapped)
 
     def _parts(self, name: str) -> list[PlacedBlock]:
@@ -356,10 +408,10 @@ class PlacedModel:
         )
         if is_bound and block.is_borrowed:
             block.store = None  # `_attach` shows it the other block's, once that one has them
+        elif place.way == "streamed" or place.kept or place.prefill:
+            self._hold_in_ram(block, place)
         elif place.way in ("resident", "cpu"):
             self._hold_in_module(block, place)
-        elif place.way == "streamed" or place.kept:
-            self._hold_in_ram(block, place)
         elif is_bound:
             block.tensors.bind(self._map(block))
             block.store = None
@@ -380,7 +432,7 @@ class PlacedModel:
             block.store.close()
         block.store = block.file = None
         packing.arrange(block.module, torch.device(place.compute))
-        block.tensors = BlockTensors(block.module)
+        block.tensors = block.tensors.packed_anew()
 
     def _borrow(self, block: PlacedBlock) -> None:
         """Show another block's parameters, which are in their module by now."""
@@ -404,18 +456,26 @@ class PlacedModel:
 
     def _hold_in_ram(self, block: PlacedBlock, place: Placement) -> None:
         """Keep the bytes in one buffer in RAM: to be fetched from there, or to compute with."""
+        fetched = place.prefill or place.compute != "cpu"
         if not isinstance(block.store, RamStore):
-            block.store = self._lent(block) or self._copied_to_ram(block)
+            block.store = self._lent(block) or self._copied_to_ram(block, pinned=bool(fetched))
+        if fetched:
+            block.store.pin()
         if place.compute == "cpu":
             block.tensors.bind(block.store.tensors())
         else:
-            block.store.pin()
             block.tensors.clear()
 
-    def _copied_to_ram(self, block: PlacedBlock) -> RamStore:
-        memory = flat_buffer(block.tensors)
-        _copied(block.tensors, self._held(block), memory)
-        return RamStore(block.tensors, memory)
+    def _copied_to_ram(self, block: PlacedBlock, *, pinned: bool) -> RamStore:
+        store = RamStore(block.tensors, flat_buffer(block.tensors))
+        try:
+            if pinned:
+                store.pin()  # before the copy: a GPU writes several times faster to pinned memory
+            _copied(block.tensors, self._held(block), store.memory)
+        except BaseException:
+            store.close()
+            raise
+        return store
 
     def _lent(self, block: PlacedBlock) -> RamStore | None:
         """A tied tensor is in RAM once: as a part of its owner's buffer."""
@@ -479,37 +539,57 @@ class PlacedModel:
         for experts in self._expert_lanes.values():
             experts.close()
         self._expert_lanes.clear()
-        for hook in self._stream_hooks:
-            hook.settle()
+        self._settle_hooks()
         self._stream_hooks.clear()
+        self._visiting_hooks.clear()
         for block in self.blocks.values():
             hooks.detach(block.module)
+
+    def _settle_hooks(self) -> None:
+        for stream_hook in self._stream_hooks:
+            stream_hook.settle()
+        for visiting_hook in self._visiting_hooks.values():
+            visiting_hook.settle()
 
     def _attach(self, plan: Plan | None = None) -> None:
         """One hook for each block that needs one, and a lane for each device to which blocks travel."""
         travellers: dict[str, list[PlacedBlock]] = defaultdict(list)
-        devices = {block.place.compute for block in self.blocks.values()}
+        devices = {name for b in self.blocks.values() for name in (b.place.compute, b.place.prefill) if name}
         for block in self.blocks.values():
             if block.is_borrowed and block.store is None:
                 self._borrow(block)
             if block.travels:
                 travellers[block.place.compute].append(block)
+            elif block.visits:
+                travellers[block.place.prefill].append(block)
             elif len(devices) > 1:
                 hooks.align_inputs(block.module, block.place.compute, self._skip_keys)
+        self.visits = Visits((plan or self.plan).long_sweep)
         for device, blocks in travellers.items():
             self._attach_lane(device, blocks, align=len(devices) > 1)
         self._attach_experts(plan or self.plan)
-        hooks.detach(self.model)
-        if devices != {"cpu"}:
-            hooks.align_model(self.model, next(iter(self.blocks.values())).place.compute, self._skip_keys)
+        self._attach_model(devices)
         self._advise()
         self.model.hf_device_map = accelerate_device_map((plan or self.plan).device_map)
+
+    def _attach_model(self, devices: Collection[str]) -> None:
+        first = next(iter(self.blocks.values())).place.compute
+        hooks.detach(self.model)
+        if self._visiting_hooks:
+            hooks.attach(self.model, SweepHook(first, self.visits, self._skip_keys))
+        elif devices != {"cpu"}:
+            hooks.align_model(self.model, first, self._skip_keys)
 
     def _attach_lane(self, device: str, blocks: list[PlacedBlock], *, align: bool) -> None:
         travellers: list[Traveller] = [(b.tensors, b.store) for b in blocks if b.store is not None]
         lane = DeviceLane(device, travellers, self._slots(device), self._streams(device))
         self._lanes[device] = lane
+        if any(block.visits for block in blocks):
+            self.visits.add(lane.lane, [number for number, block in enumerate(blocks) if block.travels])
         for number, (block, (tensors, _)) in enumerate(zip(blocks, travellers, strict=True)):
+            if block.visits:
+                self._attach_visitor(device, block, lane, number)
+                continue
             hook = hooks.StreamHook(
                 tensors,
                 self._stored(block.name),
@@ -524,6 +604,20 @@ class PlacedModel:
             hooks.attach(block.module, hook)
         lane.lane.prime()
 
+    def _attach_visitor(self, device: str, block: PlacedBlock, lane: DeviceLane, number: int) -> None:
+        import torch
+
+        assert block.store is not None
+        hook = VisitingHook(
+            block.tensors,
+            block.tensors.binding(block.store.tensors()),
+            self.visits,
+            Route(lane.lane, number, lane.bindings(number), torch.device(device)),
+            skip_keys=self._skip_keys,
+        )
+        self._visiting_hooks[block.name] = hook
+        hooks.attach(block.module, hook)
+
     def _stored(self, name: str) -> Mapping[str, Any]:
         """A travelling block's parameters by name, those of its experts too."""
         parts = [part for part in self._parts(name) if part.store is not None]
@@ -534,7 +628,10 @@ class PlacedModel:
         travellers: dict[str, list[ExpertTraveller]] = defaultdict(list)
         for part in self.experts.values():
             if part.travels and part.store is not None:
-                travellers[part.place.compute].append((part.tensors, part.store))
+                travellers[part.place.compute].append((part.tensors, part.store, None))
+            elif part.visits and part.store is not None:
+                hook = self._visiting_hooks[part.name]
+                travellers[part.place.prefill].append((part.tensors, part.store, hook))
             elif part.place.way == "read" and part.file is not None:
                 self._advise_experts(part, part.file)
         for device, experts in travellers.items():

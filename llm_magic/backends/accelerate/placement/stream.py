@@ -12,6 +12,7 @@ fetched once more.
 from __future__ import annotations
 
 import threading
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
@@ -120,6 +121,7 @@ class Lane:
         self._sources = list(sources)
         now = streams.mark()  # what had this memory before may be at work on it still
         self._slots = [Slot(memory, used=now) for memory in slots]
+        self._route = tuple(range(len(self._sources)))
         self._circular = True
         # Taken as such, not through the condition: an interrupt in its Python code would keep it locked.
         self._lock = threading.RLock()
@@ -161,6 +163,11 @@ class Lane:
             slot.used = self.streams.mark()
             self._prefetch(index + 1)
             self._changed.notify_all()
+
+    def follow(self, route: Sequence[int] | None) -> None:
+        """Bring these blocks from now on, in this order; others only when they are taken. ``None``: all."""
+        with self._lock:
+            self._route = tuple(range(len(self._sources)) if route is None else route)
 
     def prime(self) -> None:
         """Bring the first blocks of a sweep, before it begins."""
@@ -241,10 +248,10 @@ class Lane:
                 self._fill(slot, index)
 
     def _ahead(self, first: int) -> Iterator[int]:
-        count = len(self._sources)
-        for index in range(first, first + min(len(self._slots), count)):
-            if self._circular or index < count:
-                yield index % count
+        begin, count = bisect_left(self._route, first), len(self._route)
+        for place in range(begin, begin + min(len(self._slots), count)):
+            if self._circular or place < count:
+                yield self._route[place % count]
 
     def _fill(self, slot: Slot, index: int) -> None:
         slot.tag = None

@@ -225,8 +225,8 @@ def check_folder(folder: Path) -> None:
     """
     if (folder / "adapter_config.json").exists():
         raise SourceError(
-            f"{folder.name} holds a LoRA adapter, which is not supported.",
-            "Merge it into its base model first (peft: merge_and_unload), and load the result.",
+            f"{folder.name} holds an adapter (LoRA, for one), not a model.",
+            "Load its base model, then put it on: llm.model.load_adapter(FOLDER); pip install peft for that.",
         )
     for name in CONFIGS:
         if (folder / name).is_file():

@@ -1,0 +1,86 @@
+"""PEFT adapters on a placed model.
+
+PEFT makes an adapter where the weights of its base layer are. Those of a block that travels are nowhere
+between two uses, and so its adapters would be. `let_in` shows them all weights, in RAM or in mapped
+files, while transformers' own methods put an adapter on; afterwards it is taken to where its block computes.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+from weakref import WeakMethod, ref
+
+from llm_magic.errors import EngineError
+
+_PUT_ON = ("add_adapter", "load_adapter")
+
+Fingerprint = tuple[object, ...]
+"""What makes one model with adapters compute otherwise than another."""
+
+
+WeightsShown = Callable[[], AbstractContextManager[None]]
+
+
+def let_in(model: Any, weights_shown: WeakMethod[WeightsShown]) -> None:
+    """Let a model's own methods that put adapters on find all of its weights.
+
+    Parameters
+    ----------
+    weights_shown
+        What makes a context in which they are there; weak, because the model's methods keep it.
+    """
+    for name in _PUT_ON:
+        if callable(getattr(type(model), name, None)):
+            setattr(model, name, _with_weights(type(model), name, model, weights_shown))
+
+
+def _with_weights(
+    kind: type, name: str, model: Any, weights_shown: WeakMethod[WeightsShown]
+) -> Callable[..., Any]:
+    held = ref(model)  # no cycle, which would keep the model's memory
+    usual = getattr(kind, name)
+
+    @functools.wraps(usual)
+    def put_on(*args: Any, **options: Any) -> Any:
+        shown = weights_shown() or nullcontext  # once unloaded, there are none
+        with shown():
+            return usual(held(), *args, **options)
+
+    return put_on
+
+
+def fingerprint(model: Any) -> Fingerprint:
+    """The adapters of a model and which of them are at work; empty without any, at no cost without PEFT."""
+    peft = sys.modules.get("peft.tuners.tuners_utils")
+    if peft is None:
+        return ()
+    layers = (module for module in model.modules() if isinstance(module, peft.BaseTunerLayer))
+    return tuple(
+        (
+            id(layer),
+            tuple(layer.active_adapters),
+            layer.disable_adapters,
+            tuple(layer.merged_adapters),
+            tuple(getattr(layer, "scaling", {}).items()),
+        )
+        for layer in layers
+    )
+
+
+def check_not_lost(added: list[Any]) -> None:
+    """Refuse adapters without bytes.
+
+    Raises
+    ------
+    EngineError
+        When some were put on while their layers had none.
+    """
+    if any(parameter.is_meta for parameter in added):
+        raise EngineError(
+            "An adapter has no weights: its layers were offloaded when it was put on.",
+            "Put it on with llm.model.load_adapter(…) or llm.model.add_adapter(…), after %llm load.",
+        )
