@@ -114,8 +114,8 @@ def refusal_to_move(plan: Plan) -> PlanError:
     )
 
 
-def _how(placement: Placement) -> tuple[str, str, bool]:
-    return placement.home, placement.compute, placement.kept
+def _how(placement: Placement) -> tuple[str, str, bool, str]:
+    return placement.home, placement.compute, placement.kept, placement.prefill
 
 
 def _homes_in_words(before: Plan, after: Plan) -> Iterator[str]:
@@ -131,7 +131,8 @@ def _ways_in_words(before: Plan, after: Plan) -> Iterator[str]:
     ways: dict[str, list[Placement]] = {}
     for old, new in changed(before, after):
         if old.home == new.home:
-            ways.setdefault(_WAYS[new.way].format(place=new), []).append(new)
+            visits = f", prompts by {new.prefill}" if new.prefill else ""
+            ways.setdefault(_WAYS[new.way].format(place=new) + visits, []).append(new)
     for words, places in ways.items():
         yield f"{_sized(places)} {words}"
 

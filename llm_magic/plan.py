@@ -82,6 +82,15 @@ class Placement:
         return self.home != self.compute
 
     @property
+    def fetched_to(self) -> str:
+        """The device to whose slots the weights come, in every sweep or in long ones; empty for none.
+
+        A block on disk that the CPU computes counts, though it may be used in the page cache.
+        """
+        stays = not self.is_offloaded or (self.kept and self.compute == "cpu")
+        return self.prefill or ("" if stays else self.compute)
+
+    @property
     def way(self) -> Way:
         """What happens to the block in every sweep.
 

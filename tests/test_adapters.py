@@ -159,6 +159,25 @@ def test_an_adapter_that_was_put_on_without_weights_is_refused(tiny_model: TinyM
     engine.close()
 
 
+def test_another_adapter_of_the_same_name_is_another_one(tiny_model: TinyModel) -> None:
+    model = stock(tiny_model("llama"))
+    assert fingerprint(model) == ()
+    seen = set()
+    for seed in range(3):
+        torch.manual_seed(seed)
+        model.add_adapter(config())
+        seen.add(fingerprint(model))
+        assert fingerprint(model) in seen
+        model.delete_adapter("default")
+    assert len(seen) == 3
+    add(model)
+    before = fingerprint(model)
+    weight = next(p for name, p in model.named_parameters() if "lora" in name)
+    with torch.no_grad():
+        weight.add_(1)  # as a step of training does
+    assert fingerprint(model) != before
+
+
 def test_without_peft_there_is_nothing_to_look_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "peft.tuners.tuners_utils")
     assert fingerprint(object()) == ()  # whose modules nobody asks for

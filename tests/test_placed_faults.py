@@ -25,11 +25,23 @@ from llm_magic.backends.accelerate.placement.uninterrupted import uninterrupted
 from llm_magic.errors import EngineError
 from tests import tiny
 from tests.fake_streams import HurriedStreams
-from tests.placements import late_streams, layers_to, load_placed, logits, placed_plan, stock
+from tests.placements import (
+    HOMES,
+    LONG,
+    PROMPT,
+    late_streams,
+    layers_to,
+    load_placed,
+    logits,
+    placed_plan,
+    stock,
+)
 
 TinyModel = Callable[[str], Path]
 Streams = Callable[[str], Any]
 TRAVELLING = ("streamed", "read to a GPU", "read", "kept for a GPU")
+VISITING = ("visiting", "kept, visiting")
+SHORT = PROMPT[:, : LONG - 1]
 OURS = os.path.join("llm_magic", "backends", "accelerate", "")
 
 
@@ -244,12 +256,13 @@ class Interrupting:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
-@pytest.mark.parametrize("home", TRAVELLING)
+@pytest.mark.parametrize("home", [*TRAVELLING, *VISITING])
 def test_an_interrupt_at_any_line_of_a_sweep(home: str, tiny_model: TinyModel, streams: Streams) -> None:
     folder = tiny_model("llama")
-    expected = logits(stock(folder))
+    model = stock(folder)
+    expected, short = logits(model), logits(model, SHORT)
     placed = load_placed(folder, placed_plan(folder, layers_to(home)), streams)
-    files = ("stream.py", "hooks.py", "lanes.py", "blocks.py", "reader.py", "packing.py")
+    files = ("stream.py", "hooks.py", "lanes.py", "blocks.py", "reader.py", "packing.py", "visits.py")
     with Interrupting(0, files) as counted:
         logits(placed.model)
     interrupted = 0
@@ -260,19 +273,21 @@ def test_an_interrupt_at_any_line_of_a_sweep(home: str, tiny_model: TinyModel, s
         except KeyboardInterrupt:
             interrupted += 1
         placed.settle()
-        assert torch.equal(logits(placed.model), expected)
+        assert not placed.visits.is_on
+        for prompt, right in ((SHORT, short), (PROMPT, expected)):
+            assert torch.equal(logits(placed.model, prompt), right)
     assert interrupted > 40
     placed.close()
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
-@pytest.mark.parametrize("target", ["read", "streamed", "kept for a GPU"])
+@pytest.mark.parametrize("target", ["read", "streamed", "kept for a GPU", "visiting"])
 def test_an_interrupt_at_any_line_of_a_move(target: str, tiny_model: TinyModel, streams: Streams) -> None:
     folder = tiny_model("llama-tied")
     expected = logits(stock(folder))
     placed = load_placed(folder, None, streams)
     files = ("placed.py", "blocks.py", "hooks.py", "lanes.py", "stream.py", "checkpoint.py")
-    there, back = placed_plan(folder, lambda _n, _l: HOME[target]), placed.plan
+    there, back = placed_plan(folder, lambda _n, _l: HOMES[target]), placed.plan
     with Interrupting(0, files) as counted:
         placed.apply(there)
     placed.apply(back)
@@ -296,13 +311,6 @@ def interrupted_move(placed: PlacedModel, plan: Any, interrupting: Interrupting)
         # It may have come when all was done and nothing was left to undo.
         assert placed.plan in (before, plan)
     return "done" if placed.plan is plan else "undone"
-
-
-HOME = {
-    "read": ("disk", "cpu", False),
-    "streamed": ("cpu", "cpu:0", False),
-    "kept for a GPU": ("disk", "cpu:0", True),
-}
 
 
 def test_an_interrupt_waits_for_what_may_not_be_cut_in_two() -> None:

@@ -161,6 +161,16 @@ def test_map_text():
     assert "\n".join(line.rstrip() for line in report.text.splitlines()) == MAP_TEXT
 
 
+def test_a_plan_says_which_prompts_the_gpu_reads():
+    plan = PLANS["hybrid"]()
+    assert plan.long_sweep > 1
+    line = f"prompts    of {plan.long_sweep} tokens or more: the CPU's blocks stream to cuda:0 too"
+    report = plan_report(plan)
+    assert line in report.text
+    assert "stream to cuda:0 too" in report.html
+    assert "prompts    of" not in plan_report(half_on_disk()).text
+
+
 def test_words_and_bars():
     plan = PLANS["one GPU"]()
     words = "27 % GPU · 48 % RAM streamed · 10 % RAM on the CPU · 15 % disk"

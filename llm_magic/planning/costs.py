@@ -236,11 +236,11 @@ def _slot_bytes(
     arriving: defaultdict[str, list[int]] = defaultdict(list)
     staged: defaultdict[str, list[int]] = defaultdict(list)
     for place in placed:
-        stays = not place.is_offloaded or (place.compute == "cpu" and (is_mapped or place.kept))
-        if stays and not place.prefill:
+        target = place.fetched_to
+        if not target or (target == "cpu" and is_mapped):
             continue
         size = streamed_bytes(place.block, layout)
-        arriving[place.prefill or place.compute].append(size)
+        arriving[target].append(size)
         if place.way == "read" and place.compute != "cpu":
             staged[place.compute].append(size)
     slots = Counter[str]()

@@ -2,7 +2,8 @@
 
 Offloaded blocks are shared over the buses of all GPUs that the map names. Of those in RAM, some are
 computed by the CPU where they are, when that answers faster than streaming them: CPU and buses work
-at once. Prompts, which a CPU reads slowly, are another matter: for them these blocks stream too. Of those on disk, copies of as many as RAM has room for are kept there.
+at once. Prompts, which a CPU reads slowly, are another matter: for them these blocks stream too. Of
+those on disk, copies of as many as RAM has room for are kept there.
 """
 
 from __future__ import annotations
@@ -188,7 +189,7 @@ def _with_cpu(setting: Setting, placed: Placements) -> Placements:
     alone_s = times.decode_s([], streams)
     if alone_s is None:
         return placed
-    streamed_s, can_visit = times.prefill_s([], mixed), _can_visit(setting, placed)
+    streamed_s, can_visit = times.prefill_s([], mixed), _can_visit(setting)
     best, least_s = placed, alone_s / WORTH_IT + streamed_s / ANSWER_TOKENS
     for count in range(1, len(candidates) + 1):
         chosen = evenly(candidates, count)
@@ -203,17 +204,13 @@ def _with_cpu(setting: Setting, placed: Placements) -> Placements:
     return best
 
 
-def _can_visit(setting: Setting, placed: Placements) -> bool:
-    """Whether blocks of the CPU may compute elsewhere in a prefill.
+def _can_visit(setting: Setting) -> bool:
+    """Whether blocks of the CPU may compute in a prefill where they would compute without it.
 
     Their keys and values must be able to go along and come back, and packed weights lie in another
-    order on a GPU. With them goes the KV cache of one block at a time.
+    order on a GPU. There is room for the KV cache of one block at a time: all of these gave theirs away.
     """
-    if setting.layout.quantization or not can_prefill_in_parts(setting.layout):
-        return False
-    most = setting.workload.largest_cache_bytes(setting.layout)
-    computing = {place.compute for place in placed if place.is_offloaded}
-    return all(use.spare >= most for use in setting.uses(placed) if use.device in computing)
+    return not setting.layout.quantization and can_prefill_in_parts(setting.layout)
 
 
 def _could_be_computed_by_cpu(place: Placement) -> bool:

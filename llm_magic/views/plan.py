@@ -120,7 +120,21 @@ def _forecast(plan: Plan) -> list[str]:
     bound = f" · bound by {plan.forecast.bound_by}" if plan.forecast.decode_tps else ""
     if plan.forecast.limit_tps:
         bound += f" · the hardware's limit is {format_rate(plan.forecast.limit_tps)}"
-    return [f"forecast   {speed_words(plan)}{bound}", f"each token {', '.join(moved + read)}"]
+    return [
+        f"forecast   {speed_words(plan)}{bound}",
+        f"each token {', '.join(moved + read)}",
+        *_long_prompts(plan),
+    ]
+
+
+def _long_prompts(plan: Plan) -> list[str]:
+    """From where on the CPU's blocks stream as well, if they do."""
+    devices = dict.fromkeys(place.prefill for place in plan.placements if place.prefill)
+    if not devices:
+        return []
+    return [
+        f"prompts    of {plan.long_sweep} tokens or more: the CPU's blocks stream to {', '.join(devices)} too"
+    ]
 
 
 def _model(plan: Plan) -> str:
@@ -140,11 +154,10 @@ def _html(plan: Plan) -> str:
     name, facts = headline(plan)
     chips = theme.chip(verdict(plan), theme.GOOD if plan.fits else theme.BAD)
     chips += theme.chip(f"placed by {plan.policy}: {placement_words(plan)}")
-    forecast, moved = _forecast(plan)
     notes = [_note("✗", problem, theme.BAD) for problem in plan.problems]
     notes += [_note("→", remedy, theme.GOOD) for remedy in plan.remedies]
     notes += [_note("!", warning, theme.CARE) for warning in plan.warnings]
-    speeds = "".join(_labelled(line) for line in (forecast, moved, _model(plan)))
+    speeds = "".join(_labelled(line) for line in (*_forecast(plan), _model(plan)))
     return theme.frame(
         f'{theme.title(name, facts)}<div style="margin-bottom:6px">{chips}</div>{_html_table(plan)}'
         f'<div style="margin:8px 0">{speeds}</div>{"".join(notes)}{_html_python(plan)}'

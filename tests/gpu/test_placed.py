@@ -352,6 +352,48 @@ def test_a_loaded_engine_answers_and_moves(name: str, way: str, folder_of: Calla
     wanted.close()
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma"])
+def test_a_chat_goes_on_where_the_cpu_decodes_and_the_gpu_reads(
+    name: str, folder_of: Callable[[str], Path]
+) -> None:
+    """Several turns: what the CPU has added to the cache is there when the GPU reads the next prompt."""
+    folder = folder_of(name)
+    where = placed_plan(folder, layers(STREAMED, VISITING))
+    wanted = BACKEND.load(*plan_for(folder, "ram"), lambda _event: None)
+    engine = BACKEND.load(plan_for(folder, "ram")[0], where, lambda _event: None)
+    turns = ["The capital of France"]
+    for question in ("And of Italy?", "A language model reads tokens", ""):
+        asked = request(*turns, max_new_tokens=12, chat="talk")
+        answer, expected = ask(engine, asked), ask(wanted, asked)
+        assert answer.text == expected.text
+        assert answer.finish.cached_tokens == expected.finish.cached_tokens
+        turns += [answer.text, question]
+    engine.close()
+    wanted.close()
+
+
+def test_an_adapter_comes_along(folder_of: Callable[[str], Path]) -> None:
+    peft = pytest.importorskip("peft")
+    folder = folder_of("llama")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+
+    def adapted(model: Any) -> Any:
+        torch.manual_seed(3)
+        model.add_adapter(config)
+        return model.eval()
+
+    model = adapted(stock(folder)).to(DEVICE)
+    expected = logits(model)
+    for way in (layers(VISITING), layers(STREAMED), layers(READ), layers(RESIDENT)):
+        placed = place(folder, way)
+        adapted(placed.model)
+        lora = {p.device for name, p in placed.model.named_parameters() if "lora" in name}
+        assert lora == {torch.device("cpu" if way(0, "layers.0") == VISITING else DEVICE)}
+        for _ in range(2):
+            torch.testing.assert_close(logits(placed.model), expected, rtol=1e-4, atol=1e-4)
+        placed.close()
+
+
 def test_captured_steps_stream_blocks(folder_of: Callable[[str], Path]) -> None:
     folder = folder_of("llama")
     engine = BACKEND.load(

@@ -17,7 +17,7 @@ from llm_magic.backends.accelerate.load import LoadedWeights
 from llm_magic.backends.accelerate.measure import Clock, Probe, sweep_speed
 from llm_magic.backends.accelerate.memory_errors import is_out_of_memory, release_memory
 from llm_magic.backends.accelerate.placement.adapters import fingerprint
-from llm_magic.backends.accelerate.placement.layer_cache import layer_index
+from llm_magic.backends.accelerate.placement.layer_cache import layer_indices
 from llm_magic.backends.accelerate.prompt.prompts import TokenizedPrompt, tokenize
 from llm_magic.backends.accelerate.quick import Quick
 from llm_magic.backends.accelerate.quiet import quiet
@@ -104,8 +104,13 @@ class TransformersEngine:
         config = generation_config(self.model, self.tokenizer, request.sampling, wanted)
         steps = Steps(Detokenizer(self.tokenizer), emit, stop, self._input_device(), started)
         repair = Repair(lambda: self.plan, self._quick.free, self._caches.drop, self._move)
+
+        def recovers(error: BaseException) -> bool:
+            self._placed.settle()  # a pass that failed is at no block any more
+            return repair(error)
+
         times = SweepTimes(self._placed, emit)
-        decoding = Decoding(steps, 0, self._quick.speculation(config), repair, self._quick, times)
+        decoding = Decoding(steps, 0, self._quick.speculation(config), recovers, self._quick, times)
         with times.hooked():
             cached = self._run(request, prompt, config, decoding)
         ended_by_token = bool(steps.ids) and steps.ids[-1] in end_tokens(config)
@@ -262,8 +267,8 @@ class TransformersEngine:
             return self._placed.apply(plan, report)
         finally:
             blocks = self._placed.blocks.values()
-            devices = {layer_index(b.module): torch.device(b.place.compute) for b in blocks}
-            self._caches.follow({index: device for index, device in devices.items() if index is not None})
+            devices = {i: torch.device(b.place.compute) for b in blocks for i in layer_indices(b.module)}
+            self._caches.follow(devices)
             self._quick.after_move()
 
     def _run(self, request: Request, prompt: TokenizedPrompt, config: Any, decoding: Decoding) -> int:

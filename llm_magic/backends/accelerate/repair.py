@@ -123,7 +123,7 @@ def _layers_to_move(plan: Plan, device: str) -> list[Placement]:
         and place.way in ("resident", "cpu")
         and place.block.kind in ("encoder", "decoder")
     ]
-    travelling = sum(place.compute == device for place in plan.offloaded)
+    travelling = sum(place.fetched_to == device for place in plan.placements)
     count = max(0, slots_for(device) - travelling) + max(1, len(layers) // _SHARE)
     if count >= len(layers):
         return []

@@ -58,13 +58,30 @@ def generation_config(model: Any, tokenizer: Any, sampling: Sampling, max_new_to
 
 @contextmanager
 def seeded(seed: int | None, device: Any) -> Iterator[None]:
-    """Sample from ``seed`` (a random one for ``None``), leaving the user's random state as it was."""
+    """Sample from ``seed`` (a random one for ``None``), leaving the user's random state as it was.
+
+    Tokens are drawn on ``device``; generators of other devices are left alone.
+    """
+    generators = list(_generators(device))
+    before = [generator.get_state() for generator in generators]
+    chosen = seed if seed is not None else secrets.randbits(63)
+    try:
+        for generator in generators:
+            generator.manual_seed(chosen)
+        yield
+    finally:
+        for generator, state in zip(generators, before, strict=True):
+            generator.set_state(state)
+
+
+def _generators(device: Any) -> Iterator[Any]:
     import torch
 
-    gpus = [device.index or 0] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=gpus):
-        torch.manual_seed(seed if seed is not None else secrets.randbits(63))
-        yield
+    yield torch.default_generator
+    if device.type in ("cuda", "xpu"):
+        yield torch.get_device_module(device).default_generators[device.index or 0]
+    elif device.type == "mps":
+        yield torch.mps._get_default_mps_generator()
 
 
 def _check_ranges(sampling: Sampling) -> None:

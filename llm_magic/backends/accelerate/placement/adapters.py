@@ -11,12 +11,15 @@ import functools
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from itertools import count
 from typing import Any
 from weakref import WeakMethod, ref
 
 from llm_magic.errors import EngineError
 
 _PUT_ON = ("add_adapter", "load_adapter")
+
+_numbers = count()
 
 Fingerprint = tuple[object, ...]
 """What makes one model with adapters compute otherwise than another."""
@@ -61,14 +64,20 @@ def fingerprint(model: Any) -> Fingerprint:
     layers = (module for module in model.modules() if isinstance(module, peft.BaseTunerLayer))
     return tuple(
         (
-            id(layer),
             tuple(layer.active_adapters),
             layer.disable_adapters,
             tuple(layer.merged_adapters),
             tuple(getattr(layer, "scaling", {}).items()),
+            tuple(_state(p) for name, p in layer.named_parameters() if not name.startswith("base_layer.")),
         )
         for layer in layers
     )
+
+
+def _state(parameter: Any) -> tuple[int, int]:
+    """A number of the parameter's own, and one that changes with its values: an ``id`` would be given again."""
+    number = parameter.__dict__.setdefault("_llm_magic_number", next(_numbers))
+    return number, 0 if parameter.is_inference() else parameter._version
 
 
 def check_not_lost(added: list[Any]) -> None:

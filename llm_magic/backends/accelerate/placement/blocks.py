@@ -80,6 +80,7 @@ class BlockTensors:
     def __init__(self, module: Any, without: Collection[str] = ()) -> None:
         self.module = module
         self._without = frozenset(without)
+        self._lent: list[tuple[dict[str, Any], str, Any, Any]] = []
         owners = {name: _owner(module, name) for name, _ in module.named_parameters()}
         self._known = {(id(owner), leaf) for owner, leaf in owners.values()}
         self._owners = {name: owner for name, owner in owners.items() if name not in without}
@@ -151,33 +152,36 @@ class BlockTensors:
 
     def move_rest(self, device: Any) -> None:
         """Put what stays where the block computes there: buffers (rotary tables, counters), adapters."""
-        self.move_buffers(device)
+        for mapping, leaf, buffer in self._buffers():
+            if buffer.device != device:
+                mapping[leaf] = buffer.to(device)
         for _, _, parameter in self._added():
             if parameter.device != device:
                 parameter.data = parameter.data.to(device)
 
-    def move_buffers(self, device: Any) -> None:
-        """Put the buffers where the block computes."""
-        for name, buffer in list(self.module.named_buffers()):
-            if buffer.device != device:
-                owner, leaf = _owner(self.module, name)
-                owner._buffers[leaf] = buffer.to(device)
-
-    def lend_added(self, device: Any) -> tuple[Binding, Binding]:
-        """What puts copies of adapters on ``device`` into the module, and what puts themselves back.
+    def lend_rest(self, device: Any) -> None:
+        """Show the module copies on ``device`` of what stays: buffers and adapters. Twice lends nothing more.
 
         Others hold adapters by the parameter, to train or to save them: it is not changed.
         """
         import torch
 
-        copies: Binding = []
-        themselves: Binding = []
-        for mapping, leaf, parameter in self._added():
-            if parameter.device != device:
-                copy = parameter.detach().to(device)
-                copies.append((mapping, leaf, torch.nn.Parameter(copy, requires_grad=False)))
-                themselves.append((mapping, leaf, parameter))
-        return copies, themselves
+        if self._lent:
+            return
+        for mapping, leaf, own in (*self._buffers(), *self._added()):
+            if own.device != device:
+                copy = own.detach().to(device)
+                is_parameter = isinstance(own, torch.nn.Parameter)
+                lent = torch.nn.Parameter(copy, requires_grad=False) if is_parameter else copy
+                self._lent.append((mapping, leaf, own, lent))
+                mapping[leaf] = lent
+
+    def take_rest_back(self) -> None:
+        """Show the module itself again; a buffer that the module has replaced meanwhile comes along."""
+        for mapping, leaf, own, lent in self._lent:
+            now = mapping[leaf]
+            mapping[leaf] = own if now is lent or now is own else now.to(own.device)
+        self._lent.clear()
 
     def added(self) -> list[Any]:
         """Parameters that came after the block was taken over: those of adapters."""
@@ -189,6 +193,13 @@ class BlockTensors:
         fresh = BlockTensors(self.module, without=self._without | set(added))
         fresh._known -= {(id(owner), leaf) for owner, leaf in (_owner(self.module, name) for name in added)}
         return fresh
+
+    def _buffers(self) -> list[tuple[dict[str, Any], str, Any]]:
+        found = []
+        for name, buffer in self.module.named_buffers():
+            owner, leaf = _owner(self.module, name)
+            found.append((owner._buffers, leaf, buffer))
+        return found
 
     def _added(self) -> list[tuple[dict[str, Any], str, Any]]:
         found = []

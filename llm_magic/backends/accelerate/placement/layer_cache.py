@@ -1,40 +1,83 @@
-"""The keys and values of one layer, which are where the layer computes."""
+"""The keys and values of one block, which are where the block computes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 
-def layer_index(module: Any) -> int | None:
-    """The number of a decoder layer in the KV cache; ``None`` for a module that has none."""
-    for part in module.modules():
-        index = getattr(part, "layer_idx", None)
-        if isinstance(index, int):
-            return index
-    return None
+def layer_indices(block: Any) -> tuple[int, ...]:
+    """The numbers of a block in the KV cache: those of its attention modules, for a layer has one or several."""
+    found: dict[int, None] = {}
+    for module in block.modules():
+        index = getattr(module, "layer_idx", None)
+        inner = (getattr(part, "layer_idx", None) for part in module.modules() if part is not module)
+        if isinstance(index, int) and not any(isinstance(each, int) for each in inner):
+            found[index] = None
+    return tuple(found)
 
 
-def find_layer(arguments: Iterable[Any], index: int | None) -> Any:
-    """Layer ``index`` of the KV cache that is among a module's arguments; ``None`` when none is."""
-    if index is None:
-        return None
+def find_layers(arguments: Iterable[Any], indices: Sequence[int]) -> list[Any] | None:
+    """These layers of the KV cache that is among a module's arguments; no layers when no cache is.
+
+    ``None`` when there is a cache, and nobody knows what of it is the module's.
+    """
     for argument in arguments:
         layers = getattr(argument, "layers", None)
-        if isinstance(layers, list) and index < len(layers) and hasattr(layers[index], "keys"):
-            return layers[index]
-    return None
+        if isinstance(layers, list):
+            is_known = bool(indices) and max(indices) < len(layers)
+            return [layers[index] for index in indices] if is_known else None
+    return []
 
 
-def take_along(layer: Any, device: Any, *, non_blocking: bool = False) -> None:
-    """Move a layer's keys and values, as far as there are any, to ``device``.
+def take_along(layer: Any, device: Any) -> None:
+    """Move all tensors of a layer, as far as there are any, to ``device``: all of them, or none."""
+    there = {name: value.to(device) for name, value in _tensors(layer).items() if value.device != device}
+    if there:
+        vars(layer).update(there, device=device)
 
-    With ``non_blocking`` copies from an accelerator only begin, to pinned memory: whoever reads them
-    there must wait for its stream first.
+
+class Stay:
+    """A layer's keys and values on another device for one pass, and their way back.
+
+    Parameters
+    ----------
+    layer
+        Of the KV cache.
+    device, home
+        Torch devices: where the pass computes, and where the layer is between passes.
     """
-    keys = getattr(layer, "keys", None)
-    if keys is None or keys.device == device:
-        return
-    layer.keys = keys.to(device, non_blocking=non_blocking)
-    layer.values = layer.values.to(device, non_blocking=non_blocking)
-    layer.device = device
+
+    def __init__(self, layer: Any, device: Any, home: Any) -> None:
+        self._layer, self._home = layer, home
+        take_along(layer, home)  # a pass that failed may have left it elsewhere
+        self._before = _tensors(layer)
+        take_along(layer, device)
+
+    def end(self) -> None:
+        """Bring home what is new; what has only grown was there all the time."""
+        back = {name: self._brought(name, value) for name, value in _tensors(self._layer).items()}
+        if back:
+            vars(self._layer).update(back, device=self._home)
+
+    def _brought(self, name: str, value: Any) -> Any:
+        import torch
+
+        before = self._before.get(name)
+        if before is None or not _has_grown(self._layer, before, value):
+            return value.to(self._home)
+        return torch.cat([before, value[..., before.shape[-2] :, :].to(self._home)], dim=-2)
+
+
+def _has_grown(layer: Any, before: Any, now: Any) -> bool:
+    """Whether tokens were added behind those that were there, which stay as they are."""
+    from transformers.cache_utils import DynamicLayer
+
+    both_have_tokens = before.dim() == now.dim() == 4  # [batch, heads, tokens, width]
+    return type(layer) is DynamicLayer and both_have_tokens and now.shape[-2] >= before.shape[-2]
+
+
+def _tensors(layer: Any) -> dict[str, Any]:
+    import torch
+
+    return {name: value for name, value in vars(layer).items() if isinstance(value, torch.Tensor)}

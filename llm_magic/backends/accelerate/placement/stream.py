@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import threading
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -121,7 +121,7 @@ class Lane:
         self._sources = list(sources)
         now = streams.mark()  # what had this memory before may be at work on it still
         self._slots = [Slot(memory, used=now) for memory in slots]
-        self._route = tuple(range(len(self._sources)))
+        self._route = self._then = tuple(range(len(self._sources)))
         self._circular = True
         # Taken as such, not through the condition: an interrupt in its Python code would keep it locked.
         self._lock = threading.RLock()
@@ -164,10 +164,19 @@ class Lane:
             self._prefetch(index + 1)
             self._changed.notify_all()
 
-    def follow(self, route: Sequence[int] | None) -> None:
-        """Bring these blocks from now on, in this order; others only when they are taken. ``None``: all."""
+    def follow(self, route: Sequence[int] | None, then: Sequence[int] | None = None) -> None:
+        """Bring these blocks from now on, in this order, and others only when they are taken.
+
+        Parameters
+        ----------
+        route
+            Numbers that rise; ``None``: all of them.
+        then
+            What a later sweep begins with; ``None``: the same.
+        """
         with self._lock:
             self._route = tuple(range(len(self._sources)) if route is None else route)
+            self._then = self._route if then is None else tuple(then)
 
     def prime(self) -> None:
         """Bring the first blocks of a sweep, before it begins."""
@@ -237,7 +246,7 @@ class Lane:
 
     def _prefetch(self, first: int) -> None:
         """Bring the next blocks from ``first`` on, as many as there are slots."""
-        wanted = list(self._ahead(first))
+        wanted = self._ahead(first)
         for index in wanted:
             if self._holding(index) is not None:
                 continue
@@ -247,11 +256,9 @@ class Lane:
             with suppress(Exception):  # ``take`` tries again, and raises where somebody can act on it
                 self._fill(slot, index)
 
-    def _ahead(self, first: int) -> Iterator[int]:
-        begin, count = bisect_left(self._route, first), len(self._route)
-        for place in range(begin, begin + min(len(self._slots), count)):
-            if self._circular or place < count:
-                yield self._route[place % count]
+    def _ahead(self, first: int) -> tuple[int, ...]:
+        following = self._route[bisect_left(self._route, first) :] + (self._then if self._circular else ())
+        return following[: len(self._slots)]
 
     def _fill(self, slot: Slot, index: int) -> None:
         slot.tag = None

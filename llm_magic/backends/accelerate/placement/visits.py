@@ -18,9 +18,10 @@ from accelerate.utils import send_to_device
 
 from llm_magic.backends.accelerate.placement.blocks import Binding, BlockTensors
 from llm_magic.backends.accelerate.placement.hooks import InputHook
-from llm_magic.backends.accelerate.placement.layer_cache import find_layer, layer_index, take_along
+from llm_magic.backends.accelerate.placement.layer_cache import Stay, find_layers, layer_indices, take_along
 from llm_magic.backends.accelerate.placement.packing import bind
 from llm_magic.backends.accelerate.placement.stream import Lane
+from llm_magic.backends.accelerate.placement.uninterrupted import uninterrupted
 
 
 class Visits:
@@ -29,7 +30,7 @@ class Visits:
     Parameters
     ----------
     long_sweep
-        Tokens, of all sequences, from which on a sweep is a long one.
+        Tokens, of all sequences, from which on a sweep is a long one; 0: none is.
 
     Attributes
     ----------
@@ -49,21 +50,22 @@ class Visits:
 
     def begin(self, tokens: int) -> None:
         """A sweep over so many tokens begins."""
-        self.is_on = tokens >= self._long_sweep
-        if self.is_on:
-            for lane in self._lanes:
-                lane.follow(None)
+        is_long = 0 < self._long_sweep <= tokens
+        if is_long:
+            self.is_on = True  # first: then an interrupt in the midst of this is mended by `end`
+            for lane, usual in self._lanes.items():
+                lane.follow(None, then=usual)
                 lane.prime()
+        else:
+            self.end()
 
     def end(self) -> None:
-        """It is over, or will never be: what goes back to RAM has arrived there when this returns."""
-        if not self.is_on:
-            return
-        self.is_on = False
-        for lane, usual in self._lanes.items():
-            lane.streams.mark().synchronize()
-            lane.follow(usual)
-            lane.prime()
+        """It is over, or will never be."""
+        if self.is_on:
+            for lane, usual in self._lanes.items():
+                lane.follow(usual)
+                lane.prime()
+            self.is_on = False
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,11 @@ class VisitingHook(AlignDevicesHook):  # type: ignore[misc]  # accelerate has no
         How the block gets to where it computes then.
     skip_keys
         Arguments that stay where they are (the KV cache).
+
+    Attributes
+    ----------
+    is_away
+        Whether the block is on a visit.
     """
 
     def __init__(
@@ -112,9 +119,8 @@ class VisitingHook(AlignDevicesHook):  # type: ignore[misc]  # accelerate has no
         super().__init__(execution_device=self._host, skip_keys=skip_keys)
         self.is_away = False
         self._tensors, self._home, self._visits, self._route = tensors, home, visits, route
-        self._back: Binding = []
-        self._layer = layer_index(tensors.module)
-        self._users = 0
+        self._indices = layer_indices(tensors.module)
+        self._at_work: set[int] = set()  # threads
         self._lock = threading.Lock()
         self._own = threading.local()  # the pass of each thread: its keys and values
 
@@ -124,20 +130,23 @@ class VisitingHook(AlignDevicesHook):  # type: ignore[misc]  # accelerate has no
 
     def pre_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ARG002 (Accelerate's signature)
         """Be where the sweep computes, with the inputs."""
-        where = self._route.device if self._starts_away() else self._host
-        self._own.layer = find_layer((*args, *kwargs.values()), self._layer)
-        take_along(self._own.layer, where)
+        layers = find_layers((*args, *kwargs.values()), self._indices)
+        self._own.stays = []
+        if self._starts_away(can_go=layers is not None):
+            where = self._route.device
+            self._own.stays = [Stay(layer, where, self._host) for layer in layers or ()]
+        else:
+            where = self._host
+            for layer in layers or ():
+                take_along(layer, where)  # a pass that failed may have left it elsewhere
         return send_to_device(args, where), send_to_device(kwargs, where, skip_keys=self.skip_keys)
 
     def post_forward(self, module: Any, output: Any) -> Any:  # noqa: ARG002
         """Go home."""
-        layer, self._own.layer = self._own.layer, None
-        if self.is_away:
-            take_along(layer, self._host, non_blocking=True)
-            self._ends_away()
-        else:
-            with self._lock:
-                self._users -= 1
+        for stay in self._own.stays:
+            stay.end()
+        self._own.stays = []
+        self._ends()
         return output
 
     def detach_hook(self, module: Any) -> Any:
@@ -147,47 +156,37 @@ class VisitingHook(AlignDevicesHook):  # type: ignore[misc]  # accelerate has no
     def settle(self) -> None:
         """After a forward pass that did not end."""
         with self._lock:
-            self._users = 0
+            self._at_work.clear()
             self._go_home()
 
-    def _starts_away(self) -> bool:
+    def _starts_away(self, *, can_go: bool) -> bool:
         with self._lock:
-            if not self._users:
-                self.is_away = self._visits.is_on
-            self._users += 1
+            if not self._at_work:
+                self.is_away = self._visits.is_on and can_go
+            self._at_work.add(threading.get_ident())
             is_away = self.is_away
         if is_away:
-            self._go_away()
+            slot = self._route.lane.take(self._route.index)
+            with self._lock:
+                bind(self._route.bindings[slot])
+                self._tensors.lend_rest(self._route.device)
         return is_away
 
-    def _go_away(self) -> None:
-        try:
-            slot = self._route.lane.take(self._route.index)
-        except BaseException:
-            with self._lock:
-                self._users -= 1
-            raise
+    def _ends(self) -> None:
         with self._lock:
-            bind(self._route.bindings[slot])
-            if not self._back:
-                there, self._back = self._tensors.lend_added(self._route.device)
-                bind(there)
-                self._tensors.move_buffers(self._route.device)
-
-    def _ends_away(self) -> None:
-        with self._lock:
-            self._users -= 1
-            if not self._users:
+            was_away = self.is_away
+            self._at_work.discard(threading.get_ident())
+            if not self._at_work:
                 self._go_home()
-        self._route.lane.release(self._route.index)
+        if was_away:
+            self._route.lane.release(self._route.index)
 
     def _go_home(self) -> None:
         if self.is_away:
-            self.is_away = False
-            bind(self._home)
-            bind(self._back)
-            self._back = []
-            self._tensors.move_buffers(self._host)
+            with uninterrupted():
+                bind(self._home)
+                self._tensors.take_rest_back()
+                self.is_away = False
 
 
 class SweepHook(InputHook):
