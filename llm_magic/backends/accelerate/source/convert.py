@@ -155,7 +155,7 @@ def _parameter_shapes(skeleton: Any) -> dict[str, tuple[int, ...]]:
 
 
 def _save_tokenizer(gguf: Path, header: GgufHeader, folder: Path) -> None:
-    tokenizer = gguf_model.gguf_tokenizer(gguf)
+    tokenizer = gguf_model.gguf_tokenizer(gguf, header)
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))

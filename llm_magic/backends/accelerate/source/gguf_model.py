@@ -170,7 +170,10 @@ def _string(text: str) -> bytes:
     return struct.pack("<Q", len(raw)) + raw
 
 
-def gguf_tokenizer(path: Path) -> Any:
+_SPECIAL = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
+
+
+def gguf_tokenizer(path: Path, header: GgufHeader) -> Any:
     """The tokenizer that the file describes, with its chat template.
 
     Raises
@@ -181,7 +184,7 @@ def gguf_tokenizer(path: Path) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     try:
-        return PreTrainedTokenizerFast.from_pretrained(
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(
             str(path.parent), gguf_file=path.name, local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # the Rust tokenizers raise bare Exception on a bad vocabulary
@@ -189,6 +192,12 @@ def gguf_tokenizer(path: Path) -> Any:
             f"{path.name} has a tokenizer that transformers cannot build ({type(error).__name__}).",
             "Get the model's safetensors version.",
         ) from None
+    # As the file says: some versions of transformers confuse the first token and the last.
+    for key, name in _SPECIAL.items():
+        index = header.metadata.get(f"tokenizer.ggml.{key}_token_id")
+        if isinstance(index, int) and 0 <= index < len(tokenizer):
+            setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(index))
+    return tokenizer
 
 
 def end_tokens(header: GgufHeader, tokenizer: Any) -> list[int]:
