@@ -38,6 +38,8 @@ class EngineSubject:
         Module names to devices.
     hybrid
         Whether the planner may let the CPU compute blocks beside a GPU.
+    compiled
+        Whether layers are compiled in the background, which takes cores and the device from others meanwhile.
     least_ram
         Plan as if hardly more RAM were free than the plan needs: what is on disk is then read in every
         sweep, not used in the page cache and not kept in RAM.
@@ -51,6 +53,7 @@ class EngineSubject:
         quantize: str = "",
         context: int = 1024,
         hybrid: bool = True,
+        compiled: bool = True,
         least_ram: bool = False,
     ) -> None:
         backend = TransformersBackend()
@@ -68,6 +71,9 @@ class EngineSubject:
         started = time.perf_counter()
         self._engine = backend.load(spec, plan, _ignore)
         self._load_s = time.perf_counter() - started
+        warm_up = self._engine._quick._warm_up
+        if warm_up is not None and not compiled:
+            warm_up.give_up("not asked for")
         self._files = weight_files(source)
         self._is_warm = False
 

@@ -105,7 +105,7 @@ def ceilings(setup: Setup) -> None:
 def resident(setup: Setup) -> None:
     """All on the device, bf16: captured at once, and after the warm-up in the background."""
     model = large(setup)
-    contenders = [BUS, model.ours("llm_magic, at once"), model.stock(), *model.llama_cpp(-1)]
+    contenders = [BUS, model.ours("llm_magic, at once", compiled=False), model.stock(), *model.llama_cpp(-1)]
     group = setup.run("resident", contenders)
     title = f"All resident, bf16, prompt of {PROMPT_TOKENS}"
     columns = [DECODE, PREFILL, FIRST, READS]

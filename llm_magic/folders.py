@@ -11,18 +11,20 @@ VIEWS = Path(__file__).with_name("static") / "views.js"
 
 def cache_folder() -> Path:
     """Folder for what can be made again; ``LLM_MAGIC_CACHE`` overrides it. It may not exist yet."""
+    if said := os.environ.get("LLM_MAGIC_CACHE"):
+        return Path(said)
     import platformdirs  # late: an engine on its own gets by without it
 
-    return Path(
-        os.environ.get("LLM_MAGIC_CACHE") or platformdirs.user_cache_dir("llm-magic", appauthor=False)
-    )
+    return Path(platformdirs.user_cache_dir("llm-magic", appauthor=False))
 
 
 def data_folder() -> Path:
     """Folder for what a person saved; ``LLM_MAGIC_DATA`` overrides it. It may not exist yet."""
+    if said := os.environ.get("LLM_MAGIC_DATA"):
+        return Path(said)
     import platformdirs
 
-    return Path(os.environ.get("LLM_MAGIC_DATA") or platformdirs.user_data_dir("llm-magic", appauthor=False))
+    return Path(platformdirs.user_data_dir("llm-magic", appauthor=False))
 
 
 def make_private(folder: Path) -> Path:

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from llm_magic.backends.accelerate.decoding.capture import CapturedSteps, why_not
 from llm_magic.backends.accelerate.decoding.decode import Decoding
+from llm_magic.backends.accelerate.decoding.warmup import COMPILING
 from llm_magic.plan import Placement, Plan
 from tests import tiny
 from tests.engines import plan_for
@@ -319,6 +320,36 @@ def test_what_cannot_be_captured_runs_as_it_is_and_says_why(model: Any, error: E
     assert step.status == f"eager decode: {step.reason}"
 
 
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("CUDA error: out of memory")]
+)
+def test_memory_that_runs_out_while_capturing_is_told_and_capturing_tried_again(
+    model: Any, error: Exception
+) -> None:
+    """Whoever hears of it may make room."""
+    tested, recorder = model("llama"), Failing(error)
+    step = step_of(tested, recorder)
+    begin(step, prefilled(tested, prompts()), None, 32)
+    with pytest.raises(type(error)):
+        step(prompts()[:, -1:], 8)
+    assert step.reason == ""
+    step.reset()
+    step._recorder = Tapes()
+    assert torch.equal(greedy(step, tested, prompts(), 8), eager(tested, prompts(), 8))
+    assert step.status == "captured decode"
+
+
+def test_nothing_is_captured_while_something_is_compiled(model: Any) -> None:
+    """The compiler synchronizes the device, which ends a capture."""
+    tested, tapes, ids = model("llama"), Tapes(), prompts()
+    step = step_of(tested, tapes)
+    with COMPILING:
+        assert torch.equal(greedy(step, tested, ids, 8), eager(tested, ids, 8))
+        assert (tapes.recorded, step.reason) == (0, "")
+    assert torch.equal(greedy(step, tested, ids, 8), eager(tested, ids, 8))
+    assert tapes.recorded == 1
+
+
 def test_a_model_that_reads_values_on_the_host_is_not_captured(model: Any) -> None:
     tested = model("llama")
     step = step_of(tested)
@@ -467,6 +498,30 @@ def test_a_capture_that_fails_between_streamed_blocks(model: Any, tmp_path: Path
         assert torch.equal(greedy(steps, placed.model, prompts(), 8), wanted)
     assert "not permitted" in steps.reason
     placed.close()
+
+
+@pytest.mark.parametrize("at", ["layer", "end"])
+def test_copies_of_a_sweep_that_ends_early_end_with_it(model: Any, at: str) -> None:
+    """A capture that misses their end fails with an error of its own, in the place of what ended the sweep."""
+
+    class Ending(WrittenLane):
+        def end_captured_sweep(self) -> None:
+            super().end_captured_sweep()
+            if at == "end":
+                raise RuntimeError("the capture is invalid by now")
+
+    def stop(_module: Any, _args: Any) -> None:
+        raise _Stopped
+
+    tested, log = model("llama"), []
+    step = step_of(tested, lanes=[Ending(log)])
+    begin(step, prefilled(tested, prompts()), None, 32)
+    handle = tested.model.layers[2].register_forward_pre_hook(stop)
+    with pytest.raises(_Stopped):
+        step(prompts()[:, -1:], 8)
+    handle.remove()
+    assert log == ["fence", "begin", "end", "fence"]
+    assert step.reason == ""
 
 
 def test_streamed_blocks_are_put_in_order_after_an_interrupt(model: Any) -> None:
@@ -670,10 +725,30 @@ def test_placements(model: Any, plan: Plan, changes: dict[str, Any], reason: str
     assert why_not(model("llama"), on_gpu(plan, third(**changes))) == reason
 
 
-def test_experts_that_move(model: Any, plan: Plan) -> None:
+def test_experts_that_move(model: Any, plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model("llama").config, "_experts_implementation", "grouped_mm", raising=False)
     block = replace(plan.placements[2].block, experts=4)
     assert why_not(model("llama"), on_gpu(plan, third(block=block))) == ""
     assert why_not(model("llama"), on_gpu(plan, third(block=block, home="cpu"))) == "experts move on demand"
+
+
+def test_experts_that_are_taken_one_after_the_other(
+    model: Any, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tested, block = model("llama"), replace(plan.placements[2].block, experts=4)
+    monkeypatch.setattr(tested.config, "_experts_implementation", "eager", raising=False)
+    assert why_not(tested, on_gpu(plan, third(block=block))) == "experts are taken one after the other"
+    assert why_not(tested, on_gpu(plan)) == ""  # no experts
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope", {"full_attention": "dynamic"}])
+def test_rotary_tables_that_follow_the_length(model: Any, plan: Plan, kind: Any) -> None:
+    tested = model("llama")
+    tested.model.rotary_emb.rope_type, usual = kind, tested.model.rotary_emb.rope_type
+    try:
+        assert why_not(tested, on_gpu(plan)) == "rotary tables that follow the length"
+    finally:
+        tested.model.rotary_emb.rope_type = usual
 
 
 def test_streamed_blocks_that_threads_bring(model: Any, plan: Plan) -> None:

@@ -10,7 +10,12 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from llm_magic.backends.accelerate.decoding.sampling import end_tokens, generation_config, seeded
+from llm_magic.backends.accelerate.decoding.sampling import (
+    end_tokens,
+    generation_config,
+    generator,
+    seeded,
+)
 from llm_magic.errors import OptionError
 from llm_magic.events import Sampling
 
@@ -93,9 +98,14 @@ def test_a_seed_repeats_and_leaves_the_users_state() -> None:
     cpu = torch.device("cpu")
     before = torch.random.get_rng_state()
     draws = []
+    assert generator() is None
     for seed in (3, 3, 4, None, None):
         with seeded(seed, cpu):
-            draws.append(torch.rand(1).item())
+            torch.manual_seed(7)  # as a compilation that ends in the background puts states back
+            torch.random.set_rng_state(before)
+            draws.append(torch.rand(1, generator=generator()).item())
+    assert generator() is None
     assert draws[0] == draws[1] != draws[2]
     assert draws[3] != draws[4]
+    assert draws[0] == torch.rand(1, generator=torch.Generator().manual_seed(3)).item()
     assert torch.equal(torch.random.get_rng_state(), before)

@@ -170,6 +170,23 @@ def test_routed_experts_come_along(tiny_model: TinyModel, streams: Streams) -> N
     placed.close()
 
 
+@pytest.mark.parametrize("home", ["streamed", "visiting", "read"])
+def test_experts_are_computed_as_before_once_none_travels(
+    home: str, tiny_model: TinyModel, streams: Streams
+) -> None:
+    folder = tiny_model("qwen3-moe")
+    placed = load_placed(folder, None, streams)
+    usual = placed.model.get_experts_implementation()
+    assert "eager" not in usual.values()
+    for _ in range(2):
+        placed.apply(placed_plan(folder, layers_to(home)))
+        placed.apply(placed_plan(folder, layers_to(home)))
+        assert placed.model.get_experts_implementation()[""] == "eager"
+        placed.apply(placed_plan(folder, layers_to("resident")))
+        assert placed.model.get_experts_implementation() == usual
+    placed.close()
+
+
 # Moving
 
 

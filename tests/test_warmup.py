@@ -268,7 +268,9 @@ def test_each_size_of_a_sweep_is_compiled_for_itself(fresh: Any) -> None:
         seen.append((step(ids[:, -1:], 8), step(ids[:, :3], 9)))
         step.give_back(12)
         warm_up.wait()
-    assert (compiler.programs, recorder.recorded) == (2, 4)
+    # The second size is captured at once only if the first one was compiled by then.
+    assert compiler.programs == 2
+    assert recorder.recorded in (3, 4)
     for before, after in zip(*seen, strict=True):
         assert_close(after, before)
 

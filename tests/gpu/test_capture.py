@@ -313,6 +313,27 @@ def test_compiled_layers_take_over(record_property: Callable[[str, object], None
     assert steps.status == "captured decode, compiled layers"
 
 
+def test_after_a_capture_that_failed_torch_draws_and_gives_memory_back() -> None:
+    """What torch leaves open then concerns everybody in the process."""
+    graphs, x = CudaGraphs(torch.device(DEVICE)), torch.ones(4, device=DEVICE)
+    alive = graphs.record(lambda: x.mul_(1))
+    for _ in range(2):
+        with pytest.raises(RuntimeError):
+            graphs.record(lambda: x.sum().item())
+        assert 0 <= int(torch.multinomial(torch.ones(8, device=DEVICE), 1)) < 8
+        held = torch.empty(1 << 28, dtype=torch.uint8, device=DEVICE)
+        reserved = torch.cuda.memory_reserved()
+        del held
+        torch.cuda.empty_cache()
+        assert torch.cuda.memory_reserved() <= reserved - (1 << 28)
+    x.fill_(1)
+    replay = graphs.record(lambda: x.add_(1))
+    replay()
+    alive()
+    torch.cuda.synchronize()
+    assert x.tolist() == [3, 3, 3, 3]  # once when it was recorded, once replayed
+
+
 def test_half_precision_differs_by_rounding_only() -> None:
     model, ids = new_model("middle", torch.bfloat16), prompt()
     tokens = torch.tensor(answer(model, ids, new_steps(model)), device=DEVICE)

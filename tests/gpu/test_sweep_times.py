@@ -59,7 +59,9 @@ def test_waits_and_computations_fit_into_the_sweep(name: str, way: str, folder_o
             assert compute > 0 or block.name not in layers
             copied[block.name] += copy > 0
     parts = [*placed.blocks.values(), *placed.experts.values()]
-    assert {name for name, count in copied.items() if count} == {b.name for b in parts if b.travels}
+    assert {name for name, count in copied.items() if count} == {
+        b.name for b in parts if b.travels or b.visits
+    }
     placed.close()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -123,5 +124,7 @@ def run_generate(model: Any, config: Any, prompt: TokenizedPrompt, cache: Any, d
         start = config.decoder_start_token_id
         first = start if start is not None else config.bos_token_id
         inputs["decoder_input_ids"] = torch.tensor([[first, *beginning]], device=steps.device)
+    # transformers compares the inputs' device with the first parameter's, which has none while its block travels.
+    warnings.filterwarnings("ignore", message=r"You are calling \.generate\(\) with the `input_ids`")
     with suppress(Stopped):
         model.generate(**inputs, generation_config=config, streamer=steps, custom_generate=decoding)

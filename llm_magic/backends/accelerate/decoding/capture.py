@@ -12,14 +12,15 @@ Whatever cannot be captured runs as it is over the same cache, and the step says
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from weakref import WeakSet
 
 from llm_magic.backends.accelerate.decoding.kv_cache import crop
 from llm_magic.backends.accelerate.decoding.static_cache import StaticCache, to_dynamic, to_static
-from llm_magic.backends.accelerate.decoding.warmup import WarmUp, short
+from llm_magic.backends.accelerate.decoding.warmup import COMPILING, WarmUp, short
+from llm_magic.backends.accelerate.memory_errors import is_out_of_memory
 
 if TYPE_CHECKING:
     from llm_magic.plan import Plan
@@ -354,15 +355,26 @@ class CapturedSteps:
                     return False
                 self._record(shape, compiled=True)
         except _FAILURES as error:
+            if is_out_of_memory(error):  # whoever makes room may do so for this
+                raise
             warm_up.give_up(short(error))
             return False
         return True
 
     def _record_plain(self, shape: Shape) -> None:
+        if not COMPILING.acquire(blocking=False):
+            self._sweep(shape)  # a compilation synchronizes the device, which ends a capture: another time
+            if self._warm_up is not None:
+                self._warm_up.want(shape)
+            return
         try:
             self._record(shape, compiled=False)
         except _FAILURES as error:
+            if is_out_of_memory(error):
+                raise
             self.reason = short(error)
+        finally:
+            COMPILING.release()
         if not self.reason:
             if self._warm_up is not None:
                 self._warm_up.want(shape)
@@ -389,9 +401,9 @@ class CapturedSteps:
         assert inputs is not None
         slots = inputs.slots(shape)
         self._static.show(shape.batch, shape.visible, slots)
-        for lane in self._lanes:
-            lane.begin_captured_sweep()
         with ExitStack() as stack:
+            for lane in self._lanes:
+                stack.enter_context(_captured_sweep(lane))
             if self._warm_up is not None and not self.reason:
                 stack.enter_context(self._warm_up.at_work(shape, self._static, compiled=compiled))
             logits = self._model(
@@ -402,8 +414,6 @@ class CapturedSteps:
                 use_cache=True,
                 return_dict=True,
             ).logits
-        for lane in self._lanes:
-            lane.end_captured_sweep()
         # The first run of a sweep, which is not captured, makes the place for its logits.
         self._logits.setdefault(shape[:2], logits).copy_(logits)
 
@@ -445,6 +455,19 @@ class CapturedSteps:
             lane.fence()
 
 
+@contextmanager
+def _captured_sweep(lane: Lane) -> Iterator[None]:
+    """Copies that belong to a sweep; also when it ends early, or a capture would miss their end."""
+    lane.begin_captured_sweep()
+    try:
+        yield
+    except BaseException:
+        with suppress(RuntimeError):  # what ended the sweep is to be heard, not what came of it
+            lane.end_captured_sweep()
+        raise
+    lane.end_captured_sweep()
+
+
 class CudaGraphs:
     """Captures on one GPU; all graphs share one pool of memory, since only one runs at a time.
 
@@ -463,6 +486,7 @@ class CudaGraphs:
             self._stream = cuda.Stream()
         self._pool: Any = None
         self._alive: WeakSet[Any] = WeakSet()
+        self._failed: list[Any] = []
 
     def record(self, sweep: Callable[[], None]) -> Callable[[], object]:
         """Run once on a stream of its own, then capture.
@@ -483,20 +507,45 @@ class CudaGraphs:
             finally:  # what a sweep that failed has started still writes to the cache, and reads slots
                 current.wait_stream(self._stream)
             graph = torch.cuda.CUDAGraph()
-            if not self._alive:  # the pool went with the last graph
+            if not self._alive or self._pool is None:  # the pool went with the last graph
                 self._pool = torch.cuda.graph_pool_handle()
-            # A capture that fails leaves its own stream behind as the current one: the outer context ends that.
-            # What other threads allocate meanwhile (a compilation, a widget) must not end the capture.
-            with (
-                torch.cuda.stream(current),
-                torch.cuda.graph(
-                    graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
-                ),
-            ):
-                sweep()
+            try:
+                self._capture(graph, sweep, current)
+            except BaseException:
+                self._clean_up(graph, current)
+                raise
         self._alive.add(graph)
         replay: Callable[[], object] = graph.replay
         return replay
+
+    def _capture(self, graph: Any, sweep: Callable[[], object], current: Any) -> None:
+        import torch
+
+        # A capture that fails leaves its own stream behind as the current one: the outer context ends that.
+        # What other threads allocate meanwhile (a compilation, a widget) must not end the capture.
+        with (
+            torch.cuda.stream(current),
+            torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
+        ):
+            sweep()
+
+    def _clean_up(self, graph: Any, current: Any) -> None:
+        """After a capture that failed.
+
+        torch up to 2.11 leaves it open in its allocator, which then gives no memory back to anybody, and
+        in its random generators, which refuse to draw until another capture has ended well.
+        """
+        import torch
+
+        self._failed.append(graph)  # the allocator knows it by its address
+        library: Any = torch._C
+        index = self._device.index if self._device.index is not None else torch.cuda.current_device()
+        with suppress(RuntimeError):
+            library._cuda_endAllocateToPool(index, self._pool)
+        self._pool = torch.cuda.graph_pool_handle()
+        with suppress(RuntimeError):
+            self._capture(torch.cuda.CUDAGraph(), lambda: torch.zeros(1, device=self._device), current)
+        self._pool = None
 
 
 def why_not(model: Any, plan: Plan, lanes: Sequence[Lane] = ()) -> str:
@@ -504,7 +553,7 @@ def why_not(model: Any, plan: Plan, lanes: Sequence[Lane] = ()) -> str:
 
     What this cannot foresee shows when the capture is tried.
     """
-    reason = _placement_reason(plan) or _model_reason(model)
+    reason = _placement_reason(plan) or _experts_reason(model, plan) or _model_reason(model)
     if not reason and not all(lane.is_capturable for lane in lanes):
         return "blocks in RAM that is not pinned"
     return reason
@@ -527,6 +576,14 @@ def _placement_reason(plan: Plan) -> str:
     return ""
 
 
+def _experts_reason(model: Any, plan: Plan) -> str:
+    """Which experts there is a token for is asked on the host, where they are taken one after the other."""
+    has_experts = any(placement.block.experts for placement in plan.placements)
+    config = model.config.get_text_config(decoder=True)
+    in_turn = getattr(config, "_experts_implementation", None) == "eager"
+    return "experts are taken one after the other" if has_experts and in_turn else ""
+
+
 def _model_reason(model: Any) -> str:
     import inspect
     import sys
@@ -539,6 +596,7 @@ def _model_reason(model: Any) -> str:
         "layers that are not full attention": _has_only_full_attention(model),
         # transformers' own word for models that work with a cache of fixed size.
         "the architecture needs a cache that grows": getattr(model, "_can_compile_fullgraph", False),
+        "rotary tables that follow the length": not _has_growing_rotary_tables(model),
         f"{attention} attention": attention in ("sdpa", "eager"),
         # Others make masks of their own (ALiBi) out of one with two dimensions.
         "the architecture makes its own masks": hasattr(
@@ -546,6 +604,13 @@ def _model_reason(model: Any) -> str:
         ),
     }
     return next((reason for reason, passed in checks.items() if not passed), "")
+
+
+def _has_growing_rotary_tables(model: Any) -> bool:
+    """Whether the length of the text is compared on the host, to make the tables anew."""
+    found = (getattr(module, "rope_type", "") for module in model.modules())
+    kinds = {kind for each in found for kind in (each.values() if isinstance(each, dict) else (each,))}
+    return bool(kinds & {"dynamic", "longrope"})
 
 
 def _has_only_full_attention(model: Any) -> bool:

@@ -173,8 +173,9 @@ class _Choice:
 
         self.ids = torch.cat([self.ids, tokens[:, None]], dim=-1)
         self._unfinished = self._unfinished & ~self._criteria(self.ids, None)
-        self.done = bool(self._unfinished.max() == 0)
-        self._streamer.put(tokens.cpu())
+        said = torch.stack([tokens, self._unfinished]).cpu()  # together: the device is waited for once
+        self.done = not said[1].any()
+        self._streamer.put(said[0])
 
 
 class _Model:

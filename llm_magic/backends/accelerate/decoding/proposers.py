@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from llm_magic.backends.accelerate.decoding.kv_cache import crop
+from llm_magic.backends.accelerate.decoding.sampling import generator
 from llm_magic.backends.accelerate.decoding.speculate import Proposal
 from llm_magic.errors import OptionError
 
@@ -133,7 +134,7 @@ class DraftModel:
         for step in self._processors:
             scores = step(ids, scores)
         row = torch.softmax(scores, dim=-1)
-        return int(torch.multinomial(row, num_samples=1)), row[0]
+        return int(torch.multinomial(row, num_samples=1, generator=generator())), row[0]
 
     def _feed_safely(self, ids: list[int]) -> Any:
         """As ``_feed``; after an error the next call starts over."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import secrets
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -56,32 +57,30 @@ def generation_config(model: Any, tokenizer: Any, sampling: Sampling, max_new_to
     return config
 
 
+_own = threading.local()  # the answer of each thread
+
+
 @contextmanager
 def seeded(seed: int | None, device: Any) -> Iterator[None]:
-    """Sample from ``seed`` (a random one for ``None``), leaving the user's random state as it was.
+    """Sample from ``seed`` (a random one for ``None``) with a generator of this thread's own.
 
-    Tokens are drawn on ``device``; generators of other devices are left alone.
+    The user's random state stays as it is, and whoever restores that in the meantime, as a compilation
+    in the background does, has no effect on the answer.
     """
-    generators = list(_generators(device))
-    before = [generator.get_state() for generator in generators]
-    chosen = seed if seed is not None else secrets.randbits(63)
-    try:
-        for generator in generators:
-            generator.manual_seed(chosen)
-        yield
-    finally:
-        for generator, state in zip(generators, before, strict=True):
-            generator.set_state(state)
-
-
-def _generators(device: Any) -> Iterator[Any]:
     import torch
 
-    yield torch.default_generator
-    if device.type in ("cuda", "xpu"):
-        yield torch.get_device_module(device).default_generators[device.index or 0]
-    elif device.type == "mps":
-        yield torch.mps._get_default_mps_generator()
+    before = generator()
+    _own.generator = torch.Generator(device)
+    _own.generator.manual_seed(seed if seed is not None else secrets.randbits(63))
+    try:
+        yield
+    finally:
+        _own.generator = before
+
+
+def generator() -> Any:
+    """What this thread's answer draws from; ``None``: from torch's own generators."""
+    return getattr(_own, "generator", None)
 
 
 def _check_ranges(sampling: Sampling) -> None:

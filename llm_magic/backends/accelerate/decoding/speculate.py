@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from llm_magic.backends.accelerate.decoding.pace import Pace
+from llm_magic.backends.accelerate.decoding.sampling import generator
 
 
 @dataclass(frozen=True)
@@ -120,8 +121,8 @@ def choose(scores: Any, do_sample: bool, proposed: int | None = None, drawn_from
     p = torch.softmax(scores, dim=-1)
     if proposed is not None and drawn_from is not None:
         q = drawn_from.to(p)
-        if torch.rand((), device=p.device) * q[proposed] < p[0, proposed]:
+        if torch.rand((), device=p.device, generator=generator()) * q[proposed] < p[0, proposed]:
             return torch.tensor([proposed], device=p.device)
         rest = (p - q).clamp_(min=0)
         p = rest if rest.any() else p  # no rest: p and q are the same but for rounding
-    return torch.multinomial(p, num_samples=1).squeeze(1)
+    return torch.multinomial(p, num_samples=1, generator=generator()).squeeze(1)

@@ -16,12 +16,19 @@ from typing import TYPE_CHECKING, Any
 
 from llm_magic.backends.accelerate.decoding.joined import JoinedProjections
 from llm_magic.backends.accelerate.decoding.static_cache import OneLayer
+from llm_magic.backends.accelerate.default_dtype import default_dtype_kept
 from llm_magic.harmless.paths import without_paths
 
 if TYPE_CHECKING:
     from llm_magic.backends.accelerate.decoding.capture import Shape
     from llm_magic.backends.accelerate.decoding.static_cache import StaticCache
     from llm_magic.plan import Plan
+
+COMPILING = threading.Lock()
+"""Held while torch compiles in the background, or must not.
+
+The compiler times kernels and synchronizes the device for that, which would end a capture of anybody.
+"""
 
 Compile = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -73,7 +80,6 @@ class WarmUp:
         self._thread: threading.Thread | None = None
         self._closed = False
         self._state = threading.Lock()
-        self._compiling = threading.Lock()  # held while torch compiles, or must not
 
     @property
     def status(self) -> tuple[str, ...]:
@@ -91,21 +97,21 @@ class WarmUp:
 
     def is_ready(self, shape: Shape) -> bool:
         """Whether compiled layers can run sweeps of this shape."""
-        return shape in self._ready and not self._compiling.locked()
+        return shape in self._ready and not COMPILING.locked()
 
     @contextmanager
     def without_compiling(self) -> Iterator[bool]:
         """While it lasts, compiled layers fail rather than compile; ``False`` when one is compiled just now."""
         import torch
 
-        if not self._compiling.acquire(blocking=False):
+        if not COMPILING.acquire(blocking=False):
             yield False
             return
         try:
             with torch.compiler.set_stance("fail_on_recompile"):
                 yield True
         finally:
-            self._compiling.release()
+            COMPILING.release()
 
     @contextmanager
     def at_work(self, shape: Shape, static: StaticCache, *, compiled: bool) -> Iterator[None]:
@@ -191,7 +197,7 @@ class WarmUp:
                 shape = self._waiting[0]
                 example = self._examples[shape]
             try:
-                with self._compiling, _compiling_layers():
+                with COMPILING, default_dtype_kept(), _compiling_layers():
                     self._compile(example)
             except Exception as error:
                 self.give_up(short(error))

@@ -161,6 +161,7 @@ class PlacedModel:
         self._stream_hooks: list[hooks.StreamHook] = []
         self._visiting_hooks: dict[str, VisitingHook] = {}
         self._advice: list[Any] = []
+        self._usual_experts: dict[str, str | None] | None = None
         self._skip_keys = getattr(model, "_skip_keys_device_placement", None)
         self.blocks: dict[str, PlacedBlock] = {}
         self.experts: dict[str, PlacedBlock] = {}
@@ -638,9 +639,19 @@ class PlacedModel:
             room = self._room_for_experts(device, plan)
             streams = self._streams(device)
             self._expert_lanes[device] = DeviceExperts(device, experts, room, self._reader, streams)
-        if travellers:
-            # As the routed ones compute: then a token does not depend on where its experts are.
+        self._choose_implementation(travellers)
+
+    def _choose_implementation(self, travellers: Collection[str]) -> None:
+        """As the routed ones compute: then a token does not depend on where its experts are.
+
+        Once none of them travels, as before: the implementation that takes one after the other waits for the host.
+        """
+        if travellers and self._usual_experts is None:
+            self._usual_experts = self.model.get_experts_implementation()
             self.model.set_experts_implementation("eager")
+        elif not travellers and self._usual_experts is not None:
+            self.model.set_experts_implementation(self._usual_experts)
+            self._usual_experts = None
 
     def _room_for_experts(self, device: str, plan: Plan) -> int:
         """Bytes that the plan has for slots, or leaves spare, and the lane does not take."""
