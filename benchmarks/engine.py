@@ -60,7 +60,7 @@ class EngineSubject:
         spec = ModelSpec(source, quantize=quantize)
         layout = backend.layout(spec, _ignore)
         make_private(cache_folder())
-        machine = probe_machine(backend.accelerators, disk_folder=cache_folder())
+        machine = on_a_thread(lambda: probe_machine(backend.accelerators, disk_folder=cache_folder()))
         if not hybrid:
             machine = _with_cpu(machine, read_bytes_per_s=0.0)
         plan = _plan(layout, machine, device_map, context, quantize)
@@ -69,7 +69,7 @@ class EngineSubject:
         if not plan.fits:
             raise refusal(plan)
         started = time.perf_counter()
-        self._engine = backend.load(spec, plan, _ignore)
+        self._engine = on_a_thread(lambda: backend.load(spec, plan, _ignore))
         self._load_s = time.perf_counter() - started
         warm_up = self._engine._quick._warm_up
         if warm_up is not None and not compiled:
@@ -146,7 +146,11 @@ class EngineSubject:
 
 
 def on_a_thread(work: Callable[[], Any]) -> Any:
-    """Run an answer where a session runs it: on a thread of its own (OpenMP's threads are other ones there)."""
+    """Run something where a session runs it: on a thread of its own.
+
+    GNU OpenMP has a team of threads for each thread that computes, until that ends. With two teams
+    there are more threads than cores, and they sleep much sooner: on 2 cores a third of the speed is lost.
+    """
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(work).result()
 

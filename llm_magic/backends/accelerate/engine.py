@@ -9,6 +9,7 @@ from typing import Any
 
 from llm_magic.backends.accelerate.decoding.decode import Decoding
 from llm_magic.backends.accelerate.decoding.detokenize import Detokenizer
+from llm_magic.backends.accelerate.decoding.head_input import lay_out_head_input
 from llm_magic.backends.accelerate.decoding.kv_cache import ChatCaches
 from llm_magic.backends.accelerate.decoding.sampling import end_tokens, generation_config, seeded
 from llm_magic.backends.accelerate.decoding.sweep_times import SweepTimes
@@ -60,6 +61,7 @@ class TransformersEngine:
         plan = loaded.placed.plan
         self.model: Any = loaded.placed.model
         self.tokenizer: Any = loaded.tokenizer
+        lay_out_head_input(self.model)
         self._placed = loaded.placed
         self._context = _context_length(plan)
         self._caches = ChatCaches(self.model, plan.workload.context_length)
