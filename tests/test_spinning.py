@@ -17,7 +17,7 @@ print(os.environ.get("GOMP_SPINCOUNT"))
 
 @pytest.mark.skipif(sys.platform != "linux", reason="torch uses GNU OpenMP on Linux")
 @pytest.mark.parametrize(
-    ("user", "spins", "left"), [({}, "10000", "None"), ({"GOMP_SPINCOUNT": "7"}, "7", "7")]
+    ("user", "spins", "left"), [({}, "20000", "None"), ({"GOMP_SPINCOUNT": "7"}, "7", "7")]
 )
 def test_torchs_threads_spin_shortly_unless_the_user_says_otherwise(user, spins, left) -> None:
     inherited = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}

@@ -9,8 +9,8 @@ _SAID_BY_USER = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 # Rounds that a waiting thread spins before it sleeps. Measured with the starter on 2 cores, tokens per
 # second alone / beside a busy process. A virtual machine on an AMD EPYC: default 42 / 2-4; 3,000: 43 / 15;
 # 1,000, which GNU OpenMP takes where there are more threads than cores: 33 / 22. One on an Intel Xeon, where
-# waking takes longer: default 26.6 / 0.9; 30,000: 26.5 / 5.0; 10,000: 24.0 / 8.6; 3,000: 21.3 / 12.6.
-_SPINS = "10000"
+# waking takes longer: default 26.6 / 0.9; 20,000: 26.1 / 6.1; 10,000: 24.0 / 8.6; 3,000: 21.3 / 12.6.
+_SPINS = "20000"
 
 
 def import_torch_calmly() -> None:
