@@ -175,7 +175,8 @@ class Plan:
     does not fit, in sentences, and is empty when it does; ``remedies`` says what would fit.
     ``mapped`` says that the CPU uses blocks on disk right in the system's page cache, which has
     room for all of them. ``long_sweep`` is the number of tokens, of all sequences together, from
-    which on blocks with a ``prefill`` device compute there; 0 without such blocks.
+    which on blocks with a ``prefill`` device compute there; 0 without such blocks. ``constants`` is what
+    the forecast assumes of the machine, by name, for plans that are made of this one.
     """
 
     source: str
@@ -193,6 +194,7 @@ class Plan:
     options: Mapping[str, str] = field(default_factory=dict)
     mapped: bool = False
     long_sweep: int = 0
+    constants: Mapping[str, float] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         fits = "fits" if self.fits else "does not fit"

@@ -12,8 +12,12 @@ import pytest
 import torch
 
 from llm_magic.backends.accelerate.memory_errors import is_out_of_memory
-from llm_magic.backends.accelerate.repair import Repair, failed_device
+from llm_magic.backends.accelerate.repair import Repair, failed_device, moved_plan
 from llm_magic.errors import EngineError
+from llm_magic.plan import Workload
+from llm_magic.planning.constants import Constants
+from llm_magic.planning.planner import make_plan
+from tests import layouts
 from tests.engines import ask, load, plan_for, request
 
 PROMPT = "The capital of France"
@@ -100,6 +104,28 @@ def test_what_comes_back_at_once_goes_first_and_in_silence(tiny_model: TinyModel
     assert repair(MemoryError())  # of RAM: what a GPU gives up makes no room there
     assert done == ["caches"]
     assert not repair(RuntimeError("something else"))
+
+
+def test_what_was_measured_of_the_machine_holds_for_the_plan_that_makes_room() -> None:
+    """Other assumptions would have other blocks computed by the CPU, which then move for nothing."""
+    layers = {f"layers.{number}": "cpu" for number in range(0, 32, 2)}
+    measured = Constants(cpu_beside_bus=0.3, bus_share=0.9)
+    plan = make_plan(
+        layouts.llama8b(),
+        layouts.h100(),
+        Workload(1024),
+        placement={"": "cuda:0"} | layers,
+        policy="hand",
+        constants=measured,
+    )
+    moved = moved_plan(plan, [plan.placements[2]], "cpu")
+    assert Constants.from_json(moved.constants) == measured
+    by_cpu = [sum(place.way == "cpu" for place in each.placements) for each in (plan, moved)]
+    usual = make_plan(
+        layouts.llama8b(), layouts.h100(), Workload(1024), placement=moved.device_map, policy="hand"
+    )
+    assert by_cpu[1] - by_cpu[0] <= 1
+    assert sum(place.way == "cpu" for place in usual.placements) > by_cpu[1]
 
 
 def test_what_cannot_be_mended_names_the_block_and_the_command(

@@ -141,6 +141,7 @@ def _place(request: _Request) -> Plan:
         options=request.options,
         mapped=reads_mapped(machine, uses, placed),
         long_sweep=long_sweep_of(setting, placed, uses),
+        constants=request.constants.to_json(),
     )
 
 

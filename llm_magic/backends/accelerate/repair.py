@@ -13,6 +13,7 @@ from llm_magic.backends.accelerate.memory_errors import is_out_of_memory, releas
 from llm_magic.errors import LLMMagicError
 from llm_magic.host.memory import host_memory
 from llm_magic.plan import Placement, Plan
+from llm_magic.planning.constants import Constants
 from llm_magic.planning.costs import slots_for
 from llm_magic.planning.planner import make_plan
 from llm_magic.planning.select import edited
@@ -111,6 +112,7 @@ def moved_plan(plan: Plan, places: Sequence[Placement], target: str) -> Plan:
         max_memory={device: plan.budget.limits[device] for device in plan.budget.explicit},
         source=plan.source,
         options=plan.options,
+        constants=Constants.from_json(plan.constants),
     )
 
 
