@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -56,3 +57,12 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
         return folders[name]
 
     return save
+
+
+@pytest.fixture
+def streams() -> Iterator[Callable[[str], Any]]:
+    """For a `PlacedModel`: a device's streams, late on purpose wherever a GPU has its own."""
+    from tests.placements import late_streams
+
+    with late_streams(0.0005) as made:
+        yield made

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +16,11 @@ from llm_magic.backends.accelerate.placement.blocks import BlockTensors
 from llm_magic.backends.accelerate.quiet import quiet
 from llm_magic.errors import EngineError
 from tests.engines import ask, load, request
-from tests.placements import HOMES, late_streams, layers_to, load_placed, logits, placed_plan, stock
+from tests.placements import HOMES, layers_to, load_placed, logits, placed_plan, stock
 
 TinyModel = Callable[[str], Path]
 Streams = Callable[[str], Any]
 PROMPT = "The capital of France"
-
-
-@pytest.fixture
-def streams() -> Iterator[Streams]:
-    with late_streams(0.0005) as made:
-        yield made
 
 
 def config() -> peft.LoraConfig:

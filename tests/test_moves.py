@@ -9,7 +9,7 @@ import subprocess
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ from tests import tiny
 from tests.placements import (
     HOMES,
     everywhere,
-    late_streams,
     layers_to,
     load_placed,
     logits,
@@ -33,12 +32,6 @@ from tests.placements import (
 
 TinyModel = Callable[[str], Path]
 Streams = Callable[[str], Any]
-
-
-@pytest.fixture
-def streams() -> Iterator[Streams]:
-    with late_streams(0.0005) as made:
-        yield made
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import os
 import shutil
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,6 @@ from tests.placements import (
     PROMPT,
     WAYS,
     everywhere,
-    late_streams,
     layers_to,
     load_placed,
     logits,
@@ -37,12 +36,6 @@ from tests.placements import (
 TinyModel = Callable[[str], Path]
 Streams = Callable[[str], Any]
 OTHER_PROMPT = torch.tensor([[3, 5, 8, 13, 21]])
-
-
-@pytest.fixture
-def streams() -> Iterator[Streams]:
-    with late_streams() as made:
-        yield made
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,6 @@ from tests.placements import (
     HOMES,
     LONG,
     PROMPT,
-    late_streams,
     layers_to,
     load_placed,
     logits,
@@ -43,12 +42,6 @@ TRAVELLING = ("streamed", "read to a GPU", "read", "kept for a GPU")
 VISITING = ("visiting", "kept, visiting")
 SHORT = PROMPT[:, : LONG - 1]
 OURS = os.path.join("llm_magic", "backends", "accelerate", "")
-
-
-@pytest.fixture
-def streams() -> Iterator[Streams]:
-    with late_streams(0.0005) as made:
-        yield made
 
 
 class Fault(Exception):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from tests.placements import (
     WAYS,
     Where,
     everywhere,
-    late_streams,
     layers_to,
     load_placed,
     logits,
@@ -29,12 +28,6 @@ from tests.placements import (
 
 TinyModel = Callable[[str], Path]
 Streams = Callable[[str], Any]
-
-
-@pytest.fixture
-def streams() -> Iterator[Streams]:
-    with late_streams(0.0005) as made:
-        yield made
 
 
 def check_hooks(placed: PlacedModel) -> None:

@@ -29,7 +29,6 @@ from tests.placements import (
     LONG,
     PROMPT,
     Where,
-    late_streams,
     layers_to,
     load_placed,
     logits,
@@ -43,12 +42,6 @@ TinyModel = Callable[[str], Path]
 Streams = Callable[[str], Any]
 VISITS = ("visiting", "kept, visiting")
 SHORT = PROMPT[:, : LONG - 1]
-
-
-@pytest.fixture
-def streams() -> Iterator[Streams]:
-    with late_streams(0.0005) as made:
-        yield made
 
 
 def mixed(number: int, label: str) -> Where:

@@ -189,6 +189,47 @@ def test_a_kernel_that_dies_says_that_the_model_is_gone(open_notebook: OpenNoteb
     expect(live(notebook, 1)).to_contain_text("Model unloaded", timeout=60_000)
 
 
+def test_a_connection_that_drops_leaves_no_stale_map_and_no_gap_in_an_answer(
+    open_notebook: OpenNotebook,
+) -> None:
+    """The kernel goes on meanwhile: it writes an answer, and moves blocks."""
+    script = """import time
+words = [f"word{i} " for i in range(300)]
+backend.enqueue(*words, before={i: lambda stop: time.sleep(.02) for i in range(300)})"""
+    moves = "time.sleep(2)\nllm.move('layers.1', 'disk')\nprint('moved')"
+    notebook = open_notebook([SCRIPTED, script, "%llm map", "%%llm\nMany.", moves])
+    for cell in (0, 1, 2):
+        notebook.run_cell(cell)
+    begin(notebook, 3)
+    drop_connection(notebook)
+    expect(notebook.output(3)).to_contain_text("word299", timeout=30_000)
+    text = notebook.output(3).inner_text().split()
+    assert [word for word in text if word.startswith("word")] == [f"word{i}" for i in range(300)]
+    disk = live(notebook, 2).get_by_role("listbox", name="Disk")
+    assert disk.get_by_role("option").count() == 0
+    notebook.start_cells(4, 4)
+    drop_connection(notebook)
+    expect(disk.get_by_role("option")).to_have_count(1, timeout=30_000)
+    assert "Model unloaded" not in live(notebook, 2).inner_text()
+    live(notebook, 2).get_by_role("button", name="Reset to auto").click()  # and it is heard again
+    expect(disk.get_by_role("option")).to_have_count(0)
+
+
+def drop_connection(notebook: Notebook) -> None:
+    """Close the websocket under JupyterLab, and wait until it has opened another one."""
+    notebook.page.evaluate(
+        """() => new Promise(resolve => {
+            const kernel = jupyterapp.shell.currentWidget.context.sessionContext.session.kernel
+            let wasLost = false
+            kernel.connectionStatusChanged.connect((_, status) => {
+                wasLost = wasLost || status !== 'connected'
+                if (wasLost && status === 'connected') resolve()
+            })
+            kernel._ws.close()
+        })"""
+    )
+
+
 @pytest.mark.parametrize("app", ["lab", "notebook"])
 def test_a_page_that_is_loaded_again_finds_its_live_views(open_notebook: OpenNotebook, app: App) -> None:
     notebook = open_notebook([SCRIPTED, "%llm map", "%llm move layers.1 disk"], app)
