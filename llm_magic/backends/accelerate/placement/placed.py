@@ -460,7 +460,7 @@ class PlacedModel:
         fetched = place.prefill or place.compute != "cpu"
         if not isinstance(block.store, RamStore):
             block.store = self._lent(block) or self._copied_to_ram(block, pinned=bool(fetched))
-        if fetched:
+        elif fetched:
             block.store.pin()
         if place.compute == "cpu":
             block.tensors.bind(block.store.tensors())
