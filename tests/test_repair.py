@@ -63,6 +63,48 @@ def test_an_answer_goes_on_with_the_same_tokens(
         engine.close()
 
 
+@pytest.mark.parametrize("lookup", [0, 4])
+@pytest.mark.parametrize("temperature", [0, 1.5])
+@pytest.mark.parametrize("function", ["argmax", "softmax", "cat", "multinomial"])
+@pytest.mark.parametrize("at", [1, 6])
+def test_a_token_is_chosen_again(
+    at: int,
+    function: str,
+    temperature: float,
+    lookup: int,
+    tiny_model: TinyModel,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Memory runs out between two passes; the same seed draws the same tokens."""
+    settings = {"temperature": temperature, "seed": 5, "extra": {"prompt_lookup_num_tokens": lookup}}
+    engine = load(tiny_model("llama"), "ram")
+    failed = 0
+
+    def choose(*inputs: Any, **options: Any) -> Any:
+        nonlocal failed
+        failed += 1
+        result = right(*inputs, **options)
+        if failed == at:
+            raise MemoryError
+        return result
+
+    try:
+        asked = request(f"{PROMPT} {PROMPT} {PROMPT}", chat="talk", **settings)
+        expected = ask(engine, replace(asked, chat="")).text
+        right = getattr(torch, function)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, function, choose)
+            answer = ask(engine, asked)
+        assert answer.text == expected
+        assert len(answer.finish.notes) == (failed >= at)
+        follow_up = request(*(m.content for m in asked.messages), answer.text, "And of Italy?", chat="talk")
+        again = ask(engine, follow_up)
+        assert again.finish.cached_tokens > 0
+        assert again.text == ask(engine, replace(follow_up, chat="")).text
+    finally:
+        engine.close()
+
+
 def test_caches_of_other_chats_go_before_blocks(
     tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

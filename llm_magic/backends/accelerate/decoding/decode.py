@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from llm_magic.backends.accelerate.decoding.rollback import Rollback
+from llm_magic.backends.accelerate.decoding.sampling import undrawn_if_it_fails
 from llm_magic.backends.accelerate.decoding.speculate import Proposal, Speculation, choose
 
-_REPEATS = 3  # of one pass that failed; each time something was moved out of its way
+_REPEATS = 3  # of one pass or choice that failed; each time something was moved out of its way
 _FOLLOW_THE_TEXT = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
 
 
@@ -85,8 +86,8 @@ class Decoding:
     speculation
         Proposals to verify. Used with a batch of 1 and a cache that can go back.
     recover
-        Asked about an error of a pass, after the KV cache was cut back to where it was: ``True``
-        repeats the pass. What a failed pass had allocated is free by then.
+        Asked about an error of a pass or a choice, after the KV cache was cut back to where it was:
+        ``True`` repeats it. What had been allocated for it is free by then.
     quick
         Takes sweeps over from the model.
     watch
@@ -149,12 +150,14 @@ class _Choice:
         """
         for place, proposed in enumerate(proposal.tokens):
             drawn_from = None if proposal.probabilities is None else proposal.probabilities[place]
-            tokens = self._next(logits[:, place], proposed, drawn_from)
-            is_right = int(tokens[0]) == proposed
-            self._add(tokens)
+            with undrawn_if_it_fails():
+                tokens = self._next(logits[:, place], proposed, drawn_from)
+                is_right = int(tokens[0]) == proposed
+                self._add(tokens)
             if self.done or not is_right:
                 return place + is_right
-        self._add(self._next(logits[:, len(proposal.tokens)]))
+        with undrawn_if_it_fails():
+            self._add(self._next(logits[:, len(proposal.tokens)]))
         return len(proposal.tokens)
 
     def _next(self, logits: Any, proposed: int | None = None, drawn_from: Any = None) -> Any:
@@ -171,9 +174,10 @@ class _Choice:
     def _add(self, tokens: Any) -> None:
         import torch
 
-        self.ids = torch.cat([self.ids, tokens[:, None]], dim=-1)
-        self._unfinished = self._unfinished & ~self._criteria(self.ids, None)
-        said = torch.stack([tokens, self._unfinished]).cpu()  # together: the device is waited for once
+        ids = torch.cat([self.ids, tokens[:, None]], dim=-1)
+        unfinished = self._unfinished & ~self._criteria(ids, None)
+        said = torch.stack([tokens, unfinished]).cpu()  # together: the device is waited for once
+        self.ids, self._unfinished = ids, unfinished  # only now: nothing can fail halfway any more
         self.done = not said[1].any()
         self._streamer.put(said[0])
 
@@ -248,10 +252,11 @@ class _Answer:
         self._speculation = decoding.speculation if can_speculate else None
         self._tokens: list[int] = []
         self._begin = choice.length
+        self._failures = 0  # in a row, of choices
 
     def run(self) -> Any:
         try:
-            self._choice.take(self._prefill(), Proposal())
+            self._take_first(self._prefill())
             self._report()
             self._rollback.start()
             self._begin_speculation()
@@ -284,27 +289,50 @@ class _Answer:
         with self._watched():
             return self._model(ids, begin, 1, is_first=True)
 
+    def _take_first(self, logits: Any) -> None:
+        """Choose by the logits of the prompt's last place; they stay while room is made."""
+        while True:
+            try:
+                self._choice.take(logits, Proposal())
+                return
+            except Exception as error:
+                if not self._is_room_made(error):
+                    raise
+
     # Sweeps
 
     def _sweep(self) -> None:
-        """Feed the last token, with proposals behind it, and take what comes."""
-        import torch
+        """Feed the last token, with proposals behind it, and take what comes.
 
+        A choice that fails for want of memory ends the sweep with the tokens that it has: the next one
+        goes on behind them.
+        """
         clock = self._speculation.pace.clock if self._speculation else float
         started, repeats = clock(), self._counts.repeats
         proposal = self._propose()
-        before, ids = self._choice.length - 1, self._choice.ids
-        if proposal.tokens:
-            ids = torch.cat([ids, ids.new_tensor([list(proposal.tokens)])], dim=-1)
-        logits = self._repeating(lambda: self._forward(ids, before), before)
-        right = self._take(logits, proposal, before)
+        before = self._choice.length - 1
+        logits = self._repeating(lambda: self._forward(proposal, before), before)
+        try:
+            right = self._take(logits, proposal, before)
+        except Exception as error:
+            self._give_back(self._choice.length - 1)
+            del logits
+            if not self._is_room_made(error):
+                raise
+            return
+        self._failures = 0
         if self._speculation and self._counts.repeats == repeats:
             self._speculation.pace.add(1 + len(proposal.tokens), clock() - started)
             self._speculation.pace.judge(proposal.grade, len(proposal.tokens), right)
         self._report()
 
-    def _forward(self, ids: Any, before: int) -> Any:
+    def _forward(self, proposal: Proposal, before: int) -> Any:
         """Logits of all places from ``before`` on, by a quick step or by the model."""
+        import torch
+
+        ids = self._choice.ids
+        if proposal.tokens:
+            ids = torch.cat([ids, ids.new_tensor([list(proposal.tokens)])], dim=-1)
         batch, tokens = ids.shape[0], ids.shape[1] - before
         quick = self._decoding.quick
         step = quick.step(self._cache, batch, tokens) if quick else None
@@ -327,7 +355,7 @@ class _Answer:
             self._counts.accepted += max(0, kept - 1)
             if not self._quick_holds_cache:
                 self._rollback.after(before, fed, kept)
-        self._tokens.extend(self._choice.ids[0, before + 1 :].tolist())
+            self._tokens.extend(self._choice.ids[0, before + 1 :].tolist())
         return right
 
     def _give_back(self, length: int) -> None:
@@ -384,6 +412,14 @@ class _Answer:
                     raise
             self._counts.repeats += 1
         return run()
+
+    def _is_room_made(self, error: Exception) -> bool:
+        """Whether a choice that failed can be made again."""
+        self._failures += 1
+        if self._failures > _REPEATS or not self._decoding.recover(_emptied(error)):
+            return False
+        self._counts.repeats += 1
+        return True
 
     def _is_recovered(self, error: Exception, before: int) -> bool:
         _emptied(error)

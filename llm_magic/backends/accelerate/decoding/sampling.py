@@ -83,6 +83,19 @@ def generator() -> Any:
     return getattr(_own, "generator", None)
 
 
+@contextmanager
+def undrawn_if_it_fails() -> Iterator[None]:
+    """Draw the same numbers again after an error: who repeats a choice gets the one that failed."""
+    drawn_from = generator()
+    state = drawn_from.get_state() if drawn_from is not None else None
+    try:
+        yield
+    except BaseException:
+        if drawn_from is not None:
+            drawn_from.set_state(state)
+        raise
+
+
 def _check_ranges(sampling: Sampling) -> None:
     limits: tuple[tuple[str, float | None, float, float], ...] = (
         ("temperature", sampling.temperature, 0.0, math.inf),
