@@ -16,6 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from llm_magic.backends.accelerate.placement.placed import PlacedModel
+from llm_magic.model import Block
 from llm_magic.plan import Placement, Plan
 from tests.engines import plan_for
 from tests.fake_streams import HurriedStreams
@@ -43,12 +44,16 @@ HOMES: Mapping[str, Where] = {
 def placed_plan(
     folder: Path, place: Place, *, mapped: bool = False, options: Mapping[str, str] | None = None
 ) -> Plan:
-    """A plan with every block where ``place`` says."""
+    """A plan with every block where ``place`` says; a tied block goes with its owner."""
     _, plan = plan_for(folder, "ram", options=options)
-    placements = tuple(
-        Placement(p.block, *place(number, p.block.label)) for number, p in enumerate(plan.placements)
-    )
+    where = {p.block.name: place(number, p.block.label) for number, p in enumerate(plan.placements)}
+    placements = tuple(Placement(p.block, *where[_owner(p.block)]) for p in plan.placements)
     return replace(plan, placements=placements, mapped=mapped, long_sweep=LONG)
+
+
+def _owner(block: Block) -> str:
+    """The block that has the tensors of a tied one."""
+    return block.name if block.bytes else next(iter(block.tied_to), block.name)
 
 
 def mixed_plan(plan: Plan, homes: Mapping[str, str], *, mapped: bool = False) -> Plan:
@@ -56,8 +61,7 @@ def mixed_plan(plan: Plan, homes: Mapping[str, str], *, mapped: bool = False) ->
     by_name = {p.block.name: HOMES[homes[p.block.label]] for p in plan.placements if p.block.label in homes}
     placements = []
     for place in plan.placements:
-        owner = next(iter(place.block.tied_to), "") if not place.block.bytes else ""
-        where = by_name.get(owner or place.block.name)
+        where = by_name.get(_owner(place.block))
         placements.append(Placement(place.block, *where) if where else place)
     return replace(plan, placements=tuple(placements), mapped=mapped, long_sweep=LONG)
 
