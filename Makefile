@@ -16,7 +16,7 @@ NPM := cd labextension && PATH="$(abspath $(BIN)):$$PATH" npm
 
 KERNELS := 6.31.0 7.3.0
 
-.PHONY: help demo test lab check format bench browser kernels views clean
+.PHONY: help demo test lab check format bench browser compiler kernels views clean
 
 help: ## what there is
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,9 +24,14 @@ help: ## what there is
 demo: $(STAMPS)/demo ## a prompt cell on the small starter model, in this terminal
 	@$(BIN)/python examples/demo.py
 
-test: check browser kernels ## lint, types and every test
+test: check browser compiler kernels ## lint, types and every test
 	@$(NPM) test --silent
 	$(BIN)/python -m pytest $(ARGS)
+	@$(if $(ARGS),,$(SIMULATED))
+
+# The GPU tests, on a GPU that is simulated: in a process of their own, since all of it sees that GPU.
+HAS_COMPILER := command -v g++ >/dev/null && test -e "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h"
+SIMULATED = if $(HAS_COMPILER) || test -n "$$CI"; then LLM_MAGIC_SIMULATED_CUDA=1 $(BIN)/python -m pytest tests/gpu; fi
 
 lab: $(STAMPS)/lab $(VIEWS) ## JupyterLab on the example notebooks
 	$(BIN)/jupyter lab --ServerApp.root_dir=examples
@@ -96,3 +101,11 @@ browser:
 		echo 'Installing Chromium for the browser tests …'; \
 		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core >/dev/null; \
 	else echo 'No Chromium here: the browser tests will be skipped.'; fi
+
+# It is compiled, with Python's own headers. Without a compiler those tests are left out, except in CI.
+compiler: | $(STAMPS)/test
+	@if $(HAS_COMPILER); then exit 0; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		echo 'Installing a C++ compiler for the tests on a simulated GPU …'; \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends g++ python3-dev >/dev/null; \
+	else echo 'No g++ or no Python.h here: the tests on a simulated GPU will be left out.'; fi

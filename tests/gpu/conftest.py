@@ -2,12 +2,15 @@
 
     python -m pytest tests/gpu
 
-Without a CUDA device all of them are skipped.
+Without a CUDA device all of them are skipped, but for LLM_MAGIC_SIMULATED_CUDA=1: then they run on one that
+is simulated, see tests/simulated_cuda, which needs g++.
 """
 
 from __future__ import annotations
 
+import gc
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,31 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 HERE = Path(__file__).parent
+IS_SIMULATED = bool(os.environ.get("LLM_MAGIC_SIMULATED_CUDA"))
+if IS_SIMULATED:
+    from tests.simulated_cuda import install
+
+    install()
+
+
+@pytest.fixture(autouse=True)
+def ordered() -> Iterator[None]:
+    """On the simulated device: no two streams have touched the same bytes in an order that nothing ensures."""
+    yield
+    if IS_SIMULATED:
+        from tests.simulated_cuda import races
+
+        assert races() == []
+
+
+def pytest_collection_finish() -> None:
+    """Every capture collects garbage, thousands of times here: what is imported for good need not be looked at."""
+    if IS_SIMULATED:
+        import torch._dynamo
+        import torch._inductor  # noqa: F401  a session's first capture asks for both
+
+        gc.collect()
+        gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
