@@ -69,6 +69,7 @@ void Graph::capture_begin(std::optional<std::pair<uint64_t, uint64_t>> pool, con
   auto& stream = current_stream(current_device());
   TORCH_CHECK(stream.id, "CUDA graphs must be captured on a non-default stream.");
   TORCH_CHECK(!is_ready && !stream.capture, "This CUDAGraph instance already owns a captured graph.");
+  reset();  // what a capture that failed has left
   memory = find_pool(pool.value_or(new_pool()));
   memory->graphs += 1;
   mode = error_mode;

@@ -338,8 +338,6 @@ static void kernel(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   if (waits) wait_for(stream);
 }
 
-static void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) { kernel(op, stack); }
-
 // --- Operators of the device's own
 
 static int index_of(std::optional<at::Device> where) {
@@ -505,7 +503,7 @@ static at::Tensor& copy_(at::Tensor& self, const at::Tensor& given, bool non_blo
 }  // namespace simulated
 
 TORCH_LIBRARY_IMPL(_, CUDA, library) {
-  library.fallback(torch::CppFunction::makeFromBoxedFunction<&simulated::fallback>());
+  library.fallback(torch::CppFunction::makeFromBoxedFunction<&simulated::kernel>());
 }
 
 TORCH_LIBRARY_IMPL(aten, CUDA, library) {

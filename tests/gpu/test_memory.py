@@ -1,0 +1,99 @@
+"""Memory of the device that runs out at any allocation: the answer is right, or an error; the next one is right."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from tests.gpu.conftest import IS_SIMULATED  # noqa: E402
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not IS_SIMULATED, reason="of the simulated device alone")]
+
+from llm_magic.errors import EngineError  # noqa: E402
+from llm_magic.machine import Device  # noqa: E402
+from llm_magic.plan import Plan  # noqa: E402
+from llm_magic.units import GIB  # noqa: E402
+from tests import tiny  # noqa: E402
+from tests.engines import BACKEND, MACHINE, ask, plan_for, request  # noqa: E402
+from tests.gpu.test_placed import DEVICE, HYBRID, ON_GPU, _own_folders  # noqa: E402, F401
+from tests.placements import placed_plan  # noqa: E402
+from tests.simulated_cuda import fail_allocation_in  # noqa: E402
+
+WAYS = {**ON_GPU, **HYBRID}
+MANY = 1_000_000
+TRIALS = 10  # of the allocations of some answers, evenly spread
+ASKED = [
+    request("The capital of France", max_new_tokens=12, chat="a"),
+    request("Layers live in memory", max_new_tokens=6, chat="b", temperature=1.5, seed=3),
+    request("The capital of France", "is", "And of Italy?", max_new_tokens=8, chat="a"),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with more layers than slots, so that some can go."""
+    return tiny.save_llama(tmp_path_factory.mktemp("tiny") / "llama", layers=8)
+
+
+def plan(folder: Path, way: str) -> Plan:
+    gpu = Device(DEVICE, "gpu", "simulated", 2 * GIB, 2 * GIB, read_bytes_per_s=1e12)
+    return replace(placed_plan(folder, WAYS[way]), machine=replace(MACHINE, devices=(gpu, *MACHINE.devices)))
+
+
+def answers(engine: Any) -> list[str]:
+    return [ask(engine, asked).text for asked in ASKED]
+
+
+@pytest.mark.parametrize("way", ["resident", "a bit of each", "streamed, and visiting in prompts"])
+def test_answers(way: str, folder: Path) -> None:
+    """Most are mended, and the engine says so; where all layers are resident only the beginnings are not."""
+    spec, _ = plan_for(folder, "ram")
+    engine = BACKEND.load(spec, plan(folder, way), lambda _event: None)
+    fail_allocation_in(MANY)
+    expected = answers(engine)
+    count = MANY - fail_allocation_in(-1)
+    engine.close()
+    mended = failed = 0
+    for nth in range(count // TRIALS, count, count // TRIALS):
+        engine = BACKEND.load(spec, plan(folder, way), lambda _event: None)
+        fail_allocation_in(nth)
+        try:
+            found = [ask(engine, asked) for asked in ASKED]
+        except EngineError as error:
+            failed += f"Memory ran out on {DEVICE}" in str(error)
+        else:
+            assert [answer.text for answer in found] == expected, nth
+            mended += any(answer.finish.notes for answer in found)
+        fail_allocation_in(-1)
+        assert answers(engine) == expected, nth
+        engine.close()
+    assert mended
+    assert way != "resident" or failed <= len(ASKED)
+
+
+@pytest.mark.parametrize("after", ["resident", "streamed", "streamed, and computed by the CPU"])
+def test_moves(after: str, folder: Path) -> None:
+    """A move that fails leaves everything where it was."""
+    spec, _ = plan_for(folder, "ram")
+    before = plan(folder, "a bit of each")
+    engine = BACKEND.load(spec, before, lambda _event: None)
+    expected = answers(engine)
+    for nth in range(0, 10_000, 13):
+        fail_allocation_in(nth)
+        try:
+            engine.apply(plan(folder, after), lambda _event: None)
+        except EngineError:
+            assert engine.plan.device_map == before.device_map
+        if fail_allocation_in(-1) >= 0:
+            break
+        assert answers(engine) == expected, nth
+        if engine.plan.device_map != before.device_map:
+            engine.apply(before, lambda _event: None)
+    assert nth
+    assert answers(engine) == expected
+    engine.close()
