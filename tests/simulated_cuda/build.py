@@ -7,7 +7,6 @@ import importlib.util
 import os
 import subprocess
 import sysconfig
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -36,11 +35,11 @@ def _cache() -> Path:
     key = hashlib.sha256(torch.__version__.encode())
     for source in sorted([*HERE.glob("*.cpp"), *HERE.glob("*.h"), HERE / "build.py"]):
         key.update(source.read_bytes())
-    return Path(tempfile.gettempdir()) / f"{NAME}-{os.getuid()}-{key.hexdigest()[:16]}"
+    return HERE.parents[1] / "build" / f"{NAME}-{key.hexdigest()[:16]}"
 
 
 def _compile(library: Path) -> None:
-    library.parent.mkdir(mode=0o700, exist_ok=True)
+    library.parent.mkdir(parents=True, exist_ok=True)
     home = Path(torch.__file__).parent
     includes = (
         home / "include",
