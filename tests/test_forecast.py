@@ -12,13 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_magic.events import SweepSpeed
+from llm_magic.hookspecs import Planner
 from llm_magic.machine import Machine
 from llm_magic.model import CacheCost, ModelLayout
-from llm_magic.plan import Plan, Workload
+from llm_magic.plan import Placement, Plan, Workload
 from llm_magic.planning.constants import Constants, limits
 from llm_magic.planning.fitting import fit
 from llm_magic.planning.planner import make_plan
 from llm_magic.planning.policies import POLICIES
+from llm_magic.planning.setting import Setting
 from llm_magic.planning.ways import shared_out
 from llm_magic.units import GIB, KIB, MIB
 from tests.layouts import (
@@ -354,6 +356,76 @@ def test_kept_copies_can_be_computed_by_the_cpu():
     assert sum(place.compute == "cpu" for place in plan.placements) == 6
     assert plan.use("cpu").kept == 16 * 2 * 218_112_000
     assert plan.forecast.decode_tps == plan_for(llama8b(), h100(), HALF).forecast.decode_tps
+
+
+# --- What a GPU has no room for
+
+LONG = 65536  # tokens: 256 MiB of keys and values in each of the 32 layers, as much as the GPU has
+
+
+def long_plan(box: Machine, placement=AUTO, context: int = LONG, **options) -> Plan:
+    return make_plan(llama8b(), box, Workload(context), placement=placement, policy="test", **options)
+
+
+def small_gpus(count: int = 1, **cpu: float) -> Machine:
+    return machine(*(gpu(i, 8 * GIB) for i in range(count)), ram(64 * GIB, **cpu), disk(100 * GIB))
+
+
+def decoded_by_cpu(plan: Plan) -> list[Placement]:
+    return [p for p in plan.placements if p.compute == "cpu" and p.block.kind == "decoder"]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("policy", POLICIES[:4], ids=lambda policy: policy.name)
+def test_a_context_that_gpus_cannot_hold_is_shared_with_ram(policy: Planner, count: int):
+    """Instead of leaving the GPUs out: they still hold layers, and compute all of them in prompts."""
+    context = LONG * count
+    plan = long_plan(small_gpus(count), policy, context)
+    assert plan.fits
+    taken = decoded_by_cpu(plan)
+    cache = 4096 * context
+    assert plan.use("cpu").kv_cache == len(taken) * cache
+    assert sum(plan.use(f"cuda:{i}").kv_cache for i in range(count)) == (32 - len(taken)) * cache
+    assert 0 < len(taken) < 32
+    assert all(place.prefill for place in taken)
+    assert sum(f"that of {len(taken)} layers" in warning for warning in plan.warnings) == 1
+    alone = long_plan(small_gpus(count), POLICIES[4], context)
+    assert plan.forecast.prefill_tps > 100 * alone.forecast.prefill_tps
+    if policy.name == "auto":
+        assert plan.forecast.decode_tps > alone.forecast.decode_tps
+        assert {p.way for p in plan.placements} >= {"resident", "cpu"}
+
+
+def test_a_context_that_fits_says_nothing_of_it():
+    for context in (8192, 32768):
+        plan = long_plan(small_gpus(), context=context)
+        assert decoded_by_cpu(plan)  # because that is faster
+        assert plan.warnings == ()
+
+
+@pytest.mark.parametrize("speed", [1e9, 0])
+def test_a_map_gets_no_more_layers_on_the_cpu_than_it_takes(speed: float):
+    """A slow CPU, and one of unknown speed: with one layer less the GPU has no room."""
+    plan = long_plan(small_gpus(read=speed), ALL_LAYERS)
+    assert plan.fits
+    assert plan.device_map == long_plan(small_gpus(), ALL_LAYERS).device_map
+    taken = decoded_by_cpu(plan)
+    assert 0 < len(taken) < 32
+    one_less = [replace(p, compute="cuda:0", prefill="") if p is taken[0] else p for p in plan.placements]
+    assert Setting.of(plan, Constants()).uses(one_less)[0].spare < 0
+
+
+def test_without_ram_for_its_cache_a_long_context_does_not_fit():
+    weights = 32 * 2 * 218_112_000
+    plan = long_plan(small_gpus(), ALL_LAYERS, max_memory={"cpu": weights + 300 * MIB})
+    assert not plan.fits
+    assert "cuda:0 lacks" in plan.problems[0]
+
+
+def test_packed_layers_are_decoded_where_they_are_too():
+    plan = make_plan(packed(llama8b()), small_gpus(), Workload(2 * LONG), placement=ALL_LAYERS, policy="test")
+    assert plan.fits
+    assert {place.prefill for place in decoded_by_cpu(plan)} == {""}  # packed in another order there
 
 
 # --- Several GPUs

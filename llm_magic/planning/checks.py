@@ -51,6 +51,7 @@ def warnings(plan: Plan, max_memory: dict[str, int]) -> tuple[str, ...]:
     """What to know before loading, most important first."""
     return (
         *_unused_gpu(plan),
+        *_relieved(plan),
         *_disk(plan),
         *_unpacked(plan),
         *_context(plan),
@@ -111,6 +112,25 @@ def _unused_gpu(plan: Plan) -> Iterator[str]:
     if unified_pool(plan.machine):
         names = " and ".join(device.id for device in unified_pool(plan.machine))
         yield f"{names} share one memory: moving blocks between them frees nothing; what does not fit goes to disk."
+
+
+def _relieved(plan: Plan) -> Iterator[str]:
+    """The CPU computes what a GPU has no room for the keys and values of."""
+    uses = [use for use in plan.uses if use.device not in ("cpu", "disk") and use.weights]
+    taken = [
+        place
+        for place in plan.placements
+        if place.compute == "cpu" and place.block.kind == "decoder" and (place.home == "cpu" or place.kept)
+    ]
+    caches = [plan.workload.cache_bytes(place.block) for place in taken]
+    visiting = max((plan.workload.cache_bytes(p.block) for p in taken if p.prefill), default=0)
+    if uses and sum(caches) - visiting > sum(use.spare for use in uses):
+        names = " and ".join(use.device for use in uses)
+        layers = "1 layer" if len(taken) == 1 else f"{len(taken)} layers"
+        yield (
+            f"{names} cannot take the KV cache of all layers: that of {layers}, {format_bytes(sum(caches))}, is in "
+            "RAM, and the CPU decodes them. A smaller -c N takes less."
+        )
 
 
 def _disk(plan: Plan) -> Iterator[str]:

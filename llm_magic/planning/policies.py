@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from llm_magic.hookspecs import Planner
@@ -28,7 +28,14 @@ from llm_magic.planning.costs import (
 )
 from llm_magic.planning.setting import Setting
 from llm_magic.planning.sweep import link_bytes_per_s
-from llm_magic.planning.ways import Uses, computing_places, evenly, shared_out
+from llm_magic.planning.ways import (
+    Placements,
+    Uses,
+    computing_places,
+    evenly,
+    roomiest_places,
+    shared_out,
+)
 
 Homes = dict[int, str]  # index of a unit -> device
 
@@ -52,13 +59,19 @@ class Unit:
 
 @dataclass(frozen=True)
 class Task:
-    """A model to spread over ``compute`` devices, the rest over ``stores`` (fastest first)."""
+    """A model to spread over ``compute`` devices, the rest over ``stores`` (fastest first).
+
+    ``beside_cpu`` lets the CPU compute what they have no room for; with ``prefills`` they must take part
+    in every layer all the same, if only in long sweeps.
+    """
 
     setting: Setting
     units: tuple[Unit, ...]
     activations: int
     compute: tuple[str, ...]
     stores: tuple[str, ...]
+    beside_cpu: bool = False
+    prefills: bool = False
 
     @property
     def limits(self) -> Mapping[str, int]:
@@ -74,9 +87,38 @@ class Task:
         """Block name -> device."""
         return {block.name: homes[i] for i, unit in enumerate(self.units) for block in unit.blocks}
 
+    def kept(self, units: Sequence[Unit]) -> int:
+        """Bytes that offloaded units need on a computing device, beside slots.
+
+        Those of a layer may be in RAM, and come along for a prompt, a layer's at a time.
+        """
+        away = [unit for unit in units if self.beside_cpu and unit.is_layer]
+        visiting = max((unit.kept for unit in away if self.prefills), default=0)
+        return visiting + sum(unit.kept + unit.logits for unit in units if unit not in away)
+
+    def places(self, homes: Homes) -> Placements:
+        """What happens to every block."""
+        place = roomiest_places if self.beside_cpu else computing_places
+        return place(self.setting, self.names(homes))
+
     def uses(self, homes: Homes) -> Uses:
         """What the homes take on every device."""
-        return self.setting.uses(computing_places(self.setting, self.names(homes)))
+        return self.setting.uses(self.places(homes))
+
+    def has_room(self, homes: Homes) -> bool:
+        """Whether the computing devices can work so."""
+        is_enough = not self.prefills or all(self._has_part(homes))
+        return is_enough and not self.shortage(homes, self.compute)
+
+    def has_layers(self, homes: Homes) -> bool:
+        """Whether the computing devices have a part in some layer."""
+        return any(self._has_part(homes))
+
+    def _has_part(self, homes: Homes) -> list[bool]:
+        """Of each layer, whether a computing device computes it, if only in long sweeps."""
+        placed = self.places(homes)
+        layers = [place for place in placed if place.block.kind in ("encoder", "decoder")]
+        return [bool({place.compute, place.prefill} & set(self.compute)) for place in layers or placed]
 
     def shortage(self, homes: Homes, devices: tuple[str, ...]) -> int:
         """Bytes that lack on some of the devices."""
@@ -194,13 +236,18 @@ def _on_gpus_or_cpu(
     workload: Workload,
     place: Callable[[Task], Homes | None],
 ) -> dict[str, str]:
-    """Try the GPUs; when their memory cannot even stream the model, the CPU; else the best there is."""
+    """Try the GPUs; when their memory cannot even stream the model, GPUs and CPU, or the CPU alone.
+
+    When nothing fits, the answer shows what lacks.
+    """
     setting = Setting(layout, machine, budget, workload)
     units, activations = units_of(layout, workload), activation_bytes(layout, workload)
     tasks = [Task(setting, units, activations, *tiers) for tiers in _tiers(machine, budget)]
-    for task in tasks:
+    streaming = [task for task in tasks if task.compute != ("cpu",)]
+    both = [replace(t, beside_cpu=True, prefills=p) for p in (True, False) for t in streaming]
+    for task in (*streaming, *both, *tasks[len(streaming) :]):
         homes = place(task)
-        if homes is not None:
+        if homes is not None and task.has_layers(homes):
             return task.names(homes)
     return tasks[0].names(_most_offloaded(tasks[0]))
 
@@ -230,11 +277,13 @@ def _fill(task: Task, residents: Residents, choose: Choice = evenly) -> Homes | 
 
     def fits(count: int) -> bool:
         homes = homes_of(count)
-        return homes is not None and not task.shortage(homes, task.compute)
+        return homes is not None and task.has_room(homes)
 
     count = bisect_left(counts, True, key=fits)  # more offloaded, more room
     homes = homes_of(min(count, task.most_offloaded))
-    return None if homes is None or task.shortage(homes, (*task.compute, *task.stores)) else homes
+    if homes is None or not task.has_room(homes) or task.shortage(homes, task.stores):
+        return None
+    return homes
 
 
 def _even(task: Task, devices: tuple[str, ...]) -> Homes | None:
@@ -293,12 +342,11 @@ def _carried(task: Task, offloaded: frozenset[int], devices: list[str]) -> Count
         carried[devices[0]] += draft_bytes(draft, task.setting.workload)
     units = [task.units[i] for i in sorted(offloaded)]
     speeds = [link_bytes_per_s(task.setting.machine, name) for name in devices if name != "cpu"] or [1.0]
-    largest: defaultdict[str, list[int]] = defaultdict(list)
+    shared: defaultdict[str, list[Unit]] = defaultdict(list)
     for unit, share in zip(units, shared_out([unit.weights for unit in units], speeds), strict=True):
-        carried[devices[share]] += unit.kept + unit.logits
-        largest[devices[share]].append(unit.largest)
-    for name, sizes in largest.items():
-        carried[name] += min(slots_for(name), len(sizes)) * max(sizes)
+        shared[devices[share]].append(unit)
+    for name, some in shared.items():
+        carried[name] += task.kept(some) + min(slots_for(name), len(some)) * max(u.largest for u in some)
     return carried
 
 
@@ -326,15 +374,13 @@ def _longest_range(task: Task, device: str, start: int, count: int, *, is_first:
 
     def is_too_long(end: int) -> bool:
         offloaded = _in_range(task, start, end, count, is_first=is_first)
-        sizes = [task.units[i].largest for i in offloaded]
-        slots = min(slots_for(device), len(sizes)) * max(sizes, default=0)
+        units = [task.units[i] for i in offloaded]
+        held = min(slots_for(device), len(units)) * max((unit.largest for unit in units), default=0)
         draft = task.setting.layout.draft if is_first else None
-        held = sum(unit.whole for unit in task.units[start:end])
         held += draft_bytes(draft, task.setting.workload) if draft else 0
-        return (
-            held - sum(task.units[i].weights for i in offloaded) + slots + task.activations
-            > task.limits[device]
-        )
+        held += task.kept(units)
+        held += sum(task.units[i].whole for i in range(start, end) if i not in offloaded)
+        return held + task.activations > task.limits[device]
 
     ends = range(start + 1, len(task.units) + 1)
     return start + bisect_left(ends, True, key=is_too_long)

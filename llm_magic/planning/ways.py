@@ -2,8 +2,9 @@
 
 Offloaded blocks are shared over the buses of all GPUs that the map names. Of those in RAM, some are
 computed by the CPU where they are, when that answers faster than streaming them: CPU and buses work
-at once. Prompts, which a CPU reads slowly, are another matter: for them these blocks stream too. Of
-those on disk, copies of as many as RAM has room for are kept there.
+at once. Prompts, which a CPU reads slowly, are another matter: for them these blocks stream too. The
+CPU also takes blocks whose keys and values a GPU has no room for. Of those on disk, copies of as many
+as RAM has room for are kept there.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from llm_magic.model import Block
 from llm_magic.plan import DeviceUse, Placement
@@ -47,7 +49,16 @@ def place_blocks(setting: Setting, homes: Mapping[str, str]) -> Placements:
     placed = computing_places(setting, homes)
     if not any(place.is_offloaded for place in placed):
         return placed
+    if not _gpus_have_room(setting, placed):
+        placed = _relieved(setting, placed)
+        return _with_kept(setting, placed)
     return _with_cpu(setting, _with_kept(setting, placed))
+
+
+def roomiest_places(setting: Setting, homes: Mapping[str, str]) -> Placements:
+    """As ``computing_places``, with the CPU computing what GPUs have no room for, where that helps."""
+    placed = computing_places(setting, homes)
+    return placed if _gpus_have_room(setting, placed) else _relieved(setting, placed)
 
 
 def computing_places(setting: Setting, homes: Mapping[str, str]) -> Placements:
@@ -176,32 +187,108 @@ class _Swap:
 
 def _with_cpu(setting: Setting, placed: Placements) -> Placements:
     """Let the CPU compute so many blocks in RAM, spread evenly, that it and the buses finish together."""
-    candidates = [i for i, place in enumerate(placed) if _could_be_computed_by_cpu(place)]
-    machine, uses = setting.machine, setting.uses(placed)
-    is_known = machine.has("cpu") and machine.device("cpu").read_bytes_per_s
-    if not candidates or not is_known or unified_pool(machine):
+    shares = _Shares(setting, placed)
+    alone = shares.streamed()
+    if alone is None:
         return placed
-    room = next(use for use in uses if use.device == "cpu").spare
-    room -= activation_bytes(setting.layout, setting.workload)
-    streams = engine_of(setting, placed, uses)
-    mixed = replace(streams, is_captured=False)
-    times = _Times(setting, placed, candidates)
-    alone_s = times.decode_s([], streams)
-    if alone_s is None:
-        return placed
-    streamed_s, can_visit = times.prefill_s([], mixed), _can_visit(setting)
-    best, least_s = placed, alone_s / WORTH_IT + streamed_s / ANSWER_TOKENS
-    for count in range(1, len(candidates) + 1):
-        chosen = evenly(candidates, count)
-        decode_s = times.decode_s(chosen, mixed)
-        if decode_s is None or decode_s * WORTH_IT > alone_s or not _has_room(setting, placed, chosen, room):
-            continue
-        prefill_s = times.prefill_s(chosen, mixed)
-        visits = can_visit and (not prefill_s or streamed_s <= prefill_s)
-        answer_s = decode_s + (streamed_s if visits else prefill_s) / ANSWER_TOKENS
-        if answer_s < least_s:
-            best, least_s = _on_cpu(placed, chosen, visits=visits), answer_s
+    best, least_s = placed, alone.decode_s / WORTH_IT + alone.prefill_s / ANSWER_TOKENS
+    for count in shares.counts:
+        share = shares.of(count)
+        if share is not None and share.decode_s * WORTH_IT <= alone.decode_s and share.answer_s < least_s:
+            best, least_s = shares.placed(count, visits=share.visits), share.answer_s
     return best
+
+
+def _relieved(setting: Setting, placed: Placements) -> Placements:
+    """Let the CPU compute so many blocks in RAM that the GPUs have room; as they were where nothing helps.
+
+    A block that streams leaves its keys and values on the GPU, and a long context may have more of
+    them than fit. One that the CPU computes has them in RAM.
+    """
+    shares = _Shares(setting, placed)
+
+    def has_room(count: int, *, visits: bool = False) -> bool:
+        return _gpus_have_room(setting, shares.placed(count, visits=visits))
+
+    enough = shares.counts[bisect_left(shares.counts, True, key=has_room) :]
+    if not enough:
+        return placed
+    visited = enough[bisect_left(enough, True, key=lambda count: has_room(count, visits=True)) :]
+    timed = {n: share for n in enough if (share := shares.of(n, can_visit=n in visited))}
+    count = min(timed or enough, key=lambda count: timed[count].answer_s if timed else count)
+    return shares.placed(count, visits=bool(timed) and timed[count].visits)
+
+
+def _gpus_have_room(setting: Setting, placed: Placements) -> bool:
+    gpus = {gpu.id for gpu in setting.machine.gpus}
+    return all(use.spare >= 0 for use in setting.uses(placed) if use.device in gpus)
+
+
+@dataclass(frozen=True)
+class _Share:
+    """Seconds of sweeps when the CPU computes some blocks, and whether these stream to a GPU in a prefill."""
+
+    decode_s: float
+    prefill_s: float
+    visits: bool = False
+
+    @property
+    def answer_s(self) -> float:
+        """Of one token, with its part of the prompt."""
+        return self.decode_s + self.prefill_s / ANSWER_TOKENS
+
+
+class _Shares:
+    """What the CPU could compute of the blocks that are in RAM.
+
+    Attributes
+    ----------
+    counts
+        Numbers of blocks that RAM has room for the keys and values of; empty when the CPU can compute none.
+    """
+
+    def __init__(self, setting: Setting, placed: Placements) -> None:
+        self._setting, self._placed = setting, placed
+        self._candidates = [i for i, place in enumerate(placed) if _could_be_computed_by_cpu(place)]
+        self._can_visit = _can_visit(setting)
+        self.counts: list[int] = []
+        if not self._candidates or not setting.machine.has("cpu") or unified_pool(setting.machine):
+            return
+        uses = setting.uses(placed)
+        room = next(use for use in uses if use.device == "cpu").spare
+        room -= activation_bytes(setting.layout, setting.workload)
+        self.counts = [n for n in range(1, len(self._candidates) + 1) if self._kept_bytes(n) <= room]
+        self._streams = engine_of(setting, placed, uses)
+        self._mixed = replace(self._streams, is_captured=False)
+        self._times = _Times(setting, placed, self._candidates)
+
+    def placed(self, count: int, *, visits: bool) -> Placements:
+        """The blocks with ``count`` of them computed by the CPU."""
+        return _on_cpu(self._placed, evenly(self._candidates, count), visits=visits)
+
+    def streamed(self) -> _Share | None:
+        """All of them on the GPUs; ``None`` without a choice, or when nobody knows how long that takes."""
+        decode_s = self._times.decode_s([], self._streams) if self.counts else None
+        return None if decode_s is None else _Share(decode_s, self._streamed_prefill_s)
+
+    def of(self, count: int, *, can_visit: bool = True) -> _Share | None:
+        """``count`` of them by the CPU; ``None`` when nobody knows how long that takes."""
+        chosen = evenly(self._candidates, count)
+        decode_s = self._times.decode_s(chosen, self._mixed)
+        if decode_s is None:
+            return None
+        here_s, there_s = self._times.prefill_s(chosen, self._mixed), self._streamed_prefill_s
+        visits = can_visit and self._can_visit and (not here_s or there_s <= here_s)
+        return _Share(decode_s, there_s if visits else here_s, visits)
+
+    @cached_property
+    def _streamed_prefill_s(self) -> float:
+        return self._times.prefill_s([], self._mixed)
+
+    def _kept_bytes(self, count: int) -> int:
+        """Keys, values and buffers of the blocks, which stay where they are computed."""
+        blocks = [self._placed[i].block for i in evenly(self._candidates, count)]
+        return sum(self._setting.workload.cache_bytes(b) + b.buffer_bytes for b in blocks)
 
 
 def _can_visit(setting: Setting) -> bool:
@@ -220,12 +307,6 @@ def _could_be_computed_by_cpu(place: Placement) -> bool:
 
 def _is_plain_layer(block: Block) -> bool:
     return block.kind == "decoder" and bool(block.bytes) and not block.tied_to
-
-
-def _has_room(setting: Setting, placed: Placements, chosen: Sequence[int], room: int) -> bool:
-    """Whether RAM takes the KV cache and buffers of the chosen blocks."""
-    blocks = [placed[i].block for i in chosen]
-    return sum(setting.workload.cache_bytes(b) + b.buffer_bytes for b in blocks) <= room
 
 
 def _on_cpu(placed: Placements, chosen: Sequence[int], *, visits: bool) -> Placements:
