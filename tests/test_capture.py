@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -675,6 +676,53 @@ def test_a_pass_that_failed_is_repeated_after_steps_were_closed(model: Any) -> N
     assert answer(tested, ids, decoding, eos_token_id=None) == wanted
     hook.remove()
     assert failed
+
+
+@pytest.mark.parametrize("stopped_after", [0, 3, 4, 5])
+@pytest.mark.parametrize("mending", ["made room", "moved", "nothing"])
+def test_an_answer_stands_whose_tokens_have_no_room_in_their_cache(
+    model: Any, mending: str, stopped_after: int
+) -> None:
+    """Memory runs out when all is said: the cache gets them once there is room, or it is empty."""
+    from transformers import DynamicCache
+
+    tested, ids = model("llama"), prompts()
+    wanted = answer(tested, ids, eos_token_id=None)
+    count, full = stopped_after or len(wanted[0]) - ids.shape[1], NoRoomForTokens()
+
+    def fill_at_the_end(said: int) -> None:
+        if said == count:
+            full.__enter__()
+            if stopped_after:
+                raise StopIteration
+
+    def recover(error: BaseException) -> bool:
+        if mending == "nothing" or not isinstance(error, torch.OutOfMemoryError):
+            return False
+        full.__exit__(None, None, None)
+        if mending == "moved":
+            decoding.quick.close()
+            decoding.quick = step_of(tested)
+        return True
+
+    cache, steps = DynamicCache(config=tested.config), step_of(tested)
+    decoding = Decoding(
+        Gathered(fill_at_the_end),
+        quick=steps,
+        recover=recover,
+        speculation=parrot(wanted[0], wrong=3, most=5),
+    )
+    steps.prepare(ids.shape[1] + 24)
+    try:
+        with pytest.raises(StopIteration) if stopped_after else nullcontext():
+            assert answer(tested, ids, decoding, eos_token_id=None, past_key_values=cache) == wanted
+    finally:
+        if mending == "nothing":
+            full.__exit__(None, None, None)
+    kept = 0 if mending == "nothing" else ids.shape[1] + count - 1
+    assert {layer.get_seq_length() for layer in cache.layers} == {kept}
+    steps.reset()
+    assert greedy(steps, tested, ids, 8).tolist() == eager(tested, ids, 8).tolist()
 
 
 def test_without_memory_for_fixed_addresses_the_answer_goes_on(model: Any) -> None:

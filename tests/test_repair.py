@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from llm_magic.backends.accelerate.memory_errors import is_out_of_memory
-from llm_magic.backends.accelerate.repair import Repair, failed_device, moved_plan
+from llm_magic.backends.accelerate.repair import Repair, failed_device, moved_plan, relieved_plan
 from llm_magic.errors import EngineError
-from llm_magic.plan import Workload
+from llm_magic.plan import Plan, Workload
 from llm_magic.planning.constants import Constants
 from llm_magic.planning.planner import make_plan
 from tests import layouts
@@ -103,6 +103,61 @@ def test_a_token_is_chosen_again(
         assert again.text == ask(engine, replace(follow_up, chat="")).text
     finally:
         engine.close()
+
+
+def test_what_fails_before_the_first_pass_is_repeated(
+    tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The prompt's own tensors find no memory; the streamer sees the prompt once."""
+    engine = load(tiny_model("llama"), "ram")
+    try:
+        expected = ask(engine, PROMPT).text
+        right, calls = torch.ones_like, 0
+
+        def ones_like(*inputs: Any, **options: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == 1:
+                raise MemoryError
+            return right(*inputs, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "ones_like", ones_like)
+            answer = ask(engine, PROMPT)
+        assert calls > 1
+        assert answer.text == expected
+        assert len(answer.finish.notes) == 1
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_where_all_layers_stream_the_cpu_takes_some(is_packed: bool) -> None:
+    """Their keys and values are what a GPU can be rid of; no block changes its home."""
+    layout = layouts.packed(layouts.llama8b()) if is_packed else layouts.llama8b()
+    homes = {"": "cuda:0"} | {f"layers.{number}": "cpu" for number in range(32)}
+    plan: Plan | None = make_plan(layout, layouts.h100(), Workload(8192), placement=homes, policy="hand")
+    steps = 0
+    while plan is not None:
+        relieved = relieved_plan(plan, "cuda:0")
+        if relieved is not None:
+            steps += 1
+            assert relieved.device_map == plan.device_map
+            streamed = sum(place.way == "streamed" for place in plan.placements)
+            freed = plan.use("cuda:0").planned - relieved.use("cuda:0").planned
+            assert freed >= streamed // 8 * layout.layers[0].cache.bytes_for(8192)
+            assert freed > 0
+        last, plan = plan, relieved
+    assert steps >= 2
+    assert {place.way for place in last.placements if place.block.kind == "decoder"} == {"cpu"}
+    assert {place.prefill for place in last.placements} == {""}
+
+
+def test_the_cpu_takes_nothing_of_a_gpu_that_streams_nothing() -> None:
+    layout, machine = layouts.llama8b(), layouts.h100()
+    plan = make_plan(layout, machine, Workload(8192), placement={"": "cuda:0"}, policy="hand")
+    assert relieved_plan(plan, "cuda:0") is None
+    assert relieved_plan(plan, "cpu") is None
 
 
 def test_caches_of_other_chats_go_before_blocks(

@@ -295,6 +295,7 @@ class TransformersEngine:
                 watched_blocks(self.model, self._blocks, self._layers, steps, passes),
             ):
                 run_generate(self.model, config, prompt, cache, decoding)
+            self._quick.reset()  # of tokens that there was no memory for in the cache
             steps.flush()
         except BaseException as error:
             self._caches.release()

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from llm_magic.backends.accelerate.decoding.decode import Decoding
+from llm_magic.backends.accelerate.decoding.decode import REPEATS, Decoding, emptied
 from llm_magic.backends.accelerate.decoding.detokenize import Detokenizer
 from llm_magic.backends.accelerate.prompt.prompts import TokenizedPrompt
 from llm_magic.events import Emit, PhaseEvent, StopFlag, TokenEvent
@@ -106,6 +106,8 @@ def _watch(steps: Steps, block: str, total: int, done: list[int]) -> Any:
 def run_generate(model: Any, config: Any, prompt: TokenizedPrompt, cache: Any, decoding: Decoding) -> None:
     """Call ``model.generate`` with a loop of our own; ``Stopped`` ends it quietly.
 
+    What fails before the loop is reached is repeated, too, where ``decoding`` recovers from it.
+
     Parameters
     ----------
     cache
@@ -113,18 +115,52 @@ def run_generate(model: Any, config: Any, prompt: TokenizedPrompt, cache: Any, d
     decoding
         The loop; its streamer is a `Steps`, which sees every token.
     """
-    import torch
+    shown = _ShownOnce(decoding.streamer)
 
-    steps, beginning = decoding.streamer, prompt.beginning
-    input_ids = torch.tensor([prompt.ids], device=steps.device)
-    inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
-    if cache is not None:
-        inputs["past_key_values"] = cache
-    if beginning:
-        start = config.decoder_start_token_id
-        first = start if start is not None else config.bos_token_id
-        inputs["decoder_input_ids"] = torch.tensor([[first, *beginning]], device=steps.device)
+    def generate() -> None:
+        model.generate(
+            **_inputs(config, prompt, decoding.streamer.device, cache),
+            generation_config=config,
+            streamer=shown,
+            custom_generate=decoding,
+        )
+
     # transformers compares the inputs' device with the first parameter's, which has none while its block travels.
     warnings.filterwarnings("ignore", message=r"You are calling \.generate\(\) with the `input_ids`")
     with suppress(Stopped):
-        model.generate(**inputs, generation_config=config, streamer=steps, custom_generate=decoding)
+        for _ in range(REPEATS):
+            try:
+                generate()
+                return
+            except Exception as error:
+                if decoding.has_begun or not decoding.recover(emptied(error)):
+                    raise
+        generate()
+
+
+@dataclass
+class _ShownOnce:
+    """Shows a streamer the prompt, however often ``generate`` is called for it."""
+
+    streamer: Any
+    has_shown: bool = False
+
+    def put(self, prompt: Any) -> None:
+        if not self.has_shown:
+            self.has_shown = True
+            self.streamer.put(prompt)
+
+
+def _inputs(config: Any, prompt: TokenizedPrompt, device: Any, cache: Any) -> dict[str, Any]:
+    """What ``generate`` takes of a prompt."""
+    import torch
+
+    input_ids = torch.tensor([prompt.ids], device=device)
+    inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+    if cache is not None:
+        inputs["past_key_values"] = cache
+    if prompt.beginning:
+        start = config.decoder_start_token_id
+        first = start if start is not None else config.bos_token_id
+        inputs["decoder_input_ids"] = torch.tensor([[first, *prompt.beginning]], device=device)
+    return inputs

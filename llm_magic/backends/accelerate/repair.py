@@ -1,5 +1,8 @@
 """What is done when memory runs out in the middle of an answer: what comes back at once, caches, then blocks.
 
+Layers that stay on the device move to a slower one. Where all of them stream already, the CPU computes
+some, which takes their keys and values off the GPU.
+
 The answer so far is safe: the decoding loop has cut the KV cache back to before the pass that failed,
 and repeats it when there is room again.
 """
@@ -7,7 +10,7 @@ and repeats it when there is room again.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from llm_magic.backends.accelerate.memory_errors import is_out_of_memory, release_memory
 from llm_magic.errors import LLMMagicError
@@ -68,23 +71,40 @@ class Repair:
             self.notes.append(f"memory ran out {on_device(device)}: KV caches of other chats were dropped")
             release_memory()
             return True
-        return self._demote(device)
+        return self._demote(device) or self._relieve(device)
 
     def _demote(self, device: str) -> bool:
         """Move some layers to a slower place."""
         plan = self._plan()
         chosen = _layers_to_move(plan, device)
         target = _slower_place(plan, device, sum(place.block.bytes for place in chosen))
-        if not chosen or not target:
+        if not chosen or not target or not self._is_applied(moved_plan(plan, chosen, target)):
             return False
+        name = {"cpu": "RAM"}.get(target, target)
+        self.notes.append(f"memory ran out {on_device(device)}: {_labels(chosen)} moved to {name}")
+        return True
+
+    def _relieve(self, device: str) -> bool:
+        """Let the CPU compute some of the layers that stream."""
+        plan = self._plan()
+        relieved = relieved_plan(plan, device)
+        if relieved is None or not self._is_applied(relieved):
+            return False
+        taken = [
+            after
+            for before, after in zip(plan.placements, relieved.placements, strict=True)
+            if before.compute != "cpu" == after.compute
+        ]
+        what = f"{_labels(taken)} computed by the CPU" if taken else "the CPU reads prompts, too"
+        self.notes.append(f"memory ran out {on_device(device)}: {what}")
+        return True
+
+    def _is_applied(self, plan: Plan) -> bool:
         try:
-            self._apply(moved_plan(plan, chosen, target))
+            self._apply(plan)
         except (LLMMagicError, RuntimeError, MemoryError):
             return False
         release_memory()
-        name = {"cpu": "RAM"}.get(target, target)
-        labels = ", ".join(grouped(place.block.label for place in chosen))
-        self.notes.append(f"memory ran out {on_device(device)}: {labels} moved to {name}")
         return True
 
 
@@ -103,13 +123,35 @@ def failed_device(error: BaseException, plan: Plan) -> str:
 
 def moved_plan(plan: Plan, places: Sequence[Placement], target: str) -> Plan:
     """The plan with some blocks elsewhere, under the same limits."""
+    return _planned_anew(plan, edited(plan, {place.block.name: target for place in places}))
+
+
+def relieved_plan(plan: Plan, device: str) -> Plan | None:
+    """The plan with less for a GPU to keep, every block where it is; ``None`` when the CPU can take nothing.
+
+    It gets a limit that it cannot keep without giving up the keys and values of some layers that
+    stream, or, without such layers, those that come along in prompts.
+    """
+    layers = [place for place in plan.placements if place.fetched_to == device and place.way != "read"]
+    streamed = [place for place in layers if place.compute == device]
+    some = streamed[: max(1, len(streamed) // _SHARE)]
+    size = max(1, sum(plan.workload.cache_bytes(place.block) for place in some))
+    if device == "cpu" or not layers or host_memory().free < size + GIB:
+        return None
+    relieved = _planned_anew(plan, plan.device_map, {device: plan.use(device).planned - size})
+    return relieved if relieved.fits else None
+
+
+def _planned_anew(plan: Plan, homes: Mapping[str, str], limits: Mapping[str, int] | None = None) -> Plan:
+    """A plan for the same model, machine and workload."""
+    asked = {device: plan.budget.limits[device] for device in plan.budget.explicit}
     return make_plan(
         plan.layout,
         plan.machine,
         plan.workload,
-        placement=edited(plan, {place.block.name: target for place in places}),
+        placement=homes,
         policy=plan.policy,
-        max_memory={device: plan.budget.limits[device] for device in plan.budget.explicit},
+        max_memory=asked | dict(limits or {}),
         source=plan.source,
         options=plan.options,
         constants=Constants.from_json(plan.constants),
@@ -136,3 +178,7 @@ def _slower_place(plan: Plan, device: str, size: int) -> str:
     if device != "cpu" and plan.machine.has("cpu") and host_memory().free > size + GIB:
         return "cpu"
     return "disk" if plan.machine.has("disk") else ""
+
+
+def _labels(places: Sequence[Placement]) -> str:
+    return ", ".join(grouped(place.block.label for place in places))

@@ -250,11 +250,11 @@ class CapturedSteps:
             return self._logits[shape[:2]][:, : ids.shape[1]].clone()
 
     def give_back(self, length: int) -> None:
-        """Put the first ``length`` tokens into the cache they came from."""
+        """Put the first ``length`` tokens into the cache they came from; when that fails, they stay here."""
         if self._dynamic is not None:
-            cache, self._dynamic = self._dynamic, None
             try:
-                to_dynamic(self._static, cache, self._batch, length)
+                to_dynamic(self._static, self._dynamic, self._batch, length)
+                self._dynamic = None
             finally:
                 self._fence()  # also when memory ran out: slots may be read by the last sweep still
         elif self._returned is not None:

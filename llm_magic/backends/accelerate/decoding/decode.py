@@ -9,16 +9,19 @@ repeats a pass that failed once somebody made room for it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from llm_magic.backends.accelerate.decoding.rollback import Rollback
 from llm_magic.backends.accelerate.decoding.sampling import undrawn_if_it_fails
 from llm_magic.backends.accelerate.decoding.speculate import Proposal, Speculation, choose
+from llm_magic.backends.accelerate.memory_errors import is_out_of_memory
 
-_REPEATS = 3  # of one pass or choice that failed; each time something was moved out of its way
+REPEATS = 3
+"""Of one pass or choice that failed; each time something was moved out of its way."""
+
 _FOLLOW_THE_TEXT = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
 
 
@@ -42,7 +45,7 @@ class QuickSteps(Protocol):
         """A step for sweeps of this shape; ``None`` when there is none, now or ever."""
 
     def give_back(self, length: int) -> None:
-        """Put the first ``length`` tokens into the cache again."""
+        """Put the first ``length`` tokens into the cache again; when that fails, it is empty, and they stay."""
 
 
 class Watch(Protocol):
@@ -94,6 +97,8 @@ class Decoding:
         Measures the others.
     counts
         Filled while it runs.
+    has_begun
+        Whether the loop was reached: from then on it repeats by itself what fails.
     """
 
     streamer: Any
@@ -103,6 +108,7 @@ class Decoding:
     quick: QuickSteps | None = None
     watch: Watch | None = None
     counts: Counts = field(default_factory=Counts)
+    has_begun: bool = False
 
     def __call__(
         self,
@@ -115,7 +121,9 @@ class Decoding:
     ) -> Any:
         """Called by ``generate``; returns prompt and answer, ``[batch, length]``."""
         choice = _Choice(logits_processor, stopping_criteria, generation_config, input_ids, self.streamer)
-        return _Answer(self, model, choice, model_kwargs).run()
+        answer = _Answer(self, model, choice, model_kwargs)
+        self.has_begun = True
+        return answer.run()
 
 
 class _Choice:
@@ -264,10 +272,16 @@ class _Answer:
                 while not self._choice.done:
                     self._sweep()
         finally:
-            self._give_back(self._choice.length - 1)
-            self._rollback.finish()
+            self._end()
         self._decoding.streamer.end()
         return self._choice.ids
+
+    def _end(self) -> None:
+        """Leave the answer's tokens in the cache, or nothing where there is no memory for them."""
+        length = self._choice.length - 1
+        with _without_memory():
+            self._repeating(lambda: self._give_back(length), length)
+        self._rollback.finish()
 
     # The prompt
 
@@ -315,8 +329,9 @@ class _Answer:
         try:
             right = self._take(logits, proposal, before)
         except Exception as error:
-            self._give_back(self._choice.length - 1)
             del logits
+            with _without_memory():  # what a quick step holds is room, if its tokens can go back
+                self._give_back(self._choice.length - 1)
             if not self._is_room_made(error):
                 raise
             return
@@ -360,8 +375,9 @@ class _Answer:
 
     def _give_back(self, length: int) -> None:
         if self._quick_holds_cache and self._decoding.quick:
-            self._quick_holds_cache = False
             self._decoding.quick.give_back(length)
+            self._quick_holds_cache = False
+            self._rollback.cut(length, length)  # a move brings back all that was written
 
     # Times
 
@@ -395,7 +411,7 @@ class _Answer:
         try:
             return ask()
         except Exception as error:
-            if not self._decoding.recover(_emptied(error)):
+            if not self._decoding.recover(emptied(error)):
                 raise
         self._counts.repeats += 1
         return None
@@ -404,7 +420,7 @@ class _Answer:
 
     def _repeating(self, run: Callable[[], Any], before: int) -> Any:
         """Do a pass over a cache of ``before`` tokens, once more when it failed and is recovered from."""
-        for _ in range(_REPEATS):
+        for _ in range(REPEATS):
             try:
                 return run()
             except Exception as error:
@@ -416,18 +432,28 @@ class _Answer:
     def _is_room_made(self, error: Exception) -> bool:
         """Whether a choice that failed can be made again."""
         self._failures += 1
-        if self._failures > _REPEATS or not self._decoding.recover(_emptied(error)):
+        if self._failures > REPEATS or not self._decoding.recover(emptied(error)):
             return False
         self._counts.repeats += 1
         return True
 
     def _is_recovered(self, error: Exception, before: int) -> bool:
-        _emptied(error)
+        emptied(error)
         is_back = self._quick_holds_cache or self._rollback.cut(before, before)
         return is_back and self._decoding.recover(error)
 
 
-def _emptied(error: Exception) -> Exception:
+@contextmanager
+def _without_memory() -> Iterator[None]:
+    """Leave undone what finds no memory."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(emptied(error)):
+            raise
+
+
+def emptied(error: Exception) -> Exception:
     """The error without the tensors that its frames hold, which may be what memory lacks.
 
     Those of the errors before it count too: a capture that fails raises another one on its way out.

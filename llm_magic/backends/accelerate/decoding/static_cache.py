@@ -173,11 +173,19 @@ def to_static(dynamic: Any, static: StaticCache) -> int:
 
 
 def to_dynamic(static: StaticCache, dynamic: Any, batch: int, length: int) -> None:
-    """Copy the first ``length`` tokens of ``batch`` sequences back into the emptied cache they came from."""
-    for source, target in zip(static.layers, dynamic.layers, strict=True):
-        empty(target)
-        keys, values = (buffer[:batch, :, :length] for buffer in source.buffers)
-        target.update(keys, values)
+    """Copy the first ``length`` tokens of ``batch`` sequences back into the cache they came from.
+
+    When memory runs out, that holds nothing.
+    """
+    try:
+        for source, target in zip(static.layers, dynamic.layers, strict=True):
+            empty(target)
+            keys, values = (buffer[:batch, :, :length] for buffer in source.buffers)
+            target.update(keys, values)
+    except BaseException:
+        for target in dynamic.layers:
+            empty(target)
+        raise
 
 
 def empty(layer: Any) -> None:
