@@ -44,10 +44,15 @@ class Calibration:
     comparisons: tuple[Comparison, ...] = ()
 
 
-def kept_constants(layout: ModelLayout) -> Constants:
-    """Constants of the cost model as they were fitted on this computer, to this model or to one like it."""
-    key = _key(layout)
-    return Constants.from_json(load_fit(*here(), key, lambda other: _is_alike(key, other)))
+def kept_constants(layout: ModelLayout, machine: Machine) -> Constants:
+    """Constants of the cost model as they were fitted on this computer, to this model or to one like it.
+
+    Without a fit, and on a machine that a file describes, what its devices tell.
+    """
+    measured, key = Constants.of(machine), _key(layout)
+    if machine.described:
+        return measured
+    return Constants.from_json(load_fit(*here(), key, lambda other: _is_alike(key, other)), measured)
 
 
 def keep_constants(layout: ModelLayout, constants: Constants) -> None:
@@ -63,7 +68,7 @@ def calibrate(name: str, engine: Engine, machine: Machine, progress: Progress) -
     machine
         Measured now; what the model holds counts as free.
     """
-    old = kept_constants(engine.plan.layout)
+    old = kept_constants(engine.plan.layout, engine.plan.machine)
     speed = engine.measure(progress)
     if speed.decode_s <= 0:
         return Calibration(machine, name)

@@ -28,6 +28,8 @@ class Device:
         How fast its own processor reads it; for a disk, sequential reads. 0 when unknown.
     flops
         Dense bf16 operations per second, for the prefill forecast. 0 when unknown.
+    layer_s
+        Seconds that one decoder layer takes for a token beyond the read of its weights. 0 when unknown.
     unified
         Whether GPU and CPU share this memory, so that "offloading to RAM" frees nothing.
     measured_on
@@ -50,6 +52,7 @@ class Device:
     free_bytes: int
     read_bytes_per_s: float = 0.0
     flops: float = 0.0
+    layer_s: float = 0.0
     unified: bool = False
     measured_on: str = ""
     other_bytes: int = 0

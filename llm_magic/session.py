@@ -137,7 +137,7 @@ class Session:
         progress(PhaseEvent("planning"))
         machine = read_machine(Path(options.machine)) if options.machine else self.machine()
         placement, policy = self._placement(options.device_map, layout, machine)
-        constants = Constants() if machine.described else kept_constants(layout)
+        constants = kept_constants(layout, machine)
 
         def planned(context: int) -> Plan:
             return make_plan(
@@ -171,8 +171,7 @@ class Session:
         LLMMagicError
             When the target is none. A plan that does not fit is returned, with its ``problems``.
         """
-        constants = Constants() if plan.machine.described else kept_constants(plan.layout)
-        return self._placed(plan, plan.machine, target, max_memory, constants)
+        return self._placed(plan, plan.machine, target, max_memory, kept_constants(plan.layout, plan.machine))
 
     def load(
         self, spec: ModelSpec, options: LoadOptions, name: str = "", view: MakeProgress | None = None
@@ -298,7 +297,7 @@ class Session:
         now = model.plan
         machine = as_if_unloaded(self.machine(), model.engine.memory())
         limits = limits_of(now) if max_memory is None else max_memory
-        return self._placed(now, machine, target, limits, kept_constants(now.layout))
+        return self._placed(now, machine, target, limits, kept_constants(now.layout, machine))
 
     def apply(
         self,

@@ -15,6 +15,7 @@ from llm_magic.events import SweepSpeed
 from llm_magic.host.measurements import here, load_measurements
 from llm_magic.model import ModelSpec
 from llm_magic.options import LoadOptions
+from llm_magic.plan import Plan
 from llm_magic.planning.constants import Constants
 from llm_magic.session import Session
 from llm_magic.units import format_rate
@@ -60,6 +61,10 @@ def bench(session: Session, *words: str) -> str:
     return command.run(session, command_parser(command).parse(words)).text
 
 
+def kept_of(plan: Plan) -> Constants:
+    return kept_constants(plan.layout, plan.machine)
+
+
 def test_the_forecast_after_a_bench_is_what_was_measured(session, backend) -> None:
     speed, calibration = backend.engines[0].speed, session.bench()
     assert [c.what for c in calibration.comparisons] == ["decode", "prefill of 2000"]
@@ -85,12 +90,12 @@ def test_the_loaded_plan_and_later_plans_know_it(session, backend) -> None:
 
 
 def test_a_model_that_was_never_measured_gets_the_newest_fit(session) -> None:
-    layout = session.model().plan.layout
-    other = replace(layout, architecture="OtherForCausalLM")
-    assert kept_constants(other) == Constants()
+    plan = session.model().plan
+    other = replace(plan, layout=replace(plan.layout, architecture="OtherForCausalLM"))
+    assert kept_of(other) == Constants()
     session.bench()
-    assert kept_constants(layout) != Constants()
-    assert kept_constants(other) == kept_constants(layout)
+    assert kept_of(plan) != Constants()
+    assert kept_of(other) == kept_of(plan)
 
 
 def test_a_described_machine_is_planned_with_the_defaults(session, tmp_path) -> None:
@@ -106,7 +111,7 @@ def test_the_machine_alone(session, backend) -> None:
     calibration = session.bench(machine_only=True)
     assert (calibration.speed, calibration.comparisons) == (None, ())
     assert load_measurements(*here()) is not None
-    assert kept_constants(session.model().plan.layout) == Constants()
+    assert kept_of(session.model().plan) == Constants()
     session.unload()
     shown = bench(session)
     assert "RAM, read" in shown
@@ -130,7 +135,7 @@ def test_an_engine_that_has_nothing_to_measure_is_no_obstacle(session, backend) 
     backend.engines[0].speed = SweepSpeed(0.0, 0.0, 0)
     calibration = session.bench()
     assert calibration.comparisons == ()
-    assert kept_constants(session.model().plan.layout) == Constants()
+    assert kept_of(session.model().plan) == Constants()
 
 
 def test_a_model_that_fails_is_said_in_words(session, backend) -> None:
@@ -141,7 +146,7 @@ def test_a_model_that_fails_is_said_in_words(session, backend) -> None:
     with pytest.raises(EngineError, match="a could not be measured: RuntimeError: sizes") as caught:
         session.bench()
     assert "--machine-only" in caught.value.next_step
-    assert kept_constants(session.model().plan.layout) == Constants()
+    assert kept_of(session.model().plan) == Constants()
 
 
 def test_a_model_that_is_not_loaded_cannot_be_measured(session) -> None:

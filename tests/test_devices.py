@@ -24,6 +24,7 @@ def test_measuring_gives_the_cpu_its_speed_and_every_gpu_its_links():
     cpu = next(device for device in found if device.id == "cpu")
     assert cpu.read_bytes_per_s > 1e8
     assert cpu.flops > 1e8
+    assert 1e-5 < cpu.layer_s < 0.5
     assert cpu.measured_on
     assert "bf16" in cpu.method
     gpus = [device.id for device in found if device.kind == "gpu" and not device.unified]
@@ -51,5 +52,15 @@ def test_no_devices_where_torch_cannot_be_imported():
         "import sys; sys.modules['torch'] = None\n"
         "from llm_magic.backends.accelerate.devices import accelerators\n"
         "assert accelerators(True) == ((), ())"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_layer_takes_nothing_that_is_known_without_transformers():
+    code = (
+        "import sys; sys.modules['transformers'] = None\n"
+        "from llm_magic.backends.accelerate.devices import accelerators\n"
+        "(cpu,) = (device for device in accelerators(True)[0] if device.id == 'cpu')\n"
+        "assert cpu.layer_s == 0 and cpu.read_bytes_per_s > 0"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -60,12 +60,21 @@ def test_smallest_description_is_filled_with_marked_assumptions(tmp_path):
 def test_what_is_said_is_not_assumed():
     gpu = {
         "id": "cuda:0", "name": "Card", "total": "24GiB", "free": 23 * GIB, "other": "1GiB",
-        "read": "1008 GB/s", "flops": "165 TFLOPS", "measured_on": "2026-11-22",
+        "read": "1008 GB/s", "flops": "165 TFLOPS", "layer_s": 0.0004, "measured_on": "2026-11-22",
     }  # fmt: skip
     link = {"from": "cpu", "to": "cuda:0", "bandwidth": 12e9, "name": "PCIe 3 x16"}
     machine = described(gpu, links=[link])
     assert machine.device("cuda:0") == Device(
-        "cuda:0", "gpu", "Card", 24 * GIB, 23 * GIB, 1008e9, 165e12, measured_on="2026-11-22", other_bytes=GIB
+        "cuda:0",
+        "gpu",
+        "Card",
+        24 * GIB,
+        23 * GIB,
+        1008e9,
+        165e12,
+        0.0004,
+        measured_on="2026-11-22",
+        other_bytes=GIB,
     )
     assert machine.links[0] == Link("cpu", "cuda:0", 12e9, "PCIe 3 x16")
 
@@ -186,6 +195,8 @@ BAD = {
     "speed without time": ({"devices": [{**CPU, "read": "40 GB"}]}, "no speed"),
     "speed per minute": ({"devices": [{**CPU, "read": "40 GB/min"}]}, "no speed"),
     "flops": ({"devices": [{**CPU, "flops": "fast"}]}, "flops of cpu"),
+    "layer_s": ({"devices": [{**CPU, "layer_s": "1 ms"}]}, "layer_s of cpu"),
+    "layer_s too long": ({"devices": [{**CPU, "layer_s": 2}]}, "layer_s of cpu"),
     "flops list": ({"devices": [{**CPU, "flops": [1]}]}, "flops of cpu"),
     "unified": ({"devices": [{**GPU, "unified": "yes"}, CPU]}, "unified is"),
     "date": ({"devices": [{**CPU, "measured_on": "yesterday"}]}, "measured_on of cpu"),

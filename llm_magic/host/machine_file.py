@@ -6,7 +6,7 @@ as one. ``examples/machines`` has some. The smallest::
     {"devices": [{"id": "cuda:0", "name": "RTX 4090"}, {"id": "cpu", "total": "64GiB"}]}
 
 A device has ``id`` (``cuda:0``, ``mps``, ``xpu:0``, ``npu:0``, ``cpu``, ``disk``), ``name``, ``total``,
-``free``, ``other`` (held by other programs), ``read`` (``"1008 GB/s"``), ``flops`` (``"165 TFLOPS"``),
+``free``, ``other`` (held by other programs), ``read`` (``"1008 GB/s"``), ``flops`` (``"165 TFLOPS"``), ``layer_s``,
 ``unified``, ``measured_on``, ``method`` and ``assumed``. A link has ``from``, ``to``, ``bandwidth``,
 ``name``, ``measured_on`` and ``assumed``; its ends may be all of a family, ``cuda:*``. Sizes and speeds are texts with a unit, or plain numbers in
 bytes, bytes per second and operations per second.
@@ -48,7 +48,8 @@ PCIE4_X16_BYTES_PER_S = 25e9
 GPU_RESERVE_BYTES = GIB // 2
 MACHINE_KEYS = ("name", "devices", "links")
 DEVICE_KEYS = (
-    "id", "name", "total", "free", "other", "read", "flops", "unified", "measured_on", "method", "assumed",
+    "id", "name", "total", "free", "other", "read", "flops", "layer_s", "unified", "measured_on", "method",
+    "assumed",
 )  # fmt: skip
 LINK_KEYS = ("from", "to", "bandwidth", "name", "measured_on", "assumed")
 
@@ -251,6 +252,7 @@ def _device(
         free_bytes=free,
         read_bytes_per_s=_bandwidth(entry, "read", device_id),
         flops=_flops(entry, device_id),
+        layer_s=_seconds(entry, "layer_s", device_id),
         unified=unified,
         measured_on=_date(entry, device_id),
         other_bytes=min(other, total - free),
@@ -339,6 +341,7 @@ def _device_to_json(device: Device) -> dict[str, Any]:
         "other": device.other_bytes and _size_text(device.other_bytes),
         "read": device.read_bytes_per_s and _speed_text(device.read_bytes_per_s),
         "flops": device.flops,
+        "layer_s": device.layer_s,
         "measured_on": device.measured_on,
         "method": device.method,
     }
@@ -480,6 +483,14 @@ def _flops(entry: Mapping[str, Any], device_id: str) -> float:
     if not 0 <= flops <= 1e21:
         raise OptionError(f"flops of {device_id} is {_short(value)}.", "Write it like 165 TFLOPS.")
     return float(flops)
+
+
+def _seconds(entry: Mapping[str, Any], key: str, device_id: str) -> float:
+    value = entry.get(key, 0)
+    seconds = _number(value)
+    if not 0 <= seconds <= 1:
+        raise OptionError(f"{key} of {device_id} is {_short(value)}.", "Write seconds, like 0.0003.")
+    return float(seconds)
 
 
 def _number(value: object) -> int | float:

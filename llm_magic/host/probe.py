@@ -153,6 +153,7 @@ def _cpu(memory: Memory, speed: Device | None) -> Device:
         cpu,
         read_bytes_per_s=speed.read_bytes_per_s,
         flops=speed.flops,
+        layer_s=speed.layer_s,
         measured_on=speed.measured_on,
         method=speed.method,
     )

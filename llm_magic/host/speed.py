@@ -6,6 +6,7 @@ These stand in for it, and come from numpy.
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -47,10 +48,19 @@ def measure_cpu(free_bytes: int, budget_s: float = 0.4) -> CpuSpeed | None:
 
 def best_of(work: Callable[[], object], budget_s: float) -> float:
     """Seconds of the fastest run of ``work``, after one to warm up; at least two runs are timed."""
+    return max(min(_runs(work, budget_s)), 1e-9)
+
+
+def median_of(work: Callable[[], object], budget_s: float) -> float:
+    """Seconds of the run in the middle: what ``work`` usually takes where it waits for others."""
+    return max(statistics.median(_runs(work, budget_s)), 1e-9)
+
+
+def _runs(work: Callable[[], object], budget_s: float) -> list[float]:
     work()
-    best, runs, end = float("inf"), 0, time.perf_counter() + budget_s
-    while runs < 2 or time.perf_counter() < end:
+    seconds, end = list[float](), time.perf_counter() + budget_s
+    while len(seconds) < 2 or time.perf_counter() < end:
         start = time.perf_counter()
         work()
-        best, runs = min(best, time.perf_counter() - start), runs + 1
-    return max(best, 1e-9)
+        seconds.append(time.perf_counter() - start)
+    return seconds

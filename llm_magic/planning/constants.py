@@ -1,7 +1,7 @@
 """What the cost model assumes beside measured bandwidths: overheads of a layer, shares of a peak.
 
-The defaults come from measurements on other machines. `planning/fitting.py` replaces them by what a
-loaded model was measured to do on this one.
+The defaults come from measurements on other machines, and on this one where it was measured how long a
+layer takes. `planning/fitting.py` replaces them by what a loaded model was measured to do.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any
+
+from llm_magic.machine import Machine
 
 
 def _between(least: float, most: float, default: float) -> Any:
@@ -70,12 +72,23 @@ class Constants:
         return {each.name: getattr(self, each.name) for each in fields(self)}
 
     @staticmethod
-    def from_json(data: object) -> Constants:
-        """What ``to_json`` wrote; the default for everything that is missing or is no sane number."""
+    def of(machine: Machine) -> Constants:
+        """The defaults, with what was measured of layers on the machine's devices."""
+        cpu_s = machine.device("cpu").layer_s if machine.has("cpu") else 0.0
+        gpu_s = max((gpu.layer_s for gpu in machine.gpus), default=0.0)
+        constants = Constants()
+        for name, seconds in (("cpu_layer_s", cpu_s), ("gpu_layer_s", gpu_s)):
+            constants = constants.changed(name, seconds) if seconds else constants
+        return constants
+
+    @staticmethod
+    def from_json(data: object, otherwise: Constants | None = None) -> Constants:
+        """What ``to_json`` wrote; ``otherwise`` for everything that is missing or is no sane number."""
+        otherwise = otherwise or Constants()
         if not isinstance(data, Mapping):
-            return Constants()
+            return otherwise
         sane = {name: value for name, value in data.items() if _is_sane(name, value)}
-        return Constants(**sane)
+        return replace(otherwise, **sane)
 
     def changed(self, name: str, value: float) -> Constants:
         """These constants with one of them set, within its sane range."""

@@ -2,8 +2,9 @@
 
 Speeds are measured with the operations that a model uses. Reading is a bf16 matrix-vector product,
 the work of decoding; operations are a bf16 matrix product over 256 tokens, the work of prefill;
-links are copies through pinned memory. All of it takes about half a second for the CPU and less
-for a GPU, whose first use loads the driver's libraries besides.
+links are copies through pinned memory; layers of transformers show what a layer takes beside that.
+All of it takes about a second for the CPU and less for a GPU, whose first use loads the driver's
+libraries besides; importing transformers takes some more, if it was not yet.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from llm_magic.backends.accelerate.layer_time import layer_overhead_s
 from llm_magic.host.memory import host_memory
 from llm_magic.host.processors import cpu_name
 from llm_magic.host.speed import best_of
@@ -126,6 +128,8 @@ def _measured(torch: Any, device: Device, budget_s: float) -> Device:
     try:
         with torch.inference_mode():
             read, flops = _read_speed(torch, device.id, size, budget_s), _flops(torch, device.id, budget_s)
+            finish = _finished(torch, device.id, lambda: None)
+            layer_s = layer_overhead_s(device.id, read, finish, budget_s)
     except RuntimeError:  # out of memory, or no bf16 there
         return device
     threads = f", {torch.get_num_threads()} threads" if device.id == "cpu" else ""
@@ -133,6 +137,7 @@ def _measured(torch: Any, device: Device, budget_s: float) -> Device:
         device,
         read_bytes_per_s=read,
         flops=flops,
+        layer_s=layer_s,
         measured_on=_today(),
         method=f"bf16 matrix products{threads}",
     )

@@ -1,0 +1,74 @@
+"""What a decoder layer takes beyond the read of its weights: Python, launches, threads that wait for each other.
+
+It is measured with layers of transformers, on the device: narrow ones, in which that is most of the time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from llm_magic.host.speed import median_of
+
+LAYERS = 20
+WIDTH = 576  # 7 MB a layer in bf16, 142 MB together: more than most caches of a processor hold
+_PROMPT = 32  # tokens
+
+
+def layer_overhead_s(
+    device_id: str, read_bytes_per_s: float, finish: Callable[[], object], budget_s: float
+) -> float:
+    """Seconds of one layer for one token, less those of reading it; 0 when it cannot be measured.
+
+    Parameters
+    ----------
+    read_bytes_per_s
+        How fast the device reads weights.
+    finish
+        Returns when the device has done what it was given.
+    budget_s
+        How long to repeat it.
+    """
+    import torch
+
+    try:
+        model = _narrow_model(device_id)
+        cache, ids = _new_cache(model), torch.zeros(1, _PROMPT, dtype=torch.long, device=device_id)
+
+        def sweep(tokens: Any) -> None:
+            model(tokens, past_key_values=cache, use_cache=True)
+            finish()
+
+        sweep(ids)
+        seconds = median_of(lambda: sweep(ids[:, :1]), budget_s) / LAYERS
+    except (ImportError, RuntimeError):  # transformers or memory that is not there
+        return 0.0
+    size = sum(parameter.nbytes for parameter in model.model.layers[0].parameters())
+    return max(0.0, seconds - size / read_bytes_per_s) if read_bytes_per_s else 0.0
+
+
+def _narrow_model(device_id: str) -> Any:
+    """A Llama of `LAYERS` layers and next to no vocabulary, its weights all the same small number."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=WIDTH,
+        intermediate_size=WIDTH * 8 // 3,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=WIDTH // 64,
+        num_key_value_heads=WIDTH // 192,
+        vocab_size=64,
+    )
+    with torch.device("meta"):
+        model: Any = LlamaForCausalLM(config).to(torch.bfloat16)
+    model = model.to_empty(device=device_id).eval()
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data.fill_(0.01)
+    return model
+
+
+def _new_cache(model: Any) -> Any:
+    from transformers import DynamicCache
+
+    return DynamicCache(config=model.config)
