@@ -41,7 +41,7 @@ def layer_overhead_s(
 
         sweep(ids)
         seconds = median_of(lambda: sweep(ids[:, :1]), budget_s) / LAYERS
-    except (ImportError, RuntimeError):  # transformers or memory that is not there
+    except Exception:  # whatever is not there: forecasts can do without
         return 0.0
     size = sum(parameter.nbytes for parameter in model.model.layers[0].parameters())
     return max(0.0, seconds - size / read_bytes_per_s) if read_bytes_per_s else 0.0
