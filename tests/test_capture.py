@@ -21,11 +21,13 @@ from transformers import AutoModelForCausalLM
 
 from llm_magic.backends.accelerate.decoding.capture import CapturedSteps, why_not
 from llm_magic.backends.accelerate.decoding.decode import Decoding
+from llm_magic.backends.accelerate.decoding.speculate import Speculation
 from llm_magic.backends.accelerate.decoding.warmup import COMPILING
+from llm_magic.backends.accelerate.memory_errors import TokensLostError
 from llm_magic.plan import Placement, Plan
 from tests import tiny
 from tests.engines import plan_for
-from tests.test_decode import Gathered, answer, parrot
+from tests.test_decode import Gathered, Parrot, answer, eager_pace, parrot
 from tests.test_placed import layers_to, load_placed, placed_plan
 from tests.test_static_cache import Full
 
@@ -678,17 +680,44 @@ def test_a_pass_that_failed_is_repeated_after_steps_were_closed(model: Any) -> N
     assert failed
 
 
+class FailingCopies(NoRoomForTokens):
+    """No memory for some of the tensors that tokens go back to, by their number."""
+
+    def __init__(self, fails: Callable[[int], bool]) -> None:
+        super().__init__()
+        self._fails, self._count = fails, 0
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if op is not torch.ops.aten.cat.default:
+            return op(*args, **(kwargs or {}))
+        self._count += 1
+        return (super().__torch_dispatch__ if self._fails(self._count) else call)(op, types, args, kwargs)
+
+
+def call(op: Any, _types: Any, args: Any, kwargs: Any) -> Any:
+    return op(*args, **(kwargs or {}))
+
+
+# Four layers with keys and values: each attempt makes eight tensors.
+COPIES: dict[str, tuple[Callable[[int], bool], bool]] = {
+    "at once": (lambda _n: False, True),
+    "into the room of the fixed addresses": (lambda n: n == 3, True),
+    "never": (lambda _n: True, False),
+    "not all": (lambda n: n == 3 or n > 6, False),
+}
+"""Which copies fail, and whether the cache has all tokens in the end."""
+
+
 @pytest.mark.parametrize("stopped_after", [0, 3, 4, 5])
-@pytest.mark.parametrize("mending", ["made room", "moved", "nothing"])
-def test_an_answer_stands_whose_tokens_have_no_room_in_their_cache(
-    model: Any, mending: str, stopped_after: int
-) -> None:
-    """Memory runs out when all is said: the cache gets them once there is room, or it is empty."""
+@pytest.mark.parametrize("way", COPIES)
+def test_an_answer_stands_whatever_becomes_of_its_cache(model: Any, way: str, stopped_after: int) -> None:
+    """Memory runs out when all is said: the cache has the tokens, or nothing; nothing else moves for it."""
     from transformers import DynamicCache
 
     tested, ids = model("llama"), prompts()
     wanted = answer(tested, ids, eos_token_id=None)
-    count, full = stopped_after or len(wanted[0]) - ids.shape[1], NoRoomForTokens()
+    fails, has_all = COPIES[way]
+    count, full = stopped_after or len(wanted[0]) - ids.shape[1], FailingCopies(fails)
 
     def fill_at_the_end(said: int) -> None:
         if said == count:
@@ -697,13 +726,8 @@ def test_an_answer_stands_whose_tokens_have_no_room_in_their_cache(
                 raise StopIteration
 
     def recover(error: BaseException) -> bool:
-        if mending == "nothing" or not isinstance(error, torch.OutOfMemoryError):
-            return False
-        full.__exit__(None, None, None)
-        if mending == "moved":
-            decoding.quick.close()
-            decoding.quick = step_of(tested)
-        return True
+        assert not isinstance(error, torch.OutOfMemoryError)
+        return False
 
     cache, steps = DynamicCache(config=tested.config), step_of(tested)
     decoding = Decoding(
@@ -717,12 +741,69 @@ def test_an_answer_stands_whose_tokens_have_no_room_in_their_cache(
         with pytest.raises(StopIteration) if stopped_after else nullcontext():
             assert answer(tested, ids, decoding, eos_token_id=None, past_key_values=cache) == wanted
     finally:
-        if mending == "nothing":
-            full.__exit__(None, None, None)
-    kept = 0 if mending == "nothing" else ids.shape[1] + count - 1
+        full.__exit__(None, None, None)
+    kept = ids.shape[1] + count - 1 if has_all else 0
     assert {layer.get_seq_length() for layer in cache.layers} == {kept}
     steps.reset()
     assert greedy(steps, tested, ids, 8).tolist() == eager(tested, ids, 8).tolist()
+
+
+@pytest.mark.parametrize("way", ["never", "not all"])
+def test_tokens_that_cannot_go_back_in_the_midst_of_an_answer_stay_or_end_it(model: Any, way: str) -> None:
+    """More proposals than a captured sweep takes: the model itself wants the cache."""
+    tested, ids = model("llama"), prompts()
+    wanted = answer(tested, ids, eos_token_id=None, max_new_tokens=40)
+    steps, full = step_of(tested), FailingCopies(COPIES[way][0])
+    errors: list[type] = []
+    tried: list[object] = []
+
+    def recover(error: BaseException) -> bool:
+        errors.append(type(error))
+        full.__exit__(None, None, None)
+        return isinstance(error, torch.OutOfMemoryError)
+
+    class Wanting(Parrot):
+        """Proposes much once."""
+
+        def propose(self, ids: list[int], room: int) -> Any:
+            is_time = len(ids) >= 20 and not tried
+            if is_time:
+                tried.append(full.__enter__())
+            return super().propose(ids, min(room, 20 if is_time else 3))
+
+    decoding = Decoding(
+        Gathered(), quick=steps, recover=recover, speculation=Speculation(Wanting(wanted[0]), eager_pace())
+    )
+    steps.prepare(ids.shape[1] + 40)
+    with nullcontext() if way == "never" else pytest.raises(TokensLostError):
+        assert answer(tested, ids, decoding, eos_token_id=None, max_new_tokens=40) == wanted
+    assert errors == [torch.OutOfMemoryError if way == "never" else TokensLostError]
+    steps.reset()
+    assert greedy(steps, tested, ids, 8).tolist() == eager(tested, ids, 8).tolist()
+
+
+@pytest.mark.parametrize("stopped_after", [0, 3, 4, 5])
+def test_a_cache_has_the_right_tokens_after_steps_were_made_anew(model: Any, stopped_after: int) -> None:
+    """A move gives back all that was written, proposals that were wrong too."""
+    from transformers import DynamicCache
+
+    tested, ids = model("llama"), prompts()
+    wanted = answer(tested, ids, eos_token_id=None)
+    count = stopped_after or len(wanted[0]) - ids.shape[1]
+
+    def move(said: int) -> None:
+        if said == count:
+            decoding.quick.close()
+            decoding.quick = step_of(tested)
+            if stopped_after:
+                raise StopIteration
+
+    cache, steps = DynamicCache(config=tested.config), step_of(tested)
+    decoding = Decoding(Gathered(move), quick=steps, speculation=parrot(wanted[0], wrong=3, most=5))
+    steps.prepare(ids.shape[1] + 24)
+    with pytest.raises(StopIteration) if stopped_after else nullcontext():
+        assert answer(tested, ids, decoding, eos_token_id=None, past_key_values=cache) == wanted
+    assert {layer.get_seq_length() for layer in cache.layers} == {ids.shape[1] + count - 1}
 
 
 def test_without_memory_for_fixed_addresses_the_answer_goes_on(model: Any) -> None:

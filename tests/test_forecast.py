@@ -422,6 +422,54 @@ def test_without_ram_for_its_cache_a_long_context_does_not_fit():
     assert "cuda:0 lacks" in plan.problems[0]
 
 
+def test_layers_on_disk_are_decoded_from_their_copies_in_ram():
+    """Copies come first: the CPU computes from them. Where they left no room for a cache, fewer are kept."""
+    on_disk = {"": "cuda:0"} | {f"layers.{i}": "disk" for i in range(32)}
+    plan = long_plan(small_gpus(), on_disk)
+    assert plan.fits
+    assert {place.way for place in decoded_by_cpu(plan)} == {"kept"}
+    mixed = on_disk | {f"layers.{i}": "cpu" for i in range(12)}
+    tight = long_plan(small_gpus(), mixed, LONG // 2, max_memory={"cpu": 12 * GIB, "cuda:0": 6 * GIB})
+    assert tight.fits
+    assert decoded_by_cpu(tight)
+
+
+@pytest.mark.parametrize("size", [8.5, 9, 10, 12])
+def test_layers_of_two_kinds_are_chosen_by_what_they_free(size: float):
+    """More of them do not always free more, where some have a window."""
+    layout = llama8b()
+    blocks = [
+        replace(block, cache=replace(block.cache, window=1024)) if number % 3 else block
+        for number, block in enumerate(layout.blocks)
+    ]
+    box = machine(gpu(0, round(size * GIB)), ram(64 * GIB))
+    plan = make_plan(
+        replace(layout, blocks=tuple(blocks)),
+        box,
+        Workload(131072),
+        placement=ALL_LAYERS,
+        policy="test",
+    )
+    assert plan.fits, plan.problems
+
+
+def test_only_the_gpu_that_lacks_room_gives_layers_to_the_cpu():
+    box = machine(gpu(0, 40 * GIB), gpu(1, 5 * GIB), ram(64 * GIB))
+    homes = {"": "cuda:0"} | {f"layers.{i}": "cpu" for i in range(1, 32)} | {"layers.16": "cuda:1"}
+    plan = long_plan(box, homes, 2 * LONG)
+    assert plan.fits
+    taken = decoded_by_cpu(plan)
+    assert {place.prefill for place in taken} <= {"cuda:1", ""}
+    assert {int(place.block.label.removeprefix("layers.")) for place in taken} <= set(range(17, 32))
+    assert any("does not fit cuda:1:" in warning for warning in plan.warnings)
+
+
+def test_a_plan_that_does_not_fit_says_nothing_of_layers_that_the_cpu_decodes():
+    plan = long_plan(machine(gpu(0, 2 * GIB), ram(8 * GIB)), ALL_LAYERS)
+    assert not plan.fits
+    assert not any("decodes" in warning for warning in plan.warnings)
+
+
 def test_packed_layers_are_decoded_where_they_are_too():
     plan = make_plan(packed(llama8b()), small_gpus(), Workload(2 * LONG), placement=ALL_LAYERS, policy="test")
     assert plan.fits

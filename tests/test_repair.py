@@ -143,6 +143,8 @@ def test_where_all_layers_stream_the_cpu_takes_some(is_packed: bool) -> None:
         if relieved is not None:
             steps += 1
             assert relieved.device_map == plan.device_map
+            assert relieved.budget == plan.budget  # later moves find the room that there is
+            assert relieved.use("cuda:0").limit == plan.use("cuda:0").limit
             streamed = sum(place.way == "streamed" for place in plan.placements)
             freed = plan.use("cuda:0").planned - relieved.use("cuda:0").planned
             assert freed >= streamed // 8 * layout.layers[0].cache.bytes_for(8192)

@@ -64,9 +64,9 @@ def here() -> tuple[Path, str]:
 
 
 def fingerprint(gpu_uuids: tuple[str, ...] = (), root: Path = ROOT) -> str:
-    """Changes with the CPU, the RAM, the GPUs, which of them are visible, and the version of torch."""
+    """Changes with the CPU, the RAM, the GPUs, which of them are visible, and the versions of torch and transformers."""
     parts = [platform.system(), platform.machine(), cpu_name(root), str(cpu_cores())]
-    parts += [str(round(psutil.virtual_memory().total / 2**30)), _version("torch")]
+    parts += [str(round(psutil.virtual_memory().total / 2**30)), _version("torch"), _version("transformers")]
     parts += [*sorted(gpu_uuids), *_linux_gpus(root)]
     parts += [f"{name}={os.environ.get(name, '')}" for name in _VISIBILITY]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]

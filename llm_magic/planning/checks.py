@@ -7,7 +7,10 @@ from collections.abc import Iterator
 from llm_magic.machine import Device
 from llm_magic.plan import DeviceUse, Plan, Workload
 from llm_magic.planning.budget import reserve_bytes, usable_bytes
+from llm_magic.planning.constants import Constants
 from llm_magic.planning.costs import activation_bytes, can_prefill_in_parts, streamed_bytes, unified_pool
+from llm_magic.planning.setting import Setting
+from llm_magic.planning.ways import computing_places, lacking
 from llm_magic.units import format_bandwidth, format_bytes
 
 _PURPOSES = (
@@ -51,7 +54,7 @@ def warnings(plan: Plan, max_memory: dict[str, int]) -> tuple[str, ...]:
     """What to know before loading, most important first."""
     return (
         *_unused_gpu(plan),
-        *_relieved(plan),
+        *_cache_beside(plan),
         *_disk(plan),
         *_unpacked(plan),
         *_context(plan),
@@ -114,22 +117,19 @@ def _unused_gpu(plan: Plan) -> Iterator[str]:
         yield f"{names} share one memory: moving blocks between them frees nothing; what does not fit goes to disk."
 
 
-def _relieved(plan: Plan) -> Iterator[str]:
-    """The CPU computes what a GPU has no room for the keys and values of."""
-    uses = [use for use in plan.uses if use.device not in ("cpu", "disk") and use.weights]
-    taken = [
-        place
-        for place in plan.placements
-        if place.compute == "cpu" and place.block.kind == "decoder" and (place.home == "cpu" or place.kept)
-    ]
-    caches = [plan.workload.cache_bytes(place.block) for place in taken]
-    visiting = max((plan.workload.cache_bytes(p.block) for p in taken if p.prefill), default=0)
-    if uses and sum(caches) - visiting > sum(use.spare for use in uses):
-        names = " and ".join(use.device for use in uses)
+def _cache_beside(plan: Plan) -> Iterator[str]:
+    """The CPU computes what GPUs have no room for the keys and values of."""
+    taken = [p for p in plan.placements if p.compute == "cpu" and p.block.kind == "decoder"]
+    if any(use.spare < 0 for use in plan.uses) or all(p.compute == "cpu" for p in plan.placements):
+        return
+    setting = Setting.of(plan, Constants())
+    full = lacking(setting, computing_places(setting, plan.device_map))
+    if taken and full:
         layers = "1 layer" if len(taken) == 1 else f"{len(taken)} layers"
+        size = format_bytes(sum(plan.workload.cache_bytes(place.block) for place in taken))
         yield (
-            f"{names} cannot take the KV cache of all layers: that of {layers}, {format_bytes(sum(caches))}, is in "
-            "RAM, and the CPU decodes them. A smaller -c N takes less."
+            f"The KV cache of all layers does not fit {' and '.join(full)}: that of {layers}, {size}, is in RAM, "
+            "and the CPU decodes them. A smaller -c N takes less."
         )
 
 

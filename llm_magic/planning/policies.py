@@ -10,7 +10,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from llm_magic.hookspecs import Planner
@@ -33,7 +33,7 @@ from llm_magic.planning.ways import (
     Uses,
     computing_places,
     evenly,
-    roomiest_places,
+    place_blocks,
     shared_out,
 )
 
@@ -72,6 +72,7 @@ class Task:
     stores: tuple[str, ...]
     beside_cpu: bool = False
     prefills: bool = False
+    _outcomes: dict[tuple[str, ...], tuple[Placements, Uses]] = field(default_factory=dict, compare=False)
 
     @property
     def limits(self) -> Mapping[str, int]:
@@ -92,18 +93,25 @@ class Task:
 
         Those of a layer may be in RAM, and come along for a prompt, a layer's at a time.
         """
-        away = [unit for unit in units if self.beside_cpu and unit.is_layer]
-        visiting = max((unit.kept for unit in away if self.prefills), default=0)
-        return visiting + sum(unit.kept + unit.logits for unit in units if unit not in away)
+        there = [unit for unit in units if not (self.beside_cpu and unit.is_layer)]
+        visits = self.beside_cpu and self.prefills
+        visiting = max((unit.kept for unit in units if visits and unit.is_layer), default=0)
+        return visiting + sum(unit.kept + unit.logits for unit in there)
 
-    def places(self, homes: Homes) -> Placements:
-        """What happens to every block."""
-        place = roomiest_places if self.beside_cpu else computing_places
-        return place(self.setting, self.names(homes))
+    @cached_property
+    def is_too_large(self) -> bool:
+        """Whether all devices together lack room for it."""
+        room = sum(self.limits.get(device, 0) for device in (*self.compute, *self.stores))
+        return sum(unit.whole for unit in self.units) > room
 
-    def uses(self, homes: Homes) -> Uses:
-        """What the homes take on every device."""
-        return self.setting.uses(self.places(homes))
+    def outcome(self, homes: Homes) -> tuple[Placements, Uses]:
+        """What happens to every block, and what that takes on every device."""
+        key = tuple(homes.get(i, "") for i in range(len(self.units)))
+        if key not in self._outcomes:
+            place = place_blocks if self.beside_cpu else computing_places
+            placed = place(self.setting, self.names(homes))
+            self._outcomes[key] = placed, self.setting.uses(placed)
+        return self._outcomes[key]
 
     def has_room(self, homes: Homes) -> bool:
         """Whether the computing devices can work so."""
@@ -116,13 +124,14 @@ class Task:
 
     def _has_part(self, homes: Homes) -> list[bool]:
         """Of each layer, whether a computing device computes it, if only in long sweeps."""
-        placed = self.places(homes)
+        placed, _ = self.outcome(homes)
         layers = [place for place in placed if place.block.kind in ("encoder", "decoder")]
         return [bool({place.compute, place.prefill} & set(self.compute)) for place in layers or placed]
 
     def shortage(self, homes: Homes, devices: tuple[str, ...]) -> int:
         """Bytes that lack on some of the devices."""
-        return sum(max(0, -use.spare) for use in self.uses(homes) if use.device in devices)
+        _, uses = self.outcome(homes)
+        return sum(max(0, -use.spare) for use in uses if use.device in devices)
 
 
 Choice = Callable[[list[int], int], list[int]]  # some units, how many of them -> which
@@ -244,8 +253,9 @@ def _on_gpus_or_cpu(
     units, activations = units_of(layout, workload), activation_bytes(layout, workload)
     tasks = [Task(setting, units, activations, *tiers) for tiers in _tiers(machine, budget)]
     streaming = [task for task in tasks if task.compute != ("cpu",)]
-    both = [replace(t, beside_cpu=True, prefills=p) for p in (True, False) for t in streaming]
-    for task in (*streaming, *both, *tasks[len(streaming) :]):
+    both = [replace(task, beside_cpu=True, _outcomes={}) for task in streaming if not task.is_too_large]
+    prefilling = [replace(task, prefills=True) for task in both]  # they share what comes of which homes
+    for task in (*streaming, *prefilling, *both, *tasks[len(streaming) :]):
         homes = place(task)
         if homes is not None and task.has_layers(homes):
             return task.names(homes)

@@ -49,16 +49,21 @@ def place_blocks(setting: Setting, homes: Mapping[str, str]) -> Placements:
     placed = computing_places(setting, homes)
     if not any(place.is_offloaded for place in placed):
         return placed
-    if not _gpus_have_room(setting, placed):
-        placed = _relieved(setting, placed)
-        return _with_kept(setting, placed)
-    return _with_cpu(setting, _with_kept(setting, placed))
+    kept = _with_kept(setting, placed)
+    if not lacking(setting, kept):
+        return _with_cpu(setting, kept)
+    relieved = _relieved(setting, kept)
+    if not lacking(setting, relieved):
+        return relieved
+    return _with_kept(
+        setting, _relieved(setting, placed)
+    )  # copies may have taken the room of keys and values
 
 
-def roomiest_places(setting: Setting, homes: Mapping[str, str]) -> Placements:
-    """As ``computing_places``, with the CPU computing what GPUs have no room for, where that helps."""
-    placed = computing_places(setting, homes)
-    return placed if _gpus_have_room(setting, placed) else _relieved(setting, placed)
+def lacking(setting: Setting, placed: Placements) -> tuple[str, ...]:
+    """The GPUs that have no room for what is planned on them."""
+    gpus = {gpu.id for gpu in setting.machine.gpus}
+    return tuple(use.device for use in setting.uses(placed) if use.device in gpus and use.spare < 0)
 
 
 def computing_places(setting: Setting, homes: Mapping[str, str]) -> Placements:
@@ -187,13 +192,13 @@ class _Swap:
 
 def _with_cpu(setting: Setting, placed: Placements) -> Placements:
     """Let the CPU compute so many blocks in RAM, spread evenly, that it and the buses finish together."""
-    shares = _Shares(setting, placed)
-    alone = shares.streamed()
-    if alone is None:
+    shares = _shares_of(setting, placed)
+    alone = shares and shares.streamed
+    if not shares or not alone:
         return placed
     best, least_s = placed, alone.decode_s / WORTH_IT + alone.prefill_s / ANSWER_TOKENS
     for count in shares.counts:
-        share = shares.of(count)
+        share = shares.timed(count)
         if share is not None and share.decode_s * WORTH_IT <= alone.decode_s and share.answer_s < least_s:
             best, least_s = shares.placed(count, visits=share.visits), share.answer_s
     return best
@@ -205,23 +210,29 @@ def _relieved(setting: Setting, placed: Placements) -> Placements:
     A block that streams leaves its keys and values on the GPU, and a long context may have more of
     them than fit. One that the CPU computes has them in RAM.
     """
-    shares = _Shares(setting, placed)
+    for gpu in lacking(setting, placed):
+        placed = _relieved_of(setting, placed, gpu)
+    return placed
+
+
+def _relieved_of(setting: Setting, placed: Placements, gpu: str) -> Placements:
+    """One GPU's part of it: of the numbers of its blocks that are enough, the one that answers fastest."""
+    shares = _shares_of(setting, placed, gpu)
+    if shares is None:
+        return placed
 
     def has_room(count: int, *, visits: bool = False) -> bool:
-        return _gpus_have_room(setting, shares.placed(count, visits=visits))
+        return gpu not in lacking(setting, shares.placed(count, visits=visits))
 
-    enough = shares.counts[bisect_left(shares.counts, True, key=has_room) :]
+    enough = shares.from_where(has_room, shares.counts)
     if not enough:
         return placed
-    visited = enough[bisect_left(enough, True, key=lambda count: has_room(count, visits=True)) :]
-    timed = {n: share for n in enough if (share := shares.of(n, can_visit=n in visited))}
-    count = min(timed or enough, key=lambda count: timed[count].answer_s if timed else count)
-    return shares.placed(count, visits=bool(timed) and timed[count].visits)
-
-
-def _gpus_have_room(setting: Setting, placed: Placements) -> bool:
-    gpus = {gpu.id for gpu in setting.machine.gpus}
-    return all(use.spare >= 0 for use in setting.uses(placed) if use.device in gpus)
+    visited = set(shares.from_where(lambda count: has_room(count, visits=True), enough))
+    timed = {n: share for n in enough if (share := shares.timed(n, has_room_to_visit=n in visited))}
+    if not timed:
+        return shares.placed(enough[0], visits=False)
+    count = min(timed, key=lambda count: timed[count].answer_s)
+    return shares.placed(count, visits=timed[count].visits)
 
 
 @dataclass(frozen=True)
@@ -238,57 +249,79 @@ class _Share:
         return self.decode_s + self.prefill_s / ANSWER_TOKENS
 
 
+def _shares_of(setting: Setting, placed: Placements, gpu: str = "") -> _Shares | None:
+    """What the CPU could compute of the blocks in RAM, if anything: of one GPU's, or of all."""
+    candidates = [
+        i for i, p in enumerate(placed) if _could_be_computed_by_cpu(p) and (not gpu or p.compute == gpu)
+    ]
+    if not candidates or not setting.machine.has("cpu") or unified_pool(setting.machine):
+        return None
+    return _Shares(setting, placed, candidates)
+
+
 class _Shares:
-    """What the CPU could compute of the blocks that are in RAM.
+    """The CPU's possible shares of some blocks in RAM, by their number.
 
     Attributes
     ----------
     counts
-        Numbers of blocks that RAM has room for the keys and values of; empty when the CPU can compute none.
+        Numbers of blocks that RAM has room for the keys and values of.
     """
 
-    def __init__(self, setting: Setting, placed: Placements) -> None:
-        self._setting, self._placed = setting, placed
-        self._candidates = [i for i, place in enumerate(placed) if _could_be_computed_by_cpu(place)]
-        self._can_visit = _can_visit(setting)
-        self.counts: list[int] = []
-        if not self._candidates or not setting.machine.has("cpu") or unified_pool(setting.machine):
-            return
+    def __init__(self, setting: Setting, placed: Placements, candidates: list[int]) -> None:
+        self._setting, self._placed, self._candidates = setting, placed, candidates
         uses = setting.uses(placed)
         room = next(use for use in uses if use.device == "cpu").spare
         room -= activation_bytes(setting.layout, setting.workload)
-        self.counts = [n for n in range(1, len(self._candidates) + 1) if self._kept_bytes(n) <= room]
         self._streams = engine_of(setting, placed, uses)
-        self._mixed = replace(self._streams, is_captured=False)
-        self._times = _Times(setting, placed, self._candidates)
+        self._are_alike = len({_kind(placed[i]) for i in candidates}) == 1
+        self.counts = self._counts_within(room)
 
     def placed(self, count: int, *, visits: bool) -> Placements:
         """The blocks with ``count`` of them computed by the CPU."""
         return _on_cpu(self._placed, evenly(self._candidates, count), visits=visits)
 
+    def from_where(self, is_enough: Callable[[int], bool], counts: list[int]) -> list[int]:
+        """The counts that are enough. Of blocks that are alike a few need a look: more free more."""
+        if self._are_alike:
+            return counts[bisect_left(counts, True, key=is_enough) :]
+        return [count for count in counts if is_enough(count)]
+
+    @cached_property
     def streamed(self) -> _Share | None:
         """All of them on the GPUs; ``None`` without a choice, or when nobody knows how long that takes."""
         decode_s = self._times.decode_s([], self._streams) if self.counts else None
         return None if decode_s is None else _Share(decode_s, self._streamed_prefill_s)
 
-    def of(self, count: int, *, can_visit: bool = True) -> _Share | None:
+    def timed(self, count: int, *, has_room_to_visit: bool = True) -> _Share | None:
         """``count`` of them by the CPU; ``None`` when nobody knows how long that takes."""
         chosen = evenly(self._candidates, count)
         decode_s = self._times.decode_s(chosen, self._mixed)
         if decode_s is None:
             return None
         here_s, there_s = self._times.prefill_s(chosen, self._mixed), self._streamed_prefill_s
-        visits = can_visit and self._can_visit and (not here_s or there_s <= here_s)
+        visits = has_room_to_visit and _can_visit(self._setting) and (not here_s or there_s <= here_s)
         return _Share(decode_s, there_s if visits else here_s, visits)
+
+    @cached_property
+    def _times(self) -> _Times:
+        return _Times(self._setting, self._placed, self._candidates)
+
+    @cached_property
+    def _mixed(self) -> Engine:
+        return replace(self._streams, is_captured=False)
 
     @cached_property
     def _streamed_prefill_s(self) -> float:
         return self._times.prefill_s([], self._mixed)
 
-    def _kept_bytes(self, count: int) -> int:
-        """Keys, values and buffers of the blocks, which stay where they are computed."""
-        blocks = [self._placed[i].block for i in evenly(self._candidates, count)]
-        return sum(self._setting.workload.cache_bytes(b) + b.buffer_bytes for b in blocks)
+    def _counts_within(self, room: int) -> list[int]:
+        """Numbers of blocks whose keys, values and buffers, which stay where they are computed, have room."""
+        blocks = [self._placed[i].block for i in self._candidates]
+        sizes = [self._setting.workload.cache_bytes(b) + b.buffer_bytes for b in blocks]
+        if self._are_alike:
+            return list(range(1, min(len(sizes), max(0, room) // max(sizes[0], 1)) + 1))
+        return [n for n in range(1, len(sizes) + 1) if sum(evenly(sizes, n)) <= room]
 
 
 def _can_visit(setting: Setting) -> bool:
@@ -359,4 +392,5 @@ def _kind(place: Placement) -> tuple[object, ...]:
     """Blocks of which all figures are equal."""
     block = place.block
     experts = (block.experts, block.expert_bytes, block.active_experts)
-    return (place.home, place.compute, place.kept, block.bytes, block.parameters, block.cache, *experts)
+    sizes = (block.bytes, block.parameters, block.cache, block.buffer_bytes)
+    return (place.home, place.compute, place.kept, *sizes, *experts)

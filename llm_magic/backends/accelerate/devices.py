@@ -10,6 +10,7 @@ libraries besides; importing transformers takes some more, if it was not yet.
 from __future__ import annotations
 
 import datetime
+import gc
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -210,6 +211,8 @@ def _finished(torch: Any, device_id: str, work: Callable[[], object]) -> Callabl
 
 def _give_back(torch: Any, devices: tuple[Device, ...]) -> None:
     """Return what measuring took, pinned memory too, which torch would keep for later."""
+    if devices:
+        gc.collect()  # a model whose modules know each other
     for family in {device.id.partition(":")[0] for device in devices}:
         getattr(torch, family).empty_cache()
     if devices and hasattr(torch.accelerator, "empty_host_cache"):

@@ -16,7 +16,7 @@ from llm_magic.backends.accelerate.decoding.sweep_times import SweepTimes
 from llm_magic.backends.accelerate.generate import Steps, run_generate, watched_blocks
 from llm_magic.backends.accelerate.load import LoadedWeights
 from llm_magic.backends.accelerate.measure import Clock, Probe, sweep_speed
-from llm_magic.backends.accelerate.memory_errors import is_out_of_memory, release_memory
+from llm_magic.backends.accelerate.memory_errors import TokensLostError, is_out_of_memory, release_memory
 from llm_magic.backends.accelerate.placement.adapters import fingerprint
 from llm_magic.backends.accelerate.placement.layer_cache import layer_indices
 from llm_magic.backends.accelerate.prompt.prompts import TokenizedPrompt, tokenize
@@ -339,7 +339,7 @@ class TransformersEngine:
         traceback.clear_frames(error.__traceback__)
         if not isinstance(error, Exception) or isinstance(error, LLMMagicError):
             return error
-        if is_out_of_memory(error):
+        if is_out_of_memory(error) or isinstance(error, TokensLostError):
             release_memory()
             return self._out_of_memory(error, block)
         if isinstance(

@@ -5,20 +5,23 @@ It is measured with layers of transformers, on the device: narrow ones, in which
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
-from llm_magic.host.speed import median_of
+from llm_magic.host.speed import quartile_of
 
 LAYERS = 20
 WIDTH = 576  # 7 MB a layer in bf16, 142 MB together: more than most caches of a processor hold
 _PROMPT = 32  # tokens
+_TOO_LONG = 8  # times the budget, for a first sweep: the device is busy with something else
+_BUSY_S = 10e-3  # so is one that takes longer for a layer
 
 
 def layer_overhead_s(
     device_id: str, read_bytes_per_s: float, finish: Callable[[], object], budget_s: float
 ) -> float:
-    """Seconds of one layer for one token, less those of reading it; 0 when it cannot be measured.
+    """Seconds of one layer for one token, less those of reading it; 0 when it cannot be measured now.
 
     Parameters
     ----------
@@ -39,12 +42,17 @@ def layer_overhead_s(
             model(tokens, past_key_values=cache, use_cache=True)
             finish()
 
+        began = time.perf_counter()
         sweep(ids)
-        seconds = median_of(lambda: sweep(ids[:, :1]), budget_s) / LAYERS
+        if time.perf_counter() - began > _TOO_LONG * budget_s:
+            return 0.0
+        seconds = quartile_of(lambda: sweep(ids[:, :1]), budget_s) / LAYERS
     except Exception:  # whatever is not there: forecasts can do without
         return 0.0
-    size = sum(parameter.nbytes for parameter in model.model.layers[0].parameters())
-    return max(0.0, seconds - size / read_bytes_per_s) if read_bytes_per_s else 0.0
+    if not read_bytes_per_s or seconds > _BUSY_S:
+        return 0.0
+    size: int = sum(parameter.nbytes for parameter in model.model.layers[0].parameters())
+    return max(0.0, seconds - size / read_bytes_per_s)
 
 
 def _narrow_model(device_id: str) -> Any:

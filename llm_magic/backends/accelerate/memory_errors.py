@@ -11,6 +11,10 @@ _SIGNS = (
 )
 
 
+class TokensLostError(RuntimeError):
+    """Keys and values of an answer are gone, for want of memory to put them into."""
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed, on any device."""
     import torch

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from llm_magic.backends.accelerate.memory_errors import is_out_of_memory, release_memory
 from llm_magic.errors import LLMMagicError
@@ -20,6 +21,7 @@ from llm_magic.planning.constants import Constants
 from llm_magic.planning.costs import slots_for
 from llm_magic.planning.planner import make_plan
 from llm_magic.planning.select import edited
+from llm_magic.planning.setting import Setting
 from llm_magic.units import GIB
 from llm_magic.views.words import grouped, on_device
 
@@ -129,8 +131,9 @@ def moved_plan(plan: Plan, places: Sequence[Placement], target: str) -> Plan:
 def relieved_plan(plan: Plan, device: str) -> Plan | None:
     """The plan with less for a GPU to keep, every block where it is; ``None`` when the CPU can take nothing.
 
-    It gets a limit that it cannot keep without giving up the keys and values of some layers that
-    stream, or, without such layers, those that come along in prompts.
+    It is made under a limit that it cannot keep without giving up the keys and values of some layers
+    that stream, or, without such layers, those that come along in prompts. How many more is the
+    planner's choice: as many as answer fastest.
     """
     layers = [place for place in plan.placements if place.fetched_to == device and place.way != "read"]
     streamed = [place for place in layers if place.compute == device]
@@ -139,7 +142,10 @@ def relieved_plan(plan: Plan, device: str) -> Plan | None:
     if device == "cpu" or not layers or host_memory().free < size + GIB:
         return None
     relieved = _planned_anew(plan, plan.device_map, {device: plan.use(device).planned - size})
-    return relieved if relieved.fits else None
+    if not relieved.fits:
+        return None
+    uses = Setting.of(plan, Constants.from_json(plan.constants)).uses(relieved.placements)
+    return replace(relieved, budget=plan.budget, uses=uses)
 
 
 def _planned_anew(plan: Plan, homes: Mapping[str, str], limits: Mapping[str, int] | None = None) -> Plan:

@@ -20,7 +20,7 @@ from weakref import WeakSet
 from llm_magic.backends.accelerate.decoding.kv_cache import crop
 from llm_magic.backends.accelerate.decoding.static_cache import StaticCache, to_dynamic, to_static
 from llm_magic.backends.accelerate.decoding.warmup import COMPILING, WarmUp, short
-from llm_magic.backends.accelerate.memory_errors import is_out_of_memory
+from llm_magic.backends.accelerate.memory_errors import TokensLostError, is_out_of_memory
 
 if TYPE_CHECKING:
     from llm_magic.plan import Plan
@@ -250,10 +250,16 @@ class CapturedSteps:
             return self._logits[shape[:2]][:, : ids.shape[1]].clone()
 
     def give_back(self, length: int) -> None:
-        """Put the first ``length`` tokens into the cache they came from; when that fails, they stay here."""
+        """Put the first ``length`` tokens into the cache they came from; when that fails, they stay here.
+
+        Raises
+        ------
+        TokensLostError
+            When they cannot stay either.
+        """
         if self._dynamic is not None:
             try:
-                to_dynamic(self._static, self._dynamic, self._batch, length)
+                self._move_back(length)
                 self._dynamic = None
             finally:
                 self._fence()  # also when memory ran out: slots may be read by the last sweep still
@@ -280,8 +286,7 @@ class CapturedSteps:
         self._forget_graphs()  # first: what they held is room for the tokens
         self.give_back(self._written)
         self._returned = cache  # how many of its tokens are right is known to the loop
-        self._inputs = None
-        self._static.free()
+        self._drop_static()
         if self._warm_up is not None:
             self._warm_up.close()
             self._warm_up = None
@@ -294,8 +299,7 @@ class CapturedSteps:
         if self._dynamic is not None or not self._static.capacity:
             return False
         self._forget_graphs()
-        self._inputs = None
-        self._static.free()
+        self._drop_static()
         return True
 
     # What others want to know
@@ -333,6 +337,31 @@ class CapturedSteps:
         self._dynamic, self._returned, self._batch = cache, None, batch
         self._inputs.pad(self._attention_mask)
         self._fence()
+        return True
+
+    def _move_back(self, length: int) -> None:
+        """Into room that there is beside the fixed addresses, or else into theirs, which are given up."""
+        if self._is_copied_back(length):
+            return
+        self._forget_graphs()
+        try:
+            to_dynamic(self._static, self._dynamic, self._batch, length, frees=True)
+        except BaseException as error:
+            if all(layer.buffers for layer in self._static.layers):
+                raise
+            self._dynamic = None
+            self._drop_static()
+            raise TokensLostError("No memory was left for the KV cache.") from error
+        self._drop_static()
+
+    def _is_copied_back(self, length: int) -> bool:
+        """``False`` when memory ran out; the error is gone then, and what its frames held."""
+        try:
+            to_dynamic(self._static, self._dynamic, self._batch, length)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return False
         return True
 
     def _run(self, shape: Shape) -> None:
@@ -449,6 +478,10 @@ class CapturedSteps:
     def _forget_graphs(self) -> None:
         self._graphs.clear()
         self._logits.clear()
+
+    def _drop_static(self) -> None:
+        self._inputs = None
+        self._static.free()
 
     def _fence(self) -> None:
         for lane in self._lanes:

@@ -10,14 +10,14 @@ repeats a pass that failed once somebody made room for it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from llm_magic.backends.accelerate.decoding.rollback import Rollback
 from llm_magic.backends.accelerate.decoding.sampling import undrawn_if_it_fails
 from llm_magic.backends.accelerate.decoding.speculate import Proposal, Speculation, choose
-from llm_magic.backends.accelerate.memory_errors import is_out_of_memory
+from llm_magic.backends.accelerate.memory_errors import TokensLostError, is_out_of_memory
 
 REPEATS = 3
 """Of one pass or choice that failed; each time something was moved out of its way."""
@@ -278,9 +278,9 @@ class _Answer:
 
     def _end(self) -> None:
         """Leave the answer's tokens in the cache, or nothing where there is no memory for them."""
-        length = self._choice.length - 1
-        with _without_memory():
-            self._repeating(lambda: self._give_back(length), length)
+        # Nobody makes room for them: to read a chat anew is no great loss.
+        with suppress(TokensLostError), _without_memory():
+            self._give_back(self._choice.length - 1)
         self._rollback.finish()
 
     # The prompt
@@ -330,8 +330,9 @@ class _Answer:
             right = self._take(logits, proposal, before)
         except Exception as error:
             del logits
-            with _without_memory():  # what a quick step holds is room, if its tokens can go back
-                self._give_back(self._choice.length - 1)
+            if is_out_of_memory(error):
+                with _without_memory():  # what a quick step holds is room, if its tokens can go back
+                    self._give_back(self._choice.length - 1)
             if not self._is_room_made(error):
                 raise
             return

@@ -172,16 +172,22 @@ def to_static(dynamic: Any, static: StaticCache) -> int:
     return length
 
 
-def to_dynamic(static: StaticCache, dynamic: Any, batch: int, length: int) -> None:
+def to_dynamic(static: StaticCache, dynamic: Any, batch: int, length: int, *, frees: bool = False) -> None:
     """Copy the first ``length`` tokens of ``batch`` sequences back into the cache they came from.
 
     When memory runs out, that holds nothing.
+
+    Parameters
+    ----------
+    frees
+        Give each layer's room back as soon as it was copied: the next one may need it.
     """
     try:
         for source, target in zip(static.layers, dynamic.layers, strict=True):
             empty(target)
-            keys, values = (buffer[:batch, :, :length] for buffer in source.buffers)
-            target.update(keys, values)
+            target.update(*(buffer[:batch, :, :length] for buffer in source.buffers))
+            if frees:
+                source.free()
     except BaseException:
         for target in dynamic.layers:
             empty(target)
