@@ -6,6 +6,7 @@ These stand in for it, and come from numpy.
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -50,13 +51,9 @@ def best_of(work: Callable[[], object], budget_s: float) -> float:
     return max(min(_runs(work, budget_s)), 1e-9)
 
 
-def quartile_of(work: Callable[[], object], budget_s: float) -> float:
-    """Seconds below which a quarter of the runs stay: what ``work`` takes that waits for its own threads.
-
-    The fastest run is luck then, and the one in the middle what others take from it.
-    """
-    seconds = sorted(_runs(work, budget_s))
-    return max(seconds[len(seconds) // 4], 1e-9)
+def median_of(work: Callable[[], object], budget_s: float) -> float:
+    """Seconds of the run in the middle: of ``work`` that waits for its own threads, the fastest is luck."""
+    return max(statistics.median(_runs(work, budget_s)), 1e-9)
 
 
 def _runs(work: Callable[[], object], budget_s: float) -> list[float]:

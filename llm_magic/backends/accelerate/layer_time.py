@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from llm_magic.host.speed import quartile_of
+from llm_magic.host.speed import median_of
 
 LAYERS = 20
 WIDTH = 576  # 7 MB a layer in bf16, 142 MB together: more than most caches of a processor hold
@@ -46,7 +46,7 @@ def layer_overhead_s(
         sweep(ids)
         if time.perf_counter() - began > _TOO_LONG * budget_s:
             return 0.0
-        seconds = quartile_of(lambda: sweep(ids[:, :1]), budget_s) / LAYERS
+        seconds = median_of(lambda: sweep(ids[:, :1]), budget_s) / LAYERS
     except Exception:  # whatever is not there: forecasts can do without
         return 0.0
     if not read_bytes_per_s or seconds > _BUSY_S:
