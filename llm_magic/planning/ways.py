@@ -55,9 +55,8 @@ def place_blocks(setting: Setting, homes: Mapping[str, str]) -> Placements:
     relieved = _relieved(setting, kept)
     if not lacking(setting, relieved):
         return relieved
-    return _with_kept(
-        setting, _relieved(setting, placed)
-    )  # copies may have taken the room of keys and values
+    # Copies may have taken the room of keys and values.
+    return _with_kept(setting, _relieved(setting, placed))
 
 
 def lacking(setting: Setting, placed: Placements) -> tuple[str, ...]:
