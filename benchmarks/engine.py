@@ -165,7 +165,7 @@ def _plan(
         placement=_known(layout, device_map),
         policy="benchmark",
         options={"quantize": quantize} if quantize else {},
-        constants=kept_constants(layout),
+        constants=kept_constants(layout, machine),
     )
 
 
