@@ -39,7 +39,7 @@ lab: $(STAMPS)/lab $(VIEWS) ## JupyterLab on the example notebooks
 check: $(STAMPS)/test views ## lint, format, types, import directions
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy llm_magic
+	$(BIN)/mypy
 	$(BIN)/lint-imports
 	@$(NPM) run --silent check
 

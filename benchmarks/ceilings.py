@@ -154,7 +154,7 @@ class GpuCeiling:
     def _seconds(self, work: Callable[[], object], runs: int = 7) -> float:
         """Median by the device's own clock."""
         cuda = self._torch.cuda
-        times = []
+        times: list[float] = []
         for _ in range(1 + runs):
             begin, end = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
             begin.record()

@@ -46,7 +46,11 @@ class SessionSubject:
         self._nowhere.close()
 
     def _answered(self, case: str, prompt: str, tokens: int) -> dict[str, float]:
-        sampling = {"temperature": 0.0, "max_new_tokens": tokens, "extra": {"prompt_lookup_num_tokens": 0}}
+        sampling: dict[str, Any] = {
+            "temperature": 0.0,
+            "max_new_tokens": tokens,
+            "extra": {"prompt_lookup_num_tokens": 0},
+        }
         if case == "bare":
             request = Request((Message("user", prompt),), Sampling(**sampling), use_template=False)
             start = time.perf_counter()
