@@ -782,6 +782,26 @@ def test_tokens_that_cannot_go_back_in_the_midst_of_an_answer_stay_or_end_it(mod
     assert greedy(steps, tested, ids, 8).tolist() == eager(tested, ids, 8).tolist()
 
 
+def test_an_interrupt_while_tokens_go_back_is_one_still(model: Any) -> None:
+    tested, ids = model("llama"), prompts()
+    steps, cache = step_of(tested), prefilled(tested, ids)
+    begin(steps, cache, None, 32)
+    steps(ids[:, -1:], 8)
+
+    class Interrupted(FailingCopies):
+        """No memory for the first attempt, and an interrupt in the second."""
+
+        def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if op is torch.ops.aten.cat.default and self._count == 6:
+                raise KeyboardInterrupt
+            return super().__torch_dispatch__(op, types, args, kwargs)
+
+    with pytest.raises(KeyboardInterrupt), Interrupted(lambda n: n == 3):
+        steps.give_back(9)
+    assert cache.get_seq_length() == 0
+    assert greedy(steps, tested, ids, 8).tolist() == eager(tested, ids, 8).tolist()
+
+
 @pytest.mark.parametrize("stopped_after", [0, 3, 4, 5])
 def test_a_cache_has_the_right_tokens_after_steps_were_made_anew(model: Any, stopped_after: int) -> None:
     """A move gives back all that was written, proposals that were wrong too."""

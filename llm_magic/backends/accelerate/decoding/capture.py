@@ -351,6 +351,8 @@ class CapturedSteps:
                 raise
             self._dynamic = None
             self._drop_static()
+            if not isinstance(error, Exception):  # an interrupt is one still
+                raise
             raise TokensLostError("No memory was left for the KV cache.") from error
         self._drop_static()
 
