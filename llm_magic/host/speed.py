@@ -43,7 +43,12 @@ def measure_cpu(free_bytes: int, budget_s: float = 0.4) -> CpuSpeed | None:
         read_s = best_of(lambda: list(pool.map(np.max, parts)), budget_s / 2)
     left, right = np.ones((256, 2048), dtype=np.float32), np.ones((2048, 2048), dtype=np.float32)
     product_s = best_of(lambda: left @ right, budget_s / 2)
-    return CpuSpeed(size / read_s, 2 * 256 * 2048 * 2048 / product_s, f"numpy, {threads} threads")
+    return CpuSpeed(size / read_s, 2 * 256 * 2048 * 2048 / product_s, f"numpy, {thread_words(threads)}")
+
+
+def thread_words(count: int) -> str:
+    """``"1 thread"``, ``"2 threads"``."""
+    return "1 thread" if count == 1 else f"{count} threads"
 
 
 def best_of(work: Callable[[], object], budget_s: float) -> float:

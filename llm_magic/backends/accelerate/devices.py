@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from llm_magic.backends.accelerate.layer_time import layer_overhead_s
 from llm_magic.host.memory import host_memory
 from llm_magic.host.processors import cpu_name
-from llm_magic.host.speed import best_of
+from llm_magic.host.speed import best_of, thread_words
 from llm_magic.machine import Device, Link
 from llm_magic.units import MIB
 
@@ -133,7 +133,7 @@ def _measured(torch: Any, device: Device, budget_s: float) -> Device:
             layer_s = layer_overhead_s(device.id, read, finish, budget_s)
     except RuntimeError:  # out of memory, or no bf16 there
         return device
-    threads = f", {torch.get_num_threads()} threads" if device.id == "cpu" else ""
+    threads = f", {thread_words(torch.get_num_threads())}" if device.id == "cpu" else ""
     return replace(
         device,
         read_bytes_per_s=read,
