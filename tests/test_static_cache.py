@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llm_magic.backends.accelerate.decoding.static_cache import StaticCache, to_dynamic, to_static
+from llm_magic.backends.accelerate.decoding.static_cache import StaticCache
 
 LAYERS, BATCH, HEADS, TOKENS, WIDTH = 3, 2, 4, 5, 8
 
@@ -30,21 +30,21 @@ def contents(cache: Any) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_cache_goes_there_and_back_bit_for_bit(dtype: torch.dtype) -> None:
-    cache, static = filled(dtype), StaticCache(LAYERS)
+    cache, static = filled(dtype), StaticCache([0] * LAYERS)
     before = contents(cache)
     static.reserve(cache, BATCH, 64)
-    assert to_static(cache, static) == TOKENS
-    to_dynamic(static, cache, BATCH, TOKENS)
+    assert static.take(cache) == TOKENS
+    static.give(cache, BATCH, TOKENS)
     assert all(torch.equal(a, b) for a, b in zip(before, contents(cache), strict=True))
     assert cache.get_seq_length() == TOKENS
 
 
 def test_what_comes_back_is_a_copy_cut_to_its_length() -> None:
-    cache, static = filled(), StaticCache(LAYERS)
+    cache, static = filled(), StaticCache([0] * LAYERS)
     before = contents(cache)
     static.reserve(cache, BATCH, 64)
-    to_static(cache, static)
-    to_dynamic(static, cache, BATCH, 3)
+    static.take(cache)
+    static.give(cache, BATCH, 3)
     for tensor in static.tensors():
         tensor.zero_()
     assert all(torch.equal(a[:, :, :3], b) for a, b in zip(before, contents(cache), strict=True))
@@ -53,7 +53,7 @@ def test_what_comes_back_is_a_copy_cut_to_its_length() -> None:
 
 
 def test_each_layer_is_emptied_before_the_next_one_is_copied() -> None:
-    cache, static = filled(), StaticCache(LAYERS)
+    cache, static = filled(), StaticCache([0] * LAYERS)
     static.reserve(cache, BATCH, 64)
     held: list[int] = []
 
@@ -64,13 +64,13 @@ def test_each_layer_is_emptied_before_the_next_one_is_copied() -> None:
             return func(*args, **(kwargs or {}))
 
     with Watching():
-        to_static(cache, static)
+        static.take(cache)
     assert held == [3, 3, 2, 2, 1, 1]
     assert not cache.get_seq_length()
 
 
 def test_room_that_is_there_keeps_its_addresses() -> None:
-    static = StaticCache(LAYERS)
+    static = StaticCache([0] * LAYERS)
     assert static.reserve(filled(), BATCH, 64)
     addresses = [tensor.data_ptr() for tensor in static.tensors()]
     assert not static.reserve(filled(), 1, 32)
@@ -96,7 +96,7 @@ class Full(TorchDispatchMode):
 
 
 def test_when_memory_runs_out_the_cache_is_what_it_was() -> None:
-    cache, static = filled(), StaticCache(LAYERS)
+    cache, static = filled(), StaticCache([0] * LAYERS)
     before = contents(cache)
     with pytest.raises(torch.OutOfMemoryError), Full(3):
         static.reserve(cache, BATCH, 64)
@@ -106,10 +106,10 @@ def test_when_memory_runs_out_the_cache_is_what_it_was() -> None:
 
 
 def test_a_sweep_writes_where_the_slots_say() -> None:
-    cache, static = filled(), StaticCache(LAYERS)
+    cache, static = filled(), StaticCache([0] * LAYERS)
     before = contents(cache)
     static.reserve(cache, BATCH, 64)
-    to_static(cache, static)
+    static.take(cache)
     slots = torch.tensor([TOKENS, TOKENS + 1])
     static.show(BATCH, 16, slots)
     new = torch.randn(BATCH, HEADS, 2, WIDTH)
@@ -123,10 +123,10 @@ def test_a_sweep_writes_where_the_slots_say() -> None:
 
 
 def test_nothing_of_an_earlier_answer_stays_behind_a_new_one() -> None:
-    static = StaticCache(LAYERS)
+    static = StaticCache([0] * LAYERS)
     static.reserve(filled(), BATCH, 64)
-    to_static(filled(), static)
+    static.take(filled())
     for tensor in static.tensors():
         tensor.fill_(float("nan"))
-    to_static(filled(), static)
+    static.take(filled())
     assert all(tensor.isfinite().all() for tensor in static.tensors())

@@ -140,6 +140,24 @@ def save_gemma(folder: Path, *, layers: int = LAYERS) -> Path:
     return _save(Gemma2ForCausalLM, config, folder)
 
 
+def save_gemma4(folder: Path, *, layers: int = LAYERS) -> Path:
+    """Gemma 4: wider heads where all is attended to; the last two layers attend to the keys of others."""
+    from transformers import Gemma4ForCausalLM, Gemma4TextConfig
+
+    config = Gemma4TextConfig(
+        **_common(layers) | {"initializer_range": 0.05},
+        num_key_value_heads=2,
+        head_dim=16,
+        global_head_dim=32,
+        sliding_window=16,
+        layer_types=[("sliding_attention", "full_attention")[number % 2] for number in range(layers)],
+        num_kv_shared_layers=2,
+        hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=VOCABULARY,
+    )
+    return _save(Gemma4ForCausalLM, config, folder)
+
+
 def save_gpt2(folder: Path, *, layers: int = LAYERS) -> Path:
     """GPT-2: learned positions, tied head, transposed linears; no chat template."""
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -185,6 +203,7 @@ MODELS: dict[str, Callable[[Path], Path]] = {
     "qwen3-moe": save_mixture,
     "mamba": save_mamba,
     "gemma": save_gemma,
+    "gemma4": save_gemma4,
     "gpt2": save_gpt2,
     "t5": save_t5,
 }

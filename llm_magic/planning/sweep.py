@@ -139,8 +139,7 @@ def block_sweep(layout: ModelLayout, workload: Workload, place: Placement, *, to
 def can_capture(layout: ModelLayout, machine: Machine, placed: Sequence[Placement]) -> bool:
     """Whether a decode step can be one CUDA graph: one GPU computes all, and only copies bring blocks."""
     computing = {place.compute for place in placed}
-    slides = any(block.cache.window for block in layout.blocks)
-    if len(computing) > 1 or slides or not can_prefill_in_parts(layout):
+    if len(computing) > 1 or not can_prefill_in_parts(layout):
         return False
     device = machine.device(computing.pop())
     brings_late = any(p.way == "read" or (p.is_offloaded and p.block.experts) for p in placed)

@@ -419,6 +419,17 @@ static int64_t math_attention(const at::Tensor&, const at::Tensor&, const at::Te
   return 0;  // the fused kernels have other operators on a GPU
 }
 
+// Convolutions of single channels are one operator on a GPU, which the CPU has under another name.
+static at::Tensor depthwise(const at::Tensor& self, const at::Tensor& weight, c10::IntArrayRef,
+                            const std::optional<at::Tensor>& bias, c10::IntArrayRef stride, c10::IntArrayRef padding,
+                            c10::IntArrayRef dilation) {
+  return at::conv2d(self, weight, bias, stride, padding, dilation, self.size(1));
+}
+
+static at::Tensor product_as(const at::Tensor& self, const at::Tensor& other, at::ScalarType type) {
+  return at::mm(self.to(type), other.to(type));  // a GPU adds in that type, and rounds nothing before
+}
+
 // --- Copies
 
 static constexpr double BUS_BYTES_PER_S = 25e9;
@@ -504,6 +515,11 @@ static at::Tensor& copy_(at::Tensor& self, const at::Tensor& given, bool non_blo
 
 TORCH_LIBRARY_IMPL(_, CUDA, library) {
   library.fallback(torch::CppFunction::makeFromBoxedFunction<&simulated::kernel>());
+}
+
+TORCH_LIBRARY_IMPL(aten, CPU, library) {
+  library.impl("_conv_depthwise2d", simulated::depthwise);
+  library.impl("mm.dtype", simulated::product_as);
 }
 
 TORCH_LIBRARY_IMPL(aten, CUDA, library) {

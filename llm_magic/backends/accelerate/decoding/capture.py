@@ -17,16 +17,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from weakref import WeakSet
 
-from llm_magic.backends.accelerate.decoding.kv_cache import crop
-from llm_magic.backends.accelerate.decoding.static_cache import StaticCache, to_dynamic, to_static
+from llm_magic.backends.accelerate.decoding.layer_kinds import is_plain, with_tokens
+from llm_magic.backends.accelerate.decoding.static_cache import SWEEP_TOKENS, StaticCache, places_of, shorten
 from llm_magic.backends.accelerate.decoding.warmup import COMPILING, WarmUp, short
 from llm_magic.backends.accelerate.memory_errors import TokensLostError, is_out_of_memory
 
 if TYPE_CHECKING:
     from llm_magic.plan import Plan
-
-SWEEP_TOKENS = (1, 2, 4, 8, 16)
-"""Tokens per sweep that are captured; others are rounded up."""
 
 _FIRST_VISIBLE = 512
 _ROUND = 64  # attention kernels like masks of round widths
@@ -142,6 +139,16 @@ class Inputs:
         before = places[None, :] <= slots[:, None]
         return before[None, None] & self.kept[: shape.batch, None, None, : shape.visible]
 
+    def window_mask(self, shape: Shape, slots: Any, window: int) -> Any:
+        """As ``mask``, for layers that see a window and hold tokens around a ring (see `static_cache`)."""
+        import torch
+
+        ring = places_of(window, self.kept.shape[1])
+        places = torch.arange(min(shape.visible, ring), device=self._device)
+        held = slots[-1] - (slots[-1] - places) % ring  # the token that lies there once the sweep has written
+        is_seen = (held <= slots[:, None]) & (held > slots[:, None] - window) & (held >= 0)
+        return is_seen[None, None] & self.kept[: shape.batch, None, None].index_select(3, held.clamp_min(0))
+
 
 class CapturedSteps:
     """Sweeps of a model that are captured on first use: the quick steps of `decode`.
@@ -188,7 +195,8 @@ class CapturedSteps:
         self._lanes = tuple(lanes)
         self._settle = settle
         self._warm_up = warm_up
-        self._static = StaticCache(_cache_layers(model))
+        self._windows = _windows(model)
+        self._static = StaticCache(self._windows)
         self._inputs: Inputs | None = None
         self._graphs: dict[Shape, Recorded] = {}
         self._logits: dict[tuple[int, int], Any] = {}
@@ -257,14 +265,9 @@ class CapturedSteps:
         TokensLostError
             When they cannot stay either.
         """
-        if self._dynamic is not None:
-            try:
-                self._move_back(length)
-                self._dynamic = None
-            finally:
-                self._fence()  # also when memory ran out: slots may be read by the last sweep still
-        elif self._returned is not None:
-            crop(self._returned, length)
+        self._leave(length)
+        if self._returned is not None:  # by a move, before it was known how many are right
+            shorten(self._returned, length)
         self._returned = None
 
     # What the engine calls
@@ -282,10 +285,9 @@ class CapturedSteps:
         In the midst of an answer its tokens go back to their cache. The steps can be used again, without
         compiled layers.
         """
-        cache = self._dynamic
         self._forget_graphs()  # first: what they held is room for the tokens
-        self.give_back(self._written)
-        self._returned = cache  # how many of its tokens are right is known to the loop
+        self._returned = None
+        self._leave(self._written)  # how many of them are right is known to the loop
         self._drop_static()
         if self._warm_up is not None:
             self._warm_up.close()
@@ -333,11 +335,22 @@ class CapturedSteps:
         if is_new or self._inputs is None:
             self._forget_graphs()
             self._inputs = Inputs(self._static.batch, self._static.capacity, self._device)
-        self._written = to_static(cache, self._static)
+        self._written = self._static.take(cache)
         self._dynamic, self._returned, self._batch = cache, None, batch
         self._inputs.pad(self._attention_mask)
         self._fence()
         return True
+
+    def _leave(self, length: int) -> None:
+        """Put tokens back into their cache, if they are here."""
+        cache = self._dynamic
+        if cache is None:
+            return
+        try:
+            self._move_back(length)
+            self._dynamic, self._returned = None, cache
+        finally:
+            self._fence()  # also when memory ran out: slots may be read by the last sweep still
 
     def _move_back(self, length: int) -> None:
         """Into room that there is beside the fixed addresses, or else into theirs, which are given up."""
@@ -345,9 +358,9 @@ class CapturedSteps:
             return
         self._forget_graphs()
         try:
-            to_dynamic(self._static, self._dynamic, self._batch, length, frees=True)
+            self._static.give(self._dynamic, self._batch, length, frees=True)
         except BaseException as error:
-            if all(layer.buffers for layer in self._static.layers):
+            if self._static.is_held:
                 raise
             self._dynamic = None
             self._drop_static()
@@ -359,7 +372,7 @@ class CapturedSteps:
     def _is_copied_back(self, length: int) -> bool:
         """``False`` when memory ran out; the error is gone then, and what its frames held."""
         try:
-            to_dynamic(self._static, self._dynamic, self._batch, length)
+            self._static.give(self._dynamic, self._batch, length)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -439,7 +452,7 @@ class CapturedSteps:
                 stack.enter_context(self._warm_up.at_work(shape, self._static, compiled=compiled))
             logits = self._model(
                 input_ids=inputs.ids[shape[:2]],
-                attention_mask=self._mask(inputs.mask(shape, slots)),
+                attention_mask=self._masks(inputs, shape, slots),
                 position_ids=inputs.positions(shape, slots),
                 past_key_values=self._static.cache,
                 use_cache=True,
@@ -448,13 +461,24 @@ class CapturedSteps:
         # The first run of a sweep, which is not captured, makes the place for its logits.
         self._logits.setdefault(shape[:2], logits).copy_(logits)
 
+    def _masks(self, inputs: Inputs, shape: Shape, slots: Any) -> Any:
+        """One mask for all layers, or one for each kind of them, by transformers' names."""
+        windows = _kinds(self._windows)
+        masks = {
+            "sliding_attention" if window else "full_attention": self._mask(
+                inputs.window_mask(shape, slots, window) if window else inputs.mask(shape, slots)
+            )
+            for window in windows
+        }
+        return masks if len(windows) > 1 else masks.popitem()[1]
+
     def _mask(self, visible: Any) -> Any:
         """A mask as the model's attention takes it: a 4D mask is passed on as it is."""
         import torch
 
         if _attention(self._model) == "sdpa":
             return visible
-        dtype = next(layer.keys.dtype for layer in self._static.layers)
+        dtype = self._static.dtype()
         return torch.where(visible, 0.0, torch.finfo(dtype).min).to(dtype)
 
     def _shape(self, ids: Any, cache_length: int) -> Shape:
@@ -628,7 +652,8 @@ def _model_reason(model: Any) -> str:
     checks = {
         "encoder-decoder": not model.config.is_encoder_decoder,
         "a forward pass without cache or positions": {"position_ids", "past_key_values"} <= set(takes),
-        "layers that are not full attention": _has_only_full_attention(model),
+        "layers that keep more than keys and values": _keeps_only_tokens(model),
+        "windows of several kinds": len(_kinds(_windows(model))) <= 1 + (0 in _windows(model)),
         # transformers' own word for models that work with a cache of fixed size.
         "the architecture needs a cache that grows": getattr(model, "_can_compile_fullgraph", False),
         "rotary tables that follow the length": not _has_growing_rotary_tables(model),
@@ -648,18 +673,27 @@ def _has_growing_rotary_tables(model: Any) -> bool:
     return bool(kinds & {"dynamic", "longrope"})
 
 
-def _has_only_full_attention(model: Any) -> bool:
+def _keeps_only_tokens(model: Any) -> bool:
+    layers = with_tokens(_cache_layers(model))
+    kinds = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ()
+    return bool(layers) and all(is_plain(layer) for layer in layers) and "chunked_attention" not in kinds
+
+
+def _windows(model: Any) -> list[int]:
+    """Of every layer of the cache, the tokens that it attends to; 0: all."""
+    layers = _cache_layers(model)
+    return [layer.sliding_window if getattr(layer, "is_sliding", False) else 0 for layer in layers]
+
+
+def _kinds(windows: Sequence[int]) -> list[int]:
+    return sorted(set(windows))
+
+
+def _cache_layers(model: Any) -> list[Any]:
     from transformers import DynamicCache
-    from transformers.cache_utils import DynamicLayer
 
-    layers = DynamicCache(config=model.config).layers
-    return bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
-
-
-def _cache_layers(model: Any) -> int:
-    from transformers import DynamicCache
-
-    return len(DynamicCache(config=model.config).layers)
+    layers: list[Any] = DynamicCache(config=model.config).layers
+    return layers
 
 
 def _attention(model: Any) -> str:

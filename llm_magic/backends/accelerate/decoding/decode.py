@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from llm_magic.backends.accelerate.decoding.kv_cache import goes_one_by_one
 from llm_magic.backends.accelerate.decoding.rollback import Rollback
 from llm_magic.backends.accelerate.decoding.sampling import undrawn_if_it_fails
 from llm_magic.backends.accelerate.decoding.speculate import Proposal, Speculation, choose
@@ -208,8 +209,8 @@ class _Model:
     def rollback(self) -> Rollback:
         """How passes are taken back."""
         rollback = Rollback(self.cache)
-        if self.cache is None and self._with_cache:
-            rollback.is_possible = False  # a recurrent state, which passes change for good
+        if goes_one_by_one(self._model) or (self.cache is None and self._with_cache):
+            rollback.is_possible = False  # nothing is proposed; a recurrent state is changed for good
         return rollback
 
     def __call__(self, ids: Any, begin: int, outputs_wanted: int, *, is_first: bool = False) -> Any:

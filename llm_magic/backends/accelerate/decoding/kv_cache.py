@@ -11,7 +11,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from llm_magic.backends.accelerate.decoding.layer_kinds import can_be_cropped, goes_on, with_tokens
 from llm_magic.backends.accelerate.placement.layer_cache import take_along
+
+_ONE_BY_ONE = ("cpmant", "reformer", "xlm")
+"""Model types whose passes behind the first are right for one token alone.
+
+CPM-Ant has a segment for the last one, XLM a mask behind it, and Reformer hashes the whole pass.
+"""
 
 
 @dataclass
@@ -76,7 +83,7 @@ class ChatCaches:
         self._in_use = None
         if not chat or cache is None:
             return
-        length = min((layer.get_seq_length() for layer in cache.layers), default=0)
+        length = min((layer.get_seq_length() for layer in with_tokens(cache.layers)), default=0)
         length = min(length, len(tokens))
         if length and crop(cache, length):
             self._kept[chat] = KeptCache(cache, tokens[:length])
@@ -134,8 +141,10 @@ def crop(cache: Any, length: int) -> bool:
 
     A sliding-window layer that has dropped tokens cannot: the ones before its window are gone.
     """
-    for layer in cache.layers:
+    for layer in with_tokens(cache.layers):
         extra = layer.get_seq_length() - length
+        if extra and not can_be_cropped(layer):
+            return False
         window = getattr(layer, "sliding_window", 0) if getattr(layer, "is_sliding", False) else 0
         if extra < 0 or (extra and window and layer.get_seq_length() >= window):
             return False
@@ -144,6 +153,11 @@ def crop(cache: Any, length: int) -> bool:
         if extra:
             layer.crop(-extra)
     return True
+
+
+def goes_one_by_one(model: Any) -> bool:
+    """Whether each pass that goes on from a KV cache must be one of a single token."""
+    return model.config.model_type in _ONE_BY_ONE
 
 
 def _new_cache(model: Any) -> Any:
@@ -155,18 +169,13 @@ def _new_cache(model: Any) -> Any:
 def _can_keep(model: Any) -> bool:
     import inspect
 
-    from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
-
     if (
         model.config.is_encoder_decoder
+        or goes_one_by_one(model)
         or "past_key_values" not in inspect.signature(model.forward).parameters
     ):
         return False
-    layers = _new_cache(model).layers
-    return all(
-        isinstance(layer, DynamicLayer) and not isinstance(layer, LinearAttentionCacheLayerMixin)
-        for layer in layers
-    )
+    return all(goes_on(layer) for layer in with_tokens(_new_cache(model).layers))
 
 
 def _common_prefix(first: list[int], second: list[int]) -> int:

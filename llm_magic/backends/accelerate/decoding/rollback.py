@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from llm_magic.backends.accelerate.decoding.layer_kinds import is_plain, with_tokens
+
 
 class Rollback:
     """The way back of one cache.
@@ -59,28 +61,13 @@ class Rollback:
 
 
 def _layers(cache: Any) -> list[Any]:
-    return list(getattr(cache, "layers", ()))
+    return with_tokens(getattr(cache, "layers", ()))
 
 
 def _is_supported(cache: Any) -> bool:
-    from transformers import cache_utils
+    from transformers.cache_utils import EncoderDecoderCache
 
-    if isinstance(cache, cache_utils.EncoderDecoderCache):
-        return False
-    more_than_keys_and_values = tuple(
-        kind
-        for name in (
-            "LinearAttentionCacheLayerMixin",
-            "BaseQuantizedLayer",
-            "QuantizedLayer",
-            "DynamicIndexedLayer",
-        )
-        if (kind := getattr(cache_utils, name, None)) is not None
-    )
-    return all(
-        isinstance(layer, cache_utils.DynamicLayer) and not isinstance(layer, more_than_keys_and_values)
-        for layer in _layers(cache)
-    )
+    return not isinstance(cache, EncoderDecoderCache) and all(is_plain(layer) for layer in _layers(cache))
 
 
 def _cut_layer(layer: Any, before: int, length: int) -> bool:

@@ -5,14 +5,24 @@ is recorded once and run again needs fixed addresses: here a sweep writes into b
 for the whole answer, at places that a tensor says, and attends to the first ``visible`` of them. Going back
 to an earlier length costs nothing: what lies behind it is masked, and written over later.
 
+A layer with a sliding window has a ring: token ``p`` lies at place ``p`` modulo its size, which is enough for
+the window and for what a sweep, and one before it that was taken back, write beyond.
+
 Between answers a chat's cache is transformers' own (see `kv_cache`); `to_static` and `to_dynamic` copy it,
 bit for bit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
+
+from llm_magic.backends.accelerate.decoding.layer_kinds import with_tokens
+
+SWEEP_TOKENS = (1, 2, 4, 8, 16)
+"""Tokens per sweep that are captured; others are rounded up."""
+
+_ROUND = 64  # attention kernels like masks of round widths
 
 
 class FixedLayer:
@@ -23,9 +33,14 @@ class FixedLayer:
     keys, values
         ``[batch, heads, visible, width]``: what a sweep attends to; views of the buffers.
     slots
-        int64 ``[tokens]``: where a sweep writes its tokens. The same tensor in every layer.
+        int64 ``[tokens]``: where a sweep writes its tokens. The same tensor in every layer of a kind.
     buffers
-        What is allocated for both: ``[batch, heads, capacity, width]``; empty before the first use.
+        What is allocated for both: ``[batch, heads, places, width]``; empty before the first use, and for a layer
+        that attends to another one's keys.
+    window
+        Tokens that are attended to, the new one included; 0: all.
+    places
+        Tokens that there is room for.
     """
 
     is_compileable = True
@@ -34,26 +49,65 @@ class FixedLayer:
     supports_early_init = False
     is_initialized = True
 
-    def __init__(self) -> None:
+    def __init__(self, window: int = 0) -> None:
+        self.window = window
+        self.places = 0
         self.keys: Any = None
         self.values: Any = None
         self.slots: Any = None
         self.buffers: tuple[Any, ...] = ()
+        self._start: Any = None
 
     def allocate(self, keys: Any, values: Any, batch: int, capacity: int) -> None:
         """Make room for ``capacity`` tokens of ``batch`` sequences, like these keys and values."""
+        self.places = places_of(self.window, capacity)
         self.buffers = tuple(
-            like.new_zeros((batch, like.shape[1], capacity, like.shape[3])) for like in (keys, values)
+            like.new_zeros((batch, like.shape[1], self.places, like.shape[3])) for like in (keys, values)
         )
 
-    def show(self, batch: int, visible: int, slots: Any) -> None:
-        """Let the next sweep see this much, and write there."""
+    def show(self, batch: int, visible: int, start: Any, slots: Any) -> None:
+        """Let the next sweep see this much, and write there; ``start`` tokens were before."""
         self.keys, self.values = (buffer[:batch, :, :visible] for buffer in self.buffers)
-        self.slots = slots
+        self.slots, self._start = slots, start
+
+    def put(self, keys: Any, values: Any, length: int) -> None:
+        """Hold these, the last of ``length`` tokens."""
+        for buffer, states in zip(self.buffers, (keys, values), strict=True):
+            count = min(states.shape[2], self.places)
+            buffer.zero_()  # what is masked has no weight, but NaN times nothing is NaN
+            for first, last, place in self._pieces(length - count, length):
+                begin = states.shape[2] - length + first
+                buffer[: states.shape[0], :, place : place + last - first].copy_(
+                    states[:, :, begin : begin + last - first]
+                )
+
+    def taken(self, batch: int, length: int) -> tuple[Any, Any]:
+        """Keys and values of the last of ``length`` tokens: as many as a window needs, and some that were before."""
+        import torch
+
+        count = min(length, self.window - 1 + SWEEP_TOKENS[-1]) if self.window else length
+        pieces = list(self._pieces(length - count, length))
+        keys, values = (
+            [buffer[:batch, :, place : place + last - first] for first, last, place in pieces]
+            for buffer in self.buffers
+        )
+        if len(pieces) == 1:
+            return keys[0], values[0]
+        return torch.cat(keys, dim=2), torch.cat(values, dim=2)
+
+    def _pieces(self, first: int, last: int) -> Iterator[tuple[int, int, int]]:
+        """Runs of tokens that lie one after the other: the first, the one behind the last, and the first's place."""
+        while True:
+            place = first % self.places if self.places else 0
+            end = min(last, first - place + self.places)
+            yield first, end, place
+            if end >= last:
+                return
+            first = end
 
     def free(self) -> None:
         """Give the buffers back."""
-        self.keys = self.values = self.slots = None
+        self.keys = self.values = self.slots = self._start = None
         self.buffers = ()
 
     def alone(self) -> OneLayer:
@@ -74,7 +128,7 @@ class FixedLayer:
 
     def get_seq_length(self) -> Any:
         """Tokens before this sweep, on the device: whoever asks for a number makes it fail early."""
-        return self.slots[0]
+        return self._start
 
     def get_max_length(self) -> int:
         """Tokens that a sweep can see."""
@@ -104,6 +158,11 @@ class OneLayer:
 class StaticCache:
     """The fixed layers of a model.
 
+    Parameters
+    ----------
+    windows
+        Of every layer, the tokens that it attends to; 0: all.
+
     Attributes
     ----------
     cache
@@ -114,14 +173,19 @@ class StaticCache:
         Sequences and tokens that there is room for; 0 before ``reserve``.
     """
 
-    def __init__(self, layers: int) -> None:
+    def __init__(self, windows: Sequence[int]) -> None:
         from transformers.cache_utils import Cache, CacheLayerMixin
 
         CacheLayerMixin.register(FixedLayer)  # transformers asks whether a layer is one of attention
-        self.layers = [FixedLayer() for _ in range(layers)]
+        self.layers = [FixedLayer(window) for window in windows]
         self.cache: Any = Cache(layers=list(self.layers))
         self.batch = 0
         self.capacity = 0
+
+    @property
+    def is_held(self) -> bool:
+        """Whether all its memory is there: a copy that failed may have given up some."""
+        return all(layer.buffers for layer in self.layers if layer.places)
 
     def reserve(self, like: Any, batch: int, capacity: int) -> bool:
         """Have room for this much of a cache like that; ``False`` when there was, at the same addresses.
@@ -133,7 +197,7 @@ class StaticCache:
         batch, capacity = max(batch, self.batch), max(capacity, self.capacity)
         self.free()
         try:
-            for source, layer in zip(like.layers, self.layers, strict=True):
+            for source, layer in self._pairs(like):
                 layer.allocate(source.keys, source.values, batch, capacity)
         except BaseException:
             self.free()
@@ -142,9 +206,18 @@ class StaticCache:
         return True
 
     def show(self, batch: int, visible: int, slots: Any) -> None:
-        """Let the next sweep see the first ``visible`` tokens, and write to ``slots``."""
+        """Let the next sweep see the first ``visible`` tokens, or what a window leaves of them, and write to ``slots``."""
+        start = slots[0]
+        around = {
+            layer.places: slots % layer.places for layer in self.layers if layer.window and layer.places
+        }
         for layer in self.layers:
-            layer.show(batch, visible, slots)
+            if layer.buffers:
+                layer.show(batch, min(visible, layer.places), start, around.get(layer.places, slots))
+
+    def dtype(self) -> Any:
+        """Of keys and values."""
+        return next(layer.buffers[0].dtype for layer in self.layers if layer.buffers)
 
     def tensors(self) -> Iterator[Any]:
         """All that is allocated."""
@@ -157,44 +230,76 @@ class StaticCache:
             layer.free()
         self.batch = self.capacity = 0
 
+    def take(self, dynamic: Any) -> int:
+        """Move the tokens of a ``DynamicCache`` into the reserved room; returns how many they are.
 
-def to_static(dynamic: Any, static: StaticCache) -> int:
-    """Move the tokens of a ``DynamicCache`` into the reserved room; returns how many they are.
+        Each layer is emptied as soon as it was copied.
+        """
+        length = int(dynamic.get_seq_length())
+        for source, target in self._pairs(dynamic):
+            target.put(source.keys, source.values, length)
+            empty(source)
+        return length
 
-    Each layer is emptied as soon as it was copied.
+    def give(self, dynamic: Any, batch: int, length: int, *, frees: bool = False) -> None:
+        """Copy the first ``length`` tokens of ``batch`` sequences back into the cache they came from.
+
+        Layers with a window get some tokens from before it, which `shorten` needs. When memory runs out, the cache
+        holds nothing.
+
+        Parameters
+        ----------
+        frees
+            Give each layer's room back as soon as it was copied: the next one may need it.
+        """
+        try:
+            for target, source in self._pairs(dynamic):
+                empty(target)
+                target.update(*source.taken(batch, length))
+                if source.window:
+                    target.cumulative_length = length
+                if frees:
+                    source.free()
+        except BaseException:
+            for target, _ in self._pairs(dynamic):
+                empty(target)
+            raise
+
+    def _pairs(self, dynamic: Any) -> Iterator[tuple[Any, FixedLayer]]:
+        """Layers of a cache that keep tokens, and what holds those here."""
+        keep = {id(layer) for layer in with_tokens(dynamic.layers)}
+        for theirs, ours in zip(dynamic.layers, self.layers, strict=True):
+            if id(theirs) in keep:
+                yield theirs, ours
+
+
+def places_of(window: int, capacity: int) -> int:
+    """Tokens of room that a layer needs, of ``capacity`` at most.
+
+    A sweep writes its tokens where the oldest lie. After it was taken back, tokens of the next one still see a whole
+    window: so there is room for two of the longest sweeps beside that.
     """
-    length = int(dynamic.get_seq_length())
-    for source, target in zip(dynamic.layers, static.layers, strict=True):
-        for buffer, states in zip(target.buffers, (source.keys, source.values), strict=True):
-            buffer[: states.shape[0], :, :length].copy_(states)
-            buffer[:, :, length:].zero_()  # what is masked has no weight, but NaN times nothing is NaN
-        empty(source)
-    return length
+    return min(capacity, _rounded_up(window + 2 * SWEEP_TOKENS[-1])) if window else capacity
 
 
-def to_dynamic(static: StaticCache, dynamic: Any, batch: int, length: int, *, frees: bool = False) -> None:
-    """Copy the first ``length`` tokens of ``batch`` sequences back into the cache they came from.
-
-    When memory runs out, that holds nothing.
-
-    Parameters
-    ----------
-    frees
-        Give each layer's room back as soon as it was copied: the next one may need it.
-    """
-    try:
-        for source, target in zip(static.layers, dynamic.layers, strict=True):
-            empty(target)
-            target.update(*(buffer[:batch, :, :length] for buffer in source.buffers))
-            if frees:
-                source.free()
-    except BaseException:
-        for target in dynamic.layers:
-            empty(target)
-        raise
+def _rounded_up(tokens: int) -> int:
+    return -(-tokens // _ROUND) * _ROUND
 
 
 def empty(layer: Any) -> None:
     """Make a ``DynamicLayer`` one that has seen nothing."""
     layer.keys = layer.values = None
     layer.is_initialized = False
+    if layer.is_sliding:
+        layer.cumulative_length = 0
+
+
+def shorten(dynamic: Any, length: int) -> None:
+    """Leave the first ``length`` tokens of a cache that ``StaticCache.give`` has filled with no more than a sweep more."""
+    for layer in with_tokens(dynamic.layers):
+        surplus = layer.get_seq_length() - length
+        last = layer.keys.shape[2] - surplus
+        first = max(0, last - layer.sliding_window + 1) if layer.is_sliding else 0
+        layer.keys, layer.values = layer.keys[:, :, first:last], layer.values[:, :, first:last]
+        if layer.is_sliding:
+            layer.cumulative_length = length

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
+
+_Name = tuple[str, Hashable]
+"""Of a tensor in a layer: the attribute, and the key in it where that is a dictionary (``None``: it is none)."""
 
 
 def layer_indices(block: Any) -> tuple[int, ...]:
     """The numbers of a block in the KV cache: those of its attention modules, for a layer has one or several."""
     found: dict[int, None] = {}
     for module in block.modules():
-        index = getattr(module, "layer_idx", None)
-        inner = (getattr(part, "layer_idx", None) for part in module.modules() if part is not module)
-        if isinstance(index, int) and not any(isinstance(each, int) for each in inner):
+        index = _index(module)
+        inner = (_index(part) for part in module.modules() if part is not module)
+        if index is not None and all(each is None for each in inner):
             found[index] = None
     return tuple(found)
+
+
+def _index(module: Any) -> int | None:
+    named = (getattr(module, name, None) for name in ("layer_idx", "layer_id"))
+    return next((index for index in named if isinstance(index, int)), None)
 
 
 def find_layers(arguments: Iterable[Any], indices: Sequence[int]) -> list[Any] | None:
@@ -34,7 +42,7 @@ def take_along(layer: Any, device: Any) -> None:
     """Move all tensors of a layer, as far as there are any, to ``device``: all of them, or none."""
     there = {name: value.to(device) for name, value in _tensors(layer).items() if value.device != device}
     if there:
-        vars(layer).update(there, device=device)
+        _replace(layer, there, device)
 
 
 class Stay:
@@ -58,9 +66,9 @@ class Stay:
         """Bring home what is new; what has only grown was there all the time."""
         back = {name: self._brought(name, value) for name, value in _tensors(self._layer).items()}
         if back:
-            vars(self._layer).update(back, device=self._home)
+            _replace(self._layer, back, self._home)
 
-    def _brought(self, name: str, value: Any) -> Any:
+    def _brought(self, name: _Name, value: Any) -> Any:
         import torch
 
         before = self._before.get(name)
@@ -77,7 +85,23 @@ def _has_grown(layer: Any, before: Any, now: Any) -> bool:
     return type(layer) is DynamicLayer and both_have_tokens and now.shape[-2] >= before.shape[-2]
 
 
-def _tensors(layer: Any) -> dict[str, Any]:
+def _tensors(layer: Any) -> dict[_Name, Any]:
+    """Keys and values are attributes; recurrent and compressed states are in dictionaries, by their number or use."""
     import torch
 
-    return {name: value for name, value in vars(layer).items() if isinstance(value, torch.Tensor)}
+    attributes = vars(layer)
+    found = {(name, None): value for name, value in attributes.items()}
+    for name, held in attributes.items():
+        if isinstance(held, dict):
+            found |= {(name, key): value for key, value in held.items()}
+    return {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
+
+
+def _replace(layer: Any, tensors: Mapping[_Name, Any], device: Any) -> None:
+    attributes = vars(layer)
+    for (name, key), value in tensors.items():
+        if key is None:
+            attributes[name] = value
+        else:
+            attributes[name][key] = value
+    attributes["device"] = device

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from llm_magic.backends.accelerate.source.config_values import of_layer
 from llm_magic.model import CacheCost
 
 _KEY = {"k_proj", "k", "key", "k_lin"}
@@ -40,7 +41,7 @@ def cache_costs(model: Any, layers: list[Any], dtype: Any) -> Iterator[CacheCost
         if id(layer) not in decoders:
             yield CacheCost()
             continue
-        yield _cost(layer, config, position, dtype.itemsize)
+        yield _cost(layer, of_layer(config, position), position, dtype.itemsize)
         position += 1
 
 
@@ -55,9 +56,11 @@ def _cost(layer: Any, config: Any, position: int, itemsize: int) -> CacheCost:
         return CacheCost()
     modules = dict(layer.named_modules())
     fixed = _convolution_elements(layer) * itemsize + _state_elements(layer, config) * _STATE_BYTES
-    has_attention = any(_ATTENTION.search(name) for name in modules)
+    names = {name.rpartition(".")[2] for name in modules}
+    has_attention = {"k_proj", "v_proj"} <= names or any(_ATTENTION.search(name) for name in modules)
     recurrent_only = kind in ("linear_attention", "conv", "mamba", "recurrent")
     width = 0 if recurrent_only or not has_attention else _attention_width(modules, config)
+    width += _number(config, "index_head_dim", "indexer_head_dim") if "indexer" in names else 0
     return CacheCost(width * itemsize, fixed, _window(config, kind) if width else 0)
 
 
@@ -109,15 +112,11 @@ def _kv_heads(config: Any) -> int:
         return int(config.num_attention_heads)
     if getattr(config, "multi_query", False):
         return 1
-    for name in ("num_key_value_heads", "num_kv_heads", "n_head_kv"):
-        if isinstance(value := getattr(config, name, None), int):
-            return value
-    return int(config.num_attention_heads)
+    return _number(config, "num_key_value_heads", "num_kv_heads", "n_head_kv", "num_attention_heads")
 
 
 def _head_dim(config: Any) -> int:
-    explicit = getattr(config, "head_dim", None) or getattr(config, "d_kv", None)
-    return int(explicit or config.hidden_size // config.num_attention_heads)
+    return _number(config, "head_dim", "d_kv") or int(config.hidden_size // config.num_attention_heads)
 
 
 def _convolution_elements(layer: Any) -> int:
@@ -136,16 +135,22 @@ def _state_elements(layer: Any, config: Any) -> int:
     for name, parameter in layer.named_parameters():
         if name.rpartition(".")[2] != "A_log":
             continue
-        if parameter.dim() == 2:  # Mamba: (channels, state)
+        if max(parameter.shape) < parameter.numel():  # Mamba: (channels, state), of one or several heads
             total += parameter.numel()
-        elif hasattr(config, "linear_value_head_dim"):  # delta rule: (value heads,)
-            total += parameter.numel() * config.linear_key_head_dim * config.linear_value_head_dim
-        else:  # Mamba 2: (heads,)
-            head = (
-                getattr(config, "mamba_d_head", None)
-                or getattr(config, "mamba_head_dim", None)
-                or config.head_dim
-            )
-            state = getattr(config, "mamba_d_state", None) or getattr(config, "ssm_state_size", None)
-            total += parameter.numel() * int(head) * int(state or config.state_size)
+        else:  # a matrix for each head
+            total += parameter.numel() * _head_state(config)
     return total
+
+
+def _head_state(config: Any) -> int:
+    keys = _number(config, "linear_key_head_dim", "linear_head_dim")
+    if keys:  # delta rule: keys x values
+        return keys * (_number(config, "linear_value_head_dim") or keys)
+    head = _number(config, "mamba_d_head", "mamba_head_dim", "head_dim")
+    return head * (_number(config, "mamba_d_state", "ssm_state_size", "state_size") or head)
+
+
+def _number(config: Any, *names: str) -> int:
+    """The first of these settings that is a whole number; 0 when none is."""
+    found = (getattr(config, name, None) for name in names)
+    return next((value for value in found if isinstance(value, int) and value > 0), 0)

@@ -15,6 +15,7 @@ from llm_magic.backends.accelerate.default_dtype import default_dtype_kept
 from llm_magic.backends.accelerate.placement.quantize import Method, find_method, packed_bytes, prepare
 from llm_magic.backends.accelerate.source import gguf_model, hub
 from llm_magic.backends.accelerate.source.cache_cost import cache_costs
+from llm_magic.backends.accelerate.source.config_values import values
 from llm_magic.backends.accelerate.source.convert import MARK, most_common_type
 from llm_magic.backends.accelerate.source.sources import ModelFiles, read_json, resolve, weight_headers
 from llm_magic.errors import OptionError, SourceError
@@ -264,8 +265,15 @@ def _layers_of(model: Any, classes: frozenset[str]) -> dict[int, int]:
 
 
 def _cut(module: Any, name: str, layers: dict[int, int]) -> Iterator[_Part]:
-    """The parts of a module in the order of its children: layers and layerless modules stay whole."""
-    if id(module) in layers or (name and not any(id(inner) in layers for inner in module.modules())):
+    """The parts of a module in the order of its children: layers and layerless modules stay whole.
+
+    Nobody calls a list of modules: each of them gets its inputs by itself.
+    """
+    from torch import nn
+
+    is_called = type(module).forward is not nn.Module.forward
+    holds_layers = any(id(inner) in layers for inner in module.modules())
+    if id(module) in layers or (name and is_called and not holds_layers):
         tensors = tuple((f"{name}.{n}", p) for n, p in module.named_parameters(remove_duplicate=False))
         buffers = sum(buffer.nbytes for buffer in module.buffers())
         if tensors or buffers:
@@ -461,15 +469,17 @@ def _with_experts(block: Block, config: Any) -> Block:
 
 
 def _number(config: Any, *names: str) -> int:
-    """The first of these settings that is a whole number; 0 when none is."""
+    """The first of these settings that is a whole number, the largest where layers differ; 0 when none is."""
     for part in (config.get_text_config(decoder=True), config):
         for name in names:
-            value = getattr(part, name, None)
-            if isinstance(value, list) and value and all(type(item) is int for item in value):
-                return int(max(value))
-            if type(value) is int and value > 0:
-                return value
+            found = [each for value in values(part, name) for each in _items(value) if type(each) is int]
+            if found and max(found) > 0:
+                return max(found)
     return 0
+
+
+def _items(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def context_length(config: Any) -> int:
