@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import traceback
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -225,7 +226,13 @@ def _read_model(
 
     config = load_config(files)
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    with bars_into(_reporter(progress, block_labels(plan.layout))), default_dtype_kept():
+    with (
+        bars_into(_reporter(progress, block_labels(plan.layout))),
+        default_dtype_kept(),
+        warnings.catch_warnings(),
+    ):
+        # Accelerate finds parameters and buffers outside of modules in the map, and places them all the same.
+        warnings.filterwarnings("ignore", message="The following device_map keys do not match any submodules")
         model, info = auto.from_pretrained(
             str(files.folder),
             config=config,

@@ -1,0 +1,49 @@
+"""Architectures whose layers differ, or keep more than keys and values, on a GPU: captured where they can be, and
+with all that a layer keeps wherever it computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytestmark = pytest.mark.gpu
+
+from tests.engines import BACKEND, ask, plan_for, request  # noqa: E402
+from tests.families import FAMILIES, save  # noqa: E402
+from tests.gpu.test_placed import HYBRID, ON_GPU, _own_folders  # noqa: E402, F401
+from tests.placements import placed_plan  # noqa: E402
+
+WAYS = {**ON_GPU, **HYBRID}
+ASKED = request("The capital of France is Paris, and the capital of Italy", chat="a", max_new_tokens=24)
+CAPTURED = ("mistral", "cohere2", "gpt_oss", "gemma3n_text")
+
+
+@pytest.fixture(scope="module")
+def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    folders: dict[str, Path] = {}
+
+    def made(name: str) -> Path:
+        if name not in folders:
+            folders[name] = save(name, tmp_path_factory.mktemp("families") / name)
+        return folders[name]
+
+    return made
+
+
+@pytest.mark.parametrize("way", ["resident", "streamed", "streamed, and visiting in prompts"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_answers_on_a_gpu_and_after_a_move(name: str, way: str, folder_of: Callable[[str], Path]) -> None:
+    """In half precision kernels differ between devices; in full precision tokens do not."""
+    folder = folder_of(name)
+    spec, in_ram = plan_for(folder, "ram")
+    engine = BACKEND.load(spec, in_ram, lambda _event: None)
+    expected = ask(engine, ASKED).text
+    for there in (way, "streamed, and computed by the CPU", way):
+        engine.apply(placed_plan(folder, WAYS[there]), lambda _event: None)
+        assert ask(engine, ASKED).text == expected
+    if way == "resident" and name in CAPTURED:
+        assert engine._quick.steps.status.startswith("captured decode")
+    engine.close()

@@ -1,0 +1,107 @@
+"""Architectures whose layers differ from one another, or keep more than keys and values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, DynamicCache
+
+from llm_magic.backends.accelerate.decoding.kv_cache import goes_one_by_one
+from llm_magic.model import ModelSpec
+from tests.engines import BACKEND, ask, load, request
+from tests.families import FAMILIES, save
+from tests.placements import stock
+
+OWN_STATE = ("cpmant",)  # its forward pass counts on the loop of transformers
+HISTORY = ("deepseek_v4",)  # what is compressed is planned as if it were not
+TOKENS = 40
+ASKED = "The capital of France is Paris, and the capital of Italy"
+
+
+@pytest.fixture(scope="module")
+def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    folders: dict[str, Path] = {}
+
+    def made(name: str) -> Path:
+        if name not in folders:
+            folders[name] = save(name, tmp_path_factory.mktemp("families") / name)
+        return folders[name]
+
+    return made
+
+
+def tensors(held: Any) -> Iterator[torch.Tensor]:
+    """What a layer of a cache keeps: all but single numbers."""
+    if isinstance(held, torch.Tensor) and held.dim():
+        yield held
+    for each in held.values() if isinstance(held, Mapping) else ():
+        yield from tensors(each)
+
+
+def expected(folder: Path, *contents: str) -> str:
+    """What transformers answers from scratch."""
+    from transformers import AutoTokenizer
+
+    model, tokenizer = stock(folder), AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer("".join(contents), return_tensors="pt").input_ids
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=12,
+        do_sample=False,
+        eos_token_id=1,
+        pad_token_id=2,
+    )
+    text: str = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+    return text
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in (*OWN_STATE, *HISTORY)])
+def test_what_each_layer_keeps_is_planned(name: str, folder_of: Any) -> None:
+    folder = folder_of(name)
+    model = stock(folder)
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    with torch.inference_mode():
+        model(torch.arange(6, 6 + TOKENS)[None], past_key_values=cache, use_cache=True)
+    kept = [sum(tensor.nbytes for tensor in tensors(vars(layer))) for layer in cache.layers]
+    layout = BACKEND.layout(ModelSpec(str(folder)), lambda _event: None)
+    assert [block.cache.bytes_for(TOKENS) for block in layout.layers] == kept
+
+
+@pytest.mark.parametrize("placement", ["ram", "half", "mapped"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_answers_are_those_of_transformers(name: str, placement: str, folder_of: Any) -> None:
+    """On the disk, sweeps verify what the prompt proposes: nothing of it may stay behind."""
+    engine = load(folder_of(name), placement)
+    try:
+        for chat in ("", "a"):
+            assert ask(engine, request(ASKED, chat=chat)).text == expected(folder_of(name), ASKED)
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_chat_goes_on_from_what_its_cache_holds(name: str, folder_of: Any) -> None:
+    turns = ("The capital of France", " is", " and of Italy")
+    engine = load(folder_of(name), "half")
+    try:
+        first = ask(engine, request(turns[0], chat="a"))
+        for contents in (
+            (turns[0], first.text, turns[2]),  # more
+            (turns[0], turns[1], turns[2]),  # another answer
+            (turns[2],),
+        ):
+            answer = ask(engine, request(*contents, chat="a", use_template=True))
+            again = ask(engine, request(*contents, use_template=True))
+            assert answer.text == again.text
+    finally:
+        engine.close()
+
+
+def test_passes_of_several_tokens_are_not_for_all(folder_of: Any) -> None:
+    config = AutoConfig.from_pretrained(folder_of("cpmant"))
+    assert goes_one_by_one(type("Model", (), {"config": config})())
