@@ -569,9 +569,24 @@ class PlacedModel:
         for device, blocks in travellers.items():
             self._attach_lane(device, blocks, align=len(devices) > 1)
         self._attach_experts(plan or self.plan)
+        self._place_bare(plan or self.plan)
         self._attach_model(devices)
         self._advise()
         self.model.hf_device_map = accelerate_device_map((plan or self.plan).device_map)
+
+    def _place_bare(self, plan: Plan) -> None:
+        """Parameters and buffers between the modules go where the plan computes with them; no hook brings them."""
+        import torch
+
+        for place in plan.placements:
+            if place.block.name in self.blocks:
+                continue
+            path, _, leaf = place.block.name.rpartition(".")
+            owner, device = self.model.get_submodule(path), torch.device(place.compute)
+            for held in (owner._buffers, owner._parameters):
+                tensor = held.get(leaf)
+                if tensor is not None and not tensor.is_meta and tensor.device != device:
+                    tensor.data = tensor.data.to(device)
 
     def _attach_model(self, devices: Collection[str]) -> None:
         first = next(iter(self.blocks.values())).place.compute
