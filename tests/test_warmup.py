@@ -241,21 +241,21 @@ def test_only_layers_that_stay_on_a_gpu_are_changed(fresh: Any, tmp_path: Path) 
     assert found == {1: model.model.layers[1], 3: model.model.layers[3]}
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_compiled_layers_take_over_between_two_answers(fresh: Any, name: str) -> None:
+@pytest.mark.parametrize(("name", "kinds"), [("llama", 1), ("gpt2", 1), ("gemma", 2)])
+def test_compiled_layers_take_over_between_two_answers(fresh: Any, name: str, kinds: int) -> None:
     model, compiler, recorder, ids = fresh(name), Compiler(), Plain(), prompts()
     expected = eager(model, ids, 12)
     warm_up = WarmUp(layers_of(model), compiler)
     step = step_of(model, warm_up, recorder)
     assert torch.equal(greedy(step, model, ids, 12), expected)
     warm_up.wait()
-    assert (step.status, warm_up.reason, compiler.programs) == ("captured decode", "", 1)
+    assert (step.status, warm_up.reason, compiler.programs) == ("captured decode", "", kinds)
     assert "compiled layers" in warm_up.status
     for _ in range(2):
         assert torch.equal(greedy(step, model, ids, 12), expected)
         assert step.status == "captured decode, compiled layers"
-    # One program serves every layer, and nothing was compiled while an answer waited.
-    assert (compiler.programs, recorder.recorded) == (1, 2)
+    # One program serves every layer of a kind, and nothing was compiled while an answer waited.
+    assert (compiler.programs, recorder.recorded) == (kinds, 2)
 
 
 def test_each_size_of_a_sweep_is_compiled_for_itself(fresh: Any) -> None:

@@ -19,7 +19,7 @@ from llm_magic.machine import Machine
 from llm_magic.model import Block, ModelLayout
 from llm_magic.plan import Placement, Workload
 from llm_magic.planning.constants import Constants
-from llm_magic.planning.costs import can_prefill_in_parts, dtype_bytes, streamed_bytes
+from llm_magic.planning.costs import dtype_bytes, streamed_bytes
 from llm_magic.units import format_bandwidth
 
 PACKED_ON_CPU = {
@@ -139,7 +139,9 @@ def block_sweep(layout: ModelLayout, workload: Workload, place: Placement, *, to
 def can_capture(layout: ModelLayout, machine: Machine, placed: Sequence[Placement]) -> bool:
     """Whether a decode step can be one CUDA graph: one GPU computes all, and only copies bring blocks."""
     computing = {place.compute for place in placed}
-    if len(computing) > 1 or not can_prefill_in_parts(layout):
+    caches = layout.cache_costs
+    has_tokens = any(cache.bytes_per_token for cache in caches) and not layout.is_encoder_decoder
+    if len(computing) > 1 or not has_tokens or any(c.bytes_per_token and c.fixed_bytes for c in caches):
         return False
     device = machine.device(computing.pop())
     brings_late = any(p.way == "read" or (p.is_offloaded and p.block.experts) for p in placed)

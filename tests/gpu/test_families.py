@@ -18,7 +18,7 @@ from tests.placements import placed_plan  # noqa: E402
 
 WAYS = {**ON_GPU, **HYBRID}
 ASKED = request("The capital of France is Paris, and the capital of Italy", chat="a", max_new_tokens=24)
-CAPTURED = ("mistral", "cohere2", "gpt_oss", "gemma3n_text")
+EAGER = ("gpt_neo", "glm_moe_dsa", "deepseek_v4", "falcon_h1", "cpmant")
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +44,8 @@ def test_answers_on_a_gpu_and_after_a_move(name: str, way: str, folder_of: Calla
     for there in (way, "streamed, and computed by the CPU", way):
         engine.apply(placed_plan(folder, WAYS[there]), lambda _event: None)
         assert ask(engine, ASKED).text == expected
-    if way == "resident" and name in CAPTURED:
-        assert engine._quick.steps.status.startswith("captured decode")
+    if way == "resident":
+        steps = engine._quick.steps
+        is_captured = steps is not None and steps.status.startswith("captured decode")
+        assert is_captured == (name not in EAGER)
     engine.close()

@@ -8,11 +8,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from llm_magic.backends.accelerate.decoding.capture import CapturedSteps, CudaGraphs, why_not
+from llm_magic.backends.accelerate.decoding.capture import (
+    CapturedSteps,
+    CudaGraphs,
+    has_layers_alone,
+    why_not,
+)
 from llm_magic.backends.accelerate.decoding.pace import Pace
 from llm_magic.backends.accelerate.decoding.proposers import DraftModel, PromptLookup
 from llm_magic.backends.accelerate.decoding.speculate import Speculation
-from llm_magic.backends.accelerate.decoding.warmup import WarmUp, resident_layers
+from llm_magic.backends.accelerate.decoding.warmup import WarmUp, regional, resident_layers
 from llm_magic.backends.accelerate.placement.placed import PlacedModel
 from llm_magic.errors import OptionError
 
@@ -117,7 +122,8 @@ class Quick:
         import torch
 
         device = torch.device(placed.plan.placements[0].compute)
-        self._warm_up = WarmUp(resident_layers(placed.model, placed.plan))
+        compiler = regional if has_layers_alone(placed.model) else None
+        self._warm_up = WarmUp(resident_layers(placed.model, placed.plan), compiler)
         self.steps = CapturedSteps(
             placed.model,
             self._context,

@@ -17,8 +17,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from weakref import WeakSet
 
-from llm_magic.backends.accelerate.decoding.layer_kinds import is_plain, with_tokens
-from llm_magic.backends.accelerate.decoding.static_cache import SWEEP_TOKENS, StaticCache, places_of, shorten
+from llm_magic.backends.accelerate.decoding.layer_kinds import has_state, is_plain, with_tokens
+from llm_magic.backends.accelerate.decoding.static_cache import (
+    SWEEP_TOKENS,
+    StaticCache,
+    empty,
+    places_of,
+    shorten,
+)
 from llm_magic.backends.accelerate.decoding.warmup import COMPILING, WarmUp, short
 from llm_magic.backends.accelerate.memory_errors import TokensLostError, is_out_of_memory
 
@@ -229,7 +235,10 @@ class CapturedSteps:
 
         ``None`` for more tokens than a sweep takes, or when there is no memory for them.
         """
-        if tokens > SWEEP_TOKENS[-1] or not self._has_room:
+        most = (
+            1 if self._static.states else SWEEP_TOKENS[-1]
+        )  # what is too much would change a state for good
+        if tokens > most or not self._has_room:
             return None
         if self._dynamic is None and not self._take_over(cache, batch):
             return None
@@ -238,7 +247,8 @@ class CapturedSteps:
     def __call__(self, ids: Any, cache_length: int) -> Any:
         """Logits ``[batch, tokens, vocabulary]`` of ``ids``, the caller's own.
 
-        ``cache_length`` tokens came before them; what an earlier sweep wrote behind those is forgotten.
+        ``cache_length`` tokens came before them; what an earlier sweep wrote behind those is forgotten. Where there are
+        recurrent states nothing is: the same token again gives what it gave.
 
         Raises
         ------
@@ -249,13 +259,22 @@ class CapturedSteps:
 
         shape = self._shape(ids, cache_length)
         assert self._inputs is not None
-        self._written = cache_length
         with torch.no_grad():
-            self._inputs.fill(shape, ids, cache_length)
-            self._run(shape)
-            self._written = cache_length + ids.shape[1]
+            if not self._has_fed(cache_length, ids.shape[1]):
+                self._written = cache_length
+                self._inputs.fill(shape, ids, cache_length)
+                self._run(shape)
+                self._written = cache_length + ids.shape[1]
             # The next sweep writes to the same place.
             return self._logits[shape[:2]][:, : ids.shape[1]].clone()
+
+    def _has_fed(self, cache_length: int, tokens: int) -> bool:
+        """Whether states have taken these tokens in: the sweep ended, and something after it failed."""
+        if not self._static.states or cache_length == self._written:
+            return False
+        if cache_length + tokens != self._written:
+            raise ValueError(f"a recurrent state of {self._written} tokens cannot go back to {cache_length}")
+        return True
 
     def give_back(self, length: int) -> None:
         """Put the first ``length`` tokens into the cache they came from; when that fails, they stay here.
@@ -265,6 +284,8 @@ class CapturedSteps:
         TokensLostError
             When they cannot stay either.
         """
+        if self._static.states and length != self._written and self._dynamic is not None:
+            self._lose()
         self._leave(length)
         if self._returned is not None:  # by a move, before it was known how many are right
             shorten(self._returned, length)
@@ -352,6 +373,13 @@ class CapturedSteps:
         finally:
             self._fence()  # also when memory ran out: slots may be read by the last sweep still
 
+    def _lose(self) -> None:
+        """States have seen what the answer does not have: an interrupt came between."""
+        for layer in self._dynamic.layers:
+            empty(layer)
+        self.reset()
+        raise TokensLostError("A recurrent state cannot go back.")
+
     def _move_back(self, length: int) -> None:
         """Into room that there is beside the fixed addresses, or else into theirs, which are given up."""
         if self._is_copied_back(length):
@@ -384,7 +412,7 @@ class CapturedSteps:
         if recorded is not None:
             recorded.replay()
         elif self.reason:
-            self._sweep(shape)
+            self._sweep_once(shape)
         elif not self._record_compiled(shape):
             self._record_plain(shape)
 
@@ -407,7 +435,9 @@ class CapturedSteps:
 
     def _record_plain(self, shape: Shape) -> None:
         if not COMPILING.acquire(blocking=False):
-            self._sweep(shape)  # a compilation synchronizes the device, which ends a capture: another time
+            self._sweep_once(
+                shape
+            )  # a compilation synchronizes the device, which ends a capture: another time
             if self._warm_up is not None:
                 self._warm_up.want(shape)
             return
@@ -427,17 +457,33 @@ class CapturedSteps:
         if self._warm_up is not None:
             self._warm_up.give_up("sweeps are not captured")
         self._forget_graphs()
-        self._sweep(shape)
+        self._sweep_once(shape)
 
     def _record(self, shape: Shape, *, compiled: bool) -> None:
         """Capture; after anything that ends it early, streamed blocks must not wait for what it left."""
-        try:
-            replay = self._recorder.record(lambda: self._sweep(shape, compiled=compiled))
-        except BaseException:
-            self._settle()
-            self._fence()
-            raise
+        with self._states_as_before():
+            try:
+                replay = self._recorder.record(lambda: self._sweep(shape, compiled=compiled))
+            except BaseException:
+                self._settle()
+                self._fence()
+                raise
         self._graphs[shape] = Recorded(replay, compiled)
+
+    @contextmanager
+    def _states_as_before(self) -> Iterator[None]:
+        """Around a sweep that may fail, when some layers have taken its token in."""
+        saved = [(state, state.saved()) for state in self._static.states.values()]
+        try:
+            yield
+        except BaseException:
+            for state, before in saved:
+                state.restore(before)
+            raise
+
+    def _sweep_once(self, shape: Shape) -> None:
+        with self._states_as_before():
+            self._sweep(shape)
 
     def _sweep(self, shape: Shape, *, compiled: bool = False) -> None:
         """One forward pass from the fixed inputs to the fixed logits: what is recorded."""
@@ -618,6 +664,11 @@ def why_not(model: Any, plan: Plan, lanes: Sequence[Lane] = ()) -> str:
     return reason
 
 
+def has_layers_alone(model: Any) -> bool:
+    """Whether each layer needs nothing but its own keys and values: then it can be compiled by itself."""
+    return all(is_plain(layer) for layer in _cache_layers(model))
+
+
 def _placement_reason(plan: Plan) -> str:
     devices = {placement.compute for placement in plan.placements}
     gpus = {device for device in devices if device.startswith("cuda")}
@@ -652,7 +703,7 @@ def _model_reason(model: Any) -> str:
     checks = {
         "encoder-decoder": not model.config.is_encoder_decoder,
         "a forward pass without cache or positions": {"position_ids", "past_key_values"} <= set(takes),
-        "layers that keep more than keys and values": _keeps_only_tokens(model),
+        "layers that keep more than keys and values, or a state": _is_known(model),
         "windows of several kinds": len(_kinds(_windows(model))) <= 1 + (0 in _windows(model)),
         # transformers' own word for models that work with a cache of fixed size.
         "the architecture needs a cache that grows": getattr(model, "_can_compile_fullgraph", False),
@@ -673,20 +724,23 @@ def _has_growing_rotary_tables(model: Any) -> bool:
     return bool(kinds & {"dynamic", "longrope"})
 
 
-def _keeps_only_tokens(model: Any) -> bool:
+def _is_known(model: Any) -> bool:
     layers = with_tokens(_cache_layers(model))
     kinds = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ()
-    return bool(layers) and all(is_plain(layer) for layer in layers) and "chunked_attention" not in kinds
+    are_known = all(is_plain(layer) or has_state(layer) for layer in layers)
+    return any(map(is_plain, layers)) and are_known and "chunked_attention" not in kinds
 
 
-def _windows(model: Any) -> list[int]:
-    """Of every layer of the cache, the tokens that it attends to; 0: all."""
-    layers = _cache_layers(model)
-    return [layer.sliding_window if getattr(layer, "is_sliding", False) else 0 for layer in layers]
+def _windows(model: Any) -> list[int | None]:
+    """Of every layer of the cache, the tokens that it attends to, 0: all; ``None`` for one with a recurrent state."""
+    return [
+        None if has_state(layer) else layer.sliding_window if getattr(layer, "is_sliding", False) else 0
+        for layer in _cache_layers(model)
+    ]
 
 
-def _kinds(windows: Sequence[int]) -> list[int]:
-    return sorted(set(windows))
+def _kinds(windows: Sequence[int | None]) -> list[int]:
+    return sorted({window for window in windows if window is not None})
 
 
 def _cache_layers(model: Any) -> list[Any]:

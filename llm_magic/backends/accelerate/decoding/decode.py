@@ -265,7 +265,7 @@ class _Answer:
 
     def run(self) -> Any:
         try:
-            self._take_first(self._prefill())
+            self._choose(self._prefill())
             self._report()
             self._rollback.start()
             self._begin_speculation()
@@ -304,8 +304,8 @@ class _Answer:
         with self._watched():
             return self._model(ids, begin, 1, is_first=True)
 
-    def _take_first(self, logits: Any) -> None:
-        """Choose by the logits of the prompt's last place; they stay while room is made."""
+    def _choose(self, logits: Any) -> None:
+        """Choose by the logits of the last place; they stay while room is made."""
         while True:
             try:
                 self._choice.take(logits, Proposal())
@@ -327,6 +327,12 @@ class _Answer:
         proposal = self._propose()
         before = self._choice.length - 1
         logits = self._repeating(lambda: self._forward(proposal, before), before)
+        if not self._rollback.is_possible:  # what was fed cannot be fed again
+            self._counts.sweeps += 1
+            self._choose(logits)
+            self._failures = 0
+            self._report()
+            return
         try:
             right = self._take(logits, proposal, before)
         except Exception as error:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llm_magic.backends.accelerate.decoding.layer_kinds import can_be_cropped, goes_on, with_tokens
-from llm_magic.backends.accelerate.placement.layer_cache import take_along
+from llm_magic.backends.accelerate.placement.layer_cache import layer_tensors, take_along
 
 _ONE_BY_ONE = ("cpmant", "reformer", "xlm")
 """Model types whose passes behind the first are right for one token alone.
@@ -127,9 +127,7 @@ class ChatCaches:
         caches = [kept.cache for kept in list(self._kept.values())] + [self._in_use]
         for cache in caches:
             for layer in getattr(cache, "layers", ()):
-                yield from (
-                    t for t in (getattr(layer, "keys", None), getattr(layer, "values", None)) if t is not None
-                )
+                yield from layer_tensors(layer).values()
 
     def _make_room(self, tokens: int) -> None:
         while self._kept and self.tokens + tokens > self._capacity:

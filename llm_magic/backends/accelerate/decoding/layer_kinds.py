@@ -25,6 +25,13 @@ def is_plain(layer: Any) -> bool:
     return type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
 
 
+def has_state(layer: Any) -> bool:
+    """Whether it keeps a recurrent state, and nothing else."""
+    from transformers import cache_utils
+
+    return type(layer) is getattr(cache_utils, "LinearAttentionLayer", None)
+
+
 def can_be_cropped(layer: Any) -> bool:
     """Whether its own ``crop`` takes back all that it keeps."""
     return is_plain(layer) or "crop" in vars(type(layer))

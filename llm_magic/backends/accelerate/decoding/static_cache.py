@@ -17,7 +17,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from llm_magic.backends.accelerate.decoding.layer_kinds import with_tokens
+from llm_magic.backends.accelerate.decoding.fixed_state import FixedState
+from llm_magic.backends.accelerate.decoding.layer_kinds import has_state, is_plain
 
 SWEEP_TOKENS = (1, 2, 4, 8, 16)
 """Tokens per sweep that are captured; others are rounded up."""
@@ -161,44 +162,52 @@ class StaticCache:
     Parameters
     ----------
     windows
-        Of every layer, the tokens that it attends to; 0: all.
+        Of every layer, the tokens that it attends to, 0: all; ``None`` for one with a recurrent state.
 
     Attributes
     ----------
     cache
         What the model takes as ``past_key_values``.
     layers
-        Its `FixedLayer` s.
+        Its `FixedLayer` s, by their index.
+    states
+        Its `FixedState` s, by their index.
     batch, capacity
         Sequences and tokens that there is room for; 0 before ``reserve``.
     """
 
-    def __init__(self, windows: Sequence[int]) -> None:
+    def __init__(self, windows: Sequence[int | None]) -> None:
         from transformers.cache_utils import Cache, CacheLayerMixin
 
         CacheLayerMixin.register(FixedLayer)  # transformers asks whether a layer is one of attention
-        self.layers = [FixedLayer(window) for window in windows]
-        self.cache: Any = Cache(layers=list(self.layers))
+        self.layers = {i: FixedLayer(window) for i, window in enumerate(windows) if window is not None}
+        self.states = {i: FixedState() for i, window in enumerate(windows) if window is None}
+        self.cache: Any = Cache(layers=[self.layers.get(i) for i in range(len(windows))])
         self.batch = 0
         self.capacity = 0
 
     @property
     def is_held(self) -> bool:
         """Whether all its memory is there: a copy that failed may have given up some."""
-        return all(layer.buffers for layer in self.layers if layer.places)
+        has_states = all(state.layer is not None for state in self.states.values())
+        return has_states and all(layer.buffers for layer in self.layers.values() if layer.places)
 
     def reserve(self, like: Any, batch: int, capacity: int) -> bool:
         """Have room for this much of a cache like that; ``False`` when there was, at the same addresses.
 
         What was larger before stays larger. When memory runs out nothing is held any more.
         """
-        if batch <= self.batch and capacity <= self.capacity:
+        is_wide_enough = batch == self.batch if self.states else batch <= self.batch
+        if is_wide_enough and capacity <= self.capacity:
             return False
-        batch, capacity = max(batch, self.batch), max(capacity, self.capacity)
+        batch, capacity = batch if self.states else max(batch, self.batch), max(capacity, self.capacity)
         self.free()
         try:
             for source, layer in self._pairs(like):
                 layer.allocate(source.keys, source.values, batch, capacity)
+            for index, state in self.states.items():
+                state.allocate(like.layers[index])
+                self.cache.layers[index] = state.layer
         except BaseException:
             self.free()
             raise
@@ -207,27 +216,30 @@ class StaticCache:
 
     def show(self, batch: int, visible: int, slots: Any) -> None:
         """Let the next sweep see the first ``visible`` tokens, or what a window leaves of them, and write to ``slots``."""
+        layers = [layer for layer in self.layers.values() if layer.buffers]
         start = slots[0]
-        around = {
-            layer.places: slots % layer.places for layer in self.layers if layer.window and layer.places
-        }
-        for layer in self.layers:
-            if layer.buffers:
-                layer.show(batch, min(visible, layer.places), start, around.get(layer.places, slots))
+        around = {layer.places: slots % layer.places for layer in layers if layer.window}
+        for layer in layers:
+            layer.show(batch, min(visible, layer.places), start, around.get(layer.places, slots))
 
     def dtype(self) -> Any:
         """Of keys and values."""
-        return next(layer.buffers[0].dtype for layer in self.layers if layer.buffers)
+        return next(layer.buffers[0].dtype for layer in self.layers.values() if layer.buffers)
 
     def tensors(self) -> Iterator[Any]:
         """All that is allocated."""
-        for layer in self.layers:
+        for layer in self.layers.values():
             yield from layer.buffers
+        for state in self.states.values():
+            yield from state.tensors()
 
     def free(self) -> None:
         """Give all memory back; ``reserve`` makes it usable again."""
-        for layer in self.layers:
+        for layer in self.layers.values():
             layer.free()
+        for index, state in self.states.items():
+            state.free()
+            self.cache.layers[index] = None
         self.batch = self.capacity = 0
 
     def take(self, dynamic: Any) -> int:
@@ -239,13 +251,15 @@ class StaticCache:
         for source, target in self._pairs(dynamic):
             target.put(source.keys, source.values, length)
             empty(source)
+        for index, state in self.states.items():
+            state.take(dynamic.layers[index])
         return length
 
     def give(self, dynamic: Any, batch: int, length: int, *, frees: bool = False) -> None:
         """Copy the first ``length`` tokens of ``batch`` sequences back into the cache they came from.
 
-        Layers with a window get some tokens from before it, which `shorten` needs. When memory runs out, the cache
-        holds nothing.
+        Layers with a window get some tokens from before it, which `shorten` needs. States are as they are. When
+        memory runs out, the cache holds nothing.
 
         Parameters
         ----------
@@ -260,17 +274,20 @@ class StaticCache:
                     target.cumulative_length = length
                 if frees:
                     source.free()
+            for index, state in self.states.items():
+                state.give(dynamic.layers[index])
+                if frees:
+                    state.free()
         except BaseException:
-            for target, _ in self._pairs(dynamic):
-                empty(target)
+            for layer in dynamic.layers:
+                empty(layer)
             raise
 
     def _pairs(self, dynamic: Any) -> Iterator[tuple[Any, FixedLayer]]:
         """Layers of a cache that keep tokens, and what holds those here."""
-        keep = {id(layer) for layer in with_tokens(dynamic.layers)}
-        for theirs, ours in zip(dynamic.layers, self.layers, strict=True):
-            if id(theirs) in keep:
-                yield theirs, ours
+        for index, ours in self.layers.items():
+            if is_plain(dynamic.layers[index]):
+                yield dynamic.layers[index], ours
 
 
 def places_of(window: int, capacity: int) -> int:
@@ -287,16 +304,19 @@ def _rounded_up(tokens: int) -> int:
 
 
 def empty(layer: Any) -> None:
-    """Make a ``DynamicLayer`` one that has seen nothing."""
-    layer.keys = layer.values = None
-    layer.is_initialized = False
-    if layer.is_sliding:
-        layer.cumulative_length = 0
+    """Make a layer of a ``DynamicCache`` one that has seen nothing."""
+    if has_state(layer):
+        layer.__init__(number_of_states=layer.number_of_states)
+    elif is_plain(layer):
+        layer.keys = layer.values = None
+        layer.is_initialized = False
+        if layer.is_sliding:
+            layer.cumulative_length = 0
 
 
 def shorten(dynamic: Any, length: int) -> None:
     """Leave the first ``length`` tokens of a cache that ``StaticCache.give`` has filled with no more than a sweep more."""
-    for layer in with_tokens(dynamic.layers):
+    for layer in filter(is_plain, dynamic.layers):
         surplus = layer.get_seq_length() - length
         last = layer.keys.shape[2] - surplus
         first = max(0, last - layer.sliding_window + 1) if layer.is_sliding else 0

@@ -1,15 +1,15 @@
 """Faster layers, made while the model answers already.
 
-Compilation merges the small kernels between a decoder layer's matrices. All layers of a model are the same
-code, so one of them is compiled, on a thread and a stream of its own and on inputs that an ordinary sweep
-left; every layer is run once to see that it fits. The sweeps that were captured meanwhile are captured
+Compilation merges the small kernels between a decoder layer's matrices. The layers of a model are the same
+code, so one of each kind is compiled, on a thread and a stream of its own and on inputs that an ordinary sweep
+left; every layer is run once to see that it fits. Kinds differ in what they attend to: a window, or all. The sweeps that were captured meanwhile are captured
 again, between two answers. Nothing waits for a compilation, and one that fails changes nothing.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -42,12 +42,13 @@ def regional(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 @dataclass(frozen=True)
 class Example:
-    """What a sweep of some shape gave to its first layer, and the cache that the layer saw."""
+    """What a sweep of some shape gave to the first layer of a kind, the cache that it saw, and all of that kind."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     cache: Any
     layer: OneLayer
+    alike: tuple[Any, ...]
     after: Any  # the point of the stream at which all of it is there; None on the CPU
 
 
@@ -74,7 +75,7 @@ class WarmUp:
         self._joined = JoinedProjections(self._layers.values())
         self._compiler = compiler
         self._functions: dict[Any, Callable[..., Any]] = {}
-        self._examples: dict[Shape, Example] = {}
+        self._examples: dict[Shape, list[Example]] = {}
         self._waiting: list[Shape] = []
         self._ready: set[Shape] = set()
         self._thread: threading.Thread | None = None
@@ -117,14 +118,13 @@ class WarmUp:
     def at_work(self, shape: Shape, static: StaticCache, *, compiled: bool) -> Iterator[None]:
         """Around a sweep: run compiled layers, or look at what is to be compiled."""
         with ExitStack() as stack:
-            for index, layer in self._layers.items():
-                if compiled:
-                    function = self._function(layer)
+            if compiled:
+                for index, layer in self._layers.items():
                     one = static.layers[index].alone()
-                    stack.enter_context(_replaced(layer, function, static.cache, one))
-                elif self._lacks(shape):
-                    stack.enter_context(self._watched(layer, shape, static, index))
-                    break
+                    stack.enter_context(_replaced(layer, self._function(layer), static.cache, one))
+            elif self._lacks(shape):
+                for alike in self._kinds(static):
+                    stack.enter_context(self._watched(alike, shape, static))
             yield
 
     def want(self, shape: Shape) -> None:
@@ -176,13 +176,24 @@ class WarmUp:
             self._functions[forward] = self._compiler(forward)
         return self._functions[forward]
 
-    @contextmanager
-    def _watched(self, layer: Any, shape: Shape, static: StaticCache, index: int) -> Iterator[None]:
-        def look(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            one = static.layers[index].alone()
-            self._examples[shape] = Example(args, kwargs, static.cache, one, _now(one.keys))
+    def _kinds(self, static: StaticCache) -> list[list[int]]:
+        """The layers, by their index in the cache, in lots of those whose keys and values have the same form."""
+        lots: dict[Any, list[int]] = {}
+        for index, layer in self._layers.items():
+            fixed = static.layers[index]
+            lots.setdefault((type(layer), fixed.window, fixed.keys.shape), []).append(index)
+        return list(lots.values())
 
-        handle = layer.register_forward_pre_hook(look, with_kwargs=True)
+    @contextmanager
+    def _watched(self, alike: Sequence[int], shape: Shape, static: StaticCache) -> Iterator[None]:
+        layers = tuple(self._layers[index] for index in alike)
+
+        def look(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            one = static.layers[alike[0]].alone()
+            example = Example(args, kwargs, static.cache, one, layers, _now(one.keys))
+            self._examples.setdefault(shape, []).append(example)
+
+        handle = layers[0].register_forward_pre_hook(look, with_kwargs=True)
         try:
             yield
         finally:
@@ -195,10 +206,11 @@ class WarmUp:
                     self._thread = None
                     return
                 shape = self._waiting[0]
-                example = self._examples[shape]
+                examples = list(self._examples[shape])
             try:
                 with COMPILING, default_dtype_kept(), _compiling_layers():
-                    self._compile(example)
+                    for example in examples:
+                        self._compile(example)
             except Exception as error:
                 self.give_up(short(error))
                 continue
@@ -209,14 +221,14 @@ class WarmUp:
                     self._ready.add(shape)
 
     def _compile(self, example: Example) -> None:
-        """Run every layer, one after the other, on a cache of their own."""
+        """Run every layer of a kind, one after the other, on a cache of their own."""
         import torch
 
         with torch.no_grad(), _own_stream(example.layer.keys.device, example.after):
             seen = example.layer
             scratch = OneLayer(_empty_like(seen.keys), _empty_like(seen.values), seen.slots.clone())
             first, *rest = example.args or (None,)
-            for layer in self._layers.values():
+            for layer in example.alike:
                 if self._closed:
                     return
                 args, kwargs = with_cache((first, *rest), example.kwargs, example.cache, scratch)

@@ -40,7 +40,7 @@ def find_layers(arguments: Iterable[Any], indices: Sequence[int]) -> list[Any] |
 
 def take_along(layer: Any, device: Any) -> None:
     """Move all tensors of a layer, as far as there are any, to ``device``: all of them, or none."""
-    there = {name: value.to(device) for name, value in _tensors(layer).items() if value.device != device}
+    there = {name: value.to(device) for name, value in layer_tensors(layer).items() if value.device != device}
     if there:
         _replace(layer, there, device)
 
@@ -59,12 +59,12 @@ class Stay:
     def __init__(self, layer: Any, device: Any, home: Any) -> None:
         self._layer, self._home = layer, home
         take_along(layer, home)  # a pass that failed may have left it elsewhere
-        self._before = _tensors(layer)
+        self._before = layer_tensors(layer)
         take_along(layer, device)
 
     def end(self) -> None:
         """Bring home what is new; what has only grown was there all the time."""
-        back = {name: self._brought(name, value) for name, value in _tensors(self._layer).items()}
+        back = {name: self._brought(name, value) for name, value in layer_tensors(self._layer).items()}
         if back:
             _replace(self._layer, back, self._home)
 
@@ -85,8 +85,8 @@ def _has_grown(layer: Any, before: Any, now: Any) -> bool:
     return type(layer) is DynamicLayer and both_have_tokens and now.shape[-2] >= before.shape[-2]
 
 
-def _tensors(layer: Any) -> dict[_Name, Any]:
-    """Keys and values are attributes; recurrent and compressed states are in dictionaries, by their number or use."""
+def layer_tensors(layer: Any) -> dict[_Name, Any]:
+    """All that a layer keeps, by attribute, and by key where that is a dictionary: states are, by number or use."""
     import torch
 
     attributes = vars(layer)
