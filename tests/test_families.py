@@ -10,7 +10,9 @@ import pytest
 import torch
 from transformers import AutoConfig, DynamicCache
 
+from llm_magic.backends.accelerate import engine as of_engine
 from llm_magic.backends.accelerate.decoding.kv_cache import goes_one_by_one
+from llm_magic.backends.accelerate.prompt.prompts import TokenizedPrompt
 from llm_magic.model import ModelSpec
 from tests.engines import BACKEND, ask, load, request
 from tests.families import FAMILIES, save
@@ -105,3 +107,104 @@ def test_a_chat_goes_on_from_what_its_cache_holds(name: str, folder_of: Any) -> 
 def test_passes_of_several_tokens_are_not_for_all(folder_of: Any) -> None:
     config = AutoConfig.from_pretrained(folder_of("cpmant"))
     assert goes_one_by_one(type("Model", (), {"config": config})())
+
+
+# --- Chats of models with recurrent states
+
+WITH_STATES = ("kimi_linear", "qwen3_5_text", "lfm2", "nemotron_h", "granitemoehybrid")
+REASONING = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>def square' }}{% endif %}"
+)
+"""Opens its turn with something that it does not repeat."""
+
+
+@pytest.fixture
+def reasoning(folder_of: Any) -> Iterator[Callable[[str], Any]]:
+    engines = []
+
+    def made(name: str, placement: str = "ram") -> Any:
+        engines.append(load(folder_of(name), placement))
+        engines[-1].tokenizer.chat_template = REASONING
+        return engines[-1]
+
+    yield made
+    for engine in engines:
+        engine.close()
+
+
+def spoken(engine: Any, turns: tuple[str, ...], **options: Any) -> Any:
+    return ask(engine, request(*turns, use_template=True, **options))
+
+
+@pytest.mark.parametrize("name", WITH_STATES)
+def test_states_go_back_to_where_the_assistants_turn_was_opened(name: str, reasoning: Any) -> None:
+    engine = reasoning(name)
+    turns: tuple[str, ...] = (ASKED,)
+    cached = []
+    for question in ("And of Spain?", "Of Greece?", "Of Norway?"):
+        answer = spoken(engine, turns, chat="a")
+        cached.append(answer.finish.cached_tokens)
+        assert answer.text == spoken(engine, turns).text
+        turns = (*turns, answer.text, question)
+    # The answer before, and the question, are all that is read anew.
+    assert 0 == cached[0] < cached[1] < cached[2]
+    assert (
+        spoken(engine, (ASKED, "Paris.", "Why?"), chat="a").text
+        == spoken(engine, (ASKED, "Paris.", "Why?")).text
+    )
+
+
+def test_states_that_went_on_go_on_and_others_begin_anew(
+    reasoning: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = reasoning("qwen3_5_text")
+    spoken(engine, (ASKED,), chat="a")
+    ids = [*engine._caches._kept["a"].tokens, 9, 10]
+    monkeypatch.setattr(of_engine, "tokenize", lambda *_: TokenizedPrompt("", ids))
+    more, again = (ask(engine, request("more", chat=chat)) for chat in ("a", ""))
+    assert (more.finish.cached_tokens, more.text) == (len(ids) - 2, again.text)
+    monkeypatch.undo()
+    other = spoken(engine, ("Something else",), chat="a")
+    assert (other.finish.cached_tokens, other.text) == (0, spoken(engine, ("Something else",)).text)
+
+
+def test_one_chat_is_kept_where_states_are_large(reasoning: Any) -> None:
+    engine = reasoning("qwen3_5_text")
+    spoken(engine, (ASKED,), chat="a")
+    held = sum(tensor.nbytes for tensor in engine._caches.tensors())
+    spoken(engine, (ASKED,), chat="b")
+    assert sum(tensor.nbytes for tensor in engine._caches.tensors()) == held
+    assert spoken(engine, (ASKED,), chat="a").finish.cached_tokens == 0
+
+
+def test_blocks_that_travel_are_not_brought_once_more_for_a_mark(reasoning: Any) -> None:
+    engine = reasoning("qwen3_5_text", "half")
+    answer = spoken(engine, (ASKED,), chat="a")
+    assert answer.finish.cached_tokens == 0
+    assert engine._caches._kept["a"].checkpoint.length == answer.finish.prompt_tokens
+    again = spoken(engine, (ASKED, answer.text, "And?"), chat="a")
+    assert (again.finish.cached_tokens, again.text) == (0, spoken(engine, (ASKED, answer.text, "And?")).text)
+
+
+@pytest.mark.parametrize("name", WITH_STATES)
+@pytest.mark.parametrize("after", [0, 3, 10])
+def test_an_interrupt_in_the_midst_of_a_pass_leaves_no_state_behind(
+    name: str, after: int, reasoning: Any
+) -> None:
+    """Layers that had the token already cannot go back."""
+    engine, calls = reasoning(name), []
+    layers = engine.model.model.layers
+
+    def interrupt(_module: Any, _args: Any) -> None:
+        calls.append(1)
+        if len(calls) == after + 1:
+            raise KeyboardInterrupt
+
+    spoken(engine, (ASKED,), chat="a")
+    handle = layers[2].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        spoken(engine, (ASKED, "Paris.", "And of Italy?"), chat="a")
+    handle.remove()
+    for turns in ((ASKED, "Paris.", "And of Italy?"), (ASKED,)):
+        assert spoken(engine, turns, chat="a").text == spoken(engine, turns).text

@@ -19,7 +19,7 @@ from llm_magic.backends.accelerate.measure import Clock, Probe, sweep_speed
 from llm_magic.backends.accelerate.memory_errors import TokensLostError, is_out_of_memory, release_memory
 from llm_magic.backends.accelerate.placement.adapters import fingerprint
 from llm_magic.backends.accelerate.placement.layer_cache import layer_indices
-from llm_magic.backends.accelerate.prompt.prompts import TokenizedPrompt, tokenize
+from llm_magic.backends.accelerate.prompt.prompts import TokenizedPrompt, lasting, tokenize
 from llm_magic.backends.accelerate.quick import Quick
 from llm_magic.backends.accelerate.quiet import quiet
 from llm_magic.backends.accelerate.repair import Repair, failed_device
@@ -195,7 +195,9 @@ class TransformersEngine:
                 self._placed.settle()
 
         with quiet(), cores_left_for_the_driver(self.plan):
-            return sweep_speed(answer, count, progress, can_verify=self._caches.can_keep)
+            return sweep_speed(
+                answer, count, progress, can_verify=self._caches.can_keep and not self._caches.has_states
+            )
 
     def status(self) -> tuple[str, ...]:
         """How it runs, in a few words each."""
@@ -284,7 +286,10 @@ class TransformersEngine:
         if cache is None and self._caches.can_keep and config.use_cache is not False:
             cache = self._caches.new()  # one that passes can be taken back from
         decoding.part_tokens = self._pass_length(prompt, cached, config)
-        passes = -(-(len(prompt.ids) - cached) // decoding.part_tokens)
+        if keep and self._caches.has_states:
+            decoding.mark = self._lasting(request, prompt)
+            decoding.marked = lambda: self._caches.mark(decoding.mark)
+        passes = len(decoding.passes(cached, len(prompt.ids)))
         steps.emit(PhaseEvent("prefill", 0, passes * len(self._layers), "layers"))
         try:
             self._quick.prepare(room)
@@ -324,6 +329,13 @@ class TransformersEngine:
             self._adapters = found
         finally:
             self._quick.after_move()
+
+    def _lasting(self, request: Request, prompt: TokenizedPrompt) -> int:
+        """Where states are remembered: as far as the next turn's prompt is likely to be the same.
+
+        Where blocks travel, a pass of its own for the last tokens would cost what it may save.
+        """
+        return len(prompt.ids) if self._placed.travels else lasting(request, self.tokenizer, prompt)
 
     def _pass_length(self, prompt: TokenizedPrompt, cached: int, config: Any) -> int:
         """Tokens that one pass of the prefill reads: all that are new, if memory allows."""

@@ -21,7 +21,6 @@ from llm_magic.backends.accelerate.decoding.layer_kinds import has_state, is_pla
 from llm_magic.backends.accelerate.decoding.static_cache import (
     SWEEP_TOKENS,
     StaticCache,
-    empty,
     places_of,
     shorten,
 )
@@ -374,9 +373,7 @@ class CapturedSteps:
             self._fence()  # also when memory ran out: slots may be read by the last sweep still
 
     def _lose(self) -> None:
-        """States have seen what the answer does not have: an interrupt came between."""
-        for layer in self._dynamic.layers:
-            empty(layer)
+        """States have seen what the answer does not have, as an interrupt came between: the cache stays empty."""
         self.reset()
         raise TokensLostError("A recurrent state cannot go back.")
 

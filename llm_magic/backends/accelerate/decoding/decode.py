@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Protocol
 
 from llm_magic.backends.accelerate.decoding.kv_cache import goes_one_by_one
@@ -100,6 +101,10 @@ class Decoding:
         Filled while it runs.
     has_begun
         Whether the loop was reached: from then on it repeats by itself what fails.
+    mark
+        Place of the prompt at which a pass of the prefill ends; 0: nowhere in particular.
+    marked
+        Called there.
     """
 
     streamer: Any
@@ -110,6 +115,12 @@ class Decoding:
     watch: Watch | None = None
     counts: Counts = field(default_factory=Counts)
     has_begun: bool = False
+    mark: int = 0
+    marked: Callable[[], object] = lambda: None
+
+    def passes(self, begin: int, end: int) -> list[tuple[int, int]]:
+        """The passes that read places ``begin`` to ``end`` of a prompt: first place, and the one behind the last."""
+        return _cuts(begin, end, self.part_tokens, self.mark)
 
     def __call__(
         self,
@@ -125,6 +136,12 @@ class Decoding:
         answer = _Answer(self, model, choice, model_kwargs)
         self.has_begun = True
         return answer.run()
+
+
+def _cuts(begin: int, end: int, step: int, at: int) -> list[tuple[int, int]]:
+    """Passes from ``begin`` to ``end``, of at most ``step`` tokens (0: all), one of which ends ``at`` a place."""
+    places = {*range(begin, end, step or max(1, end - begin)), *({at} if begin < at < end else ())}
+    return list(pairwise([*sorted(places), end]))
 
 
 class _Choice:
@@ -290,10 +307,11 @@ class _Answer:
         """Read what the cache does not hold; logits ``[batch, 1, vocabulary]`` of the last place."""
         ids = self._choice.ids
         begin = int(self._cache.get_seq_length()) if self._cache is not None else 0
-        part = self._decoding.part_tokens or ids.shape[1]
         logits = None
-        for start in range(begin, ids.shape[1], part):
-            logits = self._read(ids[:, : start + part], start)
+        for start, end in self._decoding.passes(begin, ids.shape[1]):
+            logits = self._read(ids[:, :end], start)
+            if end == self._decoding.mark:
+                self._decoding.marked()
         return logits
 
     def _read(self, ids: Any, begin: int) -> Any:
@@ -301,7 +319,7 @@ class _Answer:
         return self._repeating(lambda: self._read_once(ids, begin), begin)
 
     def _read_once(self, ids: Any, begin: int) -> Any:
-        with self._watched():
+        with self._watched(), self._whole_or_lost():
             return self._model(ids, begin, 1, is_first=True)
 
     def _choose(self, logits: Any) -> None:
@@ -363,8 +381,19 @@ class _Answer:
             self._quick_holds_cache = True
             return step(ids[:, before:], before)
         self._give_back(before)
-        with self._watched(always=not self._counts.sweeps):
+        with self._watched(always=not self._counts.sweeps), self._whole_or_lost():
             return self._model(ids, before, tokens)
+
+    @contextmanager
+    def _whole_or_lost(self) -> Iterator[None]:
+        """Around a pass: one that ends early leaves some states ahead of others, and they cannot go back."""
+        try:
+            yield
+        except BaseException:
+            layers = getattr(self._cache, "layers", None)
+            if not self._rollback.is_possible and isinstance(layers, list):
+                layers.clear()
+            raise
 
     def _take(self, logits: Any, proposal: Proposal, before: int) -> int:
         """Choose tokens, and leave in the cache those that were fed and are right."""

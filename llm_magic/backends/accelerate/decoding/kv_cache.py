@@ -11,7 +11,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from llm_magic.backends.accelerate.decoding.layer_kinds import can_be_cropped, goes_on, with_tokens
+from llm_magic.backends.accelerate.decoding.checkpoint import Checkpoint
+from llm_magic.backends.accelerate.decoding.layer_kinds import (
+    can_be_cropped,
+    goes_on,
+    has_state,
+    is_plain,
+    with_tokens,
+)
+from llm_magic.backends.accelerate.memory_errors import is_out_of_memory
 from llm_magic.backends.accelerate.placement.layer_cache import layer_tensors, take_along
 
 _ONE_BY_ONE = ("cpmant", "reformer", "xlm")
@@ -20,20 +28,37 @@ _ONE_BY_ONE = ("cpmant", "reformer", "xlm")
 CPM-Ant has a segment for the last one, XLM a mask behind it, and Reformer hashes the whole pass.
 """
 
+_STATES_GO_ON = (
+    *("bailing_hybrid", "granitemoehybrid", "kimi_linear", "lfm2", "lfm2_moe", "lfm3", "nemotron_h"),
+    *("olmo_hybrid", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_next"),
+)
+"""Model types whose recurrent layers begin a pass of several tokens with the state there is; others forget it.
+
+Seen with transformers 5.17 and 5.23: logits of 44 tokens, read in passes of 12, 20 and 12.
+"""
+
 
 @dataclass
 class KeptCache:
-    """The cache of a chat and the token ids that it holds."""
+    """The cache of a chat, the token ids that it holds, and a place in them to which its states can go back."""
 
     cache: Any
     tokens: list[int]
+    checkpoint: Checkpoint | None = None
 
 
 class ChatCaches:
     """Caches by chat, together at most ``capacity_tokens`` long; the least recently used go first.
 
-    Models whose state cannot be cut back or continued (recurrent layers, encoder-decoders) keep
-    nothing: transformers starts their prefill from an empty state.
+    Models whose state cannot be continued (some recurrent layers, encoder-decoders) keep nothing: transformers
+    starts their prefill from an empty state. Where states can, they are large, and one chat is kept.
+
+    Attributes
+    ----------
+    can_keep
+        Whether caches are kept at all.
+    has_states
+        Whether some layers have a recurrent state, which goes back to a `mark` and nowhere else.
     """
 
     def __init__(self, model: Any, capacity_tokens: int) -> None:
@@ -41,7 +66,9 @@ class ChatCaches:
         self._capacity = capacity_tokens
         self._kept: OrderedDict[str, KeptCache] = OrderedDict()
         self._in_use: Any = None
+        self._checkpoint: Checkpoint | None = None
         self.can_keep = _can_keep(model)
+        self.has_states = self.can_keep and any(map(has_state, _new_cache(model).layers))
 
     @property
     def tokens(self) -> int:
@@ -65,33 +92,52 @@ class ChatCaches:
         self._make_room(room)
         # One token must remain to be fed: its logits give the next one.
         length = min(_common_prefix(kept.tokens, prompt), len(prompt) - 1) if kept else 0
-        if kept is None or not length or not crop(kept.cache, length):
-            return self.new(), 0
-        self._in_use = kept.cache
-        return kept.cache, length
+        if kept is not None and length and crop(kept.cache, length):
+            self._in_use, self._checkpoint = kept.cache, kept.checkpoint
+            return kept.cache, length
+        if kept is not None and kept.checkpoint is not None and 0 < kept.checkpoint.length <= length:
+            kept.checkpoint.restore(kept.cache)
+            self._in_use, self._checkpoint = kept.cache, kept.checkpoint
+            return kept.cache, kept.checkpoint.length
+        return self.new(), 0
 
     def new(self) -> Any:
         """An empty cache, the caller's until ``keep`` or ``release``."""
+        self.release()
         self._in_use = _new_cache(self._model)
         return self._in_use
+
+    def mark(self, length: int) -> None:
+        """Remember the states of the cache that was taken, which holds so many tokens now."""
+        if not self.has_states or self._in_use is None:
+            return
+        self._checkpoint = None  # first: there may be no room for two
+        try:
+            self._checkpoint = Checkpoint(self._in_use, length)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
 
     def keep(self, chat: str, cache: Any, tokens: list[int]) -> None:
         """Keep ``cache`` for the next turn; ``tokens`` were fed or sampled, in order.
 
         Layers that are ahead of others, after an interrupt, are cut back to the shortest.
         """
-        self._in_use = None
+        checkpoint = self._checkpoint
+        self.release()
         if not chat or cache is None:
             return
-        length = min((layer.get_seq_length() for layer in with_tokens(cache.layers)), default=0)
-        length = min(length, len(tokens))
+        lengths = (layer.get_seq_length() for layer in with_tokens(cache.layers) if not has_state(layer))
+        length = min(min(lengths, default=0), len(tokens))
         if length and crop(cache, length):
-            self._kept[chat] = KeptCache(cache, tokens[:length])
+            if self.has_states:
+                self._kept.clear()
+            self._kept[chat] = KeptCache(cache, tokens[:length], checkpoint)
             self._make_room(0)
 
     def release(self) -> None:
         """Forget the cache that was taken: it cannot be trusted any more, or nobody will come back to it."""
-        self._in_use = None
+        self._in_use = self._checkpoint = None
 
     def forget(self, chat: str) -> None:
         """Drop the cache of a chat, if there is one."""
@@ -111,23 +157,30 @@ class ChatCaches:
         devices
             Number of the layer in the cache -> torch device.
         """
-        for cache in [*(kept.cache for kept in self._kept.values()), self._in_use]:
+        for cache, checkpoint in self._all():
             for number, layer in enumerate(getattr(cache, "layers", ())):
                 if number in devices:
                     take_along(layer, devices[number])
+                    if checkpoint is not None:
+                        checkpoint.follow(number, devices[number])
 
     def close(self) -> None:
         """Drop all, and the model."""
         self._kept.clear()
-        self._in_use = self._model = None
+        self.release()
+        self._model = None
         self.can_keep = False
 
     def tensors(self) -> Iterator[Any]:
         """Tensors of all caches there are now, the one in use included."""
-        caches = [kept.cache for kept in list(self._kept.values())] + [self._in_use]
-        for cache in caches:
+        for cache, checkpoint in self._all():
             for layer in getattr(cache, "layers", ()):
                 yield from layer_tensors(layer).values()
+            yield from checkpoint.tensors() if checkpoint else ()
+
+    def _all(self) -> list[tuple[Any, Checkpoint | None]]:
+        kept = [(kept.cache, kept.checkpoint) for kept in list(self._kept.values())]
+        return [*kept, (self._in_use, self._checkpoint)]
 
     def _make_room(self, tokens: int) -> None:
         while self._kept and self.tokens + tokens > self._capacity:
@@ -137,9 +190,14 @@ class ChatCaches:
 def crop(cache: Any, length: int) -> bool:
     """Cut every layer back to its first ``length`` tokens; ``False`` when one cannot go back.
 
-    A sliding-window layer that has dropped tokens cannot: the ones before its window are gone.
+    A sliding-window layer that has dropped tokens cannot: the ones before its window are gone. A recurrent state
+    has as many as the others.
     """
-    for layer in with_tokens(cache.layers):
+    layers = with_tokens(cache.layers)
+    keeping = [layer for layer in layers if not has_state(layer)]
+    if len(keeping) < len(layers) and any(layer.get_seq_length() != length for layer in keeping):
+        return False
+    for layer in keeping:
         extra = layer.get_seq_length() - length
         if extra and not can_be_cropped(layer):
             return False
@@ -173,7 +231,13 @@ def _can_keep(model: Any) -> bool:
         or "past_key_values" not in inspect.signature(model.forward).parameters
     ):
         return False
-    return all(goes_on(layer) for layer in with_tokens(_new_cache(model).layers))
+    layers = with_tokens(_new_cache(model).layers)
+    if any(map(has_state, layers)):
+        goes = model.config.get_text_config(decoder=True).model_type in _STATES_GO_ON
+        return goes and all(
+            has_state(layer) or (is_plain(layer) and not layer.is_sliding) for layer in layers
+        )
+    return all(map(goes_on, layers))
 
 
 def _common_prefix(first: list[int], second: list[int]) -> int:

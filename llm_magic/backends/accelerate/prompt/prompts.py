@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 from llm_magic.errors import PromptError
@@ -54,7 +55,21 @@ def tokenize(request: Request, tokenizer: Any, is_encoder_decoder: bool) -> Toke
     return TokenizedPrompt(text, list(ids))
 
 
-def _render(template: str, request: Request, tokenizer: Any) -> str:
+def lasting(request: Request, tokenizer: Any, prompt: TokenizedPrompt) -> int:
+    """Tokens of a prompt that a longer conversation begins with too: all but the opening of the assistant's turn.
+
+    A template may open it in another way than it repeats it, for reasoning that it leaves out later.
+    """
+    template = tokenizer.get_chat_template() if request.use_template and tokenizer.chat_template else ""
+    if not template or request.continue_last:
+        return len(prompt.ids)
+    text = _render(template, request, tokenizer, opens_turn=False)
+    closed = tokenizer(text, add_special_tokens=False).input_ids
+    same = (first == second for first, second in zip(prompt.ids, closed, strict=False))
+    return sum(takewhile(bool, same))
+
+
+def _render(template: str, request: Request, tokenizer: Any, *, opens_turn: bool = True) -> str:
     from llm_magic.backends.accelerate.prompt import chat_template
 
     variables = {**tokenizer.special_tokens_map, "tools": None, "documents": None}
@@ -63,7 +78,7 @@ def _render(template: str, request: Request, tokenizer: Any) -> str:
         text: str = chat_template.render(
             template,
             [{"role": message.role, "content": message.content} for message in messages],
-            add_generation_prompt=not request.continue_last,
+            add_generation_prompt=opens_turn and not request.continue_last,
             continue_final_message=request.continue_last,
             variables=variables,
         )
