@@ -25,13 +25,14 @@ from llm_magic.backends.accelerate.decoding.speculate import Speculation
 from llm_magic.backends.accelerate.decoding.warmup import COMPILING
 from llm_magic.backends.accelerate.memory_errors import TokensLostError
 from llm_magic.plan import Placement, Plan
-from tests import tiny
+from tests import families, tiny
 from tests.engines import plan_for
 from tests.test_decode import Gathered, Parrot, answer, eager_pace, parrot
 from tests.test_placed import layers_to, load_placed, placed_plan
 from tests.test_static_cache import Full
 
 CONTEXT = 256
+WITH_STATES = ("qwen3_5_text", "kimi_linear", "lfm2", "nemotron_h", "granitemoehybrid")
 
 
 class Tape(TorchDispatchMode):
@@ -101,8 +102,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
     def read(name: str, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
         key = (name, dtype, *options.items())
         if key not in made:
-            save = {**tiny.MODELS, "qwen3": qwen3}[name]
-            folder = save(tmp_path_factory.mktemp("capture") / name)
+            folder = tmp_path_factory.mktemp("capture") / name
+            if name in families.FAMILIES:
+                families.save(name, folder)
+            else:
+                {**tiny.MODELS, "qwen3": qwen3}[name](folder)
             made[key] = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options).eval()
         return made[key]
 
@@ -159,7 +163,10 @@ def assert_close(first: torch.Tensor, second: torch.Tensor) -> None:
 def begin(steps: CapturedSteps, cache: Any, mask: torch.Tensor | None, room: int) -> None:
     """Let the steps of an answer take over its cache."""
     steps.prepare(room, mask)
-    assert steps.step(cache, cache.layers[0].keys.shape[0], 1) is steps
+    batch = next(
+        keys.shape[0] for layer in cache.layers if (keys := getattr(layer, "keys", None)) is not None
+    )
+    assert steps.step(cache, batch, 1) is steps
 
 
 def greedy(
@@ -266,6 +273,73 @@ def test_layers_that_share_keys_and_hold_none(model: Any) -> None:
         ids = prompts(length=length)
         assert torch.equal(greedy(step, tested, ids, 40), eager(tested, ids, 40))
     assert (tapes.recorded, step.reason) == (1, "")
+
+
+class Again:
+    """A recorder whose replay is the sweep: a tape would run it a second time, and a state with it."""
+
+    def record(self, sweep: Callable[[], None]) -> Callable[[], object]:
+        sweep()
+        return sweep
+
+
+@pytest.mark.parametrize("name", WITH_STATES)
+def test_states_are_those_of_generate(model: Any, name: str) -> None:
+    tested = model(name)
+    step = step_of(tested, Again())
+    for seed in range(3):
+        ids = prompts(length=3 + 7 * seed, seed=seed)
+        assert torch.equal(greedy(step, tested, ids, 30), eager(tested, ids, 30))
+    ids = prompts(2, 6)  # a batch of another size has other addresses
+    assert torch.equal(greedy(step, tested, ids, 9), eager(tested, ids, 9))
+    assert (step.status, step.step(prefilled(tested, ids), 2, 2)) == ("captured decode", None)
+
+
+@pytest.mark.parametrize("name", WITH_STATES)
+def test_states_are_as_before_when_a_capture_fails(model: Any, name: str) -> None:
+    tested, ids = model(name), prompts()
+    step = step_of(tested, Failing(RuntimeError("no")))
+    assert torch.equal(greedy(step, tested, ids, 12), eager(tested, ids, 12))
+    assert step.reason == "RuntimeError: no"
+
+
+@pytest.mark.parametrize("layer", range(4))
+def test_states_are_as_before_when_a_sweep_fails(model: Any, layer: int) -> None:
+    tested, ids, error = model("qwen3_5_text"), prompts(), torch.OutOfMemoryError("CUDA out of memory.")
+    step, cache = step_of(tested, Again()), prefilled(model("qwen3_5_text"), ids)
+    begin(step, cache, None, 64)
+
+    def fail(*_args: Any) -> None:
+        raise error
+
+    handle = tested.model.layers[layer].register_forward_pre_hook(fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        step(ids[:, -1:], 8)
+    handle.remove()
+    first = step(ids[:, -1:], 8)
+    assert_close(first, full_logits(tested, ids)[:, -1:])
+    assert torch.equal(
+        step(ids[:, -1:], 8), first
+    )  # what came after the sweep has failed: nothing is fed twice
+    with pytest.raises(ValueError, match="9 tokens cannot go back to 7"):
+        step(ids[:, -1:], 7)
+    step.close()
+    assert cache.get_seq_length() == 9
+    longer = torch.cat([ids, first.argmax(-1)], dim=1)
+    with torch.no_grad():
+        after = tested(longer[:, -1:], past_key_values=cache, use_cache=True).logits
+    assert_close(after, full_logits(tested, longer)[:, -1:])
+
+
+def test_states_that_are_ahead_of_the_answer_are_lost(model: Any) -> None:
+    tested, ids = model("qwen3_5_text"), prompts()
+    step, cache = step_of(tested, Again()), prefilled(tested, ids)
+    begin(step, cache, None, 64)
+    step(ids[:, -1:], 8)
+    with pytest.raises(TokensLostError):
+        step.give_back(8)
+    assert cache.get_seq_length() == 0
+    assert torch.equal(greedy(step, tested, ids, 12), eager(tested, ids, 12))
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 8, 11, 16])
@@ -959,6 +1033,9 @@ def test_without_a_gpu(model: Any, plan: Plan) -> None:
         ("qwen3", ""),
         ("gemma", ""),
         ("gemma4", ""),
+        ("qwen3_5_text", ""),
+        ("falcon_h1", "layers that keep more than keys and values, or a state"),
+        ("glm_moe_dsa", "layers that keep more than keys and values, or a state"),
         ("mamba", "a forward pass without cache or positions"),
     ],
 )
