@@ -13,8 +13,9 @@ from transformers import AutoConfig, DynamicCache
 from llm_magic.backends.accelerate import engine as of_engine
 from llm_magic.backends.accelerate.decoding.kv_cache import goes_one_by_one
 from llm_magic.backends.accelerate.prompt.prompts import TokenizedPrompt
+from llm_magic.errors import OptionError
 from llm_magic.model import ModelSpec
-from tests.engines import BACKEND, ask, load, request
+from tests.engines import BACKEND, ask, load, plan_for, request
 from tests.families import FAMILIES, save
 from tests.placements import stock
 
@@ -208,3 +209,27 @@ def test_an_interrupt_in_the_midst_of_a_pass_leaves_no_state_behind(
     handle.remove()
     for turns in ((ASKED, "Paris.", "And of Italy?"), (ASKED,)):
         assert spoken(engine, turns, chat="a").text == spoken(engine, turns).text
+
+
+def test_a_draft_is_for_models_that_can_take_tokens_back(folder_of: Any) -> None:
+    folder = str(folder_of("gemma3n_text"))
+    engine = load(folder, spec=ModelSpec(folder, draft=str(folder_of("qwen3_5_text"))))
+    try:
+        assert ask(engine, request(ASKED)).text == expected(Path(folder), ASKED)
+        assert engine.memory()["cpu"]["kv_cache"] > 0
+    finally:
+        engine.close()
+    for name in ("qwen3_5_text", "glm_moe_dsa", "cpmant"):
+        with pytest.raises(OptionError, match="cannot take tokens back"):
+            plan_for(folder, spec=ModelSpec(str(folder_of(name)), draft=folder))
+
+
+def test_what_cannot_take_tokens_back_says_so(folder_of: Any) -> None:
+    engine = load(folder_of("qwen3_5_text"), "half")
+    try:
+        assert "prompt lookup" not in engine.status()
+        with pytest.raises(OptionError, match="cannot take tokens back"):
+            ask(engine, request(ASKED, extra={"prompt_lookup_num_tokens": 4}))
+        assert ask(engine, request(ASKED, extra={"prompt_lookup_num_tokens": 0})).text
+    finally:
+        engine.close()

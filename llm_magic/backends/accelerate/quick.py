@@ -14,6 +14,7 @@ from llm_magic.backends.accelerate.decoding.capture import (
     has_layers_alone,
     why_not,
 )
+from llm_magic.backends.accelerate.decoding.kv_cache import can_take_back
 from llm_magic.backends.accelerate.decoding.pace import Pace
 from llm_magic.backends.accelerate.decoding.proposers import DraftModel, PromptLookup
 from llm_magic.backends.accelerate.decoding.speculate import Speculation
@@ -50,6 +51,7 @@ class Quick:
         self._draft = DraftModel(draft, _vocabulary(placed.model)) if draft is not None else None
         self._draft_model, self._draft_name = draft, draft_name
         self._lookup, self._pace = PromptLookup(), Pace()
+        self._can_verify = can_take_back(placed.model)
         self.after_move()
 
     def speculation(self, config: Any) -> Speculation | None:
@@ -68,7 +70,7 @@ class Quick:
         Raises
         ------
         OptionError
-            When that is no whole number.
+            When that is no whole number, or the model cannot verify proposals.
         """
         most, config.prompt_lookup_num_tokens = config.prompt_lookup_num_tokens, None
         if most is not None and (type(most) is not int or most < 0):
@@ -76,6 +78,13 @@ class Quick:
                 f"prompt_lookup_num_tokens cannot be {most!r}.", "Give a whole number; 0 switches it off."
             )
         if most == 0:
+            return None
+        if not self._can_verify:
+            if most:
+                raise OptionError(
+                    "This model cannot take tokens back once it has read them, so none can be proposed.",
+                    "Leave prompt_lookup_num_tokens out.",
+                )
             return None
         if most is not None:
             return Speculation(PromptLookup(), Pace(most))
@@ -90,7 +99,7 @@ class Quick:
             said.insert(0, self.steps.status if self.steps else f"eager decode: {self._why_not}")
         if self._draft:
             said.append(f"draft {self._draft_name}")
-        elif self._placed.travels:
+        elif self._placed.travels and self._can_verify:
             said.append("prompt lookup")
         return tuple(said)
 

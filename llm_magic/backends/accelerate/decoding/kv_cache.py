@@ -19,6 +19,7 @@ from llm_magic.backends.accelerate.decoding.layer_kinds import (
     is_plain,
     with_tokens,
 )
+from llm_magic.backends.accelerate.decoding.rollback import Rollback
 from llm_magic.backends.accelerate.memory_errors import is_out_of_memory
 from llm_magic.backends.accelerate.placement.layer_cache import layer_tensors, take_along
 
@@ -209,6 +210,16 @@ def crop(cache: Any, length: int) -> bool:
         if extra:
             layer.crop(-extra)
     return True
+
+
+def can_take_back(model: Any) -> bool:
+    """Whether tokens of a pass can be taken back: several can be verified at once then."""
+    import inspect
+
+    if model.config.is_encoder_decoder or goes_one_by_one(model):
+        return False
+    takes_cache = "past_key_values" in inspect.signature(model.forward).parameters
+    return takes_cache and Rollback(_new_cache(model)).is_possible
 
 
 def goes_one_by_one(model: Any) -> bool:

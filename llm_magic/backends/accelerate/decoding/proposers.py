@@ -8,6 +8,7 @@ from typing import Any
 from llm_magic.backends.accelerate.decoding.kv_cache import crop
 from llm_magic.backends.accelerate.decoding.sampling import generator
 from llm_magic.backends.accelerate.decoding.speculate import Proposal
+from llm_magic.backends.accelerate.placement.layer_cache import layer_tensors
 from llm_magic.errors import OptionError
 
 _INDEXED = (1, 2, 3, 4)  # lengths of the runs of tokens that are found at once
@@ -123,7 +124,7 @@ class DraftModel:
     def tensors(self) -> list[Any]:
         """Tensors of the KV cache."""
         layers = getattr(self._cache, "layers", ())
-        return [t for layer in layers if layer.is_initialized for t in (layer.keys, layer.values)]
+        return [tensor for layer in layers for tensor in layer_tensors(layer).values()]
 
     def _choose(self, logits: Any, text: list[int]) -> tuple[int, Any]:
         import torch

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from llm_magic.backends.accelerate.decoding.kv_cache import can_take_back
 from llm_magic.backends.accelerate.default_dtype import default_dtype_kept
 from llm_magic.backends.accelerate.placement.quantize import Method, find_method, packed_bytes, prepare
 from llm_magic.backends.accelerate.source import gguf_model, hub
@@ -46,6 +47,8 @@ def read_layout(spec: ModelSpec, files: ModelFiles) -> ModelLayout:
     model = build_skeleton(config, dtype)
     blocks = _read_blocks(model, dtype)
     details = _details(config, files, header) | {"attention": model.config._attn_implementation or ""}
+    if not can_take_back(model):
+        details |= {"one_by_one": True}
     if method is not None:
         blocks = _with_packed(model, blocks, method, dtype)
         details |= {"unpacked_bytes": _unpacked_bytes(blocks, method)}
@@ -76,6 +79,11 @@ def with_draft(layout: ModelLayout, spec: ModelSpec, progress: Progress) -> Mode
     """
     if not spec.draft:
         return layout
+    if layout.details.get("one_by_one"):
+        raise OptionError(
+            f"{layout.name} cannot take tokens back once it has read them, so it cannot verify what a draft proposes.",
+            "Leave --draft out.",
+        )
     draft = draft_spec(spec)
     return replace(layout, draft=read_layout(draft, resolve(draft, progress)))
 
