@@ -30,7 +30,7 @@ class Constants:
     captured_layer_s
         Seconds of a captured layer beyond the read of its weights: norms, rotary embedding, residuals
         (32 layers and a head of 15.0 GB on an H100 that reads 3,107 GB/s: 9.3 ms, 4.5 more than the
-        reads; divided by 32).
+        reads; divided by 32). An eager layer has the same, beside its launches.
     cpu_share, gpu_share
         Of the measured read speed, what the layers reach.
     cpu_beside_bus
