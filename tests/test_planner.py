@@ -21,7 +21,7 @@ from llm_magic.planning.costs import activation_bytes, logits_bytes, longest_pas
 from llm_magic.planning.forecast import make_forecast
 from llm_magic.planning.planner import make_budget, make_plan, read_device_map, refusal, register_planners
 from llm_magic.planning.setting import Setting
-from llm_magic.planning.ways import computing_places
+from llm_magic.planning.ways import computing_places, lacking
 from llm_magic.units import GIB, KIB, MIB
 from tests.layouts import (
     cramped,
@@ -826,8 +826,23 @@ def assert_places_were_only_improved(plan: Plan):
         assert {place.compute for place in plan.placements} == {"cpu"}
     else:
         assert not plan.mapped
-    # and it never makes the model slower
-    assert plan.forecast.decode_tps >= 0.999 * make_forecast(setting, plain, setting.uses(plain)).decode_tps
+    # nor slower: but what a GPU has no room for could not be loaded at any speed
+    if not lacking(setting, plain):
+        before = make_forecast(setting, plain, setting.uses(plain))
+        assert plan.forecast.decode_tps >= 0.999 * before.decode_tps
+
+
+def test_a_gpu_gives_away_what_it_has_no_room_for_even_to_a_slower_cpu():
+    # cuda:0 has three layers, and a slot for the one on disk: 100 MiB at 0.9 of 800 MB/s are 0.15 s. With a
+    # byte less the CPU computes it from a copy: 100 MiB and 512 KiB of cache at 500 MB/s are 0.21 s, beside
+    # 0.3 ms for a layer of the CPU and three launches of 1 ms.
+    box = machine(gpu(0, 24 * GIB), ram(64 * GIB, read=5e8), disk(100 * GIB))
+    options = {"placement": {"": "cuda:0", "layers.1": "disk"}, "policy": "map.json"}
+    room = make_plan(toy(), box, Workload(1024), **options).use("cuda:0").planned
+    plan = make_plan(toy(), box, Workload(1024), **options, max_memory={"cuda:0": room - 1})
+    assert plan.fits
+    assert plan.forecast.decode_tps == pytest.approx(1 / (100.5 * MIB / 5e8 + 3.3e-3), rel=1e-6)
+    assert_places_were_only_improved(plan)
 
 
 def test_a_copy_of_a_small_block_slows_no_large_layers_down():

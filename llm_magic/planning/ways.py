@@ -207,7 +207,8 @@ def _relieved(setting: Setting, placed: Placements) -> Placements:
     """Let the CPU compute so many blocks in RAM that the GPUs have room; as they were where nothing helps.
 
     A block that streams leaves its keys and values on the GPU, and a long context may have more of
-    them than fit. One that the CPU computes has them in RAM.
+    them than fit; it needs a slot there, too. One that the CPU computes has all of it in RAM, and that
+    is done even where it is slower: what lacks room cannot be loaded.
     """
     for gpu in lacking(setting, placed):
         placed = _relieved_of(setting, placed, gpu)
