@@ -841,8 +841,15 @@ def test_a_gpu_gives_away_what_it_has_no_room_for_even_to_a_slower_cpu():
     room = make_plan(toy(), box, Workload(1024), **options).use("cuda:0").planned
     plan = make_plan(toy(), box, Workload(1024), **options, max_memory={"cuda:0": room - 1})
     assert plan.fits
+    assert plan.warnings[0].endswith("A smaller -c N takes less.")
     assert plan.forecast.decode_tps == pytest.approx(1 / (100.5 * MIB / 5e8 + 3.3e-3), rel=1e-6)
     assert_places_were_only_improved(plan)
+    # without the 4 MiB of all keys and values it would lack a byte all the same
+    plan = make_plan(toy(), box, Workload(1024), **options, max_memory={"cuda:0": room - 4 * MIB - 1})
+    assert plan.fits
+    assert plan.warnings[0] == (
+        "There is no room on cuda:0 for all layers to compute there: the CPU decodes 1 layer of those in RAM."
+    )
 
 
 def test_a_copy_of_a_small_block_slows_no_large_layers_down():

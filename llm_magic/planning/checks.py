@@ -118,15 +118,24 @@ def _unused_gpu(plan: Plan) -> Iterator[str]:
 
 
 def _cache_beside(plan: Plan) -> Iterator[str]:
-    """The CPU computes what GPUs have no room for the keys and values of."""
+    """The CPU computes what GPUs have no room for, most often for its keys and values."""
     taken = [p for p in plan.placements if p.compute == "cpu" and p.block.kind == "decoder"]
     if any(use.spare < 0 for use in plan.uses) or all(p.compute == "cpu" for p in plan.placements):
         return
     setting = Setting.of(plan, Constants())
-    full = lacking(setting, computing_places(setting, plan.device_map))
-    if taken and full:
-        layers = "1 layer" if len(taken) == 1 else f"{len(taken)} layers"
-        size = format_bytes(sum(plan.workload.cache_bytes(place.block) for place in taken))
+    plain = computing_places(setting, plan.device_map)
+    full = lacking(setting, plain)
+    if not taken or not full:
+        return
+    layers = "1 layer" if len(taken) == 1 else f"{len(taken)} layers"
+    size = format_bytes(sum(plan.workload.cache_bytes(place.block) for place in taken))
+    short = [use for use in setting.uses(plain) if use.device in full]
+    if any(-use.spare > use.kv_cache for use in short):  # whatever the context is
+        yield (
+            f"There is no room on {' and '.join(full)} for all layers to compute there: "
+            f"the CPU decodes {layers} of those in RAM."
+        )
+    else:
         yield (
             f"The KV cache of all layers does not fit {' and '.join(full)}: that of {layers}, {size}, is in RAM, "
             "and the CPU decodes them. A smaller -c N takes less."
