@@ -26,12 +26,24 @@ demo: $(STAMPS)/demo ## a prompt cell on the small starter model, in this termin
 
 test: check browser compiler kernels ## lint, types and every test
 	@$(NPM) test --silent
-	$(BIN)/python -m pytest $(ARGS)
-	@$(if $(ARGS),,$(SIMULATED))
+ifdef ARGS
+	$(PYTEST) $(ARGS)
+else
+	$(PYTEST) $(WORKERS) --ignore=tests/ui --ignore=tests/gpu
+	$(PYTEST) tests/ui tests/gpu
+	@$(SIMULATED)
+endif
 
-# The GPU tests, on a GPU that is simulated: in a process of their own, since all of it sees that GPU.
+PYTEST := $(BIN)/python -m pytest
+
+# Tests in several processes, a module in one, so that what its tests share is made once. One for each logical core,
+# as two of those may be all there is; at most four, since each takes more than 1 GB.
+# A browser and a GPU keep a machine busy alone.
+WORKERS := -n logical --maxprocesses=4 --dist=loadfile
+
+# The GPU tests, on a GPU that is simulated: in processes of their own, since all of each sees that GPU.
 HAS_COMPILER := command -v g++ >/dev/null && test -e "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h"
-SIMULATED = if $(HAS_COMPILER) || test -n "$$CI"; then LLM_MAGIC_SIMULATED_CUDA=1 $(BIN)/python -m pytest tests/gpu; fi
+SIMULATED = if $(HAS_COMPILER) || test -n "$$CI"; then LLM_MAGIC_SIMULATED_CUDA=1 $(PYTEST) $(WORKERS) tests/gpu; fi
 
 lab: $(STAMPS)/lab $(VIEWS) ## JupyterLab on the example notebooks
 	$(BIN)/jupyter lab --ServerApp.root_dir=examples

@@ -1,4 +1,4 @@
-"""What every test gets: no network, folders of its own, and the starter model converted once."""
+"""What every test gets: no network, folders of its own, and the starter model converted once a process."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(scope="session")
 def starter_folder() -> Path:
-    """The starter model, converted to safetensors once per test session (about 15 s)."""
+    """The starter model, converted to safetensors once per process (3 s: workers need not share it)."""
     from llm_magic.backends.accelerate.source import sources
     from llm_magic.model import ModelSpec
 
@@ -47,7 +47,7 @@ def starter_folder() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """``tiny_model("llama")``: the folder of a tiny model, saved once per test session."""
+    """``tiny_model("llama")``: the folder of a tiny model, saved once per process."""
     from tests import tiny
 
     folders: dict[str, Path] = {}

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock  # torch brings it
 
 NAME = "simulated_cuda_device"
 HERE = Path(__file__).parent
@@ -21,8 +22,10 @@ LIBRARIES = ("torch", "torch_cpu", "torch_python", "c10")
 def build() -> Any:
     """The compiled module."""
     library = _cache() / f"{NAME}.so"
-    if not library.exists():
-        _compile(library)
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(library.with_suffix(".lock")):  # several processes may begin at once
+        if not library.exists():
+            _compile(library)
     spec = importlib.util.spec_from_file_location(NAME, library)
     assert spec
     assert spec.loader
@@ -39,7 +42,6 @@ def _cache() -> Path:
 
 
 def _compile(library: Path) -> None:
-    library.parent.mkdir(parents=True, exist_ok=True)
     home = Path(torch.__file__).parent
     includes = (
         home / "include",
