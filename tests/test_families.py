@@ -110,8 +110,9 @@ def test_passes_of_several_tokens_are_not_for_all(folder_of: Any) -> None:
     assert goes_one_by_one(type("Model", (), {"config": config})())
 
 
-# --- Chats of models with recurrent states
+# --- Chats of models with recurrent states, and with windows
 
+WITH_WINDOWS = ("gpt_oss", "mistral", "gemma3n_text")
 WITH_STATES = ("kimi_linear", "qwen3_5_text", "lfm2", "nemotron_h", "granitemoehybrid")
 REASONING = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + eos_token }}{% endfor %}"
@@ -138,8 +139,8 @@ def spoken(engine: Any, turns: tuple[str, ...], **options: Any) -> Any:
     return ask(engine, request(*turns, use_template=True, **options))
 
 
-@pytest.mark.parametrize("name", WITH_STATES)
-def test_states_go_back_to_where_the_assistants_turn_was_opened(name: str, reasoning: Any) -> None:
+@pytest.mark.parametrize("name", [*WITH_STATES, *WITH_WINDOWS])
+def test_a_chat_goes_back_to_where_the_assistants_turn_was_opened(name: str, reasoning: Any) -> None:
     engine = reasoning(name)
     turns: tuple[str, ...] = (ASKED,)
     cached = []
@@ -179,6 +180,23 @@ def test_one_chat_is_kept_where_states_are_large(reasoning: Any) -> None:
     assert spoken(engine, (ASKED,), chat="a").finish.cached_tokens == 0
 
 
+def test_a_window_that_holds_the_whole_chat_needs_no_mark(reasoning: Any) -> None:
+    engine = reasoning("mistral")
+    asked: dict[str, Any] = {"chat": "a", "use_template": True, "max_new_tokens": 2}
+    ask(engine, request("Paris", **asked))
+    assert engine._caches._kept["a"].checkpoint is None
+    ask(engine, request(ASKED, **asked))
+    assert engine._caches._kept["a"].checkpoint is not None
+
+
+def test_only_the_last_chat_can_go_back_to_a_mark(reasoning: Any) -> None:
+    engine = reasoning("mistral")
+    for chat in "ab":
+        spoken(engine, (ASKED,), chat=chat)
+    assert [kept.checkpoint is None for kept in engine._caches._kept.values()] == [True, False]
+    assert engine._caches.drop()
+
+
 def test_blocks_that_travel_are_not_brought_once_more_for_a_mark(reasoning: Any) -> None:
     engine = reasoning("qwen3_5_text", "half")
     answer = spoken(engine, (ASKED,), chat="a")
@@ -188,7 +206,7 @@ def test_blocks_that_travel_are_not_brought_once_more_for_a_mark(reasoning: Any)
     assert (again.finish.cached_tokens, again.text) == (0, spoken(engine, (ASKED, answer.text, "And?")).text)
 
 
-@pytest.mark.parametrize("name", WITH_STATES)
+@pytest.mark.parametrize("name", [*WITH_STATES, *WITH_WINDOWS])
 @pytest.mark.parametrize("after", [0, 3, 10])
 def test_an_interrupt_in_the_midst_of_a_pass_leaves_no_state_behind(
     name: str, after: int, reasoning: Any

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from llm_magic.backends.accelerate.prompt.prompts import tokenize
+from llm_magic.backends.accelerate.prompt.prompts import lasting, tokenize
 from llm_magic.errors import PromptError
-from llm_magic.events import Message, Request
+from llm_magic.events import Message, Request, Sampling
 from tests import tiny
 
 SYSTEM, HI, HEY, WHY = (
@@ -94,3 +94,33 @@ def test_an_encoder_gets_the_instructions_and_the_last_question(base: Any) -> No
 def test_nothing_to_answer(chat: Any, messages: tuple[Message, ...]) -> None:
     with pytest.raises(PromptError, match="empty"):
         tokenize(Request(messages), chat, False)
+
+
+@pytest.mark.parametrize(
+    ("opening", "lasts"),
+    [("<|assistant|>", True), ("<|assistant|><think>", False), ("<|assistant|>\n", False)],
+)
+def test_how_much_of_a_prompt_the_next_one_begins_with(tmp_path: Path, opening: str, lasts: bool) -> None:
+    tokenizer = tiny.save_tokenizer(tmp_path)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '" + opening + "' }}{% endif %}"
+    )
+    asked = Request((Message("user", "One two"),), Sampling())
+    prompt = tokenize(asked, tokenizer, False)
+    count = lasting(asked, tokenizer, prompt)
+    assert (count == len(prompt.ids)) == lasts
+    assert tokenizer.decode(prompt.ids[:count]).endswith("</s><|assistant|>")
+
+
+def test_a_prompt_lasts_where_no_template_tells_otherwise(tmp_path: Path) -> None:
+    tokenizer = tiny.save_tokenizer(tmp_path, chat_template=False)
+    asked = Request((Message("user", "One two"),), Sampling())
+    prompt = tokenize(asked, tokenizer, False)
+    assert lasting(asked, tokenizer, prompt) == len(prompt.ids)
+    tokenizer.chat_template = (
+        "{% if messages|length > 1 %}{{ raise_exception('one question') }}{% endif %}"
+        "{{ messages[0]['content'] }}"
+    )
+    prompt = tokenize(asked, tokenizer, False)
+    assert lasting(asked, tokenizer, prompt) == len(prompt.ids)

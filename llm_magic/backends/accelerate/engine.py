@@ -10,7 +10,7 @@ from typing import Any
 from llm_magic.backends.accelerate.decoding.decode import Decoding
 from llm_magic.backends.accelerate.decoding.detokenize import Detokenizer
 from llm_magic.backends.accelerate.decoding.head_input import lay_out_head_input
-from llm_magic.backends.accelerate.decoding.kv_cache import ChatCaches
+from llm_magic.backends.accelerate.decoding.kv_cache import ChatCaches, can_take_back
 from llm_magic.backends.accelerate.decoding.sampling import end_tokens, generation_config, seeded
 from llm_magic.backends.accelerate.decoding.sweep_times import SweepTimes
 from llm_magic.backends.accelerate.generate import Steps, run_generate, watched_blocks
@@ -195,9 +195,7 @@ class TransformersEngine:
                 self._placed.settle()
 
         with quiet(), cores_left_for_the_driver(self.plan):
-            return sweep_speed(
-                answer, count, progress, can_verify=self._caches.can_keep and not self._caches.has_states
-            )
+            return sweep_speed(answer, count, progress, can_verify=can_take_back(model))
 
     def status(self) -> tuple[str, ...]:
         """How it runs, in a few words each."""
@@ -286,7 +284,7 @@ class TransformersEngine:
         if cache is None and self._caches.can_keep and config.use_cache is not False:
             cache = self._caches.new()  # one that passes can be taken back from
         decoding.part_tokens = self._pass_length(prompt, cached, config)
-        if keep and self._caches.has_states:
+        if keep and self._caches.needs_mark(room):
             decoding.mark = self._lasting(request, prompt)
             decoding.marked = lambda: self._caches.mark(decoding.mark)
         passes = len(decoding.passes(cached, len(prompt.ids)))
@@ -331,7 +329,7 @@ class TransformersEngine:
             self._quick.after_move()
 
     def _lasting(self, request: Request, prompt: TokenizedPrompt) -> int:
-        """Where states are remembered: as far as the next turn's prompt is likely to be the same.
+        """Where the cache is remembered: as far as the next turn's prompt is likely to be the same.
 
         Where blocks travel, a pass of its own for the last tokens would cost what it may save.
         """

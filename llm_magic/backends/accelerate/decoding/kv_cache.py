@@ -17,6 +17,7 @@ from llm_magic.backends.accelerate.decoding.layer_kinds import (
     goes_on,
     has_state,
     is_plain,
+    is_windowed,
     with_tokens,
 )
 from llm_magic.backends.accelerate.decoding.rollback import Rollback
@@ -41,7 +42,7 @@ Seen with transformers 5.17 and 5.23: logits of 44 tokens, read in passes of 12,
 
 @dataclass
 class KeptCache:
-    """The cache of a chat, the token ids that it holds, and a place in them to which its states can go back."""
+    """The cache of a chat, the token ids that it holds, and a place in them to which it can go back."""
 
     cache: Any
     tokens: list[int]
@@ -58,8 +59,6 @@ class ChatCaches:
     ----------
     can_keep
         Whether caches are kept at all.
-    has_states
-        Whether some layers have a recurrent state, which goes back to a `mark` and nowhere else.
     """
 
     def __init__(self, model: Any, capacity_tokens: int) -> None:
@@ -69,7 +68,9 @@ class ChatCaches:
         self._in_use: Any = None
         self._checkpoint: Checkpoint | None = None
         self.can_keep = _can_keep(model)
-        self.has_states = self.can_keep and any(map(has_state, _new_cache(model).layers))
+        layers = _new_cache(model).layers if self.can_keep else []
+        self._has_states = any(map(has_state, layers))
+        self._window = min((layer.sliding_window for layer in layers if is_windowed(layer)), default=0)
 
     @property
     def tokens(self) -> int:
@@ -108,9 +109,13 @@ class ChatCaches:
         self._in_use = _new_cache(self._model)
         return self._in_use
 
+    def needs_mark(self, tokens: int) -> bool:
+        """Whether a cache that held so many tokens can go back to a `mark` and nowhere else."""
+        return self._has_states or 0 < self._window <= tokens
+
     def mark(self, length: int) -> None:
-        """Remember the states of the cache that was taken, which holds so many tokens now."""
-        if not self.has_states or self._in_use is None:
+        """Remember the cache that was taken as it is now, with so many tokens."""
+        if self._in_use is None:
             return
         self._checkpoint = None  # first: there may be no room for two
         try:
@@ -131,8 +136,10 @@ class ChatCaches:
         lengths = (layer.get_seq_length() for layer in with_tokens(cache.layers) if not has_state(layer))
         length = min(min(lengths, default=0), len(tokens))
         if length and crop(cache, length):
-            if self.has_states:
+            if self._has_states:
                 self._kept.clear()
+            for other in self._kept.values():  # one such copy, for the chat that is most likely to go on
+                other.checkpoint = None
             self._kept[chat] = KeptCache(cache, tokens[:length], checkpoint)
             self._make_room(0)
 
@@ -145,9 +152,10 @@ class ChatCaches:
         self._kept.pop(chat, None)
 
     def drop(self) -> bool:
-        """Drop all caches but the one in use; whether there were any."""
-        had = bool(self._kept)
+        """Drop all caches but the one in use, and the place to which that could go back; whether there were any."""
+        had = bool(self._kept) or self._checkpoint is not None
         self._kept.clear()
+        self._checkpoint = None
         return had
 
     def follow(self, devices: Mapping[int, Any]) -> None:
@@ -245,9 +253,7 @@ def _can_keep(model: Any) -> bool:
     layers = with_tokens(_new_cache(model).layers)
     if any(map(has_state, layers)):
         goes = model.config.get_text_config(decoder=True).model_type in _STATES_GO_ON
-        return goes and all(
-            has_state(layer) or (is_plain(layer) and not layer.is_sliding) for layer in layers
-        )
+        return goes and all(has_state(layer) or is_plain(layer) for layer in layers)
     return all(map(goes_on, layers))
 
 

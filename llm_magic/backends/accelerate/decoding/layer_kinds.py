@@ -25,6 +25,11 @@ def is_plain(layer: Any) -> bool:
     return type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
 
 
+def is_windowed(layer: Any) -> bool:
+    """Whether it keeps keys and values of the last tokens, and nothing else."""
+    return is_plain(layer) and bool(layer.is_sliding)
+
+
 def has_state(layer: Any) -> bool:
     """Whether it keeps a recurrent state, and nothing else."""
     from transformers import cache_utils

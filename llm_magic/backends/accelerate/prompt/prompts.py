@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any
 
@@ -56,16 +56,20 @@ def tokenize(request: Request, tokenizer: Any, is_encoder_decoder: bool) -> Toke
 
 
 def lasting(request: Request, tokenizer: Any, prompt: TokenizedPrompt) -> int:
-    """Tokens of a prompt that a longer conversation begins with too: all but the opening of the assistant's turn.
+    """Tokens of a prompt that the conversation's next prompt begins with, by the template: all of them as a rule.
 
-    A template may open it in another way than it repeats it, for reasoning that it leaves out later.
+    A template may open the assistant's turn with something that it leaves out later, the beginning of reasoning.
     """
     template = tokenizer.get_chat_template() if request.use_template and tokenizer.chat_template else ""
     if not template or request.continue_last:
         return len(prompt.ids)
-    text = _render(template, request, tokenizer, opens_turn=False)
-    closed = tokenizer(text, add_special_tokens=False).input_ids
-    same = (first == second for first, second in zip(prompt.ids, closed, strict=False))
+    later = (*request.messages, Message("assistant", "x"), Message("user", "x"))
+    try:
+        text = _render(template, replace(request, messages=later), tokenizer, opens_turn=False)
+    except PromptError:
+        return len(prompt.ids)
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    same = (first == second for first, second in zip(prompt.ids, ids, strict=False))
     return sum(takewhile(bool, same))
 
 
