@@ -19,7 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 from transformers import AutoModelForCausalLM
 
-from llm_magic.backends.accelerate.decoding.capture import CapturedSteps, why_not
+from llm_magic.backends.accelerate.decoding.capturable import why_not
+from llm_magic.backends.accelerate.decoding.capture import CapturedSteps
 from llm_magic.backends.accelerate.decoding.decode import Decoding
 from llm_magic.backends.accelerate.decoding.speculate import Speculation
 from llm_magic.backends.accelerate.decoding.warmup import COMPILING

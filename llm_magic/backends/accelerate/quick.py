@@ -8,12 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from llm_magic.backends.accelerate.decoding.capture import (
-    CapturedSteps,
-    CudaGraphs,
-    has_layers_alone,
-    why_not,
-)
+from llm_magic.backends.accelerate.decoding.capturable import has_layers_alone, why_not
+from llm_magic.backends.accelerate.decoding.capture import CapturedSteps, CudaGraphs
 from llm_magic.backends.accelerate.decoding.kv_cache import can_take_back
 from llm_magic.backends.accelerate.decoding.pace import Pace
 from llm_magic.backends.accelerate.decoding.proposers import DraftModel, PromptLookup

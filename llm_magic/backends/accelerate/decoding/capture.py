@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from weakref import WeakSet
 
-from llm_magic.backends.accelerate.decoding.layer_kinds import has_state, is_plain, with_tokens
+from llm_magic.backends.accelerate.decoding.capturable import attention_of, kinds_of, windows_of
 from llm_magic.backends.accelerate.decoding.static_cache import (
     SWEEP_TOKENS,
     StaticCache,
@@ -28,7 +28,7 @@ from llm_magic.backends.accelerate.decoding.warmup import COMPILING, WarmUp, sho
 from llm_magic.backends.accelerate.memory_errors import TokensLostError, is_out_of_memory
 
 if TYPE_CHECKING:
-    from llm_magic.plan import Plan
+    pass
 
 _FIRST_VISIBLE = 512
 _ROUND = 64  # attention kernels like masks of round widths
@@ -200,7 +200,7 @@ class CapturedSteps:
         self._lanes = tuple(lanes)
         self._settle = settle
         self._warm_up = warm_up
-        self._windows = _windows(model)
+        self._windows = windows_of(model)
         self._static = StaticCache(self._windows)
         self._inputs: Inputs | None = None
         self._graphs: dict[Shape, Recorded] = {}
@@ -234,9 +234,8 @@ class CapturedSteps:
 
         ``None`` for more tokens than a sweep takes, or when there is no memory for them.
         """
-        most = (
-            1 if self._static.states else SWEEP_TOKENS[-1]
-        )  # what is too much would change a state for good
+        # A state would take in for good what is too much.
+        most = 1 if self._static.states else SWEEP_TOKENS[-1]
         if tokens > most or not self._has_room:
             return None
         if self._dynamic is None and not self._take_over(cache, batch):
@@ -432,9 +431,8 @@ class CapturedSteps:
 
     def _record_plain(self, shape: Shape) -> None:
         if not COMPILING.acquire(blocking=False):
-            self._sweep_once(
-                shape
-            )  # a compilation synchronizes the device, which ends a capture: another time
+            # A compilation synchronizes the device, which ends a capture: another time.
+            self._sweep_once(shape)
             if self._warm_up is not None:
                 self._warm_up.want(shape)
             return
@@ -506,7 +504,7 @@ class CapturedSteps:
 
     def _masks(self, inputs: Inputs, shape: Shape, slots: Any) -> Any:
         """One mask for all layers, or one for each kind of them, by transformers' names."""
-        windows = _kinds(self._windows)
+        windows = kinds_of(self._windows)
         masks = {
             "sliding_attention" if window else "full_attention": self._mask(
                 inputs.window_mask(shape, slots, window) if window else inputs.mask(shape, slots)
@@ -519,7 +517,7 @@ class CapturedSteps:
         """A mask as the model's attention takes it: a 4D mask is passed on as it is."""
         import torch
 
-        if _attention(self._model) == "sdpa":
+        if attention_of(self._model) == "sdpa":
             return visible
         dtype = self._static.dtype()
         return torch.where(visible, 0.0, torch.finfo(dtype).min).to(dtype)
@@ -648,107 +646,6 @@ class CudaGraphs:
         with suppress(RuntimeError):
             self._capture(torch.cuda.CUDAGraph(), lambda: torch.zeros(1, device=self._device), current)
         self._pool = None
-
-
-def why_not(model: Any, plan: Plan, lanes: Sequence[Lane] = ()) -> str:
-    """Why the sweeps of a model cannot be captured as it is placed, in a few words; empty when they can.
-
-    What this cannot foresee shows when the capture is tried.
-    """
-    reason = _placement_reason(plan) or _experts_reason(model, plan) or _model_reason(model)
-    if not reason and not all(lane.is_capturable for lane in lanes):
-        return "blocks in RAM that is not pinned"
-    return reason
-
-
-def has_layers_alone(model: Any) -> bool:
-    """Whether each layer needs nothing but its own keys and values: then it can be compiled by itself."""
-    return all(is_plain(layer) for layer in _cache_layers(model))
-
-
-def _placement_reason(plan: Plan) -> str:
-    devices = {placement.compute for placement in plan.placements}
-    gpus = {device for device in devices if device.startswith("cuda")}
-    if not gpus:
-        return "no CUDA device"
-    if "cpu" in devices:
-        return "the CPU computes some blocks"
-    if len(devices) > 1:
-        return "several GPUs"
-    for placement in plan.placements:
-        if placement.way == "read":
-            return "blocks are read from the disk"
-        if placement.block.experts and placement.is_offloaded:
-            return "experts move on demand"
-    return ""
-
-
-def _experts_reason(model: Any, plan: Plan) -> str:
-    """Which experts there is a token for is asked on the host, where they are taken one after the other."""
-    has_experts = any(placement.block.experts for placement in plan.placements)
-    config = model.config.get_text_config(decoder=True)
-    in_turn = getattr(config, "_experts_implementation", None) == "eager"
-    return "experts are taken one after the other" if has_experts and in_turn else ""
-
-
-def _model_reason(model: Any) -> str:
-    import inspect
-    import sys
-
-    takes = inspect.signature(model.forward).parameters
-    attention = _attention(model)
-    checks = {
-        "encoder-decoder": not model.config.is_encoder_decoder,
-        "a forward pass without cache or positions": {"position_ids", "past_key_values"} <= set(takes),
-        "layers that keep more than keys and values, or a state": _is_known(model),
-        "windows of several kinds": len(_kinds(_windows(model))) <= 1 + (0 in _windows(model)),
-        # transformers' own word for models that work with a cache of fixed size.
-        "the architecture needs a cache that grows": getattr(model, "_can_compile_fullgraph", False),
-        "rotary tables that follow the length": not _has_growing_rotary_tables(model),
-        f"{attention} attention": attention in ("sdpa", "eager"),
-        # Others make masks of their own (ALiBi) out of one with two dimensions.
-        "the architecture makes its own masks": hasattr(
-            sys.modules[type(model).__module__], "create_causal_mask"
-        ),
-    }
-    return next((reason for reason, passed in checks.items() if not passed), "")
-
-
-def _has_growing_rotary_tables(model: Any) -> bool:
-    """Whether the length of the text is compared on the host, to make the tables anew."""
-    found = (getattr(module, "rope_type", "") for module in model.modules())
-    kinds = {kind for each in found for kind in (each.values() if isinstance(each, dict) else (each,))}
-    return bool(kinds & {"dynamic", "longrope"})
-
-
-def _is_known(model: Any) -> bool:
-    layers = with_tokens(_cache_layers(model))
-    kinds = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ()
-    are_known = all(is_plain(layer) or has_state(layer) for layer in layers)
-    return any(map(is_plain, layers)) and are_known and "chunked_attention" not in kinds
-
-
-def _windows(model: Any) -> list[int | None]:
-    """Of every layer of the cache, the tokens that it attends to, 0: all; ``None`` for one with a recurrent state."""
-    return [
-        None if has_state(layer) else layer.sliding_window if getattr(layer, "is_sliding", False) else 0
-        for layer in _cache_layers(model)
-    ]
-
-
-def _kinds(windows: Sequence[int | None]) -> list[int]:
-    return sorted({window for window in windows if window is not None})
-
-
-def _cache_layers(model: Any) -> list[Any]:
-    from transformers import DynamicCache
-
-    layers: list[Any] = DynamicCache(config=model.config).layers
-    return layers
-
-
-def _attention(model: Any) -> str:
-    return str(model.config.get_text_config(decoder=True)._attn_implementation)
 
 
 def _rounded(tokens: int) -> int:

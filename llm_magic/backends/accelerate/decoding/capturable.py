@@ -1,0 +1,115 @@
+"""Which models can be captured, as they are placed, and what is to be known of their layers for that."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from llm_magic.backends.accelerate.decoding.layer_kinds import has_state, is_plain, is_windowed, with_tokens
+
+if TYPE_CHECKING:
+    from llm_magic.backends.accelerate.decoding.capture import Lane
+    from llm_magic.plan import Plan
+
+
+def why_not(model: Any, plan: Plan, lanes: Sequence[Lane] = ()) -> str:
+    """Why the sweeps of a model cannot be captured as it is placed, in a few words; empty when they can.
+
+    What this cannot foresee shows when the capture is tried.
+    """
+    reason = _placement_reason(plan) or _experts_reason(model, plan) or _model_reason(model)
+    if not reason and not all(lane.is_capturable for lane in lanes):
+        return "blocks in RAM that is not pinned"
+    return reason
+
+
+def has_layers_alone(model: Any) -> bool:
+    """Whether each layer needs nothing but its own keys and values: then it can be compiled by itself."""
+    return all(is_plain(layer) for layer in _cache_layers(model))
+
+
+def _placement_reason(plan: Plan) -> str:
+    devices = {placement.compute for placement in plan.placements}
+    gpus = {device for device in devices if device.startswith("cuda")}
+    if not gpus:
+        return "no CUDA device"
+    if "cpu" in devices:
+        return "the CPU computes some blocks"
+    if len(devices) > 1:
+        return "several GPUs"
+    for placement in plan.placements:
+        if placement.way == "read":
+            return "blocks are read from the disk"
+        if placement.block.experts and placement.is_offloaded:
+            return "experts move on demand"
+    return ""
+
+
+def _experts_reason(model: Any, plan: Plan) -> str:
+    """Which experts there is a token for is asked on the host, where they are taken one after the other."""
+    has_experts = any(placement.block.experts for placement in plan.placements)
+    config = model.config.get_text_config(decoder=True)
+    in_turn = getattr(config, "_experts_implementation", None) == "eager"
+    return "experts are taken one after the other" if has_experts and in_turn else ""
+
+
+def _model_reason(model: Any) -> str:
+    import inspect
+    import sys
+
+    takes = inspect.signature(model.forward).parameters
+    attention = attention_of(model)
+    checks = {
+        "encoder-decoder": not model.config.is_encoder_decoder,
+        "a forward pass without cache or positions": {"position_ids", "past_key_values"} <= set(takes),
+        "layers that keep more than keys and values, or a state": _is_known(model),
+        "windows of several kinds": len(kinds_of(windows_of(model))) <= 1 + (0 in windows_of(model)),
+        # transformers' own word for models that work with a cache of fixed size.
+        "the architecture needs a cache that grows": getattr(model, "_can_compile_fullgraph", False),
+        "rotary tables that follow the length": not _has_growing_rotary_tables(model),
+        f"{attention} attention": attention in ("sdpa", "eager"),
+        # Others make masks of their own (ALiBi) out of one with two dimensions.
+        "the architecture makes its own masks": hasattr(
+            sys.modules[type(model).__module__], "create_causal_mask"
+        ),
+    }
+    return next((reason for reason, passed in checks.items() if not passed), "")
+
+
+def _has_growing_rotary_tables(model: Any) -> bool:
+    """Whether the length of the text is compared on the host, to make the tables anew."""
+    found = (getattr(module, "rope_type", "") for module in model.modules())
+    kinds = {kind for each in found for kind in (each.values() if isinstance(each, dict) else (each,))}
+    return bool(kinds & {"dynamic", "longrope"})
+
+
+def _is_known(model: Any) -> bool:
+    layers = with_tokens(_cache_layers(model))
+    kinds = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ()
+    are_known = all(is_plain(layer) or has_state(layer) for layer in layers)
+    return any(map(is_plain, layers)) and are_known and "chunked_attention" not in kinds
+
+
+def windows_of(model: Any) -> list[int | None]:
+    """Of every layer of the cache, the tokens that it attends to, 0: all; ``None`` for one with a recurrent state."""
+    return [
+        None if has_state(layer) else layer.sliding_window if is_windowed(layer) else 0
+        for layer in _cache_layers(model)
+    ]
+
+
+def kinds_of(windows: Sequence[int | None]) -> list[int]:
+    """The different windows among these, in order."""
+    return sorted({window for window in windows if window is not None})
+
+
+def _cache_layers(model: Any) -> list[Any]:
+    from transformers import DynamicCache
+
+    layers: list[Any] = DynamicCache(config=model.config).layers
+    return layers
+
+
+def attention_of(model: Any) -> str:
+    """Transformers' name of the model's attention implementation."""
+    return str(model.config.get_text_config(decoder=True)._attn_implementation)
