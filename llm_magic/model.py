@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
-BlockKind = Literal["embedding", "encoder", "decoder", "norm", "head", "other"]
+BlockKind = Literal["embedding", "encoder", "decoder", "norm", "head", "tower", "other"]
+"""``"tower"``: what a model sees or hears with, and what joins it to the text; no pass over text visits it."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,11 @@ class Block:
         return self.kind, self.bytes, self.parameters, self.tied_to, self.cache, experts
 
     @property
+    def is_idle(self) -> bool:
+        """Whether no pass visits it, so that it needs a place and nothing else."""
+        return self.kind == "tower"
+
+    @property
     def bytes_per_token(self) -> int:
         """Bytes of weights that one decoded token reads: experts that are not routed to stay."""
         if not self.experts:
@@ -147,7 +153,7 @@ class ModelLayout:
     architecture
         Class name in the config (``"LlamaForCausalLM"``).
     blocks
-        In the order in which a forward pass runs them; together they hold every parameter.
+        In the order in which a forward pass runs them, towers last; together they hold every parameter.
     dtype
         The dtype in which the model will be loaded.
     context_length

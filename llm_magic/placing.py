@@ -24,6 +24,7 @@ _WAYS = {
     "cpu": "computed by the CPU now",
     "read": "read from the disk in every sweep now",
     "kept": "kept in RAM as well now",
+    "idle": "not used for text",
 }
 
 
@@ -115,6 +116,8 @@ def refusal_to_move(plan: Plan) -> PlanError:
 
 
 def _how(placement: Placement) -> tuple[str, str, bool, str]:
+    if placement.block.is_idle:
+        return placement.home, "", False, ""
     return placement.home, placement.compute, placement.kept, placement.prefill
 
 

@@ -14,7 +14,7 @@ from llm_magic.events import PhaseEvent
 from llm_magic.machine import Machine
 from llm_magic.model import Block, ModelLayout
 
-Way = Literal["resident", "streamed", "cpu", "read", "kept"]
+Way = Literal["resident", "streamed", "cpu", "read", "kept", "idle"]
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,7 @@ class Placement:
     says that a copy of a block on disk stays in RAM, so that it is read once only. ``prefill``
     names the GPU that computes such a block in long sweeps (`Plan.long_sweep`), to which its weights
     stream then: a CPU decodes as fast as it reads, but it multiplies slowly. Empty: always ``compute``.
+    An idle block (`Block.is_idle`) computes nowhere; its ``compute`` is a device where others do.
     """
 
     block: Block
@@ -79,7 +80,7 @@ class Placement:
     @property
     def is_offloaded(self) -> bool:
         """Whether the weights travel before they are used."""
-        return self.home != self.compute
+        return self.home != self.compute and not self.block.is_idle
 
     @property
     def fetched_to(self) -> str:
@@ -91,13 +92,23 @@ class Placement:
         return self.prefill or ("" if stays else self.compute)
 
     @property
+    def modules_on(self) -> str:
+        """Where the block's buffers are, and what is added to it: where it could run as it is placed."""
+        if not self.block.is_idle:
+            return self.compute
+        return "cpu" if self.home == "disk" else self.home
+
+    @property
     def way(self) -> Way:
         """What happens to the block in every sweep.
 
         ``"resident"``: nothing moves; ``"streamed"``: from RAM to the device that computes;
         ``"cpu"``: it stays in RAM and the CPU computes it, beside a GPU or alone; ``"read"``: from
-        the disk; ``"kept"``: as ``streamed`` or ``cpu``, from the copy in RAM of a block on disk.
+        the disk; ``"kept"``: as ``streamed`` or ``cpu``, from the copy in RAM of a block on disk;
+        ``"idle"``: nothing, wherever it is.
         """
+        if self.block.is_idle:
+            return "idle"
         if self.kept:
             return "kept"
         if self.home == "disk":

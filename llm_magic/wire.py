@@ -24,7 +24,7 @@ Label = Annotated[str, Meta(min_length=1, max_length=200)]
 DeviceId = Annotated[str, Meta(min_length=1, max_length=40)]
 ViewId = Annotated[str, Meta(max_length=64, pattern="^[0-9a-f]*$")]
 Size = Annotated[int, Meta(ge=0, le=BYTES_AT_MOST)]
-Way = Literal["resident", "streamed", "cpu", "read", "kept"]
+Way = Literal["resident", "streamed", "cpu", "read", "kept", "idle"]
 Status = Literal["planned", "loaded", "unloaded"]
 
 

@@ -8,7 +8,7 @@
 
 /** What a filled area stands for; its class is `fill-NAME`. */
 export const FILLS = [
-  'gpu', 'ram', 'ram-streamed', 'disk', 'kept', 'draft', 'kv_cache', 'activations', 'slots', 'buffers',
+  'gpu', 'ram', 'ram-streamed', 'disk', 'kept', 'idle', 'draft', 'kv_cache', 'activations', 'slots', 'buffers',
   'reserve', 'other', 'free',
 ] as const
 export type Fill = (typeof FILLS)[number]
@@ -85,6 +85,7 @@ export const BASE_CSS = `
 .fill-ram-streamed { background: ${DIAGONAL}, #2f6fd6; }
 .fill-disk { background: ${FLAT}, #a8680e; }
 .fill-kept { background: ${BACK}, #a8680e; }
+.fill-idle { background: #6a7280; }
 .fill-draft { background: ${DOTS}, #1a7f5a; }
 .fill-kv_cache { background: ${DOTS}, #7c4ddb; }
 .fill-activations { background: ${UPRIGHT}, #c43d70; }

@@ -8,7 +8,7 @@ export interface BlockState {
   dtype: string
   home: string
   compute: string
-  way: 'cpu' | 'kept' | 'read' | 'resident' | 'streamed'
+  way: 'cpu' | 'idle' | 'kept' | 'read' | 'resident' | 'streamed'
   cache_bytes: number
   tied_to: string[]
   experts: number

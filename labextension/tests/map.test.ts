@@ -1,7 +1,7 @@
 import { expect, test, vi } from 'vitest'
 import { LANGUAGES } from '../src/i18n'
 import { MAP_CSS } from '../src/views/map/css'
-import { percents, scaleOf, shownTiers, signOf, stepOf, stripColumns } from '../src/views/map/facts'
+import { percents, scaleOf, shownTiers, signOf, stepOf, stripColumns, weightShares } from '../src/views/map/facts'
 import { mapWords } from '../src/words/map'
 import type { MapState } from '../src/wire'
 import { realState, smallState, Stage } from './map_stage'
@@ -88,6 +88,21 @@ test('signs of the strip say where a block is and who computes it', () => {
   expect(sign('halved', 'embed')).toBe('R')
   expect(new Set(realState('refused').plan.blocks.map(block => signOf(realState('refused').plan, block)))).toContain('K')
   expect(new Stage(smallState()).all('.strip .tag').map(tag => tag.textContent).join('')).toBe('00000RRRD0')
+})
+
+test('what no text runs through is shown, and said to be unused', () => {
+  const state = smallState()
+  const shares = weightShares(state.plan)
+  const layer = state.plan.blocks[1]
+  if (!layer) throw new Error('no layer')
+  state.plan.blocks.push({ ...layer, label: 'vision_tower', kind: 'tower', home: 'cpu', way: 'idle', cache_bytes: 0 })
+  const stage = new Stage(state)
+  expect(stage.all('.strip .tag').map(tag => tag.textContent).join('')).toBe('00000RRRD0–')
+  expect(stage.block('vision_tower').classList).toContain('fill-idle')
+  expect(stage.one('.legend').textContent).toContain('not used for text')
+  hover(stage.block('vision_tower'))
+  expect(stage.one('.tip').textContent).toContain('in RAM, not used for text')
+  expect(weightShares(state.plan)).toEqual(shares)
 })
 
 test('the strip has rows of equal length', () => {

@@ -118,7 +118,7 @@ def logits_bytes(layout: ModelLayout, workload: Workload) -> int:
 
 
 def main_device(homes: Iterable[str], machine: Machine) -> str:
-    """Where a forward pass starts: the first GPU of the map, or the CPU when it names none."""
+    """Where a forward pass starts: the first GPU among the homes of its blocks, or the CPU without one."""
     gpus = {gpu.id for gpu in machine.gpus}
     return next((home for home in homes if home in gpus), "cpu")
 
@@ -189,9 +189,8 @@ def _bytes_by_purpose(
     for place in placed:
         purposes[place.home]["weights"] += place.block.bytes
         purposes["cpu"]["kept"] += place.block.bytes if place.kept else 0
-        there = purposes[place.compute]
-        there["buffers"] += place.block.buffer_bytes
-        there["kv_cache"] += workload.cache_bytes(place.block)
+        purposes[place.modules_on]["buffers"] += place.block.buffer_bytes
+        purposes[place.compute]["kv_cache"] += workload.cache_bytes(place.block)
     for device, visitors in _visitors(placed).items():  # keys and values come along, a block's at a time
         purposes[device]["activations"] += max(workload.cache_bytes(block) for block in visitors)
     for device, kinds in _kinds_by_device(placed).items():
@@ -202,7 +201,7 @@ def _bytes_by_purpose(
     if placed:
         purposes[logits_place(placed).compute]["activations"] += logits_bytes(layout, workload)
     if layout.draft and placed:
-        main = main_device((place.home for place in placed), machine)
+        main = main_device((place.home for place in placed if not place.block.is_idle), machine)
         purposes[main]["draft"] += draft_bytes(layout.draft, workload)
     return purposes
 
@@ -225,7 +224,8 @@ def _kinds_by_device(placed: Sequence[Placement]) -> dict[str, set[str]]:
     """Computing device -> kinds of its blocks."""
     kinds: defaultdict[str, set[str]] = defaultdict(set)
     for place in placed:
-        kinds[place.compute].add(place.block.kind)
+        if not place.block.is_idle:
+            kinds[place.compute].add(place.block.kind)
     return kinds
 
 
@@ -257,7 +257,8 @@ def _ring_bytes(device: str, sizes: Sequence[int]) -> int:
 
 def logits_place(placed: Sequence[Placement]) -> Placement:
     """The placement that makes the logits: the head, or the last block of a model without one."""
-    return next((place for place in reversed(placed) if place.block.kind == "head"), placed[-1])
+    used = [place for place in placed if not place.block.is_idle] or placed
+    return next((place for place in reversed(used) if place.block.kind == "head"), used[-1])
 
 
 def _attention_bytes(layout: ModelLayout, workload: Workload) -> int:

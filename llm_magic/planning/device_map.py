@@ -144,7 +144,8 @@ def _settle_buffers(layout: ModelLayout, homes: dict[str, str], machine: Machine
     """A block of buffers only, such as the rotary embedding, may be left out: it stays where things compute."""
     if not homes:
         return
-    place = main_device(homes.values(), machine)
+    idle = {block.name for block in layout.blocks if block.is_idle}
+    place = main_device((home for name, home in homes.items() if name not in idle), machine)
     for block in layout.blocks:
         if not block.tensors and not block.tied_to:
             homes.setdefault(block.name, place)

@@ -247,9 +247,14 @@ def _on_gpus_or_cpu(
 ) -> dict[str, str]:
     """Try the GPUs; when their memory cannot even stream the model, GPUs and CPU, or the CPU alone.
 
-    When nothing fits, the answer shows what lacks.
+    When nothing fits, the answer shows what lacks. What no pass visits comes last.
     """
-    setting = Setting(layout, machine, budget, workload)
+    homes = _of_what_runs(Setting(_without_idle(layout), machine, budget, workload), place)
+    return _with_idle(Setting(layout, machine, budget, workload), homes)
+
+
+def _of_what_runs(setting: Setting, place: Callable[[Task], Homes | None]) -> dict[str, str]:
+    layout, machine, budget, workload = setting.layout, setting.machine, setting.budget, setting.workload
     units, activations = units_of(layout, workload), activation_bytes(layout, workload)
     tasks = [Task(setting, units, activations, *tiers) for tiers in _tiers(machine, budget)]
     streaming = [task for task in tasks if task.compute != ("cpu",)]
@@ -260,6 +265,24 @@ def _on_gpus_or_cpu(
         if homes is not None and task.has_layers(homes):
             return task.names(homes)
     return tasks[0].names(_most_offloaded(tasks[0]))
+
+
+def _without_idle(layout: ModelLayout) -> ModelLayout:
+    groups = [group for group in tied_groups(layout) if not all(block.is_idle for block in group)]
+    used = {block.name for group in groups for block in group}
+    return replace(layout, blocks=tuple(block for block in layout.blocks if block.name in used))
+
+
+def _with_idle(setting: Setting, homes: dict[str, str]) -> dict[str, str]:
+    """Blocks that no pass visits take no room from others: they are in RAM that is left, else on the disk."""
+    idle = [block.name for block in setting.layout.blocks if block.name not in homes]
+    stores = [device.id for device in placeable(setting.machine) if device.kind != "gpu"]
+    if not idle or not stores:
+        return homes | dict.fromkeys(idle, next(iter(homes.values()), "cpu"))
+    in_first, in_last = (homes | dict.fromkeys(idle, stores[place]) for place in (0, -1))
+    is_full = stores[-1] in homes.values() or bool(unified_pool(setting.machine))
+    uses = setting.uses(place_blocks(setting, in_first))
+    return in_last if is_full or any(use.spare < 0 for use in uses) else in_first
 
 
 def _tiers(machine: Machine, budget: MemoryBudget) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:

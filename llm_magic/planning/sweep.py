@@ -116,10 +116,10 @@ def sweep_of(layout: ModelLayout, workload: Workload, placed: Iterable[Placement
 
 
 def block_sweep(layout: ModelLayout, workload: Workload, place: Placement, *, tokens: int) -> Sweep:
-    """The part of one block; an encoder runs once, in the prefill."""
+    """The part of one block; an encoder runs once, in the prefill, and an idle block never."""
     block, device, part = place.block, place.compute, Sweep()
     source = "cpu" if place.kept else place.home
-    if tokens == 1 and block.kind == "encoder":
+    if block.is_idle or (tokens == 1 and block.kind == "encoder"):
         return part
     read = _read_bytes(block, layout, tokens)
     part.reads[device] = read + _cache_read(block, workload)

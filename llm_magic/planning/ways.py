@@ -68,7 +68,8 @@ def lacking(setting: Setting, placed: Placements) -> tuple[str, ...]:
 def computing_places(setting: Setting, homes: Mapping[str, str]) -> Placements:
     """Blocks where they are computed before the CPU takes some over: on the map's GPUs, else on the CPU."""
     gpus = {gpu.id for gpu in setting.machine.gpus}
-    used = [home for home in dict.fromkeys(homes[b.name] for b in setting.layout.blocks) if home in gpus]
+    sought = dict.fromkeys(homes[block.name] for block in setting.layout.blocks if not block.is_idle)
+    used = [home for home in sought if home in gpus]
     if len(used) < 2:
         return _placed(setting, homes, [used[0] if used else "cpu"] * len(setting.layout.blocks))
     beside = _placed(setting, homes, _beside_neighbours(setting, homes, used))
@@ -108,10 +109,16 @@ def _placed(setting: Setting, homes: Mapping[str, str], devices: Sequence[str]) 
     """Placements with the device that computes each block if it is not on a GPU."""
     gpus = {gpu.id for gpu in setting.machine.gpus}
     return tuple(
-        Placement(block, home, home if home in gpus else "cpu" if _is_looked_up(block, home) else device)
+        Placement(block, homes[block.name], _computing(block, homes[block.name], device, gpus))
         for block, device in zip(setting.layout.blocks, devices, strict=True)
-        for home in (homes[block.name],)
     )
+
+
+def _computing(block: Block, home: str, device: str, gpus: set[str]) -> str:
+    """Where a block computes; ``device`` if it is on no GPU."""
+    if home in gpus and not block.is_idle:
+        return home
+    return "cpu" if _is_looked_up(block, home) else device
 
 
 def _is_looked_up(block: Block, home: str) -> bool:
@@ -131,7 +138,7 @@ def _beside_neighbours(setting: Setting, homes: Mapping[str, str], used: Sequenc
 def _evenly_shared(setting: Setting, homes: Mapping[str, str], used: Sequence[str]) -> list[str]:
     """Contiguous shares of what is offloaded, in proportion to the buses."""
     layout = setting.layout
-    sizes = [0 if homes[b.name] in used else streamed_bytes(b, layout) for b in layout.blocks]
+    sizes = [0 if homes[b.name] in used or b.is_idle else streamed_bytes(b, layout) for b in layout.blocks]
     speeds = [link_bytes_per_s(setting.machine, device) for device in used]
     return [used[share] for share in shared_out(sizes, speeds)]
 

@@ -199,6 +199,8 @@ def _counts(tier: _Tier, memory: Memory, *, mapped: bool) -> tuple[str, str]:
     use = tier.use
     if use.spare < 0:
         left = f"lacks {format_bytes(-use.spare)}"
+    elif tier.kind == "disk" and all(place.way == "idle" for place in tier.blocks):
+        left = "not read"
     elif tier.kind == "disk":
         left = "used in the page cache" if mapped else "read from its files"
     else:
@@ -216,7 +218,12 @@ def _strip_rows(plan: Plan) -> list[tuple[Placement, ...]]:
 
 
 def _sign(plan: Plan, place: Placement) -> str:
-    """One sign for what happens to a block: the GPU's number, ``R``, ``C`` (by the CPU), ``D`` or ``K`` (kept)."""
+    """One sign for what happens to a block.
+
+    The GPU's number, ``R``, ``C`` (by the CPU), ``D``, ``K`` (kept), or ``–`` for nothing.
+    """
+    if place.way == "idle":
+        return "–"
     if place.home == "disk":
         return "K" if place.kept else "D"
     if place.home == "cpu":
@@ -229,9 +236,17 @@ def _signs(plan: Plan) -> dict[str, str]:
     """Sign -> what it stands for, fastest first."""
     streams = any(place.way == "streamed" for place in plan.placements)
     names = {"C": "RAM, by the CPU", "K": "Disk, kept in RAM", "R": "RAM, streamed" if streams else "RAM"}
+    names["–"] = _idle_words(plan)
     order = [use.device for use in plan.uses]
     places = sorted(plan.placements, key=lambda place: (order.index(place.home), place.way != "streamed"))
+    places.sort(key=lambda place: place.way == "idle")
     return {(sign := _sign(plan, p)): names.get(sign) or device_title(p.home) for p in places}
+
+
+def _idle_words(plan: Plan) -> str:
+    """What is not used, and where that is: ``"not used for text, in RAM"``."""
+    homes = dict.fromkeys(on_device(place.home) for place in plan.placements if place.way == "idle")
+    return f"not used for text, {' and '.join(homes)}"
 
 
 # --- Text
@@ -453,6 +468,8 @@ def _tooltip(plan: Plan, place: Placement) -> str:
 def _does(plan: Plan, place: Placement) -> str:
     """What happens to a block in every sweep: ``"streams to cuda:0"``."""
     target = "the CPU" if place.compute == "cpu" else place.compute
+    if place.way == "idle":
+        return "not used for text"
     if place.kept:
         copy = "a copy stays in RAM"
         return f"{copy}, computed by the CPU" if place.compute == "cpu" else f"{copy} and streams to {target}"
@@ -522,6 +539,7 @@ def _html_legend(plan: Plan, tiers: Sequence[_Tier]) -> str:
         "ram-streamed": "in RAM, streamed",
         "kept": "on disk, with a copy in RAM",
         "disk": "on disk, used in the page cache" if plan.mapped else "on disk, read every time",
+        "idle": "not used for text",
     }
     used = {kind_of(place) for place in plan.placements}
     entries = [(theme.fill(paint), words) for paint, words in paints.items() if paint in used]

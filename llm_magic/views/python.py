@@ -24,7 +24,7 @@ def python_of(plan: Plan) -> str:
     and takes one quantization config. A comment says
     where the same map does something else there.
     """
-    auto_class = "AutoModelForSeq2SeqLM" if plan.layout.is_encoder_decoder else "AutoModelForCausalLM"
+    auto_class = _auto_class(plan)
     imports, source = _source(plan.source)
     files, dtype = _file_arguments(plan), f"dtype={_literal(plan.layout.dtype or 'auto')}"
     arguments, conversion = [source, *files], []
@@ -43,6 +43,11 @@ def python_of(plan: Plan) -> str:
     head = [*imports, f"from transformers import {names}", ""]
     lines = [*conversion, *_differences(plan), *_device_map(plan)]
     return "\n".join([*head, *lines, *_call("model", auto_class, arguments)])
+
+
+def _auto_class(plan: Plan) -> str:
+    usual = "AutoModelForSeq2SeqLM" if plan.layout.is_encoder_decoder else "AutoModelForCausalLM"
+    return str(plan.layout.details.get("auto_class", usual))
 
 
 def _packing(plan: Plan) -> tuple[list[str], list[str]]:

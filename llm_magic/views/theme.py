@@ -34,6 +34,7 @@ _FILLS = {
     "ram-streamed": ("#2f6fd6", "diagonal"),
     "disk": ("#a8680e", "flat"),
     "kept": ("#a8680e", "back"),
+    "idle": ("#6a7280", ""),
     "draft": ("#1a7f5a", "dots"),
     "kv_cache": ("#7c4ddb", "dots"),
     "activations": ("#c43d70", "upright"),

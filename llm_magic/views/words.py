@@ -18,19 +18,28 @@ _KINDS = {
     "kept": "disk kept in RAM",
     "disk": "disk",
 }
-_KIND_OF_WAY = {"resident": "gpu", "streamed": "ram-streamed", "cpu": "ram", "kept": "kept", "read": "disk"}
+_KIND_OF_WAY = {
+    "resident": "gpu",
+    "streamed": "ram-streamed",
+    "cpu": "ram",
+    "kept": "kept",
+    "read": "disk",
+    "idle": "idle",
+}
 
 
 def tier_bytes(plan: Plan) -> dict[str, int]:
-    """Kind of device (``"gpu"``, ``"cpu"``, ``"disk"``) -> bytes of weights that live there."""
+    """Kind of device (``"gpu"``, ``"cpu"``, ``"disk"``) -> bytes of weights that live there and are used."""
     found = Counter[str]()
     for place in plan.placements:
+        if place.block.is_idle:
+            continue
         found[plan.machine.device(place.home).kind] += place.block.bytes
     return {kind: found[kind] for kind in TIERS if found[kind]}
 
 
 def way_bytes(plan: Plan) -> dict[str, int]:
-    """What happens to blocks (``kind_of``) -> bytes of weights, fastest first."""
+    """What happens to blocks that are used (``kind_of``) -> bytes of weights, fastest first."""
     found = Counter[str]()
     for place in plan.placements:
         found[kind_of(place)] += place.block.bytes
@@ -41,7 +50,7 @@ def kind_of(place: Placement) -> str:
     """One word for where a block lives and how it is used, the name of its colour.
 
     ``"gpu"``, ``"ram-streamed"``, ``"ram"`` (the CPU computes it), ``"kept"`` (on disk, with a copy
-    in RAM) or ``"disk"``.
+    in RAM), ``"disk"`` or ``"idle"`` (not used, wherever it is).
     """
     return _KIND_OF_WAY[place.way]
 

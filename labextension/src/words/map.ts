@@ -67,6 +67,8 @@ export const mapWords = {
   mapDoesResident: { en: 'computes there', ja: 'その場で計算' },
   mapDoesStreamed: { en: 'streams to {target}', ja: '{target} へ転送して計算' },
   mapDoesCpu: { en: 'computed by the CPU', ja: 'CPU が計算' },
+  mapNotRead: { en: 'not read', ja: '読み込みなし' },
+  mapIdle: { en: 'not used for text', ja: 'テキストでは未使用' },
   mapDoesRead: { en: 'read for {target} every time', ja: '毎回 {target} へ読み込み' },
   mapDoesMapped: { en: 'used in the page cache by the CPU', ja: 'CPU がページキャッシュで使用' },
   mapDoesKept: { en: 'a copy stays in RAM and streams to {target}', ja: 'RAM の常駐コピーを {target} へ転送' },

@@ -38,7 +38,9 @@ export function guess(plan: PlanState, labels: Set<string>, device: string): Pla
   const isOnGpu = computesOnGpu(plan)
   const moving = plan.blocks.filter(block => labels.has(block.label) && block.home !== device)
   const move = (block: BlockState): BlockState =>
-    moving.includes(block) ? { ...block, home: device, ...wayTo(plan, device, isOnGpu, main) } : block
+    !moving.includes(block) ? block
+    : block.way === 'idle' ? { ...block, home: device }
+    : { ...block, home: device, ...wayTo(plan, device, isOnGpu, main) }
   return {
     ...plan,
     policy: '',

@@ -21,9 +21,10 @@ const FILL_OF_WAY: Record<string, Fill> = {
   cpu: 'ram',
   kept: 'kept',
   read: 'disk',
+  idle: 'idle',
 }
 /** Fastest first: the order of shares and legends. */
-export const BLOCK_FILLS = ['gpu', 'ram-streamed', 'ram', 'kept', 'disk'] as const
+export const BLOCK_FILLS = ['gpu', 'ram-streamed', 'ram', 'kept', 'disk', 'idle'] as const
 
 /** The colour and pattern of a block; a way that this view does not know yet is grey. */
 export function fillOfBlock(block: BlockState): Fill {
@@ -39,8 +40,9 @@ export function computesOnGpu(plan: PlanState): boolean {
   return plan.blocks.some(block => block.compute !== 'cpu')
 }
 
-/** One sign for what happens to a block: the GPU's number, `R`, `C` (by the CPU), `D`, `K` (kept). */
+/** One sign for what happens to a block: the GPU's number, `R`, `C` (by the CPU), `D`, `K` (kept), `–` for nothing. */
 export function signOf(plan: PlanState, block: BlockState): string {
+  if (block.way === 'idle') return '–'
   if (block.home === 'disk') return block.way === 'kept' ? 'K' : 'D'
   if (block.home === 'cpu') return block.way === 'cpu' && computesOnGpu(plan) ? 'C' : 'R'
   const processors = plan.tiers.filter(tier => tier.kind !== 'cpu' && tier.kind !== 'disk')
@@ -133,11 +135,12 @@ export function stripColumns(count: number, atMost = STRIP_CELLS): number {
   return Math.max(1, Math.ceil(count / Math.max(1, Math.ceil(count / atMost))))
 }
 
-/** What happens to the weights (a fill) → whole percents that add up to 100. */
+/** What happens to the weights that are used (a fill) → whole percents that add up to 100. */
 export function weightShares(plan: PlanState): Map<Fill, number> {
   const sizes = new Map<Fill, number>()
   for (const fill of BLOCK_FILLS) sizes.set(fill, 0)
   for (const block of plan.blocks) {
+    if (block.way === 'idle') continue
     const fill = fillOfBlock(block)
     sizes.set(fill, (sizes.get(fill) ?? 0) + block.bytes)
   }

@@ -124,6 +124,7 @@ function spareWords(t: Translate, plan: PlanState, tier: TierState): string {
   if (tier.spare < 0) return t('mapLacks', { size: formatBytes(-tier.spare) })
   if (tier.kind !== 'disk') return t('mapToSpare', { size: formatBytes(tier.spare) })
   if (!tier.planned) return t('mapNothingThere')
+  if (plan.blocks.every(block => block.home !== tier.device || block.way === 'idle')) return t('mapNotRead')
   return t(plan.mapped ? 'mapInPageCache' : 'mapReadFromFiles')
 }
 
@@ -148,6 +149,8 @@ function doesWords(t: Translate, plan: PlanState, block: BlockState): string {
       return plan.mapped ? t('mapDoesMapped') : t('mapDoesRead', { target })
     case 'cpu':
       return t('mapDoesCpu')
+    case 'idle':
+      return t('mapIdle')
     case 'streamed':
       return t('mapDoesStreamed', { target })
     default:
@@ -188,6 +191,7 @@ export function fillWords(t: Translate, plan: PlanState): [Fill, string][] {
     ram: 'mapLegendCpu',
     kept: 'mapLegendKept',
     disk: plan.mapped ? 'mapLegendMapped' : 'mapLegendDisk',
+    idle: 'mapIdle',
   }
   return BLOCK_FILLS.filter(fill => used.has(fill)).map(fill => [fill, t(words[fill])])
 }
@@ -200,6 +204,7 @@ export function signWords(t: Translate, plan: PlanState, signs: Map<string, stri
     C: t('mapSignCpu'),
     K: t('mapSignKept'),
     R: streams ? t('mapSignStreamed') : t('ram'),
+    '–': t('mapIdle'),
   }
   return [...signs]
     .sort(([, a], [, b]) => order.indexOf(a) - order.indexOf(b))

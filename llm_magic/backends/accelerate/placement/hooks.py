@@ -117,9 +117,9 @@ def align_inputs(module: Any, device: Any, skip_keys: Any) -> None:
     add_hook_to_module(module, InputHook(device, skip_keys=skip_keys))
 
 
-def align_model(model: Any, device: Any, skip_keys: Any) -> None:
-    """Bring a model's inputs to its first device, and its outputs back to where the inputs came from."""
-    add_hook_to_module(model, InputHook(device, io_same_device=True, skip_keys=skip_keys))
+def align_both_ways(module: Any, device: Any, skip_keys: Any) -> None:
+    """Bring a module's inputs to ``device``, and its outputs back to where the inputs came from."""
+    add_hook_to_module(module, InputHook(device, io_same_device=True, skip_keys=skip_keys))
 
 
 def detach(module: Any) -> None:

@@ -261,7 +261,7 @@ class PlacedModel:
         parts = [part for part in (*self.blocks.values(), *self.experts.values()) if part.travels]
         homes = self.model.hf_device_map
         try:
-            computing = {place.block.name: place.compute for place in self.plan.placements}
+            computing = {place.block.name: place.modules_on for place in self.plan.placements}
             self.model.hf_device_map = accelerate_device_map(computing)
             for part in parts:
                 held = part.store.tensors() if isinstance(part.store, RamStore) else self._map(part)
@@ -287,7 +287,7 @@ class PlacedModel:
         for block in self.blocks.values():
             adapters.check_not_lost(block.tensors.added())
         for block in self.blocks.values():
-            block.tensors.move_rest(torch.device(block.place.compute))
+            block.tensors.move_rest(torch.device(block.place.modules_on))
 
     def settle(self) -> None:
         """Make the next forward pass right after one that did not end."""
@@ -392,7 +392,7 @@ class PlacedModel:
         """Bring a block's bytes to where ``place`` wants them, from wherever they are."""
         import torch
 
-        block.tensors.move_rest(torch.device(place.compute))
+        block.tensors.move_rest(torch.device(place.modules_on))
         if block.tensors.pieces:
             self._rearrange(block, place)
             old = block.store
@@ -404,14 +404,14 @@ class PlacedModel:
     def _hold(self, block: PlacedBlock, place: Placement, plan: Plan) -> None:
         if place.home == "disk" and block.file is None:
             block.file = self._file_of(block)
-        is_bound = place.way in ("resident", "cpu") or (
+        is_bound = place.way in ("resident", "cpu", "idle") or (
             place.compute == "cpu" and (place.kept or plan.mapped)
         )
         if is_bound and block.is_borrowed:
             block.store = None  # `_attach` shows it the other block's, once that one has them
         elif place.way == "streamed" or place.kept or place.prefill:
             self._hold_in_ram(block, place)
-        elif place.way in ("resident", "cpu"):
+        elif _is_held(place):
             self._hold_in_module(block, place)
         elif is_bound:
             block.tensors.bind(self._map(block))
@@ -424,7 +424,7 @@ class PlacedModel:
         """Packed weights lie in the order that the kernels of their device read."""
         import torch
 
-        kinds = {device.partition(":")[0] for device in (place.compute, block.place.compute)}
+        kinds = {device.partition(":")[0] for device in (place.modules_on, block.place.modules_on)}
         if block.tensors.is_plain or len(kinds) == 1:
             return
         held = self._held(block)
@@ -432,7 +432,7 @@ class PlacedModel:
         if block.store is not None:
             block.store.close()
         block.store = block.file = None
-        packing.arrange(block.module, torch.device(place.compute))
+        packing.arrange(block.module, torch.device(place.modules_on))
         block.tensors = block.tensors.packed_anew()
 
     def _borrow(self, block: PlacedBlock) -> None:
@@ -447,7 +447,7 @@ class PlacedModel:
 
         device = torch.device(place.home)
         tensors = self._held(block)
-        is_there = block.store is None and block.place.way in ("resident", "cpu")
+        is_there = block.store is None and _is_held(block.place)
         if is_there and all(tensor.device == device for tensor in tensors):
             return
         if not (isinstance(block.store, RamStore) and device.type == "cpu"):
@@ -555,7 +555,8 @@ class PlacedModel:
     def _attach(self, plan: Plan | None = None) -> None:
         """One hook for each block that needs one, and a lane for each device to which blocks travel."""
         travellers: dict[str, list[PlacedBlock]] = defaultdict(list)
-        devices = {name for b in self.blocks.values() for name in (b.place.compute, b.place.prefill) if name}
+        running = [block.place for block in self.blocks.values() if not block.place.block.is_idle]
+        devices = {name for place in running for name in (place.compute, place.prefill) if name}
         for block in self.blocks.values():
             if block.is_borrowed and block.store is None:
                 self._borrow(block)
@@ -563,6 +564,10 @@ class PlacedModel:
                 travellers[block.place.compute].append(block)
             elif block.visits:
                 travellers[block.place.prefill].append(block)
+            elif block.place.block.is_idle and devices != {
+                block.place.modules_on
+            }:  # whoever calls it by hand
+                hooks.align_both_ways(block.module, block.place.modules_on, self._skip_keys)
             elif len(devices) > 1:
                 hooks.align_inputs(block.module, block.place.compute, self._skip_keys)
         self.visits = Visits((plan or self.plan).long_sweep)
@@ -594,7 +599,7 @@ class PlacedModel:
         if self._visiting_hooks:
             hooks.attach(self.model, SweepHook(first, self.visits, self._skip_keys))
         elif devices != {"cpu"}:
-            hooks.align_model(self.model, first, self._skip_keys)
+            hooks.align_both_ways(self.model, first, self._skip_keys)
 
     def _attach_lane(self, device: str, blocks: list[PlacedBlock], *, align: bool) -> None:
         travellers: list[Traveller] = [(b.tensors, b.store) for b in blocks if b.store is not None]
@@ -702,6 +707,11 @@ class PlacedModel:
 
 
 _TIERS = {"disk": 0, "cpu": 1}
+
+
+def _is_held(place: Placement) -> bool:
+    """Whether a block's modules have its tensors for good, in a memory of its home."""
+    return place.way in ("resident", "cpu") or (place.way == "idle" and place.home != "disk")
 
 
 def accelerate_device_map(device_map: Mapping[str, str]) -> dict[str, int | str]:
