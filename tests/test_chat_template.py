@@ -164,7 +164,37 @@ COMMANDS = """{% macro turn(role, text='') -%}
 {{ messages|length }} {{ (messages|first).role[:2] }} {{ 'x'.center(5) }}{{ messages|groupby('role')|length }}
 {% for key, value in {'b': 1, 'a': 2}|dictsort %}{{ key }}={{ value }};{% endfor %}
 """
+LLAVA = (
+    "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}{% endif %}"
+    "{# Render all images first #}{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}"
+    "{{ '<image>\n' }}{% endfor %}{# Render all text next #}{% if message['role'] != 'assistant' %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] + ' '}}"
+    "{% endfor %}{% else %}{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{% generation %}{{ content['text'] + ' '}}{% endgeneration %}{% endfor %}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+SMOLVLM = (
+    "<|im_start|>{% for message in messages %}{{message['role'] | capitalize}}"
+    "{% if message['content'][0]['type'] == 'image' %}{{':'}}{% else %}{{': '}}{% endif %}"
+    "{% for line in message['content'] %}{% if line['type'] == 'text' %}{{line['text']}}"
+    "{% elif line['type'] == 'image' %}{{ '<image>' }}{% endif %}{% endfor %}<end_of_utterance>\n{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+PARTS_OR_ERROR = (
+    "{% for message in messages %}{{ '<' ~ message.role ~ '>' }}{% for part in message.content %}"
+    "{{ part.text + '' }}{% endfor %}{% endfor %}{{ bos_token + 'x' }}"
+)
+QWEN2_VL = (
+    "{% set image_count = namespace(value=0) %}{% for message in messages %}"
+    "{% if loop.first and message['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    "{% endif %}<|im_start|>{{ message['role'] }}\n{% if message['content'] is string %}{{ message['content'] }}"
+    "<|im_end|>\n{% else %}{% for content in message['content'] %}{% if content['type'] == 'image' %}"
+    "<|vision_start|><|image_pad|><|vision_end|>{% elif 'text' in content %}{{ content['text'] }}{% endif %}"
+    "{% endfor %}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 TEMPLATES = {
+    "qwen2-vl": QWEN2_VL,
     "smollm": SMOLLM,
     "llama3": LLAMA3,
     "mistral": MISTRAL,
@@ -235,6 +265,21 @@ def test_same_text_as_transformers(
             ours(tokenizer, template, messages, **options)
     else:
         assert ours(tokenizer, template, messages, **options) == expected
+
+
+@pytest.mark.parametrize(
+    "options", [{"add_generation_prompt": True}, {"continue_final_message": True}], ids=str
+)
+@pytest.mark.parametrize("chat", ["one", "turns", "system"])
+@pytest.mark.parametrize("template", [LLAVA, SMOLVLM, PARTS_OR_ERROR], ids=["llava", "smolvlm", "error"])
+def test_text_goes_in_parts_to_a_template_that_would_drop_it(
+    tokenizer: PreTrainedTokenizerBase, template: str, chat: str, options: dict[str, Any]
+) -> None:
+    messages = CHATS[chat]
+    parts = [m | {"content": [{"type": "text", "text": m["content"]}]} for m in messages]
+    expected = tokenizer.apply_chat_template(parts, chat_template=template, tokenize=False, **options)
+    assert ours(tokenizer, template, messages, **options) == expected
+    assert messages[-1]["content"].strip() in expected
 
 
 def test_the_starters_own_template(starter_folder: Path) -> None:

@@ -5,6 +5,7 @@ A template comes with the model's files and is code of strangers: ``template_san
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +18,8 @@ from llm_magic.harmless.terminal import sanitize
 TEMPLATE_LIMIT = 256 * 1024  # characters; the largest published templates have some 30,000
 
 _CONTINUE_TAG = "CONTINUE_FINAL_MESSAGE_TAG "
+_PROBE = "A TEXT TO BE SHOWN"
+_PART_KEY = re.compile(r"\btext\b")  # the key of a part; templates of text alone have no use for it
 _REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 _NO_TEMPLATE = "To send the prompt without the model's template: %%llm --no-template"
 
@@ -59,10 +62,39 @@ def render(
             "A prompt cannot continue the last message and open a new one.", "Choose one of both."
         )
     chat = [_with_reasoning(_plain(message)) for message in messages]
+    if _wants_parts(template, variables):
+        chat = [_in_parts(message) for message in chat]
     tail = _open_last_message(chat, template) if continue_final_message else None
     names = {"tools": None, "documents": None, **_plain(variables), "messages": chat}
     rendered = _run(template, {**names, "add_generation_prompt": add_generation_prompt})
     return rendered if tail is None else _cut_after(rendered, tail)
+
+
+def _wants_parts(template: str, variables: Mapping[str, object]) -> bool:
+    """Whether it shows the text of a message only where that is in a list of parts, beside images.
+
+    Many templates of models that see take both, and some drop a plain text without a word.
+    """
+    if not _PART_KEY.search(template):
+        return False
+    return not _shows(template, _PROBE, variables) and _shows(template, _parts_of(_PROBE), variables)
+
+
+def _shows(template: str, content: object, variables: Mapping[str, object]) -> bool:
+    names = {"tools": None, "documents": None, **_plain(variables), "add_generation_prompt": True}
+    try:
+        return _PROBE in run(template, {**names, "messages": [{"role": "user", "content": content}]})
+    except Exception:  # a stranger's code: what is wrong with it shows when the conversation is rendered
+        return False
+
+
+def _parts_of(text: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text}]
+
+
+def _in_parts(message: dict[str, Any]) -> dict[str, Any]:
+    content = message.get("content")
+    return {**message, "content": _parts_of(content)} if isinstance(content, str) else message
 
 
 def _run(template: str, names: dict[str, Any]) -> str:
