@@ -54,7 +54,8 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 
     def save(name: str) -> Path:
         if name not in folders:
-            folders[name] = tiny.MODELS[name](tmp_path_factory.mktemp("tiny") / name)
+            save_it = {**tiny.MODELS, **tiny.VISION_MODELS}[name]
+            folders[name] = save_it(tmp_path_factory.mktemp("tiny") / name)
         return folders[name]
 
     return save

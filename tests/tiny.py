@@ -235,3 +235,163 @@ def _save(model_class: Any, config: Any, folder: Path, *, chat_template: bool = 
         model_class(config).save_pretrained(folder)
     save_tokenizer(folder, chat_template=chat_template)
     return folder
+
+
+# ------------------------------------------------------------- models of images and text, with towers of two layers
+
+
+IMAGE_TOKEN = 4
+"""Stands for an image: ``<|user|>``, so that every chat prompt has one, and nothing may come of it."""
+
+
+def save_mistral3(folder: Path) -> Path:
+    """Mistral 3: a Mistral beside a Pixtral tower, as Mistral Small 3.1."""
+    from transformers import Mistral3Config, Mistral3ForConditionalGeneration
+
+    text = _text("mistral") | {"head_dim": 16, "num_key_value_heads": 2, "sliding_window": None}
+    vision = _vision("pixtral") | {"head_dim": 8, "image_size": 28, "patch_size": 14}
+    config = Mistral3Config(
+        text_config=text,
+        vision_config=vision,
+        image_token_index=IMAGE_TOKEN,
+        tie_word_embeddings=False,
+        dtype="float32",
+    )
+    return _save(Mistral3ForConditionalGeneration, config, folder)
+
+
+def save_llava(folder: Path) -> Path:
+    """LLaVA: a Llama beside a CLIP tower."""
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+    vision = _vision("clip_vision_model") | {"image_size": 28, "patch_size": 14, "projection_dim": 32}
+    config = LlavaConfig(
+        text_config=_text("llama"), vision_config=vision, image_token_index=IMAGE_TOKEN, dtype="float32"
+    )
+    return _save(LlavaForConditionalGeneration, config, folder)
+
+
+def save_llava_next(folder: Path) -> Path:
+    """LLaVA-NeXT: as LLaVA, with a bare parameter that stands for the end of a row of an image."""
+    from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
+
+    vision = _vision("clip_vision_model") | {"image_size": 28, "patch_size": 14, "projection_dim": 32}
+    config = LlavaNextConfig(
+        text_config=_text("llama"), vision_config=vision, image_token_index=IMAGE_TOKEN, dtype="float32"
+    )
+    return _save(LlavaNextForConditionalGeneration, config, folder)
+
+
+def save_qwen2_5_vl(folder: Path) -> Path:
+    """Qwen2.5-VL: positions of three dimensions, which are the same for text."""
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    config = Qwen2_5_VLConfig(
+        text_config=_text("qwen2_5_vl_text") | {"num_key_value_heads": 2} | _rotary([2, 3, 3]),
+        vision_config=_vision("qwen2_5_vl_vision", "depth", "num_heads")
+        | {"out_hidden_size": 64, "fullatt_block_indexes": [1], "window_size": 28},
+        **_image_tokens("vision_start", "vision_end"),
+    )
+    return _save(Qwen2_5_VLForConditionalGeneration, config, folder)
+
+
+def save_qwen3_vl(folder: Path, **changes: Any) -> Path:
+    """Qwen3-VL: as before, with what its tower finds added to the first layers of the text."""
+    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+    text = _text("qwen3_vl_text") | {"num_key_value_heads": 2, "head_dim": 16} | changes
+    config = Qwen3VLConfig(
+        text_config=text | _rotary([2, 3, 3]),
+        vision_config=_vision("qwen3_vl_vision", "depth", "num_heads")
+        | {"out_hidden_size": 64, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
+        **_image_tokens("vision_start", "vision_end"),
+    )
+    return _save(Qwen3VLForConditionalGeneration, config, folder)
+
+
+def save_glm4v(folder: Path) -> Path:
+    """GLM-4.1V: gate and up projection in one matrix, norms on both sides of each sublayer."""
+    from transformers import Glm4vConfig, Glm4vForConditionalGeneration
+
+    config = Glm4vConfig(
+        text_config=_text("glm4v_text") | {"num_key_value_heads": 2} | _rotary([2, 3, 3]),
+        vision_config=_vision("glm4v_vision", "depth", "num_heads")
+        | {"out_hidden_size": 64, "image_size": 28, "patch_size": 14},
+        **_image_tokens("image_start", "image_end", "video_start", "video_end"),
+    )
+    return _save(Glm4vForConditionalGeneration, config, folder)
+
+
+def save_smolvlm(folder: Path, **changes: Any) -> Path:
+    """SmolVLM: a Llama named ``text_model`` beside a SigLIP tower, head tied."""
+    from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration
+
+    config = SmolVLMConfig(
+        text_config=_text("llama") | changes,
+        vision_config=_vision("smolvlm_vision") | {"image_size": 28, "patch_size": 14},
+        image_token_id=IMAGE_TOKEN,
+        pad_token_id=2,
+        scale_factor=1,
+        tie_word_embeddings=True,
+        dtype="float32",
+    )
+    return _save(SmolVLMForConditionalGeneration, config, folder)
+
+
+def save_gemma3(folder: Path) -> Path:
+    """Gemma 3: a causal language model for transformers, with a SigLIP tower all the same."""
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    text = _text("gemma3_text") | {
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "sliding_window": 16,
+        "initializer_range": 0.05,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    }
+    vision = _vision("siglip_vision_model") | {"image_size": 28, "patch_size": 14}
+    config = Gemma3Config(
+        text_config=text,
+        vision_config=vision,
+        image_token_index=IMAGE_TOKEN,
+        mm_tokens_per_image=4,
+        boi_token_index=3,
+        eoi_token_index=5,
+        dtype="float32",
+    )
+    return _save(Gemma3ForConditionalGeneration, config, folder)
+
+
+VISION_MODELS: dict[str, Callable[[Path], Path]] = {
+    "mistral3": save_mistral3,
+    "llava": save_llava,
+    "llava-next": save_llava_next,
+    "qwen2.5-vl": save_qwen2_5_vl,
+    "qwen3-vl": save_qwen3_vl,
+    "glm4v": save_glm4v,
+    "smolvlm": save_smolvlm,
+    "gemma3": save_gemma3,
+}
+"""Tiny models that also see, by name; here they are asked by text alone."""
+
+
+def _text(model_type: str) -> dict[str, Any]:
+    return {"model_type": model_type, "tie_word_embeddings": False} | _common(LAYERS)
+
+
+def _vision(model_type: str, depth: str = "num_hidden_layers", heads: str = "num_attention_heads") -> Any:
+    return {"model_type": model_type, "hidden_size": 32, "intermediate_size": 64, depth: 2, heads: 4}
+
+
+def _rotary(sections: list[int]) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": sections}}
+
+
+def _image_tokens(*others: str) -> dict[str, Any]:
+    ends = {f"{name}_token_id": 3 for name in others}
+    return {
+        "image_token_id": IMAGE_TOKEN,
+        "video_token_id": IMAGE_TOKEN + 1,
+        "dtype": "float32",
+        "tie_word_embeddings": False,
+    } | ends

@@ -172,7 +172,8 @@ class TransformersEngine:
 
         count = max(1, min(self.plan.workload.prefill_tokens, self._context // 2))
         generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(model.config.get_text_config().vocab_size, (count,), generator=generator).tolist()
+        vocabulary = model.config.get_text_config(decoder=True).vocab_size
+        ids = torch.randint(vocabulary, (count,), generator=generator).tolist()
         config = generation_config(
             model,
             self.tokenizer,
@@ -268,7 +269,7 @@ class TransformersEngine:
         try:
             return self._placed.apply(plan, report)
         finally:
-            blocks = self._placed.blocks.values()
+            blocks = [block for block in self._placed.blocks.values() if not block.place.block.is_idle]
             devices = {i: torch.device(b.place.compute) for b in blocks for i in layer_indices(b.module)}
             self._caches.follow(devices)
             self._quick.after_move()

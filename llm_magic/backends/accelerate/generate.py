@@ -118,6 +118,7 @@ def run_generate(model: Any, config: Any, prompt: TokenizedPrompt, cache: Any, d
     shown = _ShownOnce(decoding.streamer)
 
     def generate() -> None:
+        _forget_images(model)
         model.generate(
             **_inputs(config, prompt, decoding.streamer.device, cache),
             generation_config=config,
@@ -136,6 +137,17 @@ def run_generate(model: Any, config: Any, prompt: TokenizedPrompt, cache: Any, d
                 if decoding.has_begun or not decoding.recover(emptied(error)):
                     raise
         generate()
+
+
+def _forget_images(model: Any) -> None:
+    """Take out what the images of an earlier prompt did to the positions of the tokens behind them.
+
+    A model with positions in three dimensions keeps that for the passes over one KV cache, on the device
+    of that time. Text has none, whoever called the model before, and wherever its blocks were.
+    """
+    for module in model.modules():
+        if vars(module).get("rope_deltas") is not None:
+            module.rope_deltas = None
 
 
 @dataclass

@@ -118,13 +118,15 @@ def refuse_what_does_not_fit(plan: Plan) -> None:
 def _read_tokenizer(files: ModelFiles) -> Any:
     from transformers import AutoTokenizer
 
+    from llm_magic.backends.accelerate.source.sources import processor_template
+
     if not any(_TOKENIZER.fullmatch(path.name) for path in files.folder.iterdir()):
         raise SourceError(
             f"{files.name} has no tokenizer beside its weights.",
             "Copy the tokenizer's files (tokenizer.json, tokenizer_config.json) of its base model there.",
         )
     try:
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             str(files.folder), local_files_only=True, trust_remote_code=False
         )
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
@@ -133,6 +135,9 @@ def _read_tokenizer(files: ModelFiles) -> Any:
             f"The tokenizer of {files.name} cannot be read: {reason}",
             "Download the model again, with its tokenizer.",
         ) from None
+    if not tokenizer.chat_template:
+        tokenizer.chat_template = processor_template(files.folder) or None
+    return tokenizer
 
 
 def _packer(model: Any, spec: ModelSpec, plan: Plan, progress: Progress) -> Fill | None:
@@ -159,8 +164,8 @@ def _packer(model: Any, spec: ModelSpec, plan: Plan, progress: Progress) -> Fill
             pack_block(
                 block,
                 {name.removeprefix(prefix): loader[name] for name in wanted},
-                place.compute,
-                place.compute,
+                place.modules_on,
+                place.modules_on,
             )
         if any(name in shared for name in wanted):
             model.tie_weights()
@@ -174,16 +179,16 @@ def _read_draft(spec: ModelSpec, plan: Plan, tokenizer: Any, progress: Progress)
     if not spec.draft:
         return None, ""
     import torch
-    from transformers import AutoModelForCausalLM
 
-    from llm_magic.backends.accelerate.source.layout import draft_spec
+    from llm_magic.backends.accelerate.source.architecture import auto_class
+    from llm_magic.backends.accelerate.source.layout import draft_spec, load_config
     from llm_magic.backends.accelerate.source.sources import fetch_weights, resolve
 
     small = draft_spec(spec)
     files = fetch_weights(small, resolve(small, progress), progress)
     require_same_vocabulary(tokenizer, _read_tokenizer(files), files.name)
     with bars_into(_reporter(progress, lambda _name: "")), default_dtype_kept():
-        model = AutoModelForCausalLM.from_pretrained(
+        model = auto_class(load_config(files)).from_pretrained(
             str(files.folder),
             device_map={"": torch.device(plan.placements[0].compute)},
             dtype=getattr(torch, plan.layout.draft.dtype) if plan.layout.draft else "auto",
@@ -220,12 +225,11 @@ def _read_model(
     files: ModelFiles, spec: ModelSpec, plan: Plan, folder: OffloadFolder | None, progress: Progress
 ) -> Any:
     import torch
-    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+    from llm_magic.backends.accelerate.source.architecture import auto_class
     from llm_magic.backends.accelerate.source.layout import load_config
 
     config = load_config(files)
-    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     with (
         bars_into(_reporter(progress, block_labels(plan.layout))),
         default_dtype_kept(),
@@ -233,7 +237,7 @@ def _read_model(
     ):
         # Accelerate finds parameters and buffers outside of modules in the map, and places them all the same.
         warnings.filterwarnings("ignore", message="The following device_map keys do not match any submodules")
-        model, info = auto.from_pretrained(
+        model, info = auto_class(config).from_pretrained(
             str(files.folder),
             config=config,
             # What is packed is read block by block while it is placed.

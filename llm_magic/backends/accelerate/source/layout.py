@@ -15,10 +15,22 @@ from llm_magic.backends.accelerate.decoding.kv_cache import can_take_back
 from llm_magic.backends.accelerate.default_dtype import default_dtype_kept
 from llm_magic.backends.accelerate.placement.quantize import Method, find_method, packed_bytes, prepare
 from llm_magic.backends.accelerate.source import gguf_model, hub
+from llm_magic.backends.accelerate.source.architecture import (
+    auto_class,
+    beside_the_text,
+    decoder_of,
+    output_embeddings,
+)
 from llm_magic.backends.accelerate.source.cache_cost import cache_costs
 from llm_magic.backends.accelerate.source.config_values import values
 from llm_magic.backends.accelerate.source.convert import MARK, most_common_type
-from llm_magic.backends.accelerate.source.sources import ModelFiles, read_json, resolve, weight_headers
+from llm_magic.backends.accelerate.source.sources import (
+    ModelFiles,
+    processor_template,
+    read_json,
+    resolve,
+    weight_headers,
+)
 from llm_magic.errors import OptionError, SourceError
 from llm_magic.events import Progress
 from llm_magic.headers import GgufHeader, read_gguf_header
@@ -46,7 +58,10 @@ def read_layout(spec: ModelSpec, files: ModelFiles) -> ModelLayout:
     method, dtype = _method(spec, config), _dtype(spec, files, config, header)
     model = build_skeleton(config, dtype)
     blocks = _read_blocks(model, dtype)
-    details = _details(config, files, header) | {"attention": model.config._attn_implementation or ""}
+    details = _details(config, files, header) | {
+        "attention": model.config._attn_implementation or "",
+        "auto_class": auto_class(config).__name__,
+    }
     if not can_take_back(model):
         details |= {"one_by_one": True}
     if method is not None:
@@ -172,23 +187,20 @@ def build_skeleton(config: Any, dtype: Any) -> Any:
     Raises
     ------
     SourceError
-        When the architecture generates no text, or the configuration builds no model.
+        When the architecture answers no text or needs a missing package, or the configuration builds no model.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
-    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    fills_gaps = (
-        type(config) in AutoModelForMaskedLM._model_mapping and getattr(config, "is_decoder", None) is False
-    )
-    if type(config) not in auto._model_mapping or (fills_gaps and not config.is_encoder_decoder):
-        raise SourceError(
-            f"A model of the kind {config.model_type!r} does not generate text.",
-            "Load a model for text generation (a causal language model, or an encoder-decoder).",
-        )
+    auto = auto_class(config)
     try:
         with default_dtype_kept(), torch.device("meta"):
             return auto.from_config(config, dtype=dtype, trust_remote_code=False).eval()
+    except ImportError as error:
+        raise SourceError(
+            f"A model of the kind {config.model_type!r} needs a package that is missing: "
+            f"{_first_line(error).partition('. ')[0]}.",
+            "Install that package, and load the model again.",
+        ) from None
     except Exception as error:  # sizes that do not fit together fail anywhere in a constructor
         raise SourceError(
             f"The configuration of this {config.model_type!r} model builds no model: {_first_line(error)}.",
@@ -232,11 +244,16 @@ class _Part:
     layer: int | None = None
     tensors: tuple[tuple[str, Any], ...] = ()
     buffer_bytes: int = 0
+    is_idle: bool = False
 
 
 def _read_blocks(model: Any, dtype: Any) -> tuple[Block, ...]:
-    layers = _layers_of(model, frozenset(model._no_split_modules or ()))
-    parts = _in_order(list(_cut(model, "", layers)))
+    idle = beside_the_text(model)
+    text = decoder_of(model) if idle else model
+    layers = _layers_of(text, frozenset(model._no_split_modules or ()))
+    cut = [replace(part, is_idle=id(part.module) in idle) for part in _cut(model, "", layers)]
+    parts = _in_order([part for part in cut if not part.is_idle])
+    parts += [part for part in cut if part.is_idle]
     own, ties = _share_out(parts)
     kinds = [_kind(model, part) for part in parts]
     labels = _labels(model, parts, kinds)
@@ -350,9 +367,11 @@ def _share_out(parts: list[_Part]) -> tuple[dict[str, list[tuple[str, Any]]], di
 def _kind(model: Any, part: _Part) -> BlockKind:
     from torch import nn
 
+    if part.is_idle:
+        return "tower"
     if part.layer is not None:
         return "encoder" if _side(part.name) not in ("", "decoder") else "decoder"
-    if part.module is model.get_output_embeddings():
+    if part.module is output_embeddings(model):
         return "head"
     if part.module is model.get_input_embeddings() or isinstance(part.module, nn.Embedding):
         return "embedding"
@@ -514,7 +533,7 @@ def _has_chat_template(files: ModelFiles, header: GgufHeader | None) -> bool:
     if header is not None:
         return "tokenizer.chat_template" in header.metadata
     folder = files.folder
-    if (folder / "chat_template.jinja").is_file() or (folder / "chat_template.json").is_file():
+    if (folder / "chat_template.jinja").is_file() or processor_template(folder):
         return True
     path = folder / "tokenizer_config.json"
     return path.is_file() and bool(read_json(path).get("chat_template"))

@@ -256,6 +256,21 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def processor_template(folder: Path) -> str:
+    """A chat template that stands where only transformers' processors look for it; empty without one.
+
+    Raises
+    ------
+    SourceError
+        When the file that may have one is no JSON object.
+    """
+    for name in ("chat_template.json", "processor_config.json"):
+        found = read_json(folder / name).get("chat_template") if (folder / name).is_file() else None
+        if isinstance(found, str):
+            return found
+    return ""
+
+
 def refuse_code(config: Mapping[str, Any], file: str) -> None:
     """Refuse a configuration that wants code to be downloaded and run, at any depth.
 
