@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from llm_magic.backends.accelerate.decoding.layer_kinds import has_state, is_plain, is_windowed, with_tokens
+from llm_magic.backends.accelerate.source.architecture import decoder_of
 
 if TYPE_CHECKING:
     from llm_magic.backends.accelerate.decoding.capture import Lane
@@ -70,7 +71,7 @@ def _model_reason(model: Any) -> str:
         f"{attention} attention": attention in ("sdpa", "eager"),
         # Others make masks of their own (ALiBi) out of one with two dimensions.
         "the architecture makes its own masks": hasattr(
-            sys.modules[type(model).__module__], "create_causal_mask"
+            sys.modules[type(decoder_of(model)).__module__], "create_causal_mask"
         ),
     }
     return next((reason for reason, passed in checks.items() if not passed), "")
