@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from llm_magic.backends.accelerate.source.layout import load_config
+from llm_magic.backends.accelerate.source.sources import resolve
 from llm_magic.errors import SourceError
 from llm_magic.model import ModelLayout, ModelSpec
 from llm_magic.planning.planner import make_plan
@@ -287,7 +289,7 @@ def test_a_tower_moves_and_works_for_whoever_calls_it(qwen: Any, plain: Callable
         assert qwen.status() == ()  # nothing travels, and no tokens are guessed
 
 
-@pytest.mark.parametrize("placement", ["ram", "half"])
+@pytest.mark.parametrize("placement", ["ram", "half", "disk"])
 def test_a_packed_model_answers_as_transformers_packs_it(
     placement: str, tiny_model: TinyModel, plain: Callable[[str], Plain]
 ) -> None:
@@ -314,6 +316,22 @@ def test_a_packed_model_answers_as_transformers_packs_it(
             folder, quantization_config=config, device_map="cpu"
         )
         assert packed.answer(PROMPT, 12) == text
+
+
+@pytest.mark.parametrize("place", ["top", "text_config"])
+def test_fp8_of_the_language_model_alone_is_found(place: str, tiny_model: TinyModel, tmp_path: Path) -> None:
+    packed = shutil.copytree(tiny_model("mistral3"), tmp_path / "packed")
+    config = json.loads((packed / "config.json").read_text())
+    part = config if place == "top" else config["text_config"]
+    part["quantization_config"] = {
+        "quant_method": "fp8",
+        "modules_to_not_convert": ["model.vision_tower", "model.multi_modal_projector", "lm_head"],
+    }
+    (packed / "config.json").write_text(json.dumps(config))
+    assert load_config(resolve(ModelSpec(str(packed)), lambda _event: None)).quantization_config["dequantize"]
+    layout = layout_of(packed)
+    assert layout.details["quantization"] == "fp8"
+    assert layout.bytes == layout_of(tiny_model("mistral3")).bytes
 
 
 def test_the_python_to_copy_loads_the_same(tiny_model: TinyModel, plain: Callable[[str], Plain]) -> None:

@@ -137,8 +137,11 @@ def load_config(files: ModelFiles) -> Any:
             f"The configuration of {files.name} ({model_type}) is invalid: {_first_line(error)}.",
             "Download its config.json again.",
         ) from None
-    if isinstance(packed := getattr(config, "quantization_config", None), dict):
+    parts = (config, config.get_text_config(decoder=True))  # transformers looks in both
+    packed = next((found for part in parts if (found := getattr(part, "quantization_config", None))), None)
+    if isinstance(packed, dict):
         packed["dequantize"] = True  # what is counted, and what every device can compute
+        config.quantization_config = packed
     return config
 
 
