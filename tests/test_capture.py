@@ -921,10 +921,10 @@ def test_an_interrupt_while_tokens_go_back_is_one_still(usual: Any) -> None:
 
 @pytest.mark.parametrize("stopped_after", [0, 3, 4, 5])
 def test_a_cache_has_the_right_tokens_after_steps_were_made_anew(usual: Any, stopped_after: int) -> None:
-    """A move gives back all that was written, proposals that were wrong too."""
+    """A move gives back all that was written, proposals that were wrong too, and of windows what was before."""
     from transformers import DynamicCache
 
-    tested, ids = usual, prompts()
+    tested, ids = usual, prompts(length=20)
     wanted = answer(tested, ids, eos_token_id=None)
     count = stopped_after or len(wanted[0]) - ids.shape[1]
 
@@ -941,6 +941,10 @@ def test_a_cache_has_the_right_tokens_after_steps_were_made_anew(usual: Any, sto
     with pytest.raises(StopIteration) if stopped_after else nullcontext():
         assert answer(tested, ids, decoding, eos_token_id=None, past_key_values=cache) == wanted
     assert {layer.get_seq_length() for layer in cache.layers} == {ids.shape[1] + count - 1}
+    again = prefilled(tested, torch.tensor(wanted)[:, : ids.shape[1] + count])
+    for layer, other in zip(cache.layers, again.layers, strict=True):
+        assert_close(layer.keys, other.keys)
+        assert_close(layer.values, other.values)
 
 
 def test_without_memory_for_fixed_addresses_the_answer_goes_on(usual: Any) -> None:

@@ -14,21 +14,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 from weakref import WeakSet
 
 from llm_magic.backends.accelerate.decoding.capturable import attention_of, kinds_of, windows_of
-from llm_magic.backends.accelerate.decoding.static_cache import (
-    SWEEP_TOKENS,
-    StaticCache,
-    places_of,
-    shorten,
-)
+from llm_magic.backends.accelerate.decoding.static_cache import SWEEP_TOKENS, StaticCache, places_of
 from llm_magic.backends.accelerate.decoding.warmup import COMPILING, WarmUp, short
 from llm_magic.backends.accelerate.memory_errors import TokensLostError, is_out_of_memory
-
-if TYPE_CHECKING:
-    pass
 
 _FIRST_VISIBLE = 512
 _ROUND = 64  # attention kernels like masks of round widths
@@ -206,7 +198,6 @@ class CapturedSteps:
         self._graphs: dict[Shape, Recorded] = {}
         self._logits: dict[tuple[int, int], Any] = {}
         self._dynamic: Any = None
-        self._returned: Any = None
         self._batch = self._written = 0
         self._attention_mask: Any = None
         self._room = context
@@ -285,15 +276,11 @@ class CapturedSteps:
         if self._static.states and length != self._written and self._dynamic is not None:
             self._lose()
         self._leave(length)
-        if self._returned is not None:  # by a move, before it was known how many are right
-            shorten(self._returned, length)
-        self._returned = None
 
     # What the engine calls
 
     def reset(self) -> None:
         """After an error: forget the answer's tokens. What was captured stays."""
-        self._returned = None
         if self._dynamic is not None:
             self._dynamic = None
             self._fence()
@@ -305,7 +292,6 @@ class CapturedSteps:
         compiled layers.
         """
         self._forget_graphs()  # first: what they held is room for the tokens
-        self._returned = None
         self._leave(self._written)  # how many of them are right is known to the loop
         self._drop_static()
         if self._warm_up is not None:
@@ -355,19 +341,18 @@ class CapturedSteps:
             self._forget_graphs()
             self._inputs = Inputs(self._static.batch, self._static.capacity, self._device)
         self._written = self._static.take(cache)
-        self._dynamic, self._returned, self._batch = cache, None, batch
+        self._dynamic, self._batch = cache, batch
         self._inputs.pad(self._attention_mask)
         self._fence()
         return True
 
     def _leave(self, length: int) -> None:
         """Put tokens back into their cache, if they are here."""
-        cache = self._dynamic
-        if cache is None:
+        if self._dynamic is None:
             return
         try:
             self._move_back(length)
-            self._dynamic, self._returned = None, cache
+            self._dynamic = None
         finally:
             self._fence()  # also when memory ran out: slots may be read by the last sweep still
 

@@ -414,7 +414,7 @@ class _Answer:
         if self._quick_holds_cache and self._decoding.quick:
             self._decoding.quick.give_back(length)
             self._quick_holds_cache = False
-            self._rollback.cut(length, length)  # a move brings back all that was written
+            self._rollback.shorten(length)  # a move brings back all that was written
 
     # Times
 

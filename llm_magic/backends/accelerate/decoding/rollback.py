@@ -56,6 +56,21 @@ class Rollback:
             return False
         return all(_cut_layer(layer, before, length) for layer in _layers(self._cache))
 
+    def shorten(self, length: int) -> None:
+        """Leave the first ``length`` tokens in a cache that holds whole passes, and of a window perhaps what was before.
+
+        An empty cache stays one.
+        """
+        for layer in _layers(self._cache) if self.is_possible else ():
+            surplus = layer.get_seq_length() - length
+            if not layer.is_initialized or surplus < 0:
+                continue
+            last = _tokens(layer.keys) - surplus
+            first = max(0, last - layer.sliding_window + 1) if layer.is_sliding else 0
+            layer.keys, layer.values = _part(layer.keys, first, last), _part(layer.values, first, last)
+            if layer.is_sliding:
+                layer.cumulative_length = length
+
     def _sliding(self) -> list[Any]:
         return [layer for layer in _layers(self._cache) if layer.is_sliding]
 

@@ -8,8 +8,7 @@ to an earlier length costs nothing: what lies behind it is masked, and written o
 A layer with a sliding window has a ring: token ``p`` lies at place ``p`` modulo its size, which is enough for
 the window and for what a sweep, and one before it that was taken back, write beyond.
 
-Between answers a chat's cache is transformers' own (see `kv_cache`); `to_static` and `to_dynamic` copy it,
-bit for bit.
+Between answers a chat's cache is transformers' own (see `kv_cache`); ``take`` and ``give`` copy it, bit for bit.
 """
 
 from __future__ import annotations
@@ -258,8 +257,8 @@ class StaticCache:
     def give(self, dynamic: Any, batch: int, length: int, *, frees: bool = False) -> None:
         """Copy the first ``length`` tokens of ``batch`` sequences back into the cache they came from.
 
-        Layers with a window get some tokens from before it, which `shorten` needs. States are as they are. When
-        memory runs out, the cache holds nothing.
+        Layers with a window get some tokens from before it while they record the past: what was written last may have
+        to go (see `rollback`). States are as they are. When memory runs out, the cache holds nothing.
 
         Parameters
         ----------
@@ -312,14 +311,3 @@ def empty(layer: Any) -> None:
         layer.is_initialized = False
         if layer.is_sliding:
             layer.cumulative_length = 0
-
-
-def shorten(dynamic: Any, length: int) -> None:
-    """Leave the first ``length`` tokens of a cache that ``StaticCache.give`` has filled with no more than a sweep more."""
-    for layer in filter(is_plain, dynamic.layers):
-        surplus = layer.get_seq_length() - length
-        last = layer.keys.shape[2] - surplus
-        first = max(0, last - layer.sliding_window + 1) if layer.is_sliding else 0
-        layer.keys, layer.values = layer.keys[:, :, first:last], layer.values[:, :, first:last]
-        if layer.is_sliding:
-            layer.cumulative_length = length
