@@ -30,6 +30,10 @@ _LATENT = {
     "v_head_dim": 16,
 }
 _TURNS = {"layer_types": ["linear_attention", "full_attention"] * 2}
+_HISTORIES = (
+    *("sliding_attention", "heavily_compressed_attention"),
+    *("sliding_attention", "compressed_sparse_attention"),
+)
 
 FAMILIES: Mapping[str, Mapping[str, Any]] = {
     "mistral": _GROUPED | {"sliding_window": 16},
@@ -57,7 +61,8 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
     | {"index_n_heads": 4, "num_key_value_heads": 4, "first_k_dense_replace": 1},
     "deepseek_v4": _EXPERTS
     | {"head_dim": 16, "q_lora_rank": 16, "o_lora_rank": 16, "n_routed_experts": 4, "index_topk": 8}
-    | {"index_head_dim": 16, "index_n_heads": 4, "sliding_window": 16, "num_nextn_predict_layers": 0},
+    | {"index_head_dim": 16, "index_n_heads": 4, "sliding_window": 16, "num_nextn_predict_layers": 0}
+    | {"layer_types": list(_HISTORIES)},
     "kimi_linear": _LATENT
     | _TURNS
     | {"moe_intermediate_size": 32, "num_experts_per_token": 2, "num_experts": 4, "first_k_dense_replace": 1}

@@ -189,6 +189,17 @@ def test_a_window_that_holds_the_whole_chat_needs_no_mark(reasoning: Any) -> Non
     assert engine._caches._kept["a"].checkpoint is not None
 
 
+def test_layers_that_keep_more_beside_windows_are_not_marked(reasoning: Any) -> None:
+    """What they have compressed would stay as it is."""
+    engine = reasoning("deepseek_v4")
+    turns: tuple[str, ...] = (ASKED,)
+    for question in ("And of Spain?", "Of Greece?"):
+        answer = spoken(engine, turns, chat="a")
+        assert answer.text == spoken(engine, turns).text
+        turns = (*turns, answer.text, question)
+    assert not engine._caches.needs_mark(1000)
+
+
 def test_only_the_last_chat_can_go_back_to_a_mark(reasoning: Any) -> None:
     engine = reasoning("mistral")
     for chat in "ab":

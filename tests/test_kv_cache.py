@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from llm_magic.backends.accelerate.decoding.checkpoint import Checkpoint
 from llm_magic.backends.accelerate.decoding.kv_cache import ChatCaches, crop
 from tests import tiny
 
@@ -99,6 +100,40 @@ def test_a_sliding_window_that_has_dropped_tokens_cannot_go_back(models: Any) ->
     caches.keep("chat", cache, ids)
     fresh, cached = caches.take("chat", [*ids[:25], 50], 40)
     assert (fresh is cache, cached) == (False, 0)
+
+
+def test_a_mark_behind_what_prompts_share_is_forgotten(models: Any) -> None:
+    """An answer that needs no mark comes between: the windows of the old one have seen other tokens."""
+    model, ids, others = models["gemma"], list(range(10, 40)), list(range(110, 140))
+    caches = ChatCaches(model, 100)
+    cache, _ = caches.take("chat", ids[:12], 40)
+    feed(model, cache, ids[:10])
+    caches.mark(10)
+    feed(model, cache, ids[10:12])
+    caches.keep("chat", cache, ids[:12])
+    cache, cached = caches.take("chat", [*ids[:5], *others], 40)
+    assert cached == 5
+    feed(model, cache, others)
+    caches.keep("chat", cache, [*ids[:5], *others])
+    assert caches.take("chat", [*ids[:5], *others[:20], 50], 40)[1] == 0
+
+
+def test_without_memory_to_go_back_to_a_mark_a_chat_begins_anew(
+    models: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, ids = models["gemma"], list(range(10, 40))
+    caches = ChatCaches(model, 100)
+    cache, _ = caches.take("chat", ids, 40)
+    feed(model, cache, ids[:25])
+    caches.mark(25)
+    feed(model, cache, ids[25:])
+    caches.keep("chat", cache, ids)
+
+    def fail(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(Checkpoint, "restore", fail)
+    assert caches.take("chat", [*ids[:27], 50], 40)[1] == 0
 
 
 def test_a_short_sliding_window_can_go_back(models: Any) -> None:

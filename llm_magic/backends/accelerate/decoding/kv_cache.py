@@ -68,9 +68,12 @@ class ChatCaches:
         self._in_use: Any = None
         self._checkpoint: Checkpoint | None = None
         self.can_keep = _can_keep(model)
-        layers = _new_cache(model).layers if self.can_keep else []
+        layers = with_tokens(_new_cache(model).layers) if self.can_keep else []
         self._has_states = any(map(has_state, layers))
-        self._window = min((layer.sliding_window for layer in layers if is_windowed(layer)), default=0)
+        windows = [layer.sliding_window for layer in layers if is_windowed(layer)]
+        # What other layers keep is in no checkpoint.
+        can_be_marked = all(is_plain(layer) or has_state(layer) for layer in layers)
+        self._window = min(windows, default=0) if can_be_marked else 0
 
     @property
     def tokens(self) -> int:
@@ -94,14 +97,17 @@ class ChatCaches:
         self._make_room(room)
         # One token must remain to be fed: its logits give the next one.
         length = min(_common_prefix(kept.tokens, prompt), len(prompt) - 1) if kept else 0
-        if kept is not None and length and crop(kept.cache, length):
-            self._in_use, self._checkpoint = kept.cache, kept.checkpoint
-            return kept.cache, length
-        if kept is not None and kept.checkpoint is not None and 0 < kept.checkpoint.length <= length:
-            kept.checkpoint.restore(kept.cache)
-            self._in_use, self._checkpoint = kept.cache, kept.checkpoint
-            return kept.cache, kept.checkpoint.length
-        return self.new(), 0
+        if kept is None:
+            return self.new(), 0
+        mark = kept.checkpoint
+        if mark is not None and mark.length > length:
+            mark = None  # it has seen tokens that this prompt does not have
+        if not length or not crop(kept.cache, length):
+            if mark is None or not _is_restored(mark, kept.cache):
+                return self.new(), 0
+            length = mark.length
+        self._in_use, self._checkpoint = kept.cache, mark
+        return kept.cache, length
 
     def new(self) -> Any:
         """An empty cache, the caller's until ``keep`` or ``release``."""
@@ -194,6 +200,17 @@ class ChatCaches:
     def _make_room(self, tokens: int) -> None:
         while self._kept and self.tokens + tokens > self._capacity:
             self._kept.popitem(last=False)
+
+
+def _is_restored(mark: Checkpoint, cache: Any) -> bool:
+    """Go back to a mark; ``False`` when there was no memory for it: nobody can use that cache any more."""
+    try:
+        mark.restore(cache)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return False
+    return True
 
 
 def crop(cache: Any, length: int) -> bool:
