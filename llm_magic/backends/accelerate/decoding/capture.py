@@ -234,36 +234,31 @@ class CapturedSteps:
         return self
 
     def __call__(self, ids: Any, cache_length: int) -> Any:
-        """Logits ``[batch, tokens, vocabulary]`` of ``ids``, the caller's own.
+        """Logits ``[batch, tokens, vocabulary]`` of ``ids``.
 
         ``cache_length`` tokens came before them; what an earlier sweep wrote behind those is forgotten. Where there are
-        recurrent states nothing is: the same token again gives what it gave.
+        recurrent states nothing is, and the logits are there until the next sweep: a copy might find no memory, when
+        the token cannot be fed again. Otherwise they are the caller's own.
 
         Raises
         ------
         ValueError
-            When ``step`` has not handed it out for such a sweep, or there is no room left.
+            When ``step`` has not handed it out for such a sweep, there is no room left, or a state cannot go back.
         """
         import torch
 
         shape = self._shape(ids, cache_length)
         assert self._inputs is not None
-        with torch.no_grad():
-            if not self._has_fed(cache_length, ids.shape[1]):
-                self._written = cache_length
-                self._inputs.fill(shape, ids, cache_length)
-                self._run(shape)
-                self._written = cache_length + ids.shape[1]
-            # The next sweep writes to the same place.
-            return self._logits[shape[:2]][:, : ids.shape[1]].clone()
-
-    def _has_fed(self, cache_length: int, tokens: int) -> bool:
-        """Whether states have taken these tokens in: the sweep ended, and something after it failed."""
-        if not self._static.states or cache_length == self._written:
-            return False
-        if cache_length + tokens != self._written:
+        if self._static.states and cache_length != self._written:
             raise ValueError(f"a recurrent state of {self._written} tokens cannot go back to {cache_length}")
-        return True
+        self._written = cache_length
+        with torch.no_grad():
+            self._inputs.fill(shape, ids, cache_length)
+            self._run(shape)
+        self._written = cache_length + ids.shape[1]
+        logits = self._logits[shape[:2]][:, : ids.shape[1]]
+        # The next sweep writes to the same place.
+        return logits if self._static.states else logits.clone()
 
     def give_back(self, length: int) -> None:
         """Put the first ``length`` tokens into the cache they came from; when that fails, they stay here.
