@@ -258,6 +258,30 @@ def test_compiled_layers_take_over_between_two_answers(fresh: Any, name: str, ki
     assert (compiler.programs, recorder.recorded) == (kinds, 2)
 
 
+def test_a_sweep_that_ended_between_two_kinds_of_layers_is_no_example(fresh: Any) -> None:
+    model, compiler, ids, calls = fresh("gemma"), Compiler(), prompts(), []
+    warm_up = WarmUp(layers_of(model), compiler)
+    step = step_of(model, warm_up)
+
+    def interrupt(*_: Any) -> None:
+        calls.append(1)
+        raise KeyboardInterrupt
+
+    cache = prefilled(model, ids)
+    handle = model.model.layers[1].register_forward_pre_hook(interrupt)
+    begin(step, cache, None, 32)
+    with pytest.raises(KeyboardInterrupt):
+        step(ids[:, -1:], 8)
+    handle.remove()
+    expected = eager(model, ids, 12)
+    for _ in range(2):
+        assert torch.equal(greedy(step, model, ids, 12), expected)
+        warm_up.wait()
+    assert torch.equal(greedy(step, model, ids, 12), expected)
+    assert (calls, compiler.programs, warm_up.reason) == ([1], 2, "")
+    assert step.status == "captured decode, compiled layers"
+
+
 def test_each_size_of_a_sweep_is_compiled_for_itself(fresh: Any) -> None:
     model, compiler, recorder, ids = fresh(), Compiler(), Plain(), prompts()
     warm_up = WarmUp(layers_of(model), compiler)

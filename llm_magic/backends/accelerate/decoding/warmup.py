@@ -2,8 +2,9 @@
 
 Compilation merges the small kernels between a decoder layer's matrices. The layers of a model are the same
 code, so one of each kind is compiled, on a thread and a stream of its own and on inputs that an ordinary sweep
-left; every layer is run once to see that it fits. Kinds differ in what they attend to: a window, or all. The sweeps that were captured meanwhile are captured
-again, between two answers. Nothing waits for a compilation, and one that fails changes nothing.
+left; every layer is run once to see that it fits. Kinds differ in what they attend to: a window, or all. The
+sweeps that were captured meanwhile are captured again, between two answers. Nothing waits for a compilation,
+and one that fails changes nothing.
 """
 
 from __future__ import annotations
@@ -123,8 +124,12 @@ class WarmUp:
                     one = static.layers[index].alone()
                     stack.enter_context(_replaced(layer, self._function(layer), static.cache, one))
             elif self._lacks(shape):
+                seen: list[Example] = []
                 for alike in self._kinds(static):
-                    stack.enter_context(self._watched(alike, shape, static))
+                    stack.enter_context(self._watched(alike, seen, static))
+                yield
+                self._examples[shape] = seen  # only now: a sweep that ends early has not seen all kinds
+                return
             yield
 
     def want(self, shape: Shape) -> None:
@@ -185,13 +190,12 @@ class WarmUp:
         return list(lots.values())
 
     @contextmanager
-    def _watched(self, alike: Sequence[int], shape: Shape, static: StaticCache) -> Iterator[None]:
+    def _watched(self, alike: Sequence[int], seen: list[Example], static: StaticCache) -> Iterator[None]:
         layers = tuple(self._layers[index] for index in alike)
 
         def look(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             one = static.layers[alike[0]].alone()
-            example = Example(args, kwargs, static.cache, one, layers, _now(one.keys))
-            self._examples.setdefault(shape, []).append(example)
+            seen.append(Example(args, kwargs, static.cache, one, layers, _now(one.keys)))
 
         handle = layers[0].register_forward_pre_hook(look, with_kwargs=True)
         try:
