@@ -350,6 +350,17 @@ def test_nothing_is_asked_of_memory_once_states_have_a_token(model: Any) -> None
     assert_close(logits, full_logits(tested, torch.cat([ids, first], dim=1))[:, -1:])
 
 
+def test_states_leave_their_room_to_what_goes_back(model: Any) -> None:
+    """Where memory is short, nothing else holds what was copied."""
+    tested, ids = model("qwen3_5_text"), prompts()
+    step, cache = step_of(tested, Again()), prefilled(tested, ids)
+    begin(step, cache, None, 64)
+    held = [weakref.ref(tensor) for state in step._static.states.values() for tensor in state.tensors()]
+    step._static.give(cache, 1, 8, frees=True)
+    assert held
+    assert all(tensor() is None for tensor in held)
+
+
 def test_states_that_are_ahead_of_the_answer_are_lost(model: Any) -> None:
     tested, ids = model("qwen3_5_text"), prompts()
     step, cache = step_of(tested, Again()), prefilled(tested, ids)

@@ -277,6 +277,7 @@ class StaticCache:
                 state.give(dynamic.layers[index])
                 if frees:
                     state.free()
+                    self.cache.layers[index] = None
         except BaseException:
             for layer in dynamic.layers:
                 empty(layer)
