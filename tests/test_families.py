@@ -11,6 +11,7 @@ import torch
 from transformers import AutoConfig, DynamicCache
 
 from llm_magic.backends.accelerate import engine as of_engine
+from llm_magic.backends.accelerate.decoding import kv_cache
 from llm_magic.backends.accelerate.decoding.kv_cache import goes_one_by_one
 from llm_magic.backends.accelerate.prompt.prompts import TokenizedPrompt
 from llm_magic.errors import OptionError
@@ -238,6 +239,23 @@ def test_an_interrupt_in_the_midst_of_a_pass_leaves_no_state_behind(
     handle.remove()
     for turns in ((ASKED, "Paris.", "And of Italy?"), (ASKED,)):
         assert spoken(engine, turns, chat="a").text == spoken(engine, turns).text
+
+
+def test_states_that_nobody_keeps_follow_their_blocks_all_the_same(
+    folder_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kv_cache, "_STATES_GO_ON", ())
+    engine, held = load(folder_of("granitemoehybrid")), []
+    try:
+        keep = engine._caches.release
+        monkeypatch.setattr(
+            engine._caches, "release", lambda: (held.append(len(list(engine._caches.tensors()))), keep())
+        )
+        assert ask(engine, request(ASKED, chat="a")).text == expected(folder_of("granitemoehybrid"), ASKED)
+        assert held[-1] > 0
+        assert (engine._caches.can_keep, list(engine._caches.tensors())) == (False, [])
+    finally:
+        engine.close()
 
 
 def test_a_draft_is_for_models_that_can_take_tokens_back(folder_of: Any) -> None:

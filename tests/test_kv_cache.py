@@ -136,6 +136,15 @@ def test_without_memory_to_go_back_to_a_mark_a_chat_begins_anew(
     assert caches.take("chat", [*ids[:27], 50], 40)[1] == 0
 
 
+def test_what_a_mark_shares_with_its_cache_is_counted_once(models: Any) -> None:
+    caches = ChatCaches(models["gemma"], 100)
+    cache, _ = caches.take("chat", [5, 6, 7], 20)
+    feed(models["gemma"], cache, [5, 6, 7])
+    before = sum(tensor.nbytes for tensor in caches.tensors())
+    caches.mark(3)
+    assert sum(tensor.nbytes for tensor in caches.tensors()) == before
+
+
 def test_a_short_sliding_window_can_go_back(models: Any) -> None:
     caches = ChatCaches(models["gemma"], 100)
     cache, _ = caches.take("chat", [5, 6, 7], 20)

@@ -282,8 +282,10 @@ class TransformersEngine:
         keep = bool(request.chat) and config.use_cache is not False
         room = len(prompt.ids) + config.max_new_tokens
         cache, cached = self._caches.take(request.chat, prompt.ids, room) if keep else (None, 0)
-        if cache is None and self._caches.can_keep and config.use_cache is not False:
-            cache = self._caches.new()  # one that passes can be taken back from
+        if cache is None and self._caches.can_follow and config.use_cache is not False:
+            cache = (
+                self._caches.new()
+            )  # one that passes can be taken back from, and that blocks can take along
         decoding.part_tokens = self._pass_length(prompt, cached, config)
         if keep and self._caches.needs_mark(room):
             decoding.mark = self._lasting(request, prompt)

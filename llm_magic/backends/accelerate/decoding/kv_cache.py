@@ -59,6 +59,8 @@ class ChatCaches:
     ----------
     can_keep
         Whether caches are kept at all.
+    can_follow
+        Whether `new` makes what the model would, so that its layers follow blocks that move in mid-answer.
     """
 
     def __init__(self, model: Any, capacity_tokens: int) -> None:
@@ -68,6 +70,7 @@ class ChatCaches:
         self._in_use: Any = None
         self._checkpoint: Checkpoint | None = None
         self.can_keep = _can_keep(model)
+        self.can_follow = self.can_keep or _can_follow(model)
         layers = with_tokens(_new_cache(model).layers) if self.can_keep else []
         self._has_states = any(map(has_state, layers))
         windows = [layer.sliding_window for layer in layers if is_windowed(layer)]
@@ -137,7 +140,7 @@ class ChatCaches:
         """
         checkpoint = self._checkpoint
         self.release()
-        if not chat or cache is None:
+        if not chat or cache is None or not self.can_keep:
             return
         lengths = (layer.get_seq_length() for layer in with_tokens(cache.layers) if not has_state(layer))
         length = min(min(lengths, default=0), len(tokens))
@@ -184,14 +187,16 @@ class ChatCaches:
         self._kept.clear()
         self.release()
         self._model = None
-        self.can_keep = False
+        self.can_keep = self.can_follow = False
 
     def tensors(self) -> Iterator[Any]:
-        """Tensors of all caches there are now, the one in use included."""
+        """Tensors of all caches there are now, the one in use included, each of them once."""
+        found: dict[int, Any] = {}
         for cache, checkpoint in self._all():
             for layer in getattr(cache, "layers", ()):
-                yield from layer_tensors(layer).values()
-            yield from checkpoint.tensors() if checkpoint else ()
+                found |= {id(tensor): tensor for tensor in layer_tensors(layer).values()}
+            found |= {id(tensor): tensor for tensor in checkpoint.tensors()} if checkpoint else {}
+        yield from found.values()
 
     def _all(self) -> list[tuple[Any, Checkpoint | None]]:
         kept = [(kept.cache, kept.checkpoint) for kept in list(self._kept.values())]
@@ -272,6 +277,17 @@ def _can_keep(model: Any) -> bool:
         goes = model.config.get_text_config(decoder=True).model_type in _STATES_GO_ON
         return goes and all(has_state(layer) or is_plain(layer) for layer in layers)
     return all(map(goes_on, layers))
+
+
+def _can_follow(model: Any) -> bool:
+    """Whether the answer's cache can be one of ours, though nothing is kept: keys and values, and states."""
+    import inspect
+
+    takes_cache = "past_key_values" in inspect.signature(model.forward).parameters
+    if model.config.is_encoder_decoder or goes_one_by_one(model) or not takes_cache:
+        return False
+    layers = with_tokens(_new_cache(model).layers)
+    return any(map(is_plain, layers)) and all(is_plain(layer) or has_state(layer) for layer in layers)
 
 
 def _common_prefix(first: list[int], second: list[int]) -> int:
