@@ -139,9 +139,7 @@ def block_sweep(layout: ModelLayout, workload: Workload, place: Placement, *, to
 def can_capture(layout: ModelLayout, machine: Machine, placed: Sequence[Placement]) -> bool:
     """Whether a decode step can be one CUDA graph: one GPU computes all, and only copies bring blocks."""
     computing = {place.compute for place in placed}
-    caches = layout.cache_costs
-    has_tokens = any(cache.bytes_per_token for cache in caches) and not layout.is_encoder_decoder
-    if len(computing) > 1 or not has_tokens or any(c.bytes_per_token and c.fixed_bytes for c in caches):
+    if len(computing) > 1 or layout.details.get("eager"):
         return False
     device = machine.device(computing.pop())
     brings_late = any(p.way == "read" or (p.is_offloaded and p.block.experts) for p in placed)

@@ -18,7 +18,7 @@ def why_not(model: Any, plan: Plan, lanes: Sequence[Lane] = ()) -> str:
 
     What this cannot foresee shows when the capture is tried.
     """
-    reason = _placement_reason(plan) or _experts_reason(model, plan) or _model_reason(model)
+    reason = _placement_reason(plan) or _experts_reason(model, plan) or model_reason(model)
     if not reason and not all(lane.is_capturable for lane in lanes):
         return "blocks in RAM that is not pinned"
     return reason
@@ -54,7 +54,8 @@ def _experts_reason(model: Any, plan: Plan) -> str:
     return "experts are taken one after the other" if has_experts and in_turn else ""
 
 
-def _model_reason(model: Any) -> str:
+def model_reason(model: Any) -> str:
+    """Why sweeps of an architecture cannot be captured wherever it is placed; empty when they can."""
     import inspect
     import sys
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from llm_magic.backends.accelerate.decoding.capturable import model_reason
 from llm_magic.backends.accelerate.decoding.kv_cache import can_take_back
 from llm_magic.backends.accelerate.default_dtype import default_dtype_kept
 from llm_magic.backends.accelerate.placement.quantize import Method, find_method, packed_bytes, prepare
@@ -64,6 +65,8 @@ def read_layout(spec: ModelSpec, files: ModelFiles) -> ModelLayout:
     }
     if not can_take_back(model):
         details |= {"one_by_one": True}
+    if reason := model_reason(model):
+        details |= {"eager": reason}
     if method is not None:
         blocks = _with_packed(model, blocks, method, dtype)
         details |= {"unpacked_bytes": _unpacked_bytes(blocks, method)}
