@@ -69,7 +69,7 @@ def test_deep_tracebacks_keep_their_ends(shell: InteractiveShell, errors: ErrHis
         shell,
         "def f(n):\n    return g(n - 1) if n else 1 / 0",
         "def g(n):\n    return f(n - 1) if n else 1 / 0",
-        "f(200)",
+        "f(40)",
     )
     assert errors[3].count("File ") == 10
     assert errors[3].endswith("ZeroDivisionError: division by zero")

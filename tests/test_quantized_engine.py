@@ -164,8 +164,11 @@ def test_packing_holds_no_more_than_a_few_blocks_unpacked(method: str, tmp_path:
     """Weights of 8 MiB: smaller than what malloc asks the system for one by one, once it has seen larger ones."""
     from tests import tiny
 
-    wide = tiny.save_llama(tmp_path / "wide", layers=12, hidden_size=1024, intermediate_size=2048)
-    load_packed(wide, method, "ram").close()  # imports, and malloc's threshold
+    wide, same = (
+        tiny.save_llama(tmp_path / name, layers=layers, hidden_size=1024, intermediate_size=2048)
+        for name, layers in (("wide", 12), ("same", 1))
+    )
+    load_packed(same, method, "ram").close()  # imports, and malloc's threshold
     before = anonymous_bytes()
     engine = load_packed(wide, method, "ram")
     unpacked = (wide / "model.safetensors").stat().st_size

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -332,24 +333,39 @@ def test_a_sweep_that_ends_early(way: str, folder_of: Callable[[str], Path]) -> 
 # --- The engine: as the libraries load and dispatch it, captured where it can be
 
 
+CAPITAL = request("The capital of France", max_new_tokens=24)
+
+
+@pytest.fixture(scope="module")
+def answer_of(folder_of: Callable[[str], Path]) -> Callable[[str], str]:
+    """``answer_of("llama")``: what the CPU alone answers to ``CAPITAL``, asked once."""
+
+    @cache
+    def answer(name: str) -> str:
+        engine = BACKEND.load(*plan_for(folder_of(name), "ram"), lambda _event: None)
+        text = ask(engine, CAPITAL).text
+        engine.close()
+        return text
+
+    return answer
+
+
 @pytest.mark.parametrize("way", [*ON_GPU, *HYBRID])
 @pytest.mark.parametrize("name", MODELS)
-def test_a_loaded_engine_answers_and_moves(name: str, way: str, folder_of: Callable[[str], Path]) -> None:
-    folder = folder_of(name)
+def test_a_loaded_engine_answers_and_moves(
+    name: str, way: str, folder_of: Callable[[str], Path], answer_of: Callable[[str], str]
+) -> None:
+    folder, expected = folder_of(name), answer_of(name)
     ways = ON_GPU | HYBRID
-    asked = request("The capital of France", max_new_tokens=24)
-    wanted = BACKEND.load(*plan_for(folder, "ram"), lambda _event: None)
-    expected = ask(wanted, asked).text
     engine = BACKEND.load(plan_for(folder, "ram")[0], placed_plan(folder, ways[way]), lambda _event: None)
-    assert ask(engine, asked).text == expected
-    assert ask(engine, asked).text == expected
+    assert ask(engine, CAPITAL).text == expected
+    assert ask(engine, CAPITAL).text == expected
     for after in ("everything streamed", "streamed, and computed by the CPU", "resident", way):
         engine.apply(placed_plan(folder, ways[after]), lambda _event: None)
-        assert ask(engine, asked).text == expected, after
+        assert ask(engine, CAPITAL).text == expected, after
     homes = engine.plan.device_map.items()
     assert engine.model.hf_device_map == {block: 0 if home == DEVICE else home for block, home in homes}
     engine.close()
-    wanted.close()
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma"])
