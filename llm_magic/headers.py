@@ -266,19 +266,18 @@ def _no_constant(name: str) -> None:
 
 def _safetensors_entry(name: str, raw: Any, start: int, file: str) -> TensorEntry:
     check_tensor_name(name, file)
-    lie = SourceError(f"{file} has a malformed entry for tensor {name!r} in its header.", _AGAIN)
     if not isinstance(raw, dict):
-        raise lie
+        raise _malformed(name, file)
     dtype, shape, offsets = raw.get("dtype"), raw.get("shape"), raw.get("data_offsets")
     if not isinstance(dtype, str) or not _are_counts(shape) or not _are_counts(offsets):
-        raise lie
+        raise _malformed(name, file)
     if dtype not in _SAFETENSORS_BITS:
         raise SourceError(
             f"{file} holds tensors of the unknown type {dtype[:20]!a}.",
             "Upgrade llm-magic, or get the model in another dtype.",
         )
     if len(shape) > 16 or len(offsets) != 2:
-        raise lie
+        raise _malformed(name, file)
     bits = _product(shape) * _SAFETENSORS_BITS[dtype]
     begin, end = offsets
     if bits % 8 or end - begin != bits // 8:
@@ -286,6 +285,10 @@ def _safetensors_entry(name: str, raw: Any, start: int, file: str) -> TensorEntr
             f"{file} lies in its header: {name!r} does not have the bytes its shape needs.", _AGAIN
         )
     return TensorEntry(name, dtype, tuple(shape), start + begin, bits // 8)
+
+
+def _malformed(name: str, file: str) -> SourceError:
+    return SourceError(f"{file} has a malformed entry for tensor {name!r} in its header.", _AGAIN)
 
 
 def _are_counts(value: Any) -> TypeGuard[list[int]]:
