@@ -313,7 +313,7 @@ def test_parts_and_kept_caches_of_every_architecture(name: str, tiny_model: Tiny
             parts = ask(engine, request(*contents, chat="talk"))
             assert parts.text == ask(free, request(*contents)).text
             contents += [parts.text, question]
-        assert (parts.finish.cached_tokens > 16) == (name in ("llama", "qwen3-moe", "gpt2"))
+        assert (parts.finish.cached_tokens > 16) == (name not in ("mamba", "t5"))
     finally:
         engine.close()
         free.close()
