@@ -564,9 +564,8 @@ class PlacedModel:
                 travellers[block.place.compute].append(block)
             elif block.visits:
                 travellers[block.place.prefill].append(block)
-            elif block.place.block.is_idle and devices != {
-                block.place.modules_on
-            }:  # whoever calls it by hand
+            elif block.place.block.is_idle and devices != {block.place.modules_on}:
+                # For whoever calls it by hand.
                 hooks.align_both_ways(block.module, block.place.modules_on, self._skip_keys)
             elif len(devices) > 1:
                 hooks.align_inputs(block.module, block.place.compute, self._skip_keys)
@@ -587,7 +586,7 @@ class PlacedModel:
             if place.block.name in self.blocks:
                 continue
             path, _, leaf = place.block.name.rpartition(".")
-            owner, device = self.model.get_submodule(path), torch.device(place.compute)
+            owner, device = self.model.get_submodule(path), torch.device(place.modules_on)
             for held in (owner._buffers, owner._parameters):
                 tensor = held.get(leaf)
                 if tensor is not None and not tensor.is_meta and tensor.device != device:
