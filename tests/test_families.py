@@ -280,3 +280,24 @@ def test_what_cannot_take_tokens_back_says_so(folder_of: Any) -> None:
         assert ask(engine, request(ASKED, extra={"prompt_lookup_num_tokens": 0})).text
     finally:
         engine.close()
+
+
+@pytest.mark.parametrize("name", [*WITH_STATES, *WITH_WINDOWS])
+@pytest.mark.parametrize("layer", [0, 3])
+def test_memory_that_runs_out_while_the_prompt_is_read(name: str, layer: int, reasoning: Any) -> None:
+    """Nothing was there before the pass: so it can be repeated, once other chats have made room."""
+    engine = reasoning(name)
+    spoken(engine, (ASKED,), chat="another")
+    failures = [torch.OutOfMemoryError("CUDA out of memory.")]
+
+    def fail(_module: Any, _args: Any) -> None:
+        if failures:
+            raise failures.pop()
+
+    handle = engine.model.model.layers[layer].register_forward_hook(
+        lambda module, args, _out: fail(module, args)
+    )
+    answer = spoken(engine, (ASKED,), chat="a")
+    handle.remove()
+    assert (answer.text, failures) == (spoken(engine, (ASKED,)).text, [])
+    assert answer.finish.notes

@@ -33,7 +33,7 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
     return made
 
 
-@pytest.mark.parametrize("way", ["resident", "streamed", "streamed, and visiting in prompts"])
+@pytest.mark.parametrize("way", ["resident", "streamed, and visiting in prompts"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_answers_on_a_gpu_and_after_a_move(name: str, way: str, folder_of: Callable[[str], Path]) -> None:
     """In half precision kernels differ between devices; in full precision tokens do not."""

@@ -319,7 +319,7 @@ class _Answer:
         return self._repeating(lambda: self._read_once(ids, begin), begin)
 
     def _read_once(self, ids: Any, begin: int) -> Any:
-        with self._watched(), self._whole_or_lost():
+        with self._watched(), self._whole_or_lost(begin):
             return self._model(ids, begin, 1, is_first=True)
 
     def _choose(self, logits: Any) -> None:
@@ -381,17 +381,18 @@ class _Answer:
             self._quick_holds_cache = True
             return step(ids[:, before:], before)
         self._give_back(before)
-        with self._watched(always=not self._counts.sweeps), self._whole_or_lost():
+        with self._watched(always=not self._counts.sweeps), self._whole_or_lost(before):
             return self._model(ids, before, tokens)
 
     @contextmanager
-    def _whole_or_lost(self) -> Iterator[None]:
+    def _whole_or_lost(self, before: int) -> Iterator[None]:
         """Around a pass: one that ends early leaves some states ahead of others, and they cannot go back."""
         try:
             yield
         except BaseException:
             layers = getattr(self._cache, "layers", None)
-            if not self._rollback.is_possible and isinstance(layers, list):
+            goes_back = self._rollback.is_possible or self._rollback.cut(before, before)
+            if not goes_back and isinstance(layers, list):
                 layers.clear()
             raise
 

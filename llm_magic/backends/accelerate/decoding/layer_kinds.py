@@ -47,3 +47,14 @@ def goes_on(layer: Any) -> bool:
     from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
 
     return isinstance(layer, DynamicLayer) and not isinstance(layer, LinearAttentionCacheLayerMixin)
+
+
+def empty(layer: Any) -> None:
+    """Make a layer of a ``DynamicCache`` one that has seen nothing."""
+    if has_state(layer):
+        layer.__init__(number_of_states=layer.number_of_states)
+    elif is_plain(layer):
+        layer.keys = layer.values = None
+        layer.is_initialized = False
+        if layer.is_sliding:
+            layer.cumulative_length = 0

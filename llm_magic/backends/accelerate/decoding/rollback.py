@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from llm_magic.backends.accelerate.decoding.layer_kinds import is_plain, with_tokens
+from llm_magic.backends.accelerate.decoding.layer_kinds import empty, has_state, is_plain, with_tokens
 
 
 class Rollback:
@@ -52,6 +52,10 @@ class Rollback:
         bool
             ``False`` when a layer has lost what it would need.
         """
+        if before == length == 0 and _can_be_emptied(self._cache):
+            for layer in _layers(self._cache):
+                empty(layer)
+            return True
         if not self.is_possible:
             return False
         return all(_cut_layer(layer, before, length) for layer in _layers(self._cache))
@@ -83,6 +87,11 @@ def _is_supported(cache: Any) -> bool:
     from transformers.cache_utils import EncoderDecoderCache
 
     return not isinstance(cache, EncoderDecoderCache) and all(is_plain(layer) for layer in _layers(cache))
+
+
+def _can_be_emptied(cache: Any) -> bool:
+    layers = _layers(cache)
+    return bool(layers) and all(is_plain(layer) or has_state(layer) for layer in layers)
 
 
 def _cut_layer(layer: Any, before: int, length: int) -> bool:

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from llm_magic.backends.accelerate.decoding.fixed_state import FixedState
-from llm_magic.backends.accelerate.decoding.layer_kinds import has_state, is_plain
+from llm_magic.backends.accelerate.decoding.layer_kinds import empty, is_plain
 
 SWEEP_TOKENS = (1, 2, 4, 8, 16)
 """Tokens per sweep that are captured; others are rounded up."""
@@ -301,14 +301,3 @@ def places_of(window: int, capacity: int) -> int:
 
 def _rounded_up(tokens: int) -> int:
     return -(-tokens // _ROUND) * _ROUND
-
-
-def empty(layer: Any) -> None:
-    """Make a layer of a ``DynamicCache`` one that has seen nothing."""
-    if has_state(layer):
-        layer.__init__(number_of_states=layer.number_of_states)
-    elif is_plain(layer):
-        layer.keys = layer.values = None
-        layer.is_initialized = False
-        if layer.is_sliding:
-            layer.cumulative_length = 0
