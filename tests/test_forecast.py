@@ -374,7 +374,8 @@ LONG = 65536  # tokens: 256 MiB of keys and values in each of the 32 layers, as 
 
 
 def long_plan(box: Machine, placement=AUTO, context: int = LONG, **options) -> Plan:
-    return make_plan(llama8b(), box, Workload(context), placement=placement, policy="test", **options)
+    policy = getattr(placement, "name", "map.json")
+    return make_plan(llama8b(), box, Workload(context), placement=placement, policy=policy, **options)
 
 
 def small_gpus(count: int = 1, **cpu: float) -> Machine:
@@ -404,6 +405,21 @@ def test_a_context_that_gpus_cannot_hold_is_shared_with_ram(policy: Planner, cou
     if policy.name == "auto":
         assert plan.forecast.decode_tps > alone.forecast.decode_tps
         assert {p.way for p in plan.placements} >= {"resident", "cpu"}
+
+
+@pytest.mark.parametrize("context", [8192, 16384, 32768])
+@pytest.mark.parametrize("policy", [POLICIES[0], POLICIES[1], POLICIES[3]], ids=lambda policy: policy.name)
+def test_no_room_is_left_for_keys_and_values_that_are_in_ram(policy: Planner, context: int):
+    """What the CPU decodes has them there: so layers fill the GPU, up to one more and its keys and values."""
+    plan = long_plan(machine(gpu(0, 8 * GIB), ram(64 * GIB), disk(100 * GIB)), policy, context)
+    taken = decoded_by_cpu(plan)
+    assert plan.fits
+    assert taken
+    layer = plan.layout.layers[0]
+    assert plan.use("cuda:0").spare < layer.bytes + plan.workload.cache_bytes(layer)
+    assert not any(
+        "KV cache of all layers" in warning for warning in plan.warnings
+    )  # it is quicker so, anyway
 
 
 def test_a_context_that_fits_says_nothing_of_it():

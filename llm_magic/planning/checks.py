@@ -9,6 +9,7 @@ from llm_magic.plan import DeviceUse, Plan, Workload
 from llm_magic.planning.budget import reserve_bytes, usable_bytes
 from llm_magic.planning.constants import Constants
 from llm_magic.planning.costs import activation_bytes, can_prefill_in_parts, streamed_bytes, unified_pool
+from llm_magic.planning.policies import POLICIES
 from llm_magic.planning.setting import Setting
 from llm_magic.planning.ways import computing_places, lacking
 from llm_magic.units import format_bandwidth, format_bytes
@@ -125,7 +126,7 @@ def _cache_beside(plan: Plan) -> Iterator[str]:
     setting = Setting.of(plan, Constants())
     plain = computing_places(setting, plan.device_map)
     full = lacking(setting, plain)
-    if not taken or not full:
+    if not taken or not full or _is_by_choice(plan):
         return
     layers = "1 layer" if len(taken) == 1 else f"{len(taken)} layers"
     size = format_bytes(sum(plan.workload.cache_bytes(place.block) for place in taken))
@@ -140,6 +141,15 @@ def _cache_beside(plan: Plan) -> Iterator[str]:
             f"The KV cache of all layers does not fit {' and '.join(full)}: that of {layers}, {size}, is in RAM, "
             "and the CPU decodes them. A smaller -c N takes less."
         )
+
+
+def _is_by_choice(plan: Plan) -> bool:
+    """Whether a policy could have left the keys and values of all layers on the GPUs, with less of the rest there."""
+    uses = [use for use in plan.uses if use.device.startswith("cuda")]
+    rest = sum(use.planned - use.weights - use.kv_cache for use in uses)
+    cache = sum(plan.workload.cache_bytes(block) for block in plan.layout.layers)
+    is_ours = plan.policy in {policy.name for policy in POLICIES}
+    return is_ours and cache + rest <= sum(use.limit for use in uses)
 
 
 def _disk(plan: Plan) -> Iterator[str]:

@@ -7,6 +7,7 @@ candidate takes is counted by `costs.py`, as for every other plan.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -26,9 +27,11 @@ from llm_magic.planning.costs import (
     streamed_bytes,
     unified_pool,
 )
+from llm_magic.planning.forecast import make_forecast
 from llm_magic.planning.setting import Setting
 from llm_magic.planning.sweep import link_bytes_per_s
 from llm_magic.planning.ways import (
+    ANSWER_TOKENS,
     Placements,
     Uses,
     computing_places,
@@ -62,7 +65,7 @@ class Task:
     """A model to spread over ``compute`` devices, the rest over ``stores`` (fastest first).
 
     ``beside_cpu`` lets the CPU compute what they have no room for; with ``prefills`` they must take part
-    in every layer all the same, if only in long sweeps.
+    in every layer all the same, if only in long sweeps. ``least_offloaded`` units are in the stores.
     """
 
     setting: Setting
@@ -72,6 +75,7 @@ class Task:
     stores: tuple[str, ...]
     beside_cpu: bool = False
     prefills: bool = False
+    least_offloaded: int = 0
     _outcomes: dict[tuple[str, ...], tuple[Placements, Uses]] = field(default_factory=dict, compare=False)
 
     @property
@@ -133,6 +137,10 @@ class Task:
         _, uses = self.outcome(homes)
         return sum(max(0, -use.spare) for use in uses if use.device in devices)
 
+
+_STEPS = (
+    4  # between the fewest units in the stores and the most: which number is best is looked for in such steps
+)
 
 Choice = Callable[[list[int], int], list[int]]  # some units, how many of them -> which
 Residents = Callable[[Task, int], Homes | None]  # how many units to offload -> homes of the others
@@ -260,11 +268,52 @@ def _of_what_runs(setting: Setting, place: Callable[[Task], Homes | None]) -> di
     streaming = [task for task in tasks if task.compute != ("cpu",)]
     both = [replace(task, beside_cpu=True, _outcomes={}) for task in streaming if not task.is_too_large]
     prefilling = [replace(task, prefills=True) for task in both]  # they share what comes of which homes
-    for task in (*streaming, *prefilling, *both, *tasks[len(streaming) :]):
+    streamed = _first(streaming, place)
+    if streamed is not None and not _would_room_help(layout, workload, streamed):
+        return streamed
+    # With keys and values in RAM more layers may stay on the GPUs.
+    beside = _first(prefilling, place)
+    if beside is not None:
+        least, most = (_offloaded(homes) for homes in (beside, streamed or beside))
+        counts = {round(least + (most - least) * part / _STEPS) for part in range(1, _STEPS)}
+        tasks_of = ([replace(task, least_offloaded=count) for task in prefilling] for count in sorted(counts))
+        between = [_first(some, place) for some in tasks_of] if least < most else []
+        found = [homes for homes in (streamed, beside, *between) if homes is not None]
+        return min(found, key=lambda homes: _answer_s(setting, homes)) if len(found) > 1 else beside
+    return (
+        streamed
+        or _first((*both, *tasks[len(streaming) :]), place)
+        or tasks[0].names(_most_offloaded(tasks[0]))
+    )
+
+
+def _offloaded(homes: Mapping[str, str]) -> int:
+    return sum(home in ("cpu", "disk") for home in homes.values())
+
+
+def _would_room_help(layout: ModelLayout, workload: Workload, homes: Mapping[str, str]) -> bool:
+    """Whether a layer fits where the keys and values of those in RAM would be."""
+    kept = sum(workload.cache_bytes(block) for block in layout.layers if homes[block.name] == "cpu")
+    return kept > min((block.bytes + workload.cache_bytes(block) for block in layout.layers), default=kept)
+
+
+def _first(tasks: Sequence[Task], place: Callable[[Task], Homes | None]) -> dict[str, str] | None:
+    """Block name -> device, by the first task that can be done."""
+    for task in tasks:
         homes = place(task)
         if homes is not None and task.has_layers(homes):
             return task.names(homes)
-    return tasks[0].names(_most_offloaded(tasks[0]))
+    return None
+
+
+def _answer_s(setting: Setting, homes: dict[str, str]) -> float:
+    """Seconds of a token with its part of the prompt, once it is decided what computes where."""
+    placed = place_blocks(setting, homes)
+    forecast = make_forecast(setting, placed, setting.uses(placed))
+    if not forecast.decode_tps or not forecast.prefill_tps:
+        return math.inf
+    prompt_s = setting.workload.prefill_tokens / forecast.prefill_tps
+    return 1 / forecast.decode_tps + prompt_s / ANSWER_TOKENS
 
 
 def _without_idle(layout: ModelLayout) -> ModelLayout:
@@ -300,7 +349,7 @@ def _tiers(machine: Machine, budget: MemoryBudget) -> list[tuple[tuple[str, ...]
 
 def _fill(task: Task, residents: Residents, choose: Choice = evenly) -> Homes | None:
     """Offload as few units as the computing devices allow; ``None`` when that does not fit."""
-    counts = range(task.most_offloaded + 1)
+    counts = range(min(task.least_offloaded, task.most_offloaded), task.most_offloaded + 1)
 
     def homes_of(count: int) -> Homes | None:
         there = residents(task, count)
@@ -312,7 +361,7 @@ def _fill(task: Task, residents: Residents, choose: Choice = evenly) -> Homes | 
         homes = homes_of(count)
         return homes is not None and task.has_room(homes)
 
-    count = bisect_left(counts, True, key=fits)  # more offloaded, more room
+    count = counts[0] + bisect_left(counts, True, key=fits)  # more offloaded, more room
     homes = homes_of(min(count, task.most_offloaded))
     if homes is None or not task.has_room(homes) or task.shortage(homes, task.stores):
         return None
