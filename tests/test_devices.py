@@ -22,6 +22,7 @@ def test_without_measuring_there_are_only_gpus_and_no_speeds():
 def test_measuring_gives_the_cpu_its_speed_and_every_gpu_its_links(monkeypatch):
     for limit in ("_TOO_LONG", "_BUSY_S"):  # other tests may keep the machine busy
         monkeypatch.setattr(layer_time, limit, float("inf"))
+    monkeypatch.setattr(layer_time, "_OWN_SHARE", 0.0)
     found, links = devices.accelerators(True)
     cpu = next(device for device in found if device.id == "cpu")
     assert cpu.read_bytes_per_s > 1e8
@@ -33,9 +34,9 @@ def test_measuring_gives_the_cpu_its_speed_and_every_gpu_its_links(monkeypatch):
     assert {("cpu", gpu) for gpu in gpus} <= {(link.source, link.target) for link in links}
 
 
-@pytest.mark.parametrize("limit", ["_TOO_LONG", "_BUSY_S"])
-def test_a_busy_device_gives_no_speed_of_layers(limit, monkeypatch):
-    monkeypatch.setattr(layer_time, limit, 0.0)
+@pytest.mark.parametrize(("limit", "value"), [("_TOO_LONG", 0.0), ("_BUSY_S", 0.0), ("_OWN_SHARE", 1000.0)])
+def test_a_busy_device_gives_no_speed_of_layers(limit, value, monkeypatch):
+    monkeypatch.setattr(layer_time, limit, value)
     found, _ = devices.accelerators(True)
     assert [device.layer_s for device in found if device.id == "cpu"] == [0.0]
 

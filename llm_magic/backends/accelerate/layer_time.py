@@ -16,6 +16,7 @@ WIDTH = 576  # 7 MB a layer in bf16, 142 MB together: more than most caches of a
 _PROMPT = 32  # tokens
 _TOO_LONG = 8  # times the budget, for a first sweep: the device is busy with something else
 _BUSY_S = 10e-3  # so is one that takes longer for a layer
+_OWN_SHARE = 0.9  # of a second that one thread works: less, and others have the processor
 
 
 def layer_overhead_s(
@@ -46,7 +47,11 @@ def layer_overhead_s(
         sweep(ids)
         if time.perf_counter() - began > _TOO_LONG * budget_s:
             return 0.0
+        began, worked = time.perf_counter(), time.process_time()
         seconds = median_of(lambda: sweep(ids[:, :1]), budget_s) / LAYERS
+        worked, took = time.process_time() - worked, time.perf_counter() - began
+        if device_id == "cpu" and worked < _OWN_SHARE * took:
+            return 0.0
     except Exception:  # whatever is not there: forecasts can do without
         return 0.0
     if not read_bytes_per_s or seconds > _BUSY_S:
