@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +29,7 @@ ASKED = "The capital of France is Paris, and the capital of Italy"
 
 @pytest.fixture(scope="module")
 def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    folders: dict[str, Path] = {}
-
-    def made(name: str) -> Path:
-        if name not in folders:
-            folders[name] = save(name, tmp_path_factory.mktemp("families") / name)
-        return folders[name]
-
-    return made
+    return cache(lambda name: save(name, tmp_path_factory.mktemp("families") / name))
 
 
 def tensors(held: Any) -> Iterator[torch.Tensor]:

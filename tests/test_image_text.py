@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -129,8 +130,8 @@ def test_text_visits_the_other_blocks_in_their_order(
     modules, handles = dict(model.named_modules()), []
     for block in layout.blocks:
         if block.name in modules:
-            hook = lambda _module, _inputs, label=block.label: ran.append(label)  # noqa: E731
-            handles.append(modules[block.name].register_forward_pre_hook(hook))
+            seen = partial(lambda label, *_: ran.append(label), block.label)
+            handles.append(modules[block.name].register_forward_pre_hook(seen))
     model(torch.tensor([[3, 4, 5]]))
     for handle in handles:
         handle.remove()

@@ -4,6 +4,7 @@ with all that a layer keeps wherever it computes."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -23,14 +24,7 @@ EAGER = ("gpt_neo", "glm_moe_dsa", "deepseek_v4", "falcon_h1", "cpmant")
 
 @pytest.fixture(scope="module")
 def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    folders: dict[str, Path] = {}
-
-    def made(name: str) -> Path:
-        if name not in folders:
-            folders[name] = save(name, tmp_path_factory.mktemp("families") / name)
-        return folders[name]
-
-    return made
+    return cache(lambda name: save(name, tmp_path_factory.mktemp("families") / name))
 
 
 @pytest.mark.parametrize("way", ["resident", "streamed, and visiting in prompts"])

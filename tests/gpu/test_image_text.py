@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.gpu
 
 from tests import tiny  # noqa: E402
 from tests.engines import BACKEND, ask, plan_for, request  # noqa: E402
-from tests.gpu.test_placed import (  # noqa: E402
+from tests.gpu.test_placed import (  # noqa: E402, F401
     DEVICE,
     HYBRID,
     ON_CPU,
@@ -22,6 +22,7 @@ from tests.gpu.test_placed import (  # noqa: E402
     RESIDENT,
     STREAMED,
     VISITING,
+    _own_folders,
     layers,
 )
 from tests.placements import Place, Where, placed_plan  # noqa: E402
@@ -40,23 +41,7 @@ QUESTIONS = ("The capital of France is Paris, and the capital of Italy", "And of
 @pytest.fixture(scope="module")
 def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """``folder_of("mistral3")``: the folder of a tiny model."""
-    folders: dict[str, Path] = {}
-
-    def save(name: str) -> Path:
-        if name not in folders:
-            folders[name] = tiny.VISION_MODELS[name](tmp_path_factory.mktemp("tiny") / name)
-        return folders[name]
-
-    return save
-
-
-@pytest.fixture(autouse=True)
-def _own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("LLM_MAGIC_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("LLM_MAGIC_DATA", str(tmp_path / "data"))
-    yield
-    gc.collect()
-    torch.cuda.empty_cache()
+    return cache(lambda name: tiny.VISION_MODELS[name](tmp_path_factory.mktemp("tiny") / name))
 
 
 def beside(tower: str, place: Place) -> Place:

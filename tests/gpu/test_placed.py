@@ -109,14 +109,7 @@ def late(**options: Any) -> Callable[[str], Any]:
 @pytest.fixture(scope="module")
 def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """``folder_of("llama")``: the folder of a tiny model."""
-    folders: dict[str, Path] = {}
-
-    def save(name: str) -> Path:
-        if name not in folders:
-            folders[name] = tiny.MODELS[name](tmp_path_factory.mktemp("tiny") / name)
-        return folders[name]
-
-    return save
+    return cache(lambda name: tiny.MODELS[name](tmp_path_factory.mktemp("tiny") / name))
 
 
 @pytest.fixture(autouse=True)
