@@ -67,7 +67,7 @@ REQUIREMENTS = (
     Requirement("transformers", ">=5.17,<6", required=True),
     Requirement("accelerate", ">=1.15", required=True),
     Requirement("ipython", ">=9.16", safe_from="9.16", required=True),
-    Requirement("ipykernel", ">=7.3"),
+    Requirement("ipykernel", ">=7.4"),
     Requirement("jupyterlab", safe_from="4.6.2"),
     Requirement("notebook", safe_from="7.5.6"),
     Requirement("jupyter_server", safe_from="2.20"),
