@@ -100,6 +100,8 @@ class Block:
     experts, expert_bytes, active_experts
         Of a mixture-of-experts layer: how many experts, bytes of all of them, how many work on
         one token.
+    looks_up
+        Whether it is a table of which a pass needs the rows of its tokens, by their ids, and no more.
     """
 
     name: str
@@ -112,6 +114,7 @@ class Block:
     experts: int = 0
     expert_bytes: int = 0
     active_experts: int = 0
+    looks_up: bool = False
 
     @cached_property
     def bytes(self) -> int:
@@ -127,7 +130,7 @@ class Block:
     def likeness(self) -> tuple[object, ...]:
         """What two blocks share that cost the same in every sweep: layers of a model mostly do."""
         experts = (self.experts, self.expert_bytes, self.active_experts)
-        return self.kind, self.bytes, self.parameters, self.tied_to, self.cache, experts
+        return self.kind, self.bytes, self.parameters, self.tied_to, self.cache, experts, self.looks_up
 
     @property
     def is_idle(self) -> bool:

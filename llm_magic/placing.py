@@ -13,7 +13,7 @@ from llm_magic.machine import Machine
 from llm_magic.plan import Placement, Plan
 from llm_magic.planning.planner import refusal
 from llm_magic.units import format_bytes, format_seconds
-from llm_magic.views.words import TIERS, grouped
+from llm_magic.views.words import TIERS, grouped, processor
 
 Target = str | Mapping[str, str] | Plan
 """A placement as people give it: a policy or a ``.json`` file by name, a device map, or a plan."""
@@ -24,6 +24,7 @@ _WAYS = {
     "cpu": "computed by the CPU now",
     "read": "read from the disk in every sweep now",
     "kept": "kept in RAM as well now",
+    "looked-up": "looked up for {target} now",
     "idle": "not used for text",
 }
 
@@ -135,7 +136,8 @@ def _ways_in_words(before: Plan, after: Plan) -> Iterator[str]:
     for old, new in changed(before, after):
         if old.home == new.home:
             visits = f", prompts by {new.prefill}" if new.prefill else ""
-            ways.setdefault(_WAYS[new.way].format(place=new) + visits, []).append(new)
+            words = _WAYS[new.way].format(place=new, target=processor(new.compute))
+            ways.setdefault(words + visits, []).append(new)
     for words, places in ways.items():
         yield f"{_sized(places)} {words}"
 

@@ -14,7 +14,7 @@ from llm_magic.events import PhaseEvent
 from llm_magic.machine import Machine
 from llm_magic.model import Block, ModelLayout
 
-Way = Literal["resident", "streamed", "cpu", "read", "kept", "idle"]
+Way = Literal["resident", "streamed", "cpu", "read", "kept", "looked-up", "idle"]
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,7 @@ class Placement:
     names the GPU that computes such a block in long sweeps (`Plan.long_sweep`), to which its weights
     stream then: a CPU decodes as fast as it reads, but it multiplies slowly. Empty: always ``compute``.
     An idle block (`Block.is_idle`) computes nowhere; its ``compute`` is a device where others do.
+    Of a table that is not where it computes, rows are looked up where it is, and they alone travel.
     """
 
     block: Block
@@ -80,7 +81,13 @@ class Placement:
     @property
     def is_offloaded(self) -> bool:
         """Whether the weights travel before they are used."""
-        return self.home != self.compute and not self.block.is_idle
+        return self.home != self.compute and not self.block.is_idle and not self.is_looked_up
+
+    @property
+    def is_looked_up(self) -> bool:
+        """Whether the CPU looks up rows of it, in RAM or in a mapped file, for another device or for itself."""
+        is_away = self.home != self.compute and self.home in ("cpu", "disk")
+        return self.block.looks_up and is_away and not self.kept
 
     @property
     def fetched_to(self) -> str:
@@ -105,10 +112,13 @@ class Placement:
         ``"resident"``: nothing moves; ``"streamed"``: from RAM to the device that computes;
         ``"cpu"``: it stays in RAM and the CPU computes it, beside a GPU or alone; ``"read"``: from
         the disk; ``"kept"``: as ``streamed`` or ``cpu``, from the copy in RAM of a block on disk;
+        ``"looked-up"``: a table stays where it is, and rows of it go to the device that computes;
         ``"idle"``: nothing, wherever it is.
         """
         if self.block.is_idle:
             return "idle"
+        if self.is_looked_up:
+            return "looked-up"
         if self.kept:
             return "kept"
         if self.home == "disk":

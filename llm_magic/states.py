@@ -168,6 +168,7 @@ def _block(plan: Plan, place: Placement) -> BlockState:
         experts=block.experts,
         active_experts=block.active_experts,
         prefill=place.prefill,
+        looks_up=block.looks_up,
     )
 
 

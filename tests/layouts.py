@@ -42,6 +42,7 @@ def llama(
             "embedding",
             (tensor(f"{embed}.weight", embed_elements, dtype),),
             tied_to=(head,) if tied else (),
+            looks_up=not tied,
         )
     ]
     for i in range(layers):

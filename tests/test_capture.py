@@ -7,7 +7,7 @@ computed at capture stays what it was, and a value that the host wants to read c
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 from transformers import AutoModelForCausalLM
@@ -25,6 +26,7 @@ from llm_magic.backends.accelerate.decoding.decode import Decoding
 from llm_magic.backends.accelerate.decoding.speculate import Speculation
 from llm_magic.backends.accelerate.decoding.warmup import COMPILING
 from llm_magic.backends.accelerate.memory_errors import TokensLostError
+from llm_magic.backends.accelerate.placement.lookups import Lookup
 from llm_magic.plan import Placement, Plan
 from tests import families, tiny
 from tests.engines import plan_for
@@ -274,6 +276,57 @@ def test_layers_that_share_keys_and_hold_none(model: Any) -> None:
         ids = prompts(length=length)
         assert torch.equal(greedy(step, tested, ids, 40), eager(tested, ids, 40))
     assert (tapes.recorded, step.reason) == (1, "")
+
+
+@pytest.fixture
+def looked_up(model: Any) -> Iterator[Callable[[str], tuple[Any, list[Lookup]]]]:
+    """``looked_up("llama")``: a model, and what looks up the rows of each of its tables."""
+    made: list[Lookup] = []
+
+    def begin(name: str) -> tuple[Any, list[Lookup]]:
+        tested = model(name)
+        tables = [m for n, m in tested.named_modules() if "embed_tokens" in n and isinstance(m, nn.Embedding)]
+        made.extend(Lookup(table, torch.device("cpu")) for table in tables)
+        return tested, made
+
+    yield begin
+    for lookup in made:
+        lookup.detach()
+
+
+@pytest.mark.parametrize(("name", "tables"), [("llama", 1), ("gemma4", 2), ("gemma3n_text", 2)])
+def test_rows_are_looked_up_before_each_sweep(looked_up: Any, name: str, tables: int) -> None:
+    (tested, lookups), tapes = looked_up(name), Tapes()
+    assert len(lookups) == tables
+    step = step_of(tested, tapes, lookups=lookups)
+    for seed in range(3):
+        ids = prompts(length=4 + 5 * seed, seed=seed)
+        assert torch.equal(greedy(step, tested, ids, 20), eager(tested, ids, 20))
+    ids = prompts(3, 8)
+    assert torch.equal(greedy(step, tested, ids, 9), eager(tested, ids, 9))
+    assert (tapes.recorded, step.reason) == (2, "")
+
+
+def test_proposals_are_looked_up_too(looked_up: Any) -> None:
+    tested, lookups = looked_up("llama")
+    ids = prompts(length=30)
+    wanted = full_logits(tested, ids)
+    step, cache = step_of(tested, lookups=lookups), prefilled(tested, ids[:, :11])
+    begin(step, cache, None, 40)
+    for length, tokens in zip(range(10, 22), [1, 3, 4, 7] * 3, strict=True):
+        assert_close(step(ids[:, length : length + tokens], length), wanted[:, length : length + tokens])
+    assert step.reason == ""
+
+
+def test_a_table_of_other_rows_is_not_captured(looked_up: Any) -> None:
+    """Its tokens are those of generate all the same."""
+    tested, lookups = looked_up("llama")
+    turned = tested.model.embed_tokens.register_forward_pre_hook(lambda _module, args: (args[0] + 1,))
+    ids = prompts()
+    step = step_of(tested, lookups=lookups)
+    assert torch.equal(greedy(step, tested, ids, 12), eager(tested, ids, 12))
+    assert "looks up other rows" in step.reason
+    turned.remove()
 
 
 class Again:

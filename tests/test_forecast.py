@@ -56,8 +56,8 @@ def slow_cpu(bus: float = 12e9) -> Machine:
 
 
 def ways(plan: Plan) -> str:
-    """One letter a block: resident, streamed, cpu, read (disk) or kept."""
-    letters = {"resident": "g", "streamed": "s", "cpu": "c", "read": "d", "kept": "k"}
+    """One letter a block: resident, streamed, cpu, read (disk), kept or looked up."""
+    letters = {"resident": "g", "streamed": "s", "cpu": "c", "read": "d", "kept": "k", "looked-up": "l"}
     return "".join(letters[place.way] for place in plan.placements)
 
 

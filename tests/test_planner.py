@@ -304,13 +304,43 @@ def test_a_prefill_unpacks_the_largest_packed_matrix():
 def test_an_embedding_in_ram_is_looked_up_there():
     map_ = {"": "cuda:0", "embed": "cpu"}
     plan = make_plan(toy(), slow_cpu(), Workload(1024), placement=map_, policy="map.json")
-    assert plan.placements[0].way == "cpu"
+    assert (plan.placements[0].way, plan.placements[0].compute) == ("looked-up", "cuda:0")
     assert plan.use("cuda:0").slots == 0
-    assert plan.use("cpu").activations == 512 * 64 * 2  # the rows
+    assert plan.use("cpu").planned == plan.use("cpu").weights == 40 * MIB
+    assert [way for way in plan.forecast.bytes_per_token if "cpu" in way] == []
     tied = make_plan(
         toy(tied=True), slow_cpu(), Workload(1024), placement=map_ | {"head": "cpu"}, policy="m.json"
     )
     assert tied.placements[0].way == "streamed"  # the head wants the matrix on its GPU
+
+
+@pytest.mark.parametrize("lacks", [1, 40 * MIB])
+def test_a_table_leaves_the_gpu_before_any_layer(lacks):
+    whole = plan_for(toy(), slow_cpu())
+    assert homes(whole) == "0" * 7
+    limit = whole.use("cuda:0").planned - lacks
+    assert homes(plan_for(toy(), slow_cpu(), max_memory={"cuda:0": limit})) == "R" + "0" * 6
+    on_disk = plan_for(toy(), slow_cpu(), max_memory={"cuda:0": limit, "cpu": 0})
+    assert homes(on_disk) == "D" + "0" * 6
+    assert (on_disk.placements[0].way, on_disk.use("cpu").planned) == ("looked-up", 0)
+    assert on_disk.forecast.decode_tps == pytest.approx(whole.forecast.decode_tps, rel=1e-3)
+
+
+def test_a_table_stays_where_its_room_helps_no_layer():
+    # embedding and head 80, 8 layers, slots 300, cache 12: the table's 40 would not hold another layer
+    limit = (80 + 800 + 300 + 12) * MIB + 128 + ACTIVATIONS + LOGITS
+    exact = plan_for(toy(layers=12), slow_cpu(), max_memory={"cuda:0": limit})
+    assert homes(exact) == "00R00R00R00R000"
+    one_byte_less = plan_for(toy(layers=12), slow_cpu(), max_memory={"cuda:0": limit - 1})
+    assert homes(one_byte_less) == "R0R00R00R00R000"
+
+
+def test_a_table_leaves_several_gpus_first():
+    two = machine(gpu(0, 24 * GIB), gpu(1, 24 * GIB), ram(64 * GIB, read=1e9), disk(100 * GIB), bus=12e9)
+    limits = {"cuda:0": 420 * MIB, "cuda:1": 460 * MIB}
+    plan = plan_for(toy(layers=8), two, max_memory=limits)
+    assert homes(plan) == "R0000" + "1" * 6
+    assert plan.use("cuda:0").slots == 0
 
 
 def test_buffers_stay_where_the_block_computes():

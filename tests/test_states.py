@@ -25,10 +25,11 @@ NAMES = ["auto", "cpu"]
 
 
 def by_hand(plan: Plan, **homes: str) -> Plan:
-    """The same model with some layers elsewhere; ``l3="disk"`` is ``layers.3``."""
+    """The same model with some blocks elsewhere; ``l3="disk"`` is ``layers.3``."""
     from llm_magic.planning.planner import make_plan
 
-    changes = {f"model.layers.{name[1:]}": home for name, home in homes.items()}
+    names = {"embed": "model.embed_tokens"}
+    changes = {names.get(name, f"model.layers.{name[1:]}"): home for name, home in homes.items()}
     return make_plan(
         plan.layout,
         plan.machine,
@@ -56,6 +57,14 @@ def test_a_plan_is_told_block_by_block_and_tier_by_tier(plan: Plan) -> None:
     assert (ram.device, ram.weights, ram.now) == ("cpu", 480 * MIB + 128, {"weights": 7})
     assert (disk.device, disk.planned, disk.is_whole, disk.can_hold) == ("disk", 0, False, True)
     assert state.plan.fits
+
+
+def test_a_table_is_told_from_a_matrix_that_the_head_shares(plan: Plan) -> None:
+    embed, layer, *_ = plan_state(by_hand(plan, embed="disk")).blocks
+    assert (embed.looks_up, embed.way, embed.home, embed.compute) == (True, "looked-up", "disk", "cpu")
+    assert not layer.looks_up
+    tied = plan_of(llama(tied=True), machine("laptop-no-gpu"))
+    assert not plan_state(tied).blocks[0].looks_up
 
 
 def test_the_last_answer_is_beside_the_forecast(plan: Plan) -> None:

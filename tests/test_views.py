@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llm_magic.machine import Machine
-from llm_magic.model import ModelLayout
+from llm_magic.model import Block, ModelLayout
+from llm_magic.placing import changes_in_words
 from llm_magic.plan import Plan, Workload
 from llm_magic.planning.planner import make_plan
 from llm_magic.planning.policies import POLICIES
@@ -40,6 +41,7 @@ from tests.layouts import (
     qwen32b,
     ram,
     starter,
+    tensor,
     workstation,
 )
 
@@ -76,6 +78,20 @@ def on_h100(layout: ModelLayout) -> Plan:
     return make_plan(layout, h100(), Workload(4096), placement=map_, policy="half.json")
 
 
+def looked_up(layout: ModelLayout, home: str, **others: str) -> Plan:
+    """The table in RAM or on disk, everything else on the GPU."""
+    map_ = {"": "cuda:0", "embed": home} | others
+    return make_plan(layout, h100(), Workload(4096), placement=map_, policy="table.json")
+
+
+def two_tables() -> ModelLayout:
+    """Rows for the layers as well, as in Gemma 3n."""
+    embed, *others = llama8b().blocks
+    beside = "model.embed_tokens_per_layer"
+    block = Block(beside, "embed_per_layer", "embedding", (tensor(f"{beside}.weight", MIB),), looks_up=True)
+    return replace(llama8b(), blocks=(embed, block, *others))
+
+
 PLANS = {
     "half on disk": half_on_disk,
     "one GPU": lambda: plan_for(qwen32b(), workstation()),
@@ -86,6 +102,9 @@ PLANS = {
     "hybrid": lambda: on_h100(llama8b()),
     "packed": lambda: on_h100(packed(llama8b())),
     "draft": lambda: on_h100(replace(llama8b(), draft=llama())),
+    "table in RAM": lambda: looked_up(llama8b(), "cpu"),
+    "table on disk": lambda: looked_up(llama8b(), "disk"),
+    "tables apart": lambda: looked_up(two_tables(), "disk", embed_per_layer="cpu"),
     "does not fit": lambda: plan_for(qwen32b(), workstation(), "cpu"),
 }
 
@@ -130,27 +149,29 @@ def test_plan_text():
 
 MAP_TEXT = """\
 Qwen3-32B  bfloat16 · 61.0 GiB · 64 layers · context 8,192
-✓ fits, 10.0 MiB to spare in RAM · forecast 0.59 tok/s · bound by bus to cuda:0,
+✓ fits, 10.0 MiB to spare in RAM · forecast 0.62 tok/s · bound by bus to cuda:0,
   25.1 GB/s
 
-cuda:0  [██████████████░░░▓▒-/]                                      21.2 GiB
-        864.4 MiB spare · now 19.0 GiB · RTX 4090 · 24.0 GiB
+cuda:0  [███████████████░░▓▓-/]                                      21.5 GiB
+        488.1 MiB spare · now 19.0 GiB · RTX 4090 · 24.0 GiB
      ↑  29.1 GiB to cuda:0 for every token · link 25.1 GB/s
 RAM     [███████████████████████████████░░--/////////////////////]   37.6 GiB
         10.0 MiB spare · DDR5 · 64.0 GiB
-     ↑  9.1 GiB to cuda:0 for every token · link 6.8 GB/s
-Disk    [████████ …                                                  9.1 GiB
+     ↑  7.3 GiB to cuda:0 for every token · link 6.8 GB/s
+Disk    [████████ …                                                  8.7 GiB
         read from its files · NVMe SSD · 1000.0 GiB, 412.0 GiB free
 
-blocks in model order: 0 cuda:0; R RAM, streamed; C RAM, by the CPU; D Disk
-  0RR0DCR0RRD0RRC0RDRR0RCD0RRR0RDR0C
-  RDR0RRR0DCR0RRDR0CRR0DRR0RCD0RR00
-  cuda:0: embed, layers.2, 6, 10, 14, 19, 23, 27, 31, 36, 40, 44, 49, 53, 57,
-    61, norm, head
-  RAM, streamed: layers.0–1, 5, 7–8, 11–12, 15, 17–18, 20, 24–26, 28, 30, 33,
-    35, 37–39, 43, 45–46, 48, 51–52, 55–56, 58, 62–63
-  RAM, by the CPU: layers.4, 13, 21, 32, 42, 50, 59
-  Disk: layers.3, 9, 16, 22, 29, 34, 41, 47, 54, 60
+blocks in model order: 0 cuda:0; R RAM, streamed; C RAM, by the CPU; L Disk,
+  looked up; D Disk
+  LR0RDC0RRR0RDR0CR0RRD0RCR0RRD0RR0C
+  RR0DRR0RCR0DRR0RC0RDR0RRR0CDR0R00
+  cuda:0: layers.1, 5, 9, 13, 16, 20, 24, 28, 31, 35, 39, 43, 47, 50, 54, 58,
+    62, norm, head
+  RAM, streamed: layers.0, 2, 6–8, 10, 12, 15, 17–18, 21, 23, 25–26, 29–30,
+    33–34, 37–38, 40, 42, 45–46, 48, 51, 53, 55–57, 61, 63
+  RAM, by the CPU: layers.4, 14, 22, 32, 41, 49, 59
+  Disk, looked up: embed
+  Disk: layers.3, 11, 19, 27, 36, 44, 52, 60
 
 █ weights   ░ slots   ▓ KV cache   ▒ activations   · free   - kept in reserve
 / other programs"""
@@ -173,12 +194,12 @@ def test_a_plan_says_which_prompts_the_gpu_reads():
 
 def test_words_and_bars():
     plan = PLANS["one GPU"]()
-    words = "27 % GPU · 48 % RAM streamed · 10 % RAM on the CPU · 15 % disk"
+    words = "28 % GPU · 2 % looked up · 48 % RAM streamed · 10 % RAM on the CPU · 12 % disk"
     assert placement_words(plan) == words
-    assert processor_words(plan) == "15%/58%/27% disk/CPU/GPU"
+    assert processor_words(plan) == "14%/58%/28% disk/CPU/GPU"
     text, html = placement_bar(plan)
-    assert text == f"[█████▓▓▓▓▓▓▓▓▓▓▒▒░░░] {words}"
-    assert "27 % GPU" in html
+    assert text == f"[█████▄▓▓▓▓▓▓▓▓▓▓▒▒░░] {words}"
+    assert "28 % GPU" in html
     assert placement_words(half_on_disk()) == "50 % RAM · 50 % disk"
     text, _ = placement_bar(PLANS["hybrid"]())
     words = "54 % GPU · 27 % RAM streamed · 16 % RAM on the CPU · 3 % disk kept in RAM"
@@ -191,6 +212,48 @@ def test_a_map_tells_what_happens_to_each_block():
     assert "  0R0C0R0R0C0R0R0C0R0C0R0R0C0R0R0CK00" in lines
     assert "  RAM, by the CPU: layers.2, 8, 14, 18, 24, 30" in lines
     assert "  Disk, kept in RAM: layers.31" in lines
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("table in RAM", "L RAM, looked up"),
+        ("table on disk", "L Disk, looked up"),
+        ("tables apart", "L RAM and disk, looked up"),
+    ],
+)
+def test_a_map_tells_where_rows_are_looked_up(name, words):
+    text = map_report(PLANS[name]()).text
+    assert f"blocks in model order: 0 cuda:0; {words}\n" in text
+    assert "RAM, streamed" not in text
+
+
+def test_what_is_looked_up_is_neither_streamed_nor_read():
+    in_ram, on_disk = map_report(PLANS["table in RAM"]()), map_report(PLANS["table on disk"]())
+    # 1,050,673,152 of 16,061,120,640 bytes
+    assert "93 % GPU · 7 % looked up" in in_ram.html
+    assert "rows are looked up where they are" in in_ram.html
+    assert "to cuda:0 for every token" not in in_ram.text
+    assert "looked up in its files" in on_disk.text
+    assert "read from its files" in map_report(looked_up(llama8b(), "disk", **{"layers.0": "disk"})).text
+
+
+def test_without_a_gpu_the_cpu_looks_rows_up_on_the_disk():
+    map_ = {"": "cpu", "embed": "disk"}
+    plan = make_plan(llama(), laptop(), Workload(64), placement=map_, policy="table.json")
+    report = map_report(plan)
+    # 40 of 480 MiB
+    assert placement_words(plan) == "8 % looked up · 92 % RAM"
+    assert "on disk, rows are looked up for the CPU" in report.html
+    assert "looked up in its files" in report.text
+
+
+@pytest.mark.parametrize("home", ["cpu", "disk"])
+def test_a_move_says_for_whom_rows_are_looked_up_now(home):
+    on_gpu, on_cpu = looked_up(llama(), home), looked_up(llama(), home, **{"": "cpu"})
+    assert "embed (40.0 MiB) looked up for cuda:0 now" in changes_in_words(on_cpu, on_gpu)
+    back = "looked up for the CPU now" if home == "disk" else "computed by the CPU now"
+    assert f"embed (40.0 MiB) {back}" in changes_in_words(on_gpu, on_cpu)
 
 
 def test_a_table_that_is_too_wide_is_turned():
@@ -300,10 +363,11 @@ DOES = {
     "cpu": "in RAM, computed by the CPU",
     "read": "on disk, ",
     "kept": "on disk, a copy stays in RAM",
+    "looked-up": ", rows are looked up for cuda:0",
 }
 
 
-@pytest.mark.parametrize("name", ["one GPU", "half on disk", "experts", "hybrid"])
+@pytest.mark.parametrize("name", ["one GPU", "half on disk", "experts", "hybrid", "tables apart"])
 def test_every_block_is_in_the_map_with_a_tooltip(name):
     plan = PLANS[name]()
     titles = [a["title"] or "" for _, a in Page(map_report(plan).html).tags if "title" in a]
@@ -353,7 +417,10 @@ def contrast(one: str, other: str) -> float:
 
 @pytest.mark.parametrize(
     "name",
-    ["gpu", "ram", "ram-streamed", "disk", "kept", "draft", "kv_cache", "activations", "slots", "buffers"],
+    [
+        *("gpu", "ram", "ram-streamed", "looked-up", "disk", "kept", "draft"),
+        *("kv_cache", "activations", "slots", "buffers"),
+    ],
 )
 def test_one_palette_serves_light_and_dark(name):
     colour = re.findall(r"background-color:(#\w{6})", theme.fill(name))[0]
@@ -362,7 +429,7 @@ def test_one_palette_serves_light_and_dark(name):
 
 
 def test_travelling_and_resident_blocks_differ_without_colour():
-    fills = [theme.fill(name) for name in ("gpu", "ram-streamed", "disk", "kept", "kv_cache")]
+    fills = [theme.fill(name) for name in ("gpu", "ram-streamed", "looked-up", "disk", "kept", "kv_cache")]
     patterns = [re.findall(r"background-image:([^;]*)", fill) for fill in fills]
     assert len({str(pattern) for pattern in patterns}) == len(patterns)
 
@@ -445,4 +512,8 @@ def test_the_snippet_packs_the_weights(tmp_path, monkeypatch, method, kind):
 def test_the_snippet_says_what_accelerate_does_otherwise():
     assert "here the CPU computes some of them" in python_of(PLANS["hybrid"]())
     assert "refuses to offload packed weights" in python_of(PLANS["packed"]())
+    assert "a whole table to a GPU for every token" in python_of(PLANS["table in RAM"]())
+    assert "a whole table to a GPU for every token" in python_of(PLANS["table on disk"]())
+    table_of_packed = looked_up(packed(llama8b()), "cpu")
+    assert "refuses to offload packed weights" in python_of(table_of_packed)
     assert "#" not in python_of(half_on_disk())

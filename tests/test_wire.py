@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import runpy
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_magic import wire
+from llm_magic import plan, wire
 from llm_magic.errors import OptionError
 from llm_magic.wire import Apply, Hello, Placement, Propose, Stop, decode_command
 from tests import view_states
@@ -24,6 +25,10 @@ def test_the_typescript_types_are_those_of_the_schema() -> None:
     assert (LABEXTENSION / "src" / "wire.ts").read_text() == generated, (
         "python labextension/generate_types.py writes it anew"
     )
+
+
+def test_every_way_of_a_placement_has_a_word_on_the_wire() -> None:
+    assert get_args(wire.Way) == get_args(plan.Way)
 
 
 def test_the_states_that_the_views_are_tested_with_are_those_of_today() -> None:

@@ -8,8 +8,8 @@
 
 /** What a filled area stands for; its class is `fill-NAME`. */
 export const FILLS = [
-  'gpu', 'ram', 'ram-streamed', 'disk', 'kept', 'idle', 'draft', 'kv_cache', 'activations', 'slots', 'buffers',
-  'reserve', 'other', 'free',
+  'gpu', 'ram', 'ram-streamed', 'looked-up', 'disk', 'kept', 'idle', 'draft', 'kv_cache', 'activations', 'slots',
+  'buffers', 'reserve', 'other', 'free',
 ] as const
 export type Fill = (typeof FILLS)[number]
 
@@ -18,6 +18,7 @@ const DIAGONAL = `repeating-linear-gradient(45deg,${VEIL} 0 3px,transparent 3px 
 const FLAT = `repeating-linear-gradient(0deg,${VEIL} 0 2px,transparent 2px 6px)`
 const UPRIGHT = `repeating-linear-gradient(90deg,${VEIL} 0 2px,transparent 2px 6px)`
 const DOTS = `radial-gradient(${VEIL} 1.2px,transparent 1.7px) 0 0/6px 6px`
+const GRID = [0, 90].map(angle => `repeating-linear-gradient(${angle}deg,${VEIL} 0 1px,transparent 1px 7px)`).join()
 const BACK = `repeating-linear-gradient(135deg,${VEIL} 0 2px,transparent 2px 5px)`
 
 export const BASE_CSS = `
@@ -83,6 +84,7 @@ export const BASE_CSS = `
 .fill-gpu { background: #1a7f5a; }
 .fill-ram { background: #2f6fd6; }
 .fill-ram-streamed { background: ${DIAGONAL}, #2f6fd6; }
+.fill-looked-up { background: ${GRID}, #2f6fd6; }
 .fill-disk { background: ${FLAT}, #a8680e; }
 .fill-kept { background: ${BACK}, #a8680e; }
 .fill-idle { background: #6a7280; }

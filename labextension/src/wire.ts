@@ -8,12 +8,13 @@ export interface BlockState {
   dtype: string
   home: string
   compute: string
-  way: 'cpu' | 'idle' | 'kept' | 'read' | 'resident' | 'streamed'
+  way: 'cpu' | 'idle' | 'kept' | 'looked-up' | 'read' | 'resident' | 'streamed'
   cache_bytes: number
   tied_to: string[]
   experts: number
   active_experts: number
   prefill: string
+  looks_up: boolean
 }
 
 /** One device with its bytes by purpose, and how much of it is drawn. */

@@ -164,10 +164,10 @@ test('the bound is said in Japanese, and stays where it is not known', () => {
 })
 
 test('the placement has a part for every kind, the fastest first, with words', () => {
-  show({ placement: { disk: 11, gpu: 27, 'ram-streamed': 62, tape: 5 } })
+  show({ placement: { disk: 11, gpu: 27, 'ram-streamed': 60, 'looked-up': 2, tape: 5 } })
   const parts = [...root.querySelectorAll('.place-part')].map(part => part.className)
-  expect(parts).toEqual(['gpu', 'ram-streamed', 'disk', 'other'].map(kind => `place-part fill-${kind}`))
-  expect(words('.place-words')).toBe('27 % GPU62 % RAM streamed11 % disk5 % tape')
+  expect(parts).toEqual(['gpu', 'looked-up', 'ram-streamed', 'disk', 'other'].map(kind => `place-part fill-${kind}`))
+  expect(words('.place-words')).toBe('27 % GPU2 % looked up60 % RAM streamed11 % disk5 % tape')
   shown.update({ ...STATE, placement: { ram: 100 } })
   expect(words('.place-words')).toBe('100 % RAM')
 })

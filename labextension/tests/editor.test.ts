@@ -1,8 +1,9 @@
 import { afterEach, beforeEach, expect, test, vi } from 'vitest'
+import { guess } from '../src/views/editor/guess'
 import { History } from '../src/views/editor/history'
 import { Talk } from '../src/views/editor/talk'
 import type { Command } from '../src/wire'
-import { otherState, realState, smallState, Stage } from './map_stage'
+import { lookedUpState, otherState, realState, smallState, Stage } from './map_stage'
 
 const GIB = 1024 ** 3
 const ALT_DOWN: [string, KeyboardEventInit] = ['ArrowDown', { altKey: true }]
@@ -114,19 +115,45 @@ test('blocks that share tensors go together', () => {
   expect(stage.focused).toBe(stage.cell('head'))
 })
 
+test('a table that leaves the GPU is looked up where it goes, and streamed nowhere', () => {
+  const state = lookedUpState('cpu')
+  Object.assign(state.plan.blocks[0] ?? {}, { home: 'cuda:0', way: 'resident' })
+  const stage = new Stage(state)
+  for (const device of ['cpu', 'disk']) {
+    stage.key(stage.block('embed'), ...ALT_DOWN)
+    expect(stage.labelsIn(device)).toContain('embed')
+    expect(stage.cell('embed').querySelector('.tag')?.textContent).toBe('L')
+    expect(stage.cell('embed').getAttribute('aria-label')).toContain('rows are looked up for cuda:0')
+  }
+})
+
+test('what goes beside a table that is looked up is still for the GPU', () => {
+  const { plan } = lookedUpState('cpu')
+  const moved = guess(plan, new Set(['layers.0']), 'cpu').blocks.find(block => block.label === 'layers.0')
+  expect(moved).toMatchObject({ home: 'cpu', way: 'streamed', compute: 'cuda:0' })
+})
+
+test('without a GPU, a table is looked up on the disk, and computed in RAM', () => {
+  const { plan } = realState('halved')
+  Object.assign(plan.blocks[0] ?? {}, { looks_up: true, tied_to: [] })
+  const onDisk = guess(plan, new Set(['embed']), 'disk')
+  expect(onDisk.blocks[0]).toMatchObject({ home: 'disk', way: 'looked-up', compute: 'cpu' })
+  expect(guess(onDisk, new Set(['embed']), 'cpu').blocks[0]).toMatchObject({ home: 'cpu', way: 'cpu', compute: 'cpu' })
+})
+
 test('an answer is shown beside what is in force, and Apply waits for it', () => {
   const stage = new Stage(smallState())
   expect(stage.button('Apply').disabled).toBe(true)
   stage.key(stage.block('layers.3'), ...ALT_DOWN)
   expect(stage.button('Apply').disabled).toBe(true)
-  stage.answer({ decode_tps: 1.015, prefill_tps: 130, warnings: ['A new one.'] }, { changed: 1, moved_bytes: GIB })
+  stage.answer({ decode_tps: 1, prefill_tps: 130, warnings: ['A new one.'] }, { changed: 1, moved_bytes: GIB })
   expect(stage.button('Apply').disabled).toBe(false)
   expect(stage.one('[role="status"].status').textContent).toBe('Apply would change 1 block and move 1.0 GiB.')
   const outcome = stage.one('.outcome').textContent
-  expect(outcome).toContain('decode 0.51 tok/s → 1.0 tok/s ▲ +100 %')
+  expect(outcome).toContain('decode 0.50 tok/s → 1.0 tok/s ▲ +100 %')
   expect(outcome).toContain('prefill 260 tok/s → 130 tok/s ▼ −50 %')
   expect(outcome).toContain('new: ! A new one.')
-  expect(outcome).toContain('no longer: 7 blocks of 6.4 GiB on disk')
+  expect(outcome).toContain('no longer: 1 block of 1.0 GiB on disk.')
 })
 
 test('what does not fit says why, and can not be applied', () => {

@@ -76,11 +76,12 @@ test('the tiers are bars at one scale, a cell for each block, in the colour of w
   show()
   const bars = [...root.querySelectorAll<HTMLElement>('.job-bar')]
   expect(bars).toHaveLength(3)
-  // 40,958,400,000 B in RAM are the most; 17,739,659,520 B on the GPU are 43.31 % of them
-  expect(bars.map(bar => bar.style.getPropertyValue('--width'))).toEqual(['43.31%', '100.00%', '16.67%'])
+  // 40,958,400,000 B in RAM are the most; 18,134,234,880 B on the GPU are 44.27 % of them
+  expect(bars.map(bar => bar.style.getPropertyValue('--width'))).toEqual(['44.27%', '100.00%', '15.70%'])
   expect(root.querySelectorAll('.job-cell')).toHaveLength(67)
   expect(find('[data-label="layers.0"] > span')?.className).toBe('fill-ram-streamed')
-  expect(words('.job-count')).toBe('0 of 18 blocks · 16.5 GiB')
+  expect(find('[data-label="embed"] > span')?.className).toBe('fill-looked-up')
+  expect(words('.job-count')).toBe('0 of 19 blocks · 16.9 GiB')
 })
 
 test('a block is done when the next one begins', () => {

@@ -104,24 +104,24 @@ test('two GPUs: own words at each bus, the bridge between them, other programs h
 
 test('the path: from the disk over the RAM to the GPU, and its reads; the bus that carries both is the slowest', () => {
   const path = pathOf(state('machine'))
-  // disk: 6.8264e9 B / 6e9; bus: (40.9584e9 + 6.8264e9) B / 25e9; reads: 64.1e9 B / 1008e9
+  // disk: 4.876e9 B / 6e9; bus: (40.9584e9 + 4.876e9) B / 25e9; reads: 64.1e9 B / 1008e9
   expect(path.steps.map(step => [step.number, step.source, step.target, step.bytes, Number(step.seconds.toFixed(3))])).toEqual([
-    [1, 'disk', 'cpu', 6826400000, 1.138],
-    [2, 'cpu', 'cuda:0', 47784800000, 1.911],
-    [3, 'cuda:0', 'cuda:0', 64102862848, 0.064],
+    [1, 'disk', 'cpu', 4876000000, 0.813],
+    [2, 'cpu', 'cuda:0', 45834400000, 1.833],
+    [3, 'cuda:0', 'cuda:0', 64102852608, 0.064],
   ])
   expect(path.limiting).toEqual([path.steps[1]])
   show(state('machine'))
   expect(texts('.mv-steps .mv-words')).toEqual([
-    'disk → RAM 6.4 GiB per token, 1.1 s',
-    'RAM → cuda:0 44.5 GiB per token, 1.9 s (sets the pace)',
+    'disk → RAM 4.5 GiB per token, 813 ms',
+    'RAM → cuda:0 42.7 GiB per token, 1.8 s (sets the pace)',
     'cuda:0 reads its VRAM 59.7 GiB per token, 64 ms',
   ])
   expect(texts('.mv-sums dd')).toEqual([
-    '50.9 GiB moved, 59.7 GiB read in place', 'RAM → cuda:0, 1.9 s',
-    '0.52 tok/s: copies go on while layers compute, and the slowest sets the pace',
+    '47.2 GiB moved, 59.7 GiB read in place', 'RAM → cuda:0, 1.8 s',
+    '0.55 tok/s: copies go on while layers compute, and the slowest sets the pace',
   ])
-  expect(texts('.mv-step').sort()).toEqual(['16.4 GiB · 1.1 s', '244.5 GiB · 1.9 s', '359.7 GiB · 64 ms'])
+  expect(texts('.mv-step').sort()).toEqual(['14.5 GiB · 813 ms', '242.7 GiB · 1.8 s', '359.7 GiB · 64 ms'])
   expect(root.querySelectorAll('.mv-flow.limiting')).toHaveLength(1)
 })
 
@@ -162,7 +162,7 @@ test('a way of unknown speed has no time, and no pace is told', () => {
   const machine = state('machine')
   for (const one of [...machine.links, ...machine.moves]) one.bytes_per_s = 0
   show(machine)
-  expect(texts('.mv-words')[1]).toBe('RAM → cuda:0 44.5 GiB per token, time unknown')
+  expect(texts('.mv-words')[1]).toBe('RAM → cuda:0 42.7 GiB per token, time unknown')
   expect(texts('.mv-sums dt')).toEqual(['Per token'])
 })
 
@@ -216,7 +216,7 @@ test('where the numbers come from', () => {
 test('in Japanese', () => {
   show(state('machine'), 'ja')
   expect(picture()).toContain('空き 22.9 GiB / 24.0 GiB')
-  expect(texts('.mv-words')[0]).toBe('ディスク → RAM: 1 トークンあたり 6.4 GiB、1.1 s')
+  expect(texts('.mv-words')[0]).toBe('ディスク → RAM: 1 トークンあたり 4.5 GiB、813 ms')
   expect(find('.mv')?.textContent).not.toMatch(/per token|free of|assumed|reads/)
 })
 

@@ -4,7 +4,7 @@ import { MAP_CSS } from '../src/views/map/css'
 import { percents, scaleOf, shownTiers, signOf, stepOf, stripColumns, weightShares } from '../src/views/map/facts'
 import { mapWords } from '../src/words/map'
 import type { MapState } from '../src/wire'
-import { realState, smallState, Stage } from './map_stage'
+import { lookedUpState, realState, smallState, Stage } from './map_stage'
 
 const hover = (element: Element) => element.dispatchEvent(new Event('pointerover', { bubbles: true }))
 /** As the page has it: without zeros at the end. */
@@ -56,14 +56,14 @@ test('a budget that is too small is marked in a bar that is cut off', () => {
   // 8 GiB of 61 GiB.
   expect(stage.tier('disk').querySelector<HTMLElement>('.end')?.style.left).toBe('13.11%')
   expect(stage.text).toContain('✗ does not fit')
-  expect(stage.text).toContain('With --max-memory disk=57662MiB it fits.')
+  expect(stage.text).toContain('With --max-memory disk=58216MiB it fits.')
 })
 
 test('the head says what the model is, whether it fits, and how fast it is', () => {
   const { text } = new Stage(realState('streamed'))
   for (const words of [
-    'Qwen3-32B', 'bfloat16 · 61.0 GiB · 64 layers · context 8,192', '✓ fits, 570.0 MiB to spare on cuda:0',
-    '27 % GPU · 63 % RAM streamed · 10 % disk', 'forecast 0.51 tok/s · prefill 260 tok/s',
+    'Qwen3-32B', 'bfloat16 · 61.0 GiB · 64 layers · context 8,192', '✓ fits, 193.7 MiB to spare on cuda:0',
+    '28 % GPU · 2 % looked up · 63 % RAM streamed · 7 % disk', 'forecast 0.53 tok/s · prefill 271 tok/s',
     'measured 3.3 tok/s · 97 % of the limit', 'bound by bus to cuda:0, 25.0 GB/s', '2.6 tokens per sweep',
   ]) expect(text).toContain(words)
 })
@@ -81,9 +81,10 @@ test('signs of the strip say where a block is and who computes it', () => {
     const block = plan.blocks.find(one => one.label === label)
     return block && signOf(plan, block)
   }
-  expect(sign('streamed', 'embed')).toBe('0')
+  expect(sign('streamed', 'embed')).toBe('L')
+  expect(sign('streamed', 'head')).toBe('0')
   expect(sign('streamed', 'layers.0')).toBe('R')
-  expect(sign('streamed', 'layers.4')).toBe('D')
+  expect(sign('streamed', 'layers.6')).toBe('D')
   expect(sign('experts', 'layers.0')).toBe('C')
   expect(sign('halved', 'embed')).toBe('R')
   expect(new Set(realState('refused').plan.blocks.map(block => signOf(realState('refused').plan, block)))).toContain('K')
@@ -103,6 +104,35 @@ test('what no text runs through is shown, and said to be unused', () => {
   hover(stage.block('vision_tower'))
   expect(stage.one('.tip').textContent).toContain('in RAM, not used for text')
   expect(weightShares(state.plan)).toEqual(shares)
+})
+
+test('a table in RAM or on disk is said to be looked up there, not streamed or read', () => {
+  const inRam = new Stage(lookedUpState('cpu'))
+  expect(inRam.all('.strip .tag').map(tag => tag.textContent).join('')).toBe('L0000RRRD0')
+  expect(inRam.block('embed').classList).toContain('fill-looked-up')
+  hover(inRam.block('embed'))
+  expect(inRam.one('.tip').textContent).toContain('in RAM, rows are looked up for cuda:0')
+  expect(inRam.one('.legend').textContent).toContain('rows are looked up where they are')
+  expect(inRam.one('.legend').textContent).toContain('L = RAM, looked up')
+  // Of 9 GiB: 4.5 on the GPU, 0.5 of the table, 3 and 1 of layers.
+  expect(inRam.text).toContain('50 % GPU · 6 % looked up · 33 % RAM streamed · 11 % disk')
+  const onDisk = new Stage(lookedUpState('disk'), 'ja')
+  hover(onDisk.block('embed'))
+  expect(onDisk.one('.tip').textContent).toContain('ディスク上、cuda:0 のために行のみ参照')
+  expect(onDisk.one('.legend').textContent).toContain('L = ディスク、行のみ参照')
+  expect(new Stage(lookedUpState('disk', 'cpu')).one('.legend').textContent).toContain('L = RAM and disk, looked up')
+})
+
+test('a disk whose blocks are all looked up is not read', () => {
+  const state = lookedUpState('disk')
+  const says = () => new Stage(state).tier('disk').textContent
+  expect(says()).toContain('read from its files')
+  const layer = state.plan.blocks.find(block => block.label === 'layers.7')
+  Object.assign(layer ?? {}, { way: 'idle' })
+  for (const mapped of [false, true]) {
+    state.plan.mapped = mapped
+    expect(says()).toContain('looked up in its files')
+  }
 })
 
 test('the strip has rows of equal length', () => {

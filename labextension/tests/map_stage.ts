@@ -22,15 +22,15 @@ export function smallState(change: Partial<MapState> = {}): MapState {
   const home = (i: number) => (i < 4 ? 'cuda:0' : i < 7 ? 'cpu' : 'disk')
   const ways = { 'cuda:0': 'resident', cpu: 'streamed', disk: 'read' } as const
   const blocks = [
-    { ...embed, bytes: GIB / 2, tied_to: ['head'] },
+    { ...embed, bytes: GIB / 2, home: 'cuda:0', way: 'resident' as const, tied_to: ['head'], looks_up: false },
     ...Array.from({ length: 8 }, (_, i) => ({
       ...layer, label: `layers.${i}`, bytes: GIB, home: home(i), compute: 'cuda:0', way: ways[home(i)], cache_bytes: GIB / 16,
     })),
-    { ...embed, label: 'head', kind: 'head', bytes: 0, tied_to: ['embed'] },
+    { ...embed, label: 'head', kind: 'head', bytes: 0, home: 'cuda:0', way: 'resident' as const, tied_to: ['embed'], looks_up: false },
   ]
   const none = { slots: 0, kv_cache: 0, activations: 0, reserve: 0, other: 0, is_limited: false, now: {} }
   state.plan = {
-    ...state.plan, blocks, bytes: 8.5 * GIB,
+    ...state.plan, blocks, bytes: 8.5 * GIB, decode_tps: 0.5, prefill_tps: 260, warnings: ['1 block of 1.0 GiB on disk.'],
     tiers: [
       // 4.5 weights + 0.5 slots + 1 cache = 6 planned; 1.5 free + 0.5 others: 8.
       { ...gpu, ...none, total: 8 * GIB, weights: 4.5 * GIB, slots: GIB / 2, kv_cache: GIB, planned: 6 * GIB, limit: 7.5 * GIB, spare: 1.5 * GIB, other: GIB / 2 },
@@ -50,6 +50,19 @@ export function otherState(): MapState {
   const state = smallState()
   const block = state.plan.blocks.find(one => one.label === 'layers.3')
   Object.assign(block ?? {}, { home: 'cpu', way: 'streamed' })
+  return state
+}
+
+/** The small plan with a head of its own, and `embed` as a table whose rows are looked up in these homes, one part in each. */
+export function lookedUpState(...homes: ('cpu' | 'disk')[]): MapState {
+  const state = smallState()
+  const [embed, ...others] = state.plan.blocks
+  const head = others.pop()
+  if (!embed || !head) throw new Error('a small plan has both')
+  const tables = homes.map((home, i) => ({
+    ...embed, label: i ? `embed_${i}` : 'embed', home, way: 'looked-up' as const, tied_to: [], looks_up: true,
+  }))
+  state.plan.blocks = [...tables, ...others, { ...head, bytes: GIB / 2, tied_to: [] }]
   return state
 }
 

@@ -52,6 +52,7 @@ class Unit:
     kept: int
     largest: int  # bytes of a slot for it
     is_layer: bool
+    looks_up: bool
     logits: int
 
     @property
@@ -66,6 +67,7 @@ class Task:
 
     ``beside_cpu`` lets the CPU compute what they have no room for; with ``prefills`` they must take part
     in every layer all the same, if only in long sweeps. ``least_offloaded`` units are in the stores.
+    ``keeps_tables`` treats tables as what has to be where it computes.
     """
 
     setting: Setting
@@ -76,6 +78,7 @@ class Task:
     beside_cpu: bool = False
     prefills: bool = False
     least_offloaded: int = 0
+    keeps_tables: bool = False
     _outcomes: dict[tuple[str, ...], tuple[Placements, Uses]] = field(default_factory=dict, compare=False)
 
     @property
@@ -87,6 +90,17 @@ class Task:
     def most_offloaded(self) -> int:
         """A GPU computes only when the map names it, so one unit must stay on one."""
         return len(self.units) - (self.compute != ("cpu",)) if self.stores else 0
+
+    @cached_property
+    def tables(self) -> tuple[int, ...]:
+        """Units of which a pass needs a few rows, the largest first: a store serves them as well as a GPU."""
+        found = [i for i, unit in enumerate(self.units) if unit.looks_up and not self.keeps_tables]
+        return tuple(sorted(found, key=lambda i: -self.units[i].weights))
+
+    def slots(self, units: Sequence[Unit], device: str) -> int:
+        """Bytes of the room in which these units arrive on a device."""
+        sizes = [unit.largest for unit in units if not unit.looks_up]
+        return min(slots_for(device), len(sizes)) * max(sizes, default=0)
 
     def names(self, homes: Homes) -> dict[str, str]:
         """Block name -> device."""
@@ -209,10 +223,12 @@ def tied_groups(layout: ModelLayout) -> tuple[tuple[Block, ...], ...]:
 def spread(task: Task, count: int) -> Homes | None:
     """Offload ``count`` layers, evenly among those that stay: the next one arrives while they compute.
 
-    Several GPUs get a range of the model each, with a share of the offloaded layers as its bus is fast.
+    Tables go before layers. Several GPUs get a range of the model each, with a share of the offloaded layers
+    as its bus is fast.
     """
     if len(task.compute) > 1 and count:
-        return _ranges(task, task.compute, count)
+        tables = task.tables[:count]
+        return _ranges(task, task.compute, frozenset(tables), count - len(tables))
     if len(task.compute) > 1:
         return _pack(task, frozenset(), task.limits)
     offloaded = _spread_units(task, count)
@@ -226,13 +242,14 @@ def tail(task: Task, count: int) -> Homes | None:
 
 
 def _spread_units(task: Task, count: int) -> frozenset[int]:
-    """``count`` units: layers evenly spaced, and only then embedding, norm and head."""
-    layers = [i for i, unit in enumerate(task.units) if unit.is_layer]
-    if count <= len(layers):
-        return frozenset(evenly(layers, count))
-    others = [i for i, unit in enumerate(task.units) if not unit.is_layer]
+    """``count`` units: tables, then layers evenly spaced, and only then norm, head and what is tied to it."""
+    tables, layers = task.tables[:count], [i for i, unit in enumerate(task.units) if unit.is_layer]
+    left = count - len(tables)
+    if left <= len(layers):
+        return frozenset((*tables, *(evenly(layers, left) if left else ())))
+    others = [i for i, unit in enumerate(task.units) if not unit.is_layer and i not in tables]
     largest_first = sorted(others, key=lambda i: -task.units[i].weights)
-    return frozenset(layers + largest_first[: count - len(layers)])
+    return frozenset((*tables, *layers, *largest_first[: left - len(layers)]))
 
 
 def _unit(blocks: tuple[Block, ...], head: Block, layout: ModelLayout, workload: Workload) -> Unit:
@@ -242,6 +259,7 @@ def _unit(blocks: tuple[Block, ...], head: Block, layout: ModelLayout, workload:
         kept=sum(block.buffer_bytes + workload.cache_bytes(block) for block in blocks),
         largest=max(streamed_bytes(block, layout) for block in blocks),
         is_layer=any(block.kind in ("encoder", "decoder") for block in blocks),
+        looks_up=all(block.looks_up for block in blocks),
         logits=logits_bytes(layout, workload) if head in blocks else 0,
     )
 
@@ -351,21 +369,23 @@ def _fill(task: Task, residents: Residents, choose: Choice = evenly) -> Homes | 
     """Offload as few units as the computing devices allow; ``None`` when that does not fit."""
     counts = range(min(task.least_offloaded, task.most_offloaded), task.most_offloaded + 1)
 
-    def homes_of(count: int) -> Homes | None:
+    def homes_of(count: int, task: Task = task) -> Homes | None:
+        """Homes that fit."""
         there = residents(task, count)
         if there is None or (len(there) < len(task.units) and not task.stores):
             return None
-        return _stored(task, there, choose)
+        homes = _stored(task, there, choose)
+        return homes if task.has_room(homes) else None
 
-    def fits(count: int) -> bool:
-        homes = homes_of(count)
-        return homes is not None and task.has_room(homes)
-
-    count = counts[0] + bisect_left(counts, True, key=fits)  # more offloaded, more room
-    homes = homes_of(min(count, task.most_offloaded))
-    if homes is None or not task.has_room(homes) or task.shortage(homes, task.stores):
-        return None
-    return homes
+    # More offloaded, more room.
+    count = counts[0] + bisect_left(counts, True, key=lambda count: homes_of(count) is not None)
+    count = min(count, task.most_offloaded)
+    tables = len(task.tables)
+    # A table goes only where its room lets another unit stay, or keys and values that the CPU had else.
+    may_stay = 0 < tables < count and not task.beside_cpu
+    kept = homes_of(count - tables, replace(task, keeps_tables=True)) if may_stay else None
+    found = (homes for homes in (kept, homes_of(count)) if homes is not None)
+    return next((homes for homes in found if not task.shortage(homes, task.stores)), None)
 
 
 def _even(task: Task, devices: tuple[str, ...]) -> Homes | None:
@@ -428,36 +448,38 @@ def _carried(task: Task, offloaded: frozenset[int], devices: list[str]) -> Count
     for unit, share in zip(units, shared_out([unit.weights for unit in units], speeds), strict=True):
         shared[devices[share]].append(unit)
     for name, some in shared.items():
-        carried[name] += task.kept(some) + min(slots_for(name), len(some)) * max(u.largest for u in some)
+        carried[name] += task.kept(some) + task.slots(some, name)
     return carried
 
 
-def _ranges(task: Task, devices: tuple[str, ...], count: int) -> Homes | None:
+def _ranges(task: Task, devices: tuple[str, ...], tables: frozenset[int], count: int) -> Homes | None:
     """A contiguous range of the model for each GPU, with ``count`` offloaded layers shared among them.
 
-    Every range is as long as its GPU has room for; ``None`` when they do not reach the model's end.
+    ``tables`` are offloaded as well. Every range is as long as its GPU has room for; ``None`` when they do not reach the model's end.
     """
     speeds = [link_bytes_per_s(task.setting.machine, name) for name in devices]
     shares = Counter(shared_out([1] * count, speeds))
     homes: Homes = {}
     start = 0
     for number, device in enumerate(devices):
-        end = _longest_range(task, device, start, shares[number], is_first=not number)
+        end = _longest_range(task, device, start, tables, shares[number], is_first=not number)
         if start == end < len(task.units) and len(devices) > 1:  # it has no room: without it
-            return _ranges(task, tuple(name for name in devices if name != device), count)
-        offloaded = _in_range(task, start, end, shares[number], is_first=not number)
+            return _ranges(task, tuple(name for name in devices if name != device), tables, count)
+        offloaded = _in_range(task, start, end, tables, shares[number], is_first=not number)
         homes.update({i: device for i in range(start, end) if i not in offloaded})
         start = end
     return homes if start == len(task.units) and homes else None
 
 
-def _longest_range(task: Task, device: str, start: int, count: int, *, is_first: bool) -> int:
+def _longest_range(
+    task: Task, device: str, start: int, tables: frozenset[int], count: int, *, is_first: bool
+) -> int:
     """Where a range must end so that the GPU holds it with ``count`` of its layers offloaded."""
 
     def is_too_long(end: int) -> bool:
-        offloaded = _in_range(task, start, end, count, is_first=is_first)
+        offloaded = _in_range(task, start, end, tables, count, is_first=is_first)
         units = [task.units[i] for i in offloaded]
-        held = min(slots_for(device), len(units)) * max((unit.largest for unit in units), default=0)
+        held = task.slots(units, device)
         draft = task.setting.layout.draft if is_first else None
         held += draft_bytes(draft, task.setting.workload) if draft else 0
         held += task.kept(units)
@@ -468,10 +490,13 @@ def _longest_range(task: Task, device: str, start: int, count: int, *, is_first:
     return start + bisect_left(ends, True, key=is_too_long)
 
 
-def _in_range(task: Task, start: int, end: int, count: int, *, is_first: bool) -> frozenset[int]:
-    """``count`` layers of a range, evenly; the one that a later range begins with stays, to mark it."""
+def _in_range(
+    task: Task, start: int, end: int, tables: frozenset[int], count: int, *, is_first: bool
+) -> frozenset[int]:
+    """Tables, and ``count`` layers of a range, evenly; the one that a later range begins with stays, to mark it."""
     layers = [i for i in range(start if is_first else start + 1, end) if task.units[i].is_layer]
-    return frozenset(evenly(layers, min(count, len(layers))))
+    here = tables.intersection(range(start, end))
+    return here.union(evenly(layers, min(count, len(layers))))
 
 
 def _stored(task: Task, residents: Homes, choose: Choice) -> Homes:
@@ -499,13 +524,21 @@ def _in_stores(task: Task, offloaded: list[int], room: Mapping[str, int], choose
 
 
 def _overflow(task: Task, units: list[int], room: int, choose: Choice) -> set[int]:
-    """The fewest chosen ones of ``units`` whose absence makes the others fit ``room``."""
+    """The fewest chosen ones of ``units`` whose absence makes the others fit ``room``; of tables first."""
     total = sum(task.units[i].weights for i in units)
+    tables = [i for i in task.tables if i in units]
+    others = [i for i in units if i not in tables]
+
+    def chosen(count: int) -> list[int]:
+        left = count - len(tables)
+        return tables[:count] + (choose(others, left) if left > 0 else [])
 
     def fits(count: int) -> bool:
-        return total - sum(task.units[i].weights for i in choose(units, count)) <= room
+        return total - sum(task.units[i].weights for i in chosen(count)) <= room
 
-    return set(choose(units, bisect_left(range(len(units)), True, key=fits)))
+    slower = chosen(bisect_left(range(len(units)), True, key=fits))
+    kept = slower[len(tables) :]  # a table goes only where its room lets another unit stay
+    return set(kept if total - sum(task.units[i].weights for i in kept) <= room else slower)
 
 
 def _last(items: list[int], count: int) -> list[int]:

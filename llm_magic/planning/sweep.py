@@ -121,6 +121,8 @@ def block_sweep(layout: ModelLayout, workload: Workload, place: Placement, *, to
     source = "cpu" if place.kept else place.home
     if block.is_idle or (tokens == 1 and block.kind == "encoder"):
         return part
+    if place.is_looked_up:  # a few rows, wherever they are
+        return part
     read = _read_bytes(block, layout, tokens)
     part.reads[device] = read + _cache_read(block, workload)
     is_layer = block.kind in ("encoder", "decoder")

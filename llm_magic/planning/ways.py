@@ -116,14 +116,7 @@ def _placed(setting: Setting, homes: Mapping[str, str], devices: Sequence[str]) 
 
 def _computing(block: Block, home: str, device: str, gpus: set[str]) -> str:
     """Where a block computes; ``device`` if it is on no GPU."""
-    if home in gpus and not block.is_idle:
-        return home
-    return "cpu" if _is_looked_up(block, home) else device
-
-
-def _is_looked_up(block: Block, home: str) -> bool:
-    """Whether the CPU looks up rows where they are; a head that shares the matrix wants it on its GPU."""
-    return block.kind == "embedding" and home == "cpu" and not block.tied_to
+    return home if home in gpus and not block.is_idle else device
 
 
 def _beside_neighbours(setting: Setting, homes: Mapping[str, str], used: Sequence[str]) -> list[str]:
@@ -138,7 +131,8 @@ def _beside_neighbours(setting: Setting, homes: Mapping[str, str], used: Sequenc
 def _evenly_shared(setting: Setting, homes: Mapping[str, str], used: Sequence[str]) -> list[str]:
     """Contiguous shares of what is offloaded, in proportion to the buses."""
     layout = setting.layout
-    sizes = [0 if homes[b.name] in used or b.is_idle else streamed_bytes(b, layout) for b in layout.blocks]
+    stay = [homes[b.name] in used or b.is_idle or b.looks_up for b in layout.blocks]
+    sizes = [0 if s else streamed_bytes(b, layout) for b, s in zip(layout.blocks, stay, strict=True)]
     speeds = [link_bytes_per_s(setting.machine, device) for device in used]
     return [used[share] for share in shared_out(sizes, speeds)]
 

@@ -24,6 +24,7 @@ from llm_magic.views.words import (
     on_device,
     percents,
     placement_words,
+    processor,
     processor_words,
     verdict,
     way_bytes,
@@ -121,7 +122,7 @@ def map_report(
 def placement_bar(plan: Plan) -> tuple[str, str]:
     """One line for status cards and footers: a small bar and words, as text and as HTML."""
     shares, words = percents(way_bytes(plan)), placement_words(plan)
-    glyphs = {"gpu": "█", "ram-streamed": "▓", "ram": "▒", "kept": "■", "disk": "░"}
+    glyphs = {"gpu": "█", "looked-up": "▄", "ram-streamed": "▓", "ram": "▒", "kept": "■", "disk": "░"}
     glyphs |= {} if computes_on_gpu(plan) else {"ram": "▓"}
     text = "".join(glyphs[kind] * count for kind, count in percents_of(shares, 20).items())
     parts = "".join(
@@ -199,14 +200,22 @@ def _counts(tier: _Tier, memory: Memory, *, mapped: bool) -> tuple[str, str]:
     use = tier.use
     if use.spare < 0:
         left = f"lacks {format_bytes(-use.spare)}"
-    elif tier.kind == "disk" and all(place.way == "idle" for place in tier.blocks):
-        left = "not read"
     elif tier.kind == "disk":
-        left = "used in the page cache" if mapped else "read from its files"
+        left = _reads(tier, mapped=mapped)
     else:
         left = f"{format_bytes(use.spare)} spare"
     now = sum(memory.get(use.device, {}).values())
     return format_bytes(use.planned), f"{left} · now {format_bytes(now)}" if now else left
+
+
+def _reads(disk: _Tier, *, mapped: bool) -> str:
+    """How blocks on a disk are used."""
+    ways = {place.way for place in disk.blocks} - {"idle"}
+    if not ways:
+        return "not read"
+    if ways == {"looked-up"}:
+        return "looked up in its files"
+    return "used in the page cache" if mapped else "read from its files"
 
 
 def _strip_rows(plan: Plan) -> list[tuple[Placement, ...]]:
@@ -220,10 +229,12 @@ def _strip_rows(plan: Plan) -> list[tuple[Placement, ...]]:
 def _sign(plan: Plan, place: Placement) -> str:
     """One sign for what happens to a block.
 
-    The GPU's number, ``R``, ``C`` (by the CPU), ``D``, ``K`` (kept), or ``–`` for nothing.
+    The GPU's number, ``L`` (looked up), ``R``, ``C`` (by the CPU), ``D``, ``K`` (kept), or ``–`` for nothing.
     """
     if place.way == "idle":
         return "–"
+    if place.way == "looked-up":
+        return "L"
     if place.home == "disk":
         return "K" if place.kept else "D"
     if place.home == "cpu":
@@ -236,11 +247,17 @@ def _signs(plan: Plan) -> dict[str, str]:
     """Sign -> what it stands for, fastest first."""
     streams = any(place.way == "streamed" for place in plan.placements)
     names = {"C": "RAM, by the CPU", "K": "Disk, kept in RAM", "R": "RAM, streamed" if streams else "RAM"}
-    names["–"] = _idle_words(plan)
-    order = [use.device for use in plan.uses]
-    places = sorted(plan.placements, key=lambda place: (order.index(place.home), place.way != "streamed"))
+    names |= {"L": _looked_up_words(plan), "–": _idle_words(plan)}
+    order, fast = [use.device for use in plan.uses], {"looked-up": 0, "streamed": 1}
+    places = sorted(plan.placements, key=lambda p: (order.index(p.home), fast.get(p.way, len(fast))))
     places.sort(key=lambda place: place.way == "idle")
     return {(sign := _sign(plan, p)): names.get(sign) or device_title(p.home) for p in places}
+
+
+def _looked_up_words(plan: Plan) -> str:
+    """Where tables are of which rows are looked up: ``"RAM, looked up"``."""
+    homes = {place.home for place in plan.placements if place.way == "looked-up"}
+    return f"{'RAM and disk' if len(homes) > 1 else device_title(''.join(homes))}, looked up"
 
 
 def _idle_words(plan: Plan) -> str:
@@ -467,9 +484,11 @@ def _tooltip(plan: Plan, place: Placement) -> str:
 
 def _does(plan: Plan, place: Placement) -> str:
     """What happens to a block in every sweep: ``"streams to cuda:0"``."""
-    target = "the CPU" if place.compute == "cpu" else place.compute
+    target = processor(place.compute)
     if place.way == "idle":
         return "not used for text"
+    if place.way == "looked-up":
+        return f"rows are looked up for {target}"
     if place.kept:
         copy = "a copy stays in RAM"
         return f"{copy}, computed by the CPU" if place.compute == "cpu" else f"{copy} and streams to {target}"
@@ -535,6 +554,7 @@ def _html_tick(place: Placement) -> str:
 def _html_legend(plan: Plan, tiers: Sequence[_Tier]) -> str:
     paints = {
         "gpu": "on the GPU, computes there",
+        "looked-up": "rows are looked up where they are",
         "ram": "in RAM, computed by the CPU",
         "ram-streamed": "in RAM, streamed",
         "kept": "on disk, with a copy in RAM",

@@ -68,11 +68,14 @@ def _differences(plan: Plan) -> list[str]:
     """What Accelerate does otherwise with the same map."""
     on_gpu = any(place.compute != "cpu" for place in plan.placements)
     ways = {place.way for place in plan.placements}
-    if plan.layout.quantization and ways & {"streamed", "read", "kept"}:
+    if plan.layout.quantization and ways & {"streamed", "read", "kept", "looked-up"}:
         return ["# Plain transformers refuses to offload packed weights, or unpacks them."]
+    lines = []
     if on_gpu and any(place.compute == "cpu" for place in plan.placements):
-        return ['# Accelerate moves every block on "cpu" to a GPU; here the CPU computes some of them.']
-    return []
+        lines += ['# Accelerate moves every block on "cpu" to a GPU; here the CPU computes some of them.']
+    if any(place.way == "looked-up" and place.compute != "cpu" for place in plan.placements):
+        lines += ["# Accelerate moves a whole table to a GPU for every token; here only rows of it go there."]
+    return lines
 
 
 def _call(name: str, auto_class: str, arguments: list[str]) -> list[str]:

@@ -26,12 +26,15 @@ _STRIPES = {
     "flat": f"repeating-linear-gradient(0deg,{_VEIL} 0 2px,transparent 2px 6px)",
     "upright": f"repeating-linear-gradient(90deg,{_VEIL} 0 2px,transparent 2px 6px)",
     "dots": f"radial-gradient({_VEIL} 1.2px,transparent 1.7px)",
+    "grid": f"repeating-linear-gradient(0deg,{_VEIL} 0 1px,transparent 1px 7px),"
+    f"repeating-linear-gradient(90deg,{_VEIL} 0 1px,transparent 1px 7px)",
     "back": f"repeating-linear-gradient(135deg,{_VEIL} 0 2px,transparent 2px 5px)",
 }
 _FILLS = {
     "gpu": ("#1a7f5a", ""),
     "ram": ("#2f6fd6", ""),
     "ram-streamed": ("#2f6fd6", "diagonal"),
+    "looked-up": ("#2f6fd6", "grid"),
     "disk": ("#a8680e", "flat"),
     "kept": ("#a8680e", "back"),
     "idle": ("#6a7280", ""),

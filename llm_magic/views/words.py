@@ -13,6 +13,7 @@ COLUMNS = 80  # of a terminal; text is broken to fit
 TIERS = {"gpu": "GPU", "cpu": "RAM", "disk": "disk"}
 _KINDS = {
     "gpu": "GPU",
+    "looked-up": "looked up",
     "ram-streamed": "RAM streamed",
     "ram": "RAM on the CPU",
     "kept": "disk kept in RAM",
@@ -20,6 +21,7 @@ _KINDS = {
 }
 _KIND_OF_WAY = {
     "resident": "gpu",
+    "looked-up": "looked-up",
     "streamed": "ram-streamed",
     "cpu": "ram",
     "kept": "kept",
@@ -49,8 +51,8 @@ def way_bytes(plan: Plan) -> dict[str, int]:
 def kind_of(place: Placement) -> str:
     """One word for where a block lives and how it is used, the name of its colour.
 
-    ``"gpu"``, ``"ram-streamed"``, ``"ram"`` (the CPU computes it), ``"kept"`` (on disk, with a copy
-    in RAM), ``"disk"`` or ``"idle"`` (not used, wherever it is).
+    ``"gpu"``, ``"looked-up"`` (a table in RAM or on disk), ``"ram-streamed"``, ``"ram"`` (the CPU computes
+    it), ``"kept"`` (on disk, with a copy in RAM), ``"disk"`` or ``"idle"`` (not used, wherever it is).
     """
     return _KIND_OF_WAY[place.way]
 
@@ -132,6 +134,11 @@ def on_device(device: str) -> str:
 def device_title(device: str) -> str:
     """``"RAM"``, ``"Disk"``, ``"cuda:0"``."""
     return {"cpu": "RAM", "disk": "Disk"}.get(device, device)
+
+
+def processor(device: str) -> str:
+    """Who computes: ``"the CPU"``, ``"cuda:0"``."""
+    return "the CPU" if device == "cpu" else device
 
 
 def speed_words(plan: Plan) -> str:

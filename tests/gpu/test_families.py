@@ -27,7 +27,7 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
     return cache(lambda name: save(name, tmp_path_factory.mktemp("families") / name))
 
 
-@pytest.mark.parametrize("way", ["resident", "streamed, and visiting in prompts"])
+@pytest.mark.parametrize("way", ["resident", "looked up in RAM", "streamed, and visiting in prompts"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_answers_on_a_gpu_and_after_a_move(name: str, way: str, folder_of: Callable[[str], Path]) -> None:
     """In half precision kernels differ between devices; in full precision tokens do not."""
@@ -38,7 +38,7 @@ def test_answers_on_a_gpu_and_after_a_move(name: str, way: str, folder_of: Calla
     for there in (way, "streamed, and computed by the CPU", way):
         engine.apply(placed_plan(folder, WAYS[there]), lambda _event: None)
         assert ask(engine, ASKED).text == expected
-    if way == "resident":
+    if way in ("resident", "looked up in RAM"):
         steps = engine._quick.steps
         is_captured = steps is not None and steps.status.startswith("captured decode")
         assert is_captured == (name not in EAGER)

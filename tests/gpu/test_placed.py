@@ -47,9 +47,9 @@ def layers(*homes: Where) -> Place:
     return lambda number, label: homes[number % len(homes)] if label.startswith("layers.") else RESIDENT
 
 
-def looked_up(number: int, label: str) -> Where:
-    """The CPU looks up rows and computes every second layer; the others are streamed."""
-    return ON_CPU if label == "embed" else layers(ON_CPU, STREAMED)(number, label)
+def looked_up(table: Where, *homes: Where) -> Place:
+    """Tables and layers in these places; of tables that are not on the GPU, rows are looked up."""
+    return lambda number, label: table if label.startswith("embed") else layers(*homes)(number, label)
 
 
 ON_GPU: Mapping[str, Place] = {
@@ -62,6 +62,8 @@ ON_GPU: Mapping[str, Place] = {
     "all but the layers streamed": lambda _number, label: (
         RESIDENT if label.startswith("layers.") else STREAMED
     ),
+    "looked up in RAM": looked_up(STREAMED, RESIDENT),
+    "looked up in a file, and streamed": looked_up(READ, STREAMED),
     "everything streamed": lambda _number, _label: STREAMED,
     "everything read": lambda _number, _label: READ,
 }
@@ -71,7 +73,7 @@ HYBRID: Mapping[str, Place] = {
     "streamed, and computed by the CPU": layers(STREAMED, ON_CPU),
     "resident, and computed by the CPU": layers(RESIDENT, ON_CPU),
     "read by both": layers(READ, READ_BY_CPU),
-    "looked up by the CPU": looked_up,
+    "looked up in RAM, and computed by the CPU": looked_up(STREAMED, ON_CPU, STREAMED),
     "streamed, and visiting in prompts": layers(STREAMED, VISITING),
     "visiting in prompts": layers(VISITING),
     "a bit of each, and visiting in prompts": layers(RESIDENT, KEPT_VISITING, READ, ON_CPU),

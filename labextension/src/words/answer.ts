@@ -17,6 +17,7 @@ export const answerWords = {
   answerPlacement: { en: 'Where the weights are', ja: '重みの置き場所' },
   answerShare: { en: '{share} {kind}', ja: '{kind} {share}' },
   answerKindGpu: { en: 'GPU', ja: 'GPU' },
+  answerKindLookedUp: { en: 'looked up', ja: '行のみ参照' },
   answerKindStreamed: { en: 'RAM streamed', ja: 'RAM から転送' },
   answerKindCpu: { en: 'RAM on the CPU', ja: 'RAM(CPU で計算)' },
   answerKindRam: { en: 'RAM', ja: 'RAM' },

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -126,8 +125,6 @@ def run_generate(model: Any, config: Any, prompt: TokenizedPrompt, cache: Any, d
             custom_generate=decoding,
         )
 
-    # transformers compares the inputs' device with the first parameter's, which has none while its block travels.
-    warnings.filterwarnings("ignore", message=r"You are calling \.generate\(\) with the `input_ids`")
     with suppress(Stopped):
         for _ in range(REPEATS):
             try:

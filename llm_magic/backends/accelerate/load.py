@@ -160,13 +160,10 @@ def _packer(model: Any, spec: ModelSpec, plan: Plan, progress: Progress) -> Fill
         done += 1
         prefix = f"{place.block.name}."
         wanted = [name for name in names if name.startswith(prefix) and name not in tied]
+        device = "cpu" if place.is_looked_up else place.modules_on
+        weights = {name.removeprefix(prefix): loader[name] for name in wanted}
         with torch.no_grad():
-            pack_block(
-                block,
-                {name.removeprefix(prefix): loader[name] for name in wanted},
-                place.modules_on,
-                place.modules_on,
-            )
+            pack_block(block, weights, device, device)
         if any(name in shared for name in wanted):
             model.tie_weights()
         trim()  # else the weights that were packed stay in malloc's hands, block after block

@@ -135,6 +135,7 @@ class Quick:
             CudaGraphs(device),
             device,
             lanes=placed.lanes,
+            lookups=placed.lookups,
             settle=placed.settle,
             warm_up=self._warm_up,
         )

@@ -7,6 +7,7 @@ import { formatPercent } from '../../units'
 
 const KINDS: [string, Word][] = [
   ['gpu', 'answerKindGpu'],
+  ['looked-up', 'answerKindLookedUp'],
   ['ram-streamed', 'answerKindStreamed'],
   ['ram', 'answerKindCpu'],
   ['kept', 'answerKindKept'],

@@ -40,7 +40,7 @@ export function guess(plan: PlanState, labels: Set<string>, device: string): Pla
   const move = (block: BlockState): BlockState =>
     !moving.includes(block) ? block
     : block.way === 'idle' ? { ...block, home: device }
-    : { ...block, home: device, ...wayTo(plan, device, isOnGpu, main) }
+    : { ...block, home: device, ...wayTo(plan, block, device, isOnGpu ? main : 'cpu') }
   return {
     ...plan,
     policy: '',
@@ -49,12 +49,12 @@ export function guess(plan: PlanState, labels: Set<string>, device: string): Pla
   }
 }
 
-function wayTo(plan: PlanState, device: string, isOnGpu: boolean, main: string): Pick<BlockState, 'way' | 'compute'> {
+function wayTo(plan: PlanState, block: BlockState, device: string, compute: string): Pick<BlockState, 'way' | 'compute'> {
   const kind = plan.tiers.find(tier => tier.device === device)?.kind
-  const compute = isOnGpu ? main : 'cpu'
-  if (kind === 'disk') return { way: 'read', compute }
-  if (kind === 'cpu') return { way: isOnGpu ? 'streamed' : 'cpu', compute }
-  return { way: 'resident', compute: device }
+  if (kind !== 'cpu' && kind !== 'disk') return { way: 'resident', compute: device }
+  if (kind === 'cpu' && compute === 'cpu') return { way: 'cpu', compute }
+  if (block.looks_up) return { way: 'looked-up', compute }
+  return { way: kind === 'disk' ? 'read' : 'streamed', compute }
 }
 
 /** Bytes that come to a tier, less those that go. */

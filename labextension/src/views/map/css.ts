@@ -53,7 +53,7 @@ export const MAP_CSS = `
 .map .block.markless::before { display: none; }
 .map .tag { white-space: nowrap; background: var(--plain); }
 /* A sign on a pattern has the plain colour behind it. */
-.map .fill-ram-streamed { --plain: #2f6fd6; }
+.map .fill-ram-streamed, .map .fill-looked-up { --plain: #2f6fd6; }
 .map .fill-disk, .map .fill-kept { --plain: #a8680e; }
 .map .fill-kv_cache { --plain: #7c4ddb; }
 .map .fill-activations { --plain: #c43d70; }

@@ -17,6 +17,7 @@ export interface Part {
 
 const FILL_OF_WAY: Record<string, Fill> = {
   resident: 'gpu',
+  'looked-up': 'looked-up',
   streamed: 'ram-streamed',
   cpu: 'ram',
   kept: 'kept',
@@ -24,7 +25,7 @@ const FILL_OF_WAY: Record<string, Fill> = {
   idle: 'idle',
 }
 /** Fastest first: the order of shares and legends. */
-export const BLOCK_FILLS = ['gpu', 'ram-streamed', 'ram', 'kept', 'disk', 'idle'] as const
+export const BLOCK_FILLS = ['gpu', 'looked-up', 'ram-streamed', 'ram', 'kept', 'disk', 'idle'] as const
 
 /** The colour and pattern of a block; a way that this view does not know yet is grey. */
 export function fillOfBlock(block: BlockState): Fill {
@@ -40,9 +41,13 @@ export function computesOnGpu(plan: PlanState): boolean {
   return plan.blocks.some(block => block.compute !== 'cpu')
 }
 
-/** One sign for what happens to a block: the GPU's number, `R`, `C` (by the CPU), `D`, `K` (kept), `–` for nothing. */
+/**
+ * One sign for what happens to a block: the GPU's number, `L` (looked up), `R`, `C` (by the CPU), `D`, `K` (kept), `–` for
+ * nothing.
+ */
 export function signOf(plan: PlanState, block: BlockState): string {
   if (block.way === 'idle') return '–'
+  if (block.way === 'looked-up') return 'L'
   if (block.home === 'disk') return block.way === 'kept' ? 'K' : 'D'
   if (block.home === 'cpu') return block.way === 'cpu' && computesOnGpu(plan) ? 'C' : 'R'
   const processors = plan.tiers.filter(tier => tier.kind !== 'cpu' && tier.kind !== 'disk')

@@ -25,6 +25,7 @@ const PURPOSE_WORDS: Record<Purpose, Word> = {
 }
 const SHARE_WORDS: Partial<Record<Fill, Word>> = {
   gpu: 'mapShareGpu',
+  'looked-up': 'mapShareLookedUp',
   'ram-streamed': 'mapShareStreamed',
   ram: 'mapShareCpu',
   kept: 'mapShareKept',
@@ -124,7 +125,9 @@ function spareWords(t: Translate, plan: PlanState, tier: TierState): string {
   if (tier.spare < 0) return t('mapLacks', { size: formatBytes(-tier.spare) })
   if (tier.kind !== 'disk') return t('mapToSpare', { size: formatBytes(tier.spare) })
   if (!tier.planned) return t('mapNothingThere')
-  if (plan.blocks.every(block => block.home !== tier.device || block.way === 'idle')) return t('mapNotRead')
+  const used = plan.blocks.filter(block => block.home === tier.device && block.way !== 'idle')
+  if (!used.length) return t('mapNotRead')
+  if (used.every(block => block.way === 'looked-up')) return t('mapLookedUpInFiles')
   return t(plan.mapped ? 'mapInPageCache' : 'mapReadFromFiles')
 }
 
@@ -151,6 +154,8 @@ function doesWords(t: Translate, plan: PlanState, block: BlockState): string {
       return t('mapDoesCpu')
     case 'idle':
       return t('mapIdle')
+    case 'looked-up':
+      return t('mapDoesLookedUp', { target })
     case 'streamed':
       return t('mapDoesStreamed', { target })
     default:
@@ -187,6 +192,7 @@ export function fillWords(t: Translate, plan: PlanState): [Fill, string][] {
   const used = new Set(plan.blocks.map(fillOfBlock))
   const words: Record<(typeof BLOCK_FILLS)[number], Word> = {
     gpu: 'mapLegendGpu',
+    'looked-up': 'mapLegendLookedUp',
     'ram-streamed': 'mapLegendStreamed',
     ram: 'mapLegendCpu',
     kept: 'mapLegendKept',
@@ -203,10 +209,17 @@ export function signWords(t: Translate, plan: PlanState, signs: Map<string, stri
   const names: Record<string, string> = {
     C: t('mapSignCpu'),
     K: t('mapSignKept'),
+    L: lookedUpWords(t, plan),
     R: streams ? t('mapSignStreamed') : t('ram'),
     '–': t('mapIdle'),
   }
   return [...signs]
     .sort(([, a], [, b]) => order.indexOf(a) - order.indexOf(b))
     .map(([sign, device]) => `${sign} = ${names[sign] ?? deviceTitle(t, device)}`)
+}
+
+/** Where tables are of which rows are looked up: `"RAM, looked up"`. */
+function lookedUpWords(t: Translate, plan: PlanState): string {
+  const [device = '', ...others] = new Set(plan.blocks.filter(block => block.way === 'looked-up').map(block => block.home))
+  return others.length ? t('mapSignLookedUpBoth') : t('mapSignLookedUp', { device: deviceTitle(t, device) })
 }

@@ -12,7 +12,7 @@ Whatever cannot be captured runs as it is over the same cache, and the step says
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 from weakref import WeakSet
@@ -49,6 +49,16 @@ class Lane(Protocol):
 
     def fence(self) -> None:
         """Order all copies before what comes next, and trust no slot: others wrote to them."""
+
+
+class Lookup(Protocol):
+    """A table that is not where the model computes, as far as a captured sweep has to know it."""
+
+    def fill(self, ids: Any) -> None:
+        """Look up what the next sweep needs: int64 ``[batch, tokens]`` in RAM."""
+
+    def filled(self) -> AbstractContextManager[None]:
+        """Around that sweep."""
 
 
 class Shape(NamedTuple):
@@ -162,6 +172,8 @@ class CapturedSteps:
         Where the model takes its input.
     lanes
         Streamed blocks.
+    lookups
+        Tables whose rows are looked up elsewhere.
     settle
         Called after a forward pass that did not end, before the next one.
     warm_up
@@ -181,6 +193,7 @@ class CapturedSteps:
         device: Any,
         *,
         lanes: Sequence[Lane] = (),
+        lookups: Sequence[Lookup] = (),
         settle: Callable[[], object] = lambda: None,
         warm_up: WarmUp | None = None,
     ) -> None:
@@ -189,7 +202,7 @@ class CapturedSteps:
         self._context = context
         self._recorder = recorder
         self._device = device
-        self._lanes = tuple(lanes)
+        self._lanes, self._lookups = tuple(lanes), tuple(lookups)
         self._settle = settle
         self._warm_up = warm_up
         self._windows = windows_of(model)
@@ -254,6 +267,7 @@ class CapturedSteps:
         self._written = cache_length
         with torch.no_grad():
             self._inputs.fill(shape, ids, cache_length)
+            self._look_up(shape)
             self._run(shape)
         self._written = cache_length + ids.shape[1]
         logits = self._logits[shape[:2]][:, : ids.shape[1]]
@@ -383,6 +397,14 @@ class CapturedSteps:
             return False
         return True
 
+    def _look_up(self, shape: Shape) -> None:
+        """Rows of the sweep's tokens, before it: it cannot ask for them once it is captured."""
+        if self._lookups and not self.reason:
+            assert self._inputs is not None
+            ids = self._inputs.ids[shape[:2]].cpu()
+            for lookup in self._lookups:
+                lookup.fill(ids)
+
     def _run(self, shape: Shape) -> None:
         recorded = self._graphs.get(shape)
         if recorded is not None:
@@ -469,6 +491,8 @@ class CapturedSteps:
         with ExitStack() as stack:
             for lane in self._lanes:
                 stack.enter_context(_captured_sweep(lane))
+            for lookup in () if self.reason else self._lookups:
+                stack.enter_context(lookup.filled())
             if self._warm_up is not None and not self.reason:
                 stack.enter_context(self._warm_up.at_work(shape, self._static, compiled=compiled))
             logits = self._model(

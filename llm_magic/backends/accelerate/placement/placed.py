@@ -31,7 +31,9 @@ from llm_magic.backends.accelerate.placement.expert_lanes import DeviceExperts, 
 from llm_magic.backends.accelerate.placement.experts import advise_routed, find_stacks
 from llm_magic.backends.accelerate.placement.extents import Extent
 from llm_magic.backends.accelerate.placement.lanes import DeviceLane, Traveller
+from llm_magic.backends.accelerate.placement.lookups import Lookup
 from llm_magic.backends.accelerate.placement.mapped import MappedFiles
+from llm_magic.backends.accelerate.placement.model_device import show_device
 from llm_magic.backends.accelerate.placement.offload_folder import OffloadFolder, disk_error
 from llm_magic.backends.accelerate.placement.open_file import OpenFile
 from llm_magic.backends.accelerate.placement.reader import FileReader, choose_direct
@@ -135,6 +137,8 @@ class PlacedModel:
         Those experts, by the name of their block.
     visits
         Tells whether the sweep that runs takes the CPU's blocks to a GPU.
+    lookups
+        What looks up rows of tables that are not where they compute.
     """
 
     def __init__(
@@ -160,6 +164,7 @@ class PlacedModel:
         self._expert_lanes: dict[str, DeviceExperts] = {}
         self._stream_hooks: list[hooks.StreamHook] = []
         self._visiting_hooks: dict[str, VisitingHook] = {}
+        self.lookups: list[Lookup] = []
         self._advice: list[Any] = []
         self._usual_experts: dict[str, str | None] | None = None
         self._skip_keys = getattr(model, "_skip_keys_device_placement", None)
@@ -404,7 +409,7 @@ class PlacedModel:
     def _hold(self, block: PlacedBlock, place: Placement, plan: Plan) -> None:
         if place.home == "disk" and block.file is None:
             block.file = self._file_of(block)
-        is_bound = place.way in ("resident", "cpu", "idle") or (
+        is_bound = place.way in ("resident", "cpu", "looked-up", "idle") or (
             place.compute == "cpu" and (place.kept or plan.mapped)
         )
         if is_bound and block.is_borrowed:
@@ -543,6 +548,8 @@ class PlacedModel:
         self._settle_hooks()
         self._stream_hooks.clear()
         self._visiting_hooks.clear()
+        while self.lookups:
+            self.lookups.pop().detach()
         for block in self.blocks.values():
             hooks.detach(block.module)
 
@@ -554,6 +561,8 @@ class PlacedModel:
 
     def _attach(self, plan: Plan | None = None) -> None:
         """One hook for each block that needs one, and a lane for each device to which blocks travel."""
+        import torch
+
         travellers: dict[str, list[PlacedBlock]] = defaultdict(list)
         running = [block.place for block in self.blocks.values() if not block.place.block.is_idle]
         devices = {name for place in running for name in (place.compute, place.prefill) if name}
@@ -564,6 +573,8 @@ class PlacedModel:
                 travellers[block.place.compute].append(block)
             elif block.visits:
                 travellers[block.place.prefill].append(block)
+            elif block.place.is_looked_up and block.place.compute != "cpu":
+                self.lookups.append(Lookup(block.module, torch.device(block.place.compute)))
             elif block.place.block.is_idle and devices != {block.place.modules_on}:
                 # For whoever calls it by hand.
                 hooks.align_both_ways(block.module, block.place.modules_on, self._skip_keys)
@@ -593,7 +604,10 @@ class PlacedModel:
                     tensor.data = tensor.data.to(device)
 
     def _attach_model(self, devices: Collection[str]) -> None:
+        import torch
+
         first = next(iter(self.blocks.values())).place.compute
+        show_device(self.model, torch.device(first))
         hooks.detach(self.model)
         if self._visiting_hooks:
             hooks.attach(self.model, SweepHook(first, self.visits, self._skip_keys))
@@ -710,7 +724,7 @@ _TIERS = {"disk": 0, "cpu": 1}
 
 def _is_held(place: Placement) -> bool:
     """Whether a block's modules have its tensors for good, in a memory of its home."""
-    return place.way in ("resident", "cpu") or (place.way == "idle" and place.home != "disk")
+    return place.way in ("resident", "cpu") or (place.way in ("looked-up", "idle") and place.home != "disk")
 
 
 def accelerate_device_map(device_map: Mapping[str, str]) -> dict[str, int | str]:

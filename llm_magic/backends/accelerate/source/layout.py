@@ -275,6 +275,7 @@ def _read_blocks(model: Any, dtype: Any) -> tuple[Block, ...]:
             tensors=tensors,
             buffer_bytes=part.buffer_bytes,
             tied_to=ties[part.name],
+            looks_up=not ties[part.name] and _looks_up(model, part.module),
         )
         if part.layer is not None:
             block = _with_experts(replace(block, cache=next(costs)), model.config)
@@ -382,6 +383,16 @@ def _kind(model: Any, part: _Part) -> BlockKind:
     if part.module is model.get_input_embeddings() or isinstance(part.module, nn.Embedding):
         return "embedding"
     return "norm" if part.tensors and "norm" in type(part.module).__name__.lower() else "other"
+
+
+def _looks_up(model: Any, module: Any) -> bool:
+    """Whether it is a table of rows for tokens: the input embeddings, or those that layers get beside them (Gemma 3n, 4)."""
+    from torch import nn
+
+    if not isinstance(module, nn.Embedding) or module.max_norm is not None:
+        return False
+    beside = values(model.config.get_text_config(decoder=True), "vocab_size_per_layer_input")
+    return module is model.get_input_embeddings() or module.num_embeddings in beside
 
 
 def _side(name: str) -> str:
