@@ -117,6 +117,17 @@ def test_what_will_be_needed_is_brought_into_the_page_cache(file: Path, files: M
     assert resident(file) == 1
 
 
+@pytest.mark.parametrize("is_so", [True, False])
+def test_rows_at_random_bring_their_own_pages_only(is_so: bool, file: Path, files: MappedFiles) -> None:
+    stored = file_extents(file)["long"]
+    drop(file)
+    files.at_random([stored.extent], is_so=True)
+    files.at_random([stored.extent], is_so=is_so)
+    assert view(files, stored)[MIB].isfinite()
+    brought = round(resident(file) * -(-file.stat().st_size // mmap.PAGESIZE))
+    assert brought == 1 if is_so else brought > 4
+
+
 @on_linux
 def test_read_ahead_on_systems_that_cannot_populate(
     file: Path, files: MappedFiles, monkeypatch: pytest.MonkeyPatch

@@ -12,7 +12,13 @@ import pytest
 import torch
 
 from llm_magic.backends.accelerate.memory_errors import is_out_of_memory
-from llm_magic.backends.accelerate.repair import Repair, failed_device, moved_plan, relieved_plan
+from llm_magic.backends.accelerate.repair import (
+    Repair,
+    blocks_to_move,
+    failed_device,
+    moved_plan,
+    relieved_plan,
+)
 from llm_magic.errors import EngineError
 from llm_magic.plan import Plan, Workload
 from llm_magic.planning.constants import Constants
@@ -153,6 +159,26 @@ def test_where_all_layers_stream_the_cpu_takes_some(is_packed: bool) -> None:
     assert steps >= 2
     assert {place.way for place in last.placements if place.block.kind == "decoder"} == {"cpu"}
     assert {place.prefill for place in last.placements} == {""}
+
+
+def test_a_table_moves_before_layers() -> None:
+    layout, machine = layouts.llama8b(), layouts.h100()
+    plan = make_plan(layout, machine, Workload(8192), placement={"": "cuda:0"}, policy="hand")
+    labels = []
+    for _ in range(2):
+        chosen = blocks_to_move(plan, "cuda:0")
+        labels.append({place.block.label.split(".")[0] for place in chosen})
+        before, plan = plan, moved_plan(plan, chosen, "cpu")
+        assert plan.use("cuda:0").planned < before.use("cuda:0").planned
+    assert labels == [{"embed"}, {"layers"}]
+    in_ram = [place.block.label for place in blocks_to_move(plan, "cpu")]
+    assert in_ram == ["embed"]
+
+
+def test_a_table_that_is_no_room_to_speak_of_stays() -> None:
+    layout = layouts.llama(layers=32, embed_elements=1000)
+    plan = make_plan(layout, layouts.h100(), Workload(8192), placement={"": "cuda:0"}, policy="hand")
+    assert "embed" not in {place.block.label for place in blocks_to_move(plan, "cuda:0")}
 
 
 def test_the_cpu_takes_nothing_of_a_gpu_that_streams_nothing() -> None:

@@ -78,8 +78,8 @@ class Repair:
     def _demote(self, device: str) -> bool:
         """Move some layers to a slower place."""
         plan = self._plan()
-        chosen = _layers_to_move(plan, device)
-        target = _slower_place(plan, device, sum(place.block.bytes for place in chosen))
+        chosen = blocks_to_move(plan, device)
+        target = _slower_place(plan, device, _bytes(chosen))
         if not chosen or not target or not self._is_applied(moved_plan(plan, chosen, target)):
             return False
         name = {"cpu": "RAM"}.get(target, target)
@@ -162,6 +162,17 @@ def _planned_anew(plan: Plan, homes: Mapping[str, str], limits: Mapping[str, int
         options=plan.options,
         constants=Constants.from_json(plan.constants),
     )
+
+
+def blocks_to_move(plan: Plan, device: str) -> list[Placement]:
+    """Tables, where they make as much room as a layer: to look up rows elsewhere takes next to no time. Then layers."""
+    tables = [place for place in plan.placements if place.home == device and place.block.looks_up]
+    layer = min((block.bytes for block in plan.layout.layers), default=0)
+    return tables if tables and _bytes(tables) >= layer else _layers_to_move(plan, device)
+
+
+def _bytes(places: Sequence[Placement]) -> int:
+    return sum(place.block.bytes for place in places)
 
 
 def _layers_to_move(plan: Plan, device: str) -> list[Placement]:

@@ -407,6 +407,8 @@ class PlacedModel:
         block.place = place
 
     def _hold(self, block: PlacedBlock, place: Placement, plan: Plan) -> None:
+        if block.file is not None and block.place.is_looked_up:  # it may go as a whole now
+            self._mapped.at_random(block.file.extents, is_so=False)
         if place.home == "disk" and block.file is None:
             block.file = self._file_of(block)
         is_bound = place.way in ("resident", "cpu", "looked-up", "idle") or (
@@ -421,6 +423,8 @@ class PlacedModel:
         elif is_bound:
             block.tensors.bind(self._map(block))
             block.store = None
+            if place.is_looked_up and block.file is not None:
+                self._mapped.at_random(block.file.extents, is_so=True)
         else:
             block.store = block.file
             block.tensors.clear()
