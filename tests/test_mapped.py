@@ -117,6 +117,7 @@ def test_what_will_be_needed_is_brought_into_the_page_cache(file: Path, files: M
     assert resident(file) == 1
 
 
+@on_linux
 @pytest.mark.parametrize("is_so", [True, False])
 def test_rows_at_random_bring_their_own_pages_only(is_so: bool, file: Path, files: MappedFiles) -> None:
     stored = file_extents(file)["long"]
