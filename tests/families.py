@@ -96,6 +96,15 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
         "mamba_d_head": 16,
         "mamba_chunk_size": 16,
     },
+    "minimax": _GROUPED
+    | {"num_local_experts": 4, "num_experts_per_tok": 2, "block_size": 16, "sliding_window": 16}
+    | {"layer_types": ["full_attention", "linear_attention"] * 2},
+    "inkling_text": _GROUPED
+    | _EXPERTS
+    | {"n_routed_experts": 4, "n_shared_experts": 1, "mlp_layer_types": ["sparse"] * 4, "num_mtp_layers": 0}
+    | {"layer_types": ["hybrid_sliding", "hybrid"] * 2, "sliding_window_size": 16, "swa_head_dim": 16}
+    | {"swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "d_rel": 8, "rel_extent": 64}
+    | {"unpadded_vocab_size": tiny.VOCABULARY},
     "cpmant": {"dim_head": 16, "dim_ff": 128, "init_std": 0.2},
 }
 """What each model's configuration says beside the usual widths."""

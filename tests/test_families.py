@@ -21,7 +21,7 @@ from tests.engines import BACKEND, ask, load, plan_for, request
 from tests.families import FAMILIES, save
 from tests.placements import stock
 
-OWN_STATE = ("cpmant",)  # its forward pass counts on the loop of transformers
+OWN_STATE = ("cpmant", "minimax")  # counts on the loop of transformers; has a cache of its own
 HISTORY = ("deepseek_v4",)  # what is compressed is planned as if it were not
 TOKENS = 40
 ASKED = "The capital of France is Paris, and the capital of Italy"

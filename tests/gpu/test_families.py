@@ -19,7 +19,7 @@ from tests.placements import placed_plan  # noqa: E402
 
 WAYS = {**ON_GPU, **HYBRID}
 ASKED = request("The capital of France is Paris, and the capital of Italy", chat="a", max_new_tokens=24)
-EAGER = ("gpt_neo", "glm_moe_dsa", "deepseek_v4", "falcon_h1", "cpmant")
+EAGER = ("gpt_neo", "glm_moe_dsa", "deepseek_v4", "falcon_h1", "cpmant", "minimax", "inkling_text")
 
 
 @pytest.fixture(scope="module")

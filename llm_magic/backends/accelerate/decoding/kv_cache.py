@@ -244,17 +244,21 @@ def crop(cache: Any, length: int) -> bool:
 
 def can_take_back(model: Any) -> bool:
     """Whether tokens of a pass can be taken back: several can be verified at once then."""
-    import inspect
-
-    if model.config.is_encoder_decoder or goes_one_by_one(model):
-        return False
-    takes_cache = "past_key_values" in inspect.signature(model.forward).parameters
-    return takes_cache and Rollback(_new_cache(model)).is_possible
+    return _takes_ours(model) and Rollback(_new_cache(model)).is_possible
 
 
 def goes_one_by_one(model: Any) -> bool:
     """Whether each pass that goes on from a KV cache must be one of a single token."""
     return model.config.model_type in _ONE_BY_ONE
+
+
+def _takes_ours(model: Any) -> bool:
+    """Whether the model works with a cache that we make; MiniMax-01, for one, has a class of its own."""
+    import inspect
+
+    takes_any = "past_key_values" in inspect.signature(model.forward).parameters
+    is_usual = takes_any and model._supports_default_dynamic_cache()
+    return is_usual and not model.config.is_encoder_decoder and not goes_one_by_one(model)
 
 
 def _new_cache(model: Any) -> Any:
@@ -264,13 +268,7 @@ def _new_cache(model: Any) -> Any:
 
 
 def _can_keep(model: Any) -> bool:
-    import inspect
-
-    if (
-        model.config.is_encoder_decoder
-        or goes_one_by_one(model)
-        or "past_key_values" not in inspect.signature(model.forward).parameters
-    ):
+    if not _takes_ours(model):
         return False
     layers = with_tokens(_new_cache(model).layers)
     if any(map(has_state, layers)):
@@ -281,10 +279,7 @@ def _can_keep(model: Any) -> bool:
 
 def _can_follow(model: Any) -> bool:
     """Whether the answer's cache can be one of ours, though nothing is kept: keys and values, and states."""
-    import inspect
-
-    takes_cache = "past_key_values" in inspect.signature(model.forward).parameters
-    if model.config.is_encoder_decoder or goes_one_by_one(model) or not takes_cache:
+    if not _takes_ours(model):
         return False
     layers = with_tokens(_new_cache(model).layers)
     return any(map(is_plain, layers)) and all(is_plain(layer) or has_state(layer) for layer in layers)

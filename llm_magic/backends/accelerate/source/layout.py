@@ -391,6 +391,8 @@ def _looks_up(model: Any, module: Any) -> bool:
 
     if not isinstance(module, nn.Embedding) or module.max_norm is not None:
         return False
+    if len(list(module.parameters())) > 1:  # Inkling's has a norm
+        return False
     beside = values(model.config.get_text_config(decoder=True), "vocab_size_per_layer_input")
     return module is model.get_input_embeddings() or module.num_embeddings in beside
 
