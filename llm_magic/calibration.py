@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from llm_magic.events import Progress, SweepSpeed
 from llm_magic.hookspecs import Engine
+from llm_magic.host.contention import Moment, taken_by_others
 from llm_magic.host.measurements import here, load_fit, save_fit
 from llm_magic.machine import Machine
 from llm_magic.model import ModelLayout
@@ -35,13 +36,15 @@ class Calibration:
 
     ``machine`` was measured anew. With a model loaded, ``name`` is its name, ``speed`` what its
     sweeps took, and ``comparisons`` hold forecasts against that; an engine that takes no time has
-    none of both.
+    none of both. ``others`` is the share of the processor that other programs took meanwhile, where
+    nothing of it was left.
     """
 
     machine: Machine
     name: str = ""
     speed: SweepSpeed | None = None
     comparisons: tuple[Comparison, ...] = ()
+    others: float = 0.0
 
 
 def kept_constants(layout: ModelLayout, machine: Machine) -> Constants:
@@ -69,7 +72,9 @@ def calibrate(name: str, engine: Engine, machine: Machine, progress: Progress) -
         Measured now; what the model holds counts as free.
     """
     old = kept_constants(engine.plan.layout, engine.plan.machine)
+    before = Moment.now()
     speed = engine.measure(progress)
+    others = taken_by_others(before, Moment.now())
     if speed.decode_s <= 0:
         return Calibration(machine, name)
     workload = replace(engine.plan.workload, prefill_tokens=max(1, speed.prefill_tokens))
@@ -80,7 +85,7 @@ def calibrate(name: str, engine: Engine, machine: Machine, progress: Progress) -
     found = tuple(_compared(speed, _forecast(was, old), _forecast(now, constants)))
     plan = replace(now, workload=engine.plan.workload)
     engine.apply(replace(plan, forecast=_forecast(plan, constants)), progress)  # nothing moves
-    return Calibration(machine, name, speed, found)
+    return Calibration(machine, name, speed, found, others)
 
 
 def _forecast(plan: Plan, constants: Constants) -> Forecast:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from llm_magic import calibration
 from llm_magic.calibration import kept_constants
 from llm_magic.commands.help import command_parser
 from llm_magic.errors import EngineError, OptionError
@@ -66,11 +67,11 @@ def kept_of(plan: Plan) -> Constants:
 
 
 def test_the_forecast_after_a_bench_is_what_was_measured(session, backend) -> None:
-    speed, calibration = backend.engines[0].speed, session.bench()
-    assert [c.what for c in calibration.comparisons] == ["decode", "prefill of 2000"]
+    speed, found = backend.engines[0].speed, session.bench()
+    assert [c.what for c in found.comparisons] == ["decode", "prefill of 2000"]
     measured = [1 / speed.decode_s, TOKENS / speed.prefill_s]
-    assert [c.measured_tps for c in calibration.comparisons] == pytest.approx(measured)
-    for comparison in calibration.comparisons:
+    assert [c.measured_tps for c in found.comparisons] == pytest.approx(measured)
+    for comparison in found.comparisons:
         assert comparison.before_tps != pytest.approx(comparison.measured_tps, rel=0.15)
         assert comparison.after_tps == pytest.approx(comparison.measured_tps, rel=0.15)
 
@@ -108,8 +109,8 @@ def test_a_described_machine_is_planned_with_the_defaults(session, tmp_path) -> 
 
 
 def test_the_machine_alone(session, backend) -> None:
-    calibration = session.bench(machine_only=True)
-    assert (calibration.speed, calibration.comparisons) == (None, ())
+    found = session.bench(machine_only=True)
+    assert (found.speed, found.comparisons) == (None, ())
     assert load_measurements(*here()) is not None
     assert kept_of(session.model().plan) == Constants()
     session.unload()
@@ -131,10 +132,14 @@ def test_what_is_shown(session, backend) -> None:
     assert "Plans on this computer are made with these figures from now on." in shown
 
 
+def test_other_programs_are_named(session, monkeypatch) -> None:
+    monkeypatch.setattr(calibration, "taken_by_others", lambda _before, _after: 0.42)
+    assert "Other programs took 42 % of the processor meanwhile" in " ".join(bench(session).split())
+
+
 def test_an_engine_that_has_nothing_to_measure_is_no_obstacle(session, backend) -> None:
     backend.engines[0].speed = SweepSpeed(0.0, 0.0, 0)
-    calibration = session.bench()
-    assert calibration.comparisons == ()
+    assert session.bench().comparisons == ()
     assert kept_of(session.model().plan) == Constants()
 
 

@@ -13,7 +13,7 @@ from llm_magic.session import Session
 from llm_magic.units import format_bandwidth, format_flops, format_rate, format_seconds
 from llm_magic.views.report import Report
 from llm_magic.views.table import line_report, stack, table_report
-from llm_magic.views.words import TIERS, device_title
+from llm_magic.views.words import TIERS, device_title, share_words
 
 _OFF = 0.15  # of what was measured; a forecast further off is worth a word
 
@@ -71,10 +71,15 @@ def _forecasts(calibration: Calibration) -> Report:
         for c in calibration.comparisons
     ]
     headers = (calibration.name, "FORECAST BEFORE", "MEASURED", "FORECAST NOW")
-    return table_report(headers, rows, _verdict(calibration.comparisons))
+    return table_report(headers, rows, _verdict(calibration.comparisons, calibration.others))
 
 
-def _verdict(comparisons: tuple[Comparison, ...]) -> str:
+def _verdict(comparisons: tuple[Comparison, ...], others: float) -> str:
+    if others:
+        return (
+            f"Other programs took {share_words(others)} of the processor meanwhile, and plans are made with what "
+            "they left: measure again when they have ended."
+        )
     off = [c.what for c in comparisons if abs(c.after_tps / c.measured_tps - 1) > _OFF]
     if off:
         return (
