@@ -37,6 +37,7 @@ RECIPE = (
 REPEAT = f"{RECIPE}\n\n" * 3 + "Boil two litres of water"
 """A text that repeats itself: the model goes on with it once more."""
 
+EMBEDDING = "model.embed_tokens"
 PLACEMENTS = {"all in RAM": 0.0, "half of the layers on disk": 0.5, "all layers on disk": 1.0}
 
 
@@ -252,6 +253,26 @@ def experts(setup: Setup) -> None:
     )
 
 
+def tables(setup: Setup) -> None:
+    """An untied embedding on disk, where its rows are looked up, beside all in RAM."""
+    folder = setup.made("wide-vocabulary")
+    in_ram = placement(folder, "cpu")
+    on_disk = {**in_ram, EMBEDDING: "disk"}
+    case = {"prompt": words(256, 128256), "tokens": setup.tokens}
+    contenders = [
+        Contender("llm_magic, all in RAM", "engine", _ours(folder, in_ram, 512), case),
+        Contender("llm_magic, embedding on disk", "engine", _ours(folder, on_disk, 512), case),
+        Contender("stock Accelerate, embedding on disk", "accelerate", _stock(folder, on_disk), case),
+    ]
+    group = setup.run("tables", contenders)
+    mine = [each.name for each in contenders[:2]]
+    title = "Random Llama, 8 layers, an untied embedding of 263 MB, bf16, prompt of 256"
+    setup.report.add(group, title, [DECODE, PREFILL, FIRST], reference=mine[0], same_answers=[mine])
+    setup.report.note(
+        Figure("CPU, embedding on disk, warm: of all in RAM", group.ratio(mine[1], mine[0]), 0.97)
+    )
+
+
 def disk(setup: Setup) -> None:
     """A model of 1.6 GB on disk, cold, against what the disk gives; and warm."""
     if not setup.large:
@@ -299,8 +320,8 @@ def _warm_disk(setup: Setup, folder: str, case: Mapping[str, object]) -> None:
     note(Figure("CPU, all layers on disk, warm, 1.6 GB: times stock Accelerate", group.ratio(mapped, stock)))
 
 
-def _ours(folder: str, device_map: Mapping[str, str]) -> dict[str, object]:
-    return {"source": folder, "device_map": dict(device_map), "context": 256}
+def _ours(folder: str, device_map: Mapping[str, str], context: int = 256) -> dict[str, object]:
+    return {"source": folder, "device_map": dict(device_map), "context": context}
 
 
 def _stock(folder: str, device_map: Mapping[str, str]) -> dict[str, object]:
@@ -314,5 +335,6 @@ GROUPS: dict[str, Callable[[Setup], None]] = {
     "screens": screens,
     "moves": moves,
     "experts": experts,
+    "tables": tables,
     "disk": disk,
 }

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
-from benchmarks.cpu import REPEAT, Setup
+from benchmarks.cpu import EMBEDDING, REPEAT, Setup
 from benchmarks.models import placement, words
 from benchmarks.protocol import Contender, Group, once
 from benchmarks.report import BANDWIDTH, DECODE, FIRST, PER_SWEEP, PREFILL, Column, Figure
@@ -105,16 +105,22 @@ def ceilings(setup: Setup) -> None:
 def resident(setup: Setup) -> None:
     """All on the device, bf16: captured at once, and after the warm-up in the background."""
     model = large(setup)
-    contenders = [BUS, model.ours("llm_magic, at once", compiled=False), model.stock(), *model.llama_cpp(-1)]
+    ours = model.ours("llm_magic, at once", compiled=False)
+    device_map = {**placement(model.folder, GPU), EMBEDDING: "cpu"}
+    looked_up = Contender(
+        "llm_magic, embedding in RAM", "engine", {**ours.options, "device_map": device_map}, ours.case
+    )
+    contenders = [BUS, ours, looked_up, model.stock(), *model.llama_cpp(-1)]
     group = setup.run("resident", contenders)
     title = f"All resident, bf16, prompt of {PROMPT_TOKENS}"
     columns = [DECODE, PREFILL, FIRST, READS]
-    same = [["llm_magic, at once", "stock Accelerate"]]
+    same = [["llm_magic, at once", "stock Accelerate"], ["llm_magic, at once", looked_up.name]]
     setup.report.add(group, f"{title}, layers not compiled yet", columns, "stock Accelerate", same)
     note = setup.report.note
     note(
         Figure("GPU, resident bf16: times eager", group.ratio("llm_magic, at once", "stock Accelerate"), 3.5)
     )
+    note(Figure("GPU, embedding in RAM: of all resident", group.ratio(looked_up.name, ours.name), 0.97))
     first = group.ratio("llm_magic, at once", "stock Accelerate", "first_token_s")
     note(Figure("GPU, resident bf16: first token, of eager's time", first, 1.0, at_most=True))
 

@@ -43,10 +43,21 @@ MIXTURE = {
     "max_position_embeddings": 4096,
     "tie_word_embeddings": True,
 }
+WIDE_VOCABULARY = {
+    "hidden_size": 1024,
+    "intermediate_size": 2816,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "vocab_size": 128256,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": False,
+}
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-8b": ("Llama", LLAMA_8B),
     "llama-1b": ("Llama", LLAMA_1B),
     "mixture": ("Qwen3Moe", MIXTURE),
+    "wide-vocabulary": ("Llama", WIDE_VOCABULARY),
 }
 
 
