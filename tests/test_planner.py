@@ -91,6 +91,22 @@ def test_experts_multiply_the_mlp_peak():
     assert activation_bytes(layout, Workload(1024)) == 131072 + 3145728 + 262144 + 524288 + 2 * MIB
 
 
+@pytest.mark.parametrize("width", [64, 65536])
+def test_rows_for_every_layer_take_room_beside_the_hidden_states(width: int):
+    # 512 tokens: narrow rows are less than what a layer takes, wide ones are most before the first layer
+    table = Block(
+        "model.embed_tokens_per_layer",
+        "embed_tokens_per_layer",
+        "embedding",
+        (replace(tensor("t", 1000 * width), shape=(1000, width)),),
+        looks_up=True,
+    )
+    layout = replace(toy(), blocks=(*toy().blocks, table))
+    rows = 512 * width * 2
+    before = 2 * rows + 512 * width * 8
+    assert activation_bytes(layout, Workload(1024)) == max(ACTIVATIONS + rows, before)
+
+
 def test_grouped_queries_repeat_the_prefix():
     # 12 heads share 3 keys and values: attention after a prefix repeats the layer's 1 MiB 4 times
     layout = toy()

@@ -52,6 +52,9 @@ def activation_bytes(layout: ModelLayout, workload: Workload) -> int:
       + what attention over a prefix adds           see ``_attention_bytes``
       + 3 states for every scanned token            recurrent layers, see ``_scan_bytes``
       + the largest packed matrix in ``e`` bytes    a prefill unpacks one weight at a time
+      + T·W·e                                       rows of ``W`` values for all layers (Gemma 3n, 4)
+
+    Before the first layer, such rows take T·W·(2·e + 8): looked up, projected, and the norm's fp32 copies.
 
     A pass that is shorter than the context comes after a prefix (an earlier part of the prompt, a
     kept chat) that fills the rest of it.
@@ -68,7 +71,15 @@ def activation_bytes(layout: ModelLayout, workload: Workload) -> int:
     largest_cache = workload.largest_cache_bytes(layout)
     peak = 2 * row + max(6 * row, 8 * tokens * layout.hidden_size, mlp)
     rest = _attention_bytes(layout, workload) + _scan_bytes(layout, workload) + _unpacked_bytes(layout)
-    return peak + largest_cache // 2 + rest
+    beside = tokens * _row_beside(layout)
+    kept = beside * dtype_bytes(layout.dtype)
+    return max(peak + largest_cache // 2 + rest + kept, 2 * kept + 8 * beside)
+
+
+def _row_beside(layout: ModelLayout) -> int:
+    """Values that tables have for a token beside its embedding: for each layer some."""
+    tables = [block for block in layout.blocks if block.looks_up and block.label != "embed"]
+    return sum(tensor.shape[-1] for block in tables for tensor in block.tensors)
 
 
 def can_prefill_in_parts(layout: ModelLayout) -> bool:
