@@ -1029,16 +1029,22 @@ def test_a_cache_has_the_right_tokens_after_steps_were_made_anew(usual: Any, sto
         assert_close(layer.values, other.values)
 
 
-def test_without_memory_for_fixed_addresses_the_answer_goes_on(usual: Any) -> None:
+@pytest.mark.parametrize("room", [0, 3, 6])
+def test_without_memory_for_fixed_addresses_the_answer_goes_on(usual: Any, room: int) -> None:
+    """Some layers have moved there by then, and others have not."""
     tested, ids = usual, prompts()
     wanted = answer(tested, ids)
     steps = step_of(tested)
     steps.prepare(ids.shape[1] + 24)
     cache = prefilled(tested, ids)
-    with Full(3):
+    with Full(room):
         assert steps.step(cache, 1, 1) is None
     assert "no memory" in steps.status
     assert cache.get_seq_length() == 8
+    again = prefilled(tested, ids)
+    for layer, other in zip(cache.layers, again.layers, strict=True):
+        assert torch.equal(layer.keys, other.keys)
+        assert torch.equal(layer.values, other.values)
     assert answer(tested, ids, Decoding(Gathered(), quick=steps)) == wanted
     steps.prepare(ids.shape[1] + 24)
     assert steps.step(cache, 1, 1) is steps

@@ -264,6 +264,23 @@ def test_nothing_is_allocated_in_the_steady_state(streamed: bool) -> None:
         held.close()
 
 
+def test_keys_and_values_are_held_once_on_their_way_to_fixed_addresses() -> None:
+    model, ids = new_model("middle"), prompt(1, 480)
+    with torch.no_grad():
+        cache = model(ids, use_cache=True).past_key_values
+    held = sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
+    steps = new_steps(model)
+    steps.prepare(490)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    assert steps.step(cache, 1, 1) is steps
+    fixed = sum(tensor.nbytes for tensor in steps.tensors())
+    most = torch.cuda.max_memory_allocated() - before
+    assert most < 1.01 * (fixed - held + held / len(cache.layers)) + 2**16
+    assert held > 0.9 * fixed
+    steps.close()
+
+
 def test_everything_is_given_back() -> None:
     """From the second time on: the first leaves the workspace that cuBLAS has on the recorder's stream."""
     model, timed = new_model("tiny"), Timed()

@@ -340,18 +340,18 @@ class CapturedSteps:
         """Move the tokens of ``cache`` to fixed addresses; ``False`` when there is no memory for them."""
         import torch
 
+        capacity, written = self._capacity(self._room), int(cache.get_seq_length())
         try:
-            is_new = self._static.reserve(cache, batch, self._capacity(self._room))
+            if self._inputs is None or not self._static.has_room(batch, capacity):
+                self._forget_graphs()  # of other addresses
+                self._inputs = Inputs(*self._static.size_for(batch, capacity), self._device)
+            self._inputs.pad(self._attention_mask)
+            self._static.take(cache, batch, capacity)
         except torch.OutOfMemoryError:
             self._forget_graphs()
             self._has_room = False
             return False
-        if is_new or self._inputs is None:
-            self._forget_graphs()
-            self._inputs = Inputs(self._static.batch, self._static.capacity, self._device)
-        self._written = self._static.take(cache)
-        self._dynamic, self._batch = cache, batch
-        self._inputs.pad(self._attention_mask)
+        self._dynamic, self._batch, self._written = cache, batch, written
         self._fence()
         return True
 
@@ -475,7 +475,7 @@ class CapturedSteps:
             yield
         except BaseException:
             for state, before in saved:
-                state.restore(before)
+                state.put(before)
             raise
 
     def _sweep_once(self, shape: Shape) -> None:

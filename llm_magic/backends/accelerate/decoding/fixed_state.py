@@ -29,22 +29,23 @@ class FixedState:
         """Make room for a state like this one."""
         self.layer = _copy(like)
 
-    def take(self, source: Any) -> None:
-        """Take a state over; ``source`` has seen nothing then."""
-        self._set(source)
-        source.__init__(number_of_states=source.number_of_states)
+    def put(self, source: Any) -> None:
+        """Hold a copy of this state, at the addresses that there are."""
+        own, theirs = layer_tensors(self.layer), layer_tensors(source)
+        for name, tensor in own.items():
+            tensor.copy_(theirs[name])
+        for name, held in vars(source).items():
+            if isinstance(held, dict):
+                told = {key: value for key, value in held.items() if (name, key) not in own}
+                vars(self.layer)[name].update(told)
 
     def give(self, target: Any) -> None:
         """Copy the state back."""
         vars(target).update(vars(_copy(self.layer)))
 
     def saved(self) -> Any:
-        """A copy, for `restore`."""
+        """A copy, for `put`."""
         return _copy(self.layer)
-
-    def restore(self, saved: Any) -> None:
-        """Be as it was when that copy was made."""
-        self._set(saved)
 
     def free(self) -> None:
         """Give the memory back."""
@@ -53,15 +54,6 @@ class FixedState:
     def tensors(self) -> Iterator[Any]:
         """All that is allocated."""
         yield from layer_tensors(self.layer).values() if self.layer is not None else ()
-
-    def _set(self, source: Any) -> None:
-        own, theirs = layer_tensors(self.layer), layer_tensors(source)
-        for name, tensor in own.items():
-            tensor.copy_(theirs[name])
-        for name, held in vars(source).items():
-            if isinstance(held, dict):
-                told = {key: value for key, value in held.items() if (name, key) not in own}
-                vars(self.layer)[name].update(told)
 
 
 def _copy(layer: Any) -> Any:

@@ -172,7 +172,7 @@ class StaticCache:
     states
         Its `FixedState` s, by their index.
     batch, capacity
-        Sequences and tokens that there is room for; 0 before ``reserve``.
+        Sequences and tokens that there is room for; 0 before ``take``.
     """
 
     def __init__(self, windows: Sequence[int | None]) -> None:
@@ -191,27 +191,58 @@ class StaticCache:
         has_states = all(state.layer is not None for state in self.states.values())
         return has_states and all(layer.buffers for layer in self.layers.values() if layer.places)
 
-    def reserve(self, like: Any, batch: int, capacity: int) -> bool:
-        """Have room for this much of a cache like that; ``False`` when there was, at the same addresses.
-
-        What was larger before stays larger. When memory runs out nothing is held any more.
-        """
+    def has_room(self, batch: int, capacity: int) -> bool:
+        """Whether ``take`` needs no new room, and addresses stay as they are."""
         is_wide_enough = batch == self.batch if self.states else batch <= self.batch
-        if is_wide_enough and capacity <= self.capacity:
-            return False
-        batch, capacity = batch if self.states else max(batch, self.batch), max(capacity, self.capacity)
-        self.free()
-        try:
-            for source, layer in self._pairs(like):
-                layer.allocate(source.keys, source.values, batch, capacity)
-            for index, state in self.states.items():
-                state.allocate(like.layers[index])
-                self.cache.layers[index] = state.layer
-        except BaseException:
+        return is_wide_enough and capacity <= self.capacity
+
+    def size_for(self, batch: int, capacity: int) -> tuple[int, int]:
+        """Sequences and tokens that there will be room for after ``take``: what was larger before stays larger."""
+        return batch if self.states else max(batch, self.batch), max(capacity, self.capacity)
+
+    def take(self, dynamic: Any, batch: int, capacity: int) -> None:
+        """Move the tokens of a ``DynamicCache`` here, with room for ``capacity`` tokens of ``batch`` sequences.
+
+        Each layer is emptied as soon as it was copied, and new room for the next one is made only then: memory holds
+        the tokens once, and one layer twice.
+
+        Raises
+        ------
+        RuntimeError
+            When memory runs out: the cache is what it was then, and nothing is held here any more.
+        """
+        length = int(dynamic.get_seq_length())
+        is_new = not self.has_room(batch, capacity)
+        batch, capacity = self.size_for(batch, capacity)
+        if is_new:
             self.free()
+        emptied: list[tuple[Any, FixedLayer, int]] = []
+        try:
+            for source, target in self._pairs(dynamic):
+                if is_new:
+                    target.allocate(source.keys, source.values, batch, capacity)
+                target.put(source.keys, source.values, length)
+                if not target.window:
+                    emptied.append((source, target, source.keys.shape[0]))
+                    empty(source)
+            for index, state in self.states.items():
+                if is_new:
+                    state.allocate(dynamic.layers[index])
+                    self.cache.layers[index] = state.layer
+                state.put(dynamic.layers[index])
+        except BaseException:
+            self._lend(emptied, length)
             raise
+        for layer in dynamic.layers:  # windows and states: they are small
+            empty(layer)
         self.batch, self.capacity = batch, capacity
-        return True
+
+    def _lend(self, emptied: Sequence[tuple[Any, FixedLayer, int]], length: int) -> None:
+        """Let emptied layers have the room that their tokens are in: for another one there is no memory."""
+        for source, target, batch in emptied:
+            source.keys, source.values = target.taken(batch, length)
+            source.is_initialized = True
+        self.free()
 
     def show(self, batch: int, visible: int, slots: Any) -> None:
         """Let the next sweep see the first ``visible`` tokens, or what a window leaves of them, and write to ``slots``."""
@@ -233,26 +264,13 @@ class StaticCache:
             yield from state.tensors()
 
     def free(self) -> None:
-        """Give all memory back; ``reserve`` makes it usable again."""
+        """Give all memory back; ``take`` makes it usable again."""
         for layer in self.layers.values():
             layer.free()
         for index, state in self.states.items():
             state.free()
             self.cache.layers[index] = None
         self.batch = self.capacity = 0
-
-    def take(self, dynamic: Any) -> int:
-        """Move the tokens of a ``DynamicCache`` into the reserved room; returns how many they are.
-
-        Each layer is emptied as soon as it was copied.
-        """
-        length = int(dynamic.get_seq_length())
-        for source, target in self._pairs(dynamic):
-            target.put(source.keys, source.values, length)
-            empty(source)
-        for index, state in self.states.items():
-            state.take(dynamic.layers[index])
-        return length
 
     def give(self, dynamic: Any, batch: int, length: int, *, frees: bool = False) -> None:
         """Copy the first ``length`` tokens of ``batch`` sequences back into the cache they came from.
