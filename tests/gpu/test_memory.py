@@ -14,6 +14,7 @@ from tests.gpu.conftest import IS_SIMULATED  # noqa: E402
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not IS_SIMULATED, reason="of the simulated device alone")]
 
+from llm_magic.backends.accelerate import quick  # noqa: E402
 from llm_magic.errors import EngineError  # noqa: E402
 from llm_magic.machine import Device  # noqa: E402
 from llm_magic.plan import Plan  # noqa: E402
@@ -25,10 +26,11 @@ from tests import tiny  # noqa: E402
 from tests.engines import BACKEND, MACHINE, ask, plan_for, request  # noqa: E402
 from tests.gpu.test_placed import DEVICE, HYBRID, ON_GPU, _own_folders  # noqa: E402, F401
 from tests.placements import placed_plan  # noqa: E402
-from tests.simulated_cuda import fail_allocation_in  # noqa: E402
+from tests.simulated_cuda import fail_allocation_in, set_total_memory  # noqa: E402
 
 WAYS = {**ON_GPU, **HYBRID}
 MANY = 1_000_000
+_GRAPHS = 256 * 1024  # what recorded sweeps of so small a model keep
 TRIALS = 10  # of the allocations of some answers, evenly spread
 ASKED = [
     request("The capital of France", max_new_tokens=12, chat="a"),
@@ -76,6 +78,50 @@ def test_answers(way: str, folder: Path) -> None:
         assert answers(engine) == expected, nth
         engine.close()
     assert mended
+
+
+def test_a_long_chat_is_captured_where_the_plan_fills_the_gpu(folder: Path) -> None:
+    """There is room for its keys and values, and for one layer's once more."""
+    spec, _ = plan_for(folder, "ram")
+    placed = plan(folder, "resident")
+    engine = BACKEND.load(spec, placed, lambda _event: None)
+    text = "The capital of France is Paris, and the capital of Italy. " * 3
+    turns = [text]
+    wanted = BACKEND.load(*plan_for(folder, "ram"), lambda _event: None)
+    use = placed.use(DEVICE)
+    layer = placed.layout.layers[0].cache.bytes_for(placed.workload.context_length)
+    torch.cuda.empty_cache()
+    room = use.kv_cache + use.activations + layer + _GRAPHS
+    before = set_total_memory(torch.cuda.memory_reserved() + room)
+    try:
+        for question in ("And of Spain? " * 3, "Of Greece? " * 3, "Of Norway?"):
+            asked = request(*turns, max_new_tokens=8, chat="talk")
+            answer = ask(engine, asked)
+            assert answer.text == ask(wanted, asked).text
+            assert (answer.finish.notes, engine._quick.steps.status) == ((), "captured decode")
+            turns += [answer.text, question]
+        assert engine._caches.tokens > placed.workload.context_length // 2
+    finally:
+        set_total_memory(before)
+        engine.close()
+        wanted.close()
+
+
+@pytest.mark.parametrize("left", [0, MANY])
+def test_fixed_addresses_go_before_a_prompt_that_has_no_room_beside_them(
+    left: int, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec, _ = plan_for(folder, "ram")
+    engine = BACKEND.load(spec, plan(folder, "resident"), lambda _event: None)
+    expected = answers(engine)
+    monkeypatch.setattr(quick, "free_bytes", lambda _device: left)
+    steps, held = engine._quick.steps, []
+    prepare = steps.prepare
+    monkeypatch.setattr(steps, "prepare", lambda room: (held.append(steps.holds_memory), prepare(room)))
+    assert answers(engine) == expected
+    assert held == [left > 0] * len(ASKED)
+    assert steps.status == "captured decode"
+    engine.close()
 
 
 @pytest.mark.parametrize("after", ["resident", "streamed", "streamed, and computed by the CPU"])

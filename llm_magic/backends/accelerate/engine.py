@@ -38,8 +38,8 @@ from llm_magic.events import (
     SweepSpeed,
 )
 from llm_magic.harmless.paths import without_paths
-from llm_magic.plan import Plan
-from llm_magic.planning.costs import longest_pass
+from llm_magic.plan import Plan, Workload
+from llm_magic.planning.costs import activation_bytes, longest_pass
 from llm_magic.planning.planner import refusal
 from llm_magic.views.words import grouped, on_device
 
@@ -287,6 +287,7 @@ class TransformersEngine:
                 self._caches.new()
             )  # one that passes can be taken back from, and that blocks can take along
         decoding.part_tokens = self._pass_length(prompt, cached, config)
+        self._quick.give_way(self._prompt_bytes(len(prompt.ids), cached, decoding.part_tokens))
         if keep and self._caches.needs_mark(room):
             decoding.mark = self._lasting(request, prompt)
             decoding.marked = lambda: self._caches.mark(decoding.mark)
@@ -344,6 +345,12 @@ class TransformersEngine:
         if not self._caches.can_keep or config.use_cache is False:
             return new
         return longest_pass(self.plan, len(prompt.ids), cached)
+
+    def _prompt_bytes(self, length: int, cached: int, part: int) -> int:
+        """What a device needs to read a prompt: new keys and values, and what a pass makes beside them."""
+        layout = self.plan.layout
+        new = sum(b.cache.bytes_for(length) - b.cache.bytes_for(cached) for b in layout.layers)
+        return new + activation_bytes(layout, Workload(length, prefill_tokens=part))
 
     def _explained(self, error: BaseException, block: str = "") -> BaseException:
         """The error to raise for one that came out of the model; emptied of the tensors it held."""

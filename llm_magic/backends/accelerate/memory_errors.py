@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 _SIGNS = (
     "out of memory",
     "not enough memory",
@@ -23,6 +25,15 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     text = str(error)
     return isinstance(error, RuntimeError) and any(sign in text for sign in _SIGNS)
+
+
+def free_bytes(device: Any) -> int:
+    """What a CUDA device has left for tensors of this process, its allocator's own spare memory included."""
+    import torch
+
+    cuda: Any = torch.cuda
+    free, _total = cuda.mem_get_info(device)
+    return int(free + cuda.memory_reserved(device) - cuda.memory_allocated(device))
 
 
 def release_memory() -> None:

@@ -15,6 +15,7 @@ from llm_magic.backends.accelerate.decoding.pace import Pace
 from llm_magic.backends.accelerate.decoding.proposers import DraftModel, PromptLookup
 from llm_magic.backends.accelerate.decoding.speculate import Speculation
 from llm_magic.backends.accelerate.decoding.warmup import WarmUp, regional, resident_layers
+from llm_magic.backends.accelerate.memory_errors import free_bytes
 from llm_magic.backends.accelerate.placement.placed import PlacedModel
 from llm_magic.errors import OptionError
 
@@ -148,6 +149,14 @@ class Quick:
         """Put the first ``length`` tokens into the cache again."""
         if self.steps:
             self.steps.give_back(length)
+
+    def give_way(self, needed: int) -> None:
+        """Let fixed addresses of the last answer go where a prompt that needs so many bytes has no room beside them.
+
+        Reading it would fail and begin anew.
+        """
+        if self.steps and self.steps.holds_memory and needed > free_bytes(self.steps.device):
+            self.steps.free()
 
     def prepare(self, room: int) -> None:
         """Before an answer of at most ``room`` tokens, its prompt included."""

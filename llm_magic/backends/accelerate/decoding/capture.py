@@ -183,6 +183,8 @@ class CapturedSteps:
     ----------
     reason
         Why sweeps are not captured; empty as long as they are.
+    device
+        Where the model takes its input.
     """
 
     def __init__(
@@ -201,7 +203,7 @@ class CapturedSteps:
         self._model = model
         self._context = context
         self._recorder = recorder
-        self._device = device
+        self.device = device
         self._lanes, self._lookups = tuple(lanes), tuple(lookups)
         self._settle = settle
         self._warm_up = warm_up
@@ -312,7 +314,7 @@ class CapturedSteps:
 
         Nothing goes in the midst of an answer whose tokens are here.
         """
-        if self._dynamic is not None or not self._static.capacity:
+        if self._dynamic is not None or not self.holds_memory:
             return False
         self._forget_graphs()
         self._drop_static()
@@ -330,6 +332,11 @@ class CapturedSteps:
         compiled = any(recorded.compiled for recorded in self._graphs.values())
         return "captured decode, compiled layers" if compiled else "captured decode"
 
+    @property
+    def holds_memory(self) -> bool:
+        """Whether there is a KV cache, with tokens or without."""
+        return bool(self._static.capacity)
+
     def tensors(self) -> Iterator[Any]:
         """The KV cache's memory."""
         return self._static.tensors()
@@ -344,7 +351,7 @@ class CapturedSteps:
         try:
             if self._inputs is None or not self._static.has_room(batch, capacity):
                 self._forget_graphs()  # of other addresses
-                self._inputs = Inputs(*self._static.size_for(batch, capacity), self._device)
+                self._inputs = Inputs(*self._static.size_for(batch, capacity), self.device)
             self._inputs.pad(self._attention_mask)
             self._static.take(cache, batch, capacity)
         except torch.OutOfMemoryError:
