@@ -33,6 +33,7 @@ TOWERS = {
     "llava": ["vision_tower", "multi_modal_projector"],
     "gemma3": ["vision_tower", "multi_modal_projector"],
     "smolvlm": ["vision_model", "connector"],
+    "idefics3": ["vision_model", "connector"],
     "qwen2.5-vl": ["visual"],
     "qwen3-vl": ["visual"],
     "glm4v": ["visual"],

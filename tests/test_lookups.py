@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers.models.gemma3n.modeling_gemma3n import Gemma3nTextScaledWordEmbedding
 
+from llm_magic.backends.accelerate.placement import blocks
 from llm_magic.backends.accelerate.placement.lookups import Lookup
 from tests.engines import BACKEND, ask, plan_for, request
 from tests.placements import HOMES, PROMPT, Where, everywhere, load_placed, logits, placed_plan, stock
@@ -74,9 +75,9 @@ def test_rows_of_other_ids_than_the_tokens_are_refused(table: nn.Embedding) -> N
     lookup.fill(torch.tensor([[1, 2]]))
     with lookup.filled(), pytest.raises(RuntimeError, match="other rows"):
         table(torch.tensor([[2, 2]]))
-    lookup.fill(
-        torch.tensor([[1, 25]])
-    )  # a table of fewer rows than there are tokens has row 0 for the others
+    with pytest.raises(IndexError):
+        table(torch.tensor([[25]]))
+    lookup.fill(torch.tensor([[1, 25]]))  # a model that has no row for a token asks for row 0
     with lookup.filled():
         assert torch.equal(table(torch.tensor([[1, 0]]))[0, 1], first)
 
@@ -93,16 +94,24 @@ def test_threads_share_a_table(table: nn.Embedding) -> None:
         assert list(pool.map(look, range(2))) == [True, True]
 
 
+def test_what_another_thread_looks_up_meanwhile_is_its_own(table: nn.Embedding) -> None:
+    expected = table(IDS[0])
+    lookup = Lookup(table, CPU)
+    lookup.fill(torch.tensor([[1, 2, 3, 4]]))
+    with lookup.filled(), ThreadPoolExecutor(1) as pool:
+        assert torch.equal(pool.submit(table, IDS[0]).result(), expected)
+
+
 @pytest.mark.parametrize("home", ["streamed", "read to a GPU"])
 def test_a_table_in_ram_or_in_a_file_takes_no_slot(home: str, tiny_model: TinyModel) -> None:
     folder = tiny_model("llama")
     expected = logits(stock(folder))
     place = lambda _number, label: HOMES[home if label == "embed" else "resident"]  # noqa: E731
     placed = load_placed(folder, placed_plan(folder, place))
-    assert (placed.travels, placed.lanes, len(placed.lookups)) == (False, [], 1)
+    assert (placed.travels, placed.lanes, len(placed.tables.lookups)) == (False, [], 1)
     assert torch.equal(logits(placed.model), expected)
     placed.apply(placed_plan(folder, everywhere("resident")))
-    assert placed.lookups == []
+    assert placed.tables.lookups == []
     assert torch.equal(logits(placed.model), expected)
     placed.close()
 
@@ -114,6 +123,61 @@ def test_a_pass_that_ends_early_leaves_the_table(tiny_model: TinyModel) -> None:
     with pytest.raises(IndexError):
         placed.model(torch.tensor([[-9]]))
     assert torch.equal(logits(placed.model), expected)
+    placed.close()
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`")
+@pytest.mark.parametrize("home", ["streamed", "read to a GPU"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"target_modules": ["embed_tokens", "q_proj"]},
+        {"target_modules": ["q_proj"], "trainable_token_indices": [1, 2, 7]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    ],
+)
+def test_an_adapter_on_a_table_works_where_that_is(
+    config: dict[str, Any], home: str, tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    """It comes when the table is there, and goes along when that moves."""
+    peft = pytest.importorskip("peft")
+    folder, adapter = tiny_model("llama"), tmp_path / "adapter"
+
+    def adapted(model: Any) -> Any:
+        torch.manual_seed(3)
+        model.add_adapter(peft.LoraConfig(**config, init_lora_weights=False))
+        return model
+
+    expected = adapted(stock(folder))
+    expected.save_pretrained(adapter)
+    right = logits(expected.eval())
+    place = lambda _number, label: HOMES[home if label == "embed" else "resident"]  # noqa: E731
+    placed, loaded = (load_placed(folder, placed_plan(folder, place)) for _ in range(2))
+    adapted(placed.model).eval()
+    loaded.model.load_adapter(str(adapter))
+    for each in (placed, loaded):
+        for after in (place, everywhere("resident"), place):
+            each.apply(placed_plan(folder, after))
+            torch.testing.assert_close(logits(each.model), right, rtol=1e-4, atol=1e-4)
+            assert each.tables.has_adapters == (after is place)
+        each.close()
+
+
+def test_a_file_is_held_against_a_table_part_by_part(tiny_model: TinyModel, monkeypatch: Any) -> None:
+    folder, sizes = tiny_model("llama"), []
+    usual = torch.equal
+
+    def equal(first: torch.Tensor, second: torch.Tensor) -> bool:
+        sizes.append(first.nbytes)
+        return usual(first, second)
+
+    monkeypatch.setattr(blocks, "_PART_BYTES", 1000)
+    placed = load_placed(folder, placed_plan(folder, everywhere("cpu")))
+    monkeypatch.setattr(torch, "equal", equal)
+    placed.apply(placed_plan(folder, everywhere("read")))
+    monkeypatch.undo()
+    assert max(sizes) == 1000
+    assert placed._folder is None  # all of it is in the model's own files
     placed.close()
 
 

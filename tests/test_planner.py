@@ -31,6 +31,7 @@ from tests.layouts import (
     gpu,
     laptop,
     llama,
+    llama8b,
     llama405b,
     mac,
     machine,
@@ -357,6 +358,32 @@ def test_a_table_leaves_several_gpus_first():
     plan = plan_for(toy(layers=8), two, max_memory=limits)
     assert homes(plan) == "R0000" + "1" * 6
     assert plan.use("cuda:0").slots == 0
+
+
+@pytest.mark.parametrize(("layout", "large"), [(llama8b, 12), (qwen32b, 24), (qwen32b, 48)])
+@pytest.mark.parametrize("small", [1, 2, 4])
+def test_a_small_gpu_beside_a_large_one_makes_no_plan_slower(layout, large: int, small: int):
+    """One that has room for nothing but a table would be given layers of others to compute."""
+
+    def decode_tps(*gib: int) -> float:
+        gpus = [gpu(number, size * GIB) for number, size in enumerate(gib)]
+        box = machine(*gpus, ram(64 * GIB), disk(200 * GIB), bus=25e9)
+        plan = plan_for(layout(), box, 2048)
+        assert plan.fits
+        return plan.forecast.decode_tps
+
+    assert decode_tps(small, large) > 0.99 * decode_tps(large)
+
+
+def test_where_nothing_streams_by_itself_more_than_the_fewest_layers_are_tried():
+    """Like Gemma 3n E4B with a context of 32,768: a table of 4.6 GB, and layers of which the CPU takes some."""
+    layout = llama("n", layers=35, layer_elements=68 * MIB, kv_per_token=4096, hidden=2048)
+    embed = replace(layout.blocks[0], tensors=(tensor("model.embed_tokens.weight", 2200 * MIB),))
+    layout = replace(layout, blocks=(embed, *layout.blocks[1:]))
+    box = machine(gpu(0, 4 * GIB), ram(64 * GIB, read=12e9), disk(100 * GIB), bus=12e9)
+    plan = plan_for(layout, box, 32768)
+    assert plan.fits
+    assert {"streamed", "cpu"} <= {place.way for place in plan.placements}
 
 
 def test_buffers_stay_where_the_block_computes():

@@ -196,7 +196,7 @@ def test_words_and_bars():
     plan = PLANS["one GPU"]()
     words = "28 % GPU · 2 % looked up · 48 % RAM streamed · 10 % RAM on the CPU · 12 % disk"
     assert placement_words(plan) == words
-    assert processor_words(plan) == "14%/58%/28% disk/CPU/GPU"
+    assert processor_words(plan) == "12%/58%/30% disk/CPU/GPU"
     text, html = placement_bar(plan)
     assert text == f"[█████▄▓▓▓▓▓▓▓▓▓▓▒▒░░] {words}"
     assert "28 % GPU" in html

@@ -338,6 +338,22 @@ def save_smolvlm(folder: Path, **changes: Any) -> Path:
     return _save(SmolVLMForConditionalGeneration, config, folder)
 
 
+def save_idefics3(folder: Path) -> Path:
+    """Its inner model brings images to where its first parameter is, which is one of the tower."""
+    from transformers import Idefics3Config, Idefics3ForConditionalGeneration
+
+    config = Idefics3Config(
+        text_config=_text("llama"),
+        vision_config=_vision("idefics3_vision") | {"image_size": 28, "patch_size": 14},
+        image_token_id=IMAGE_TOKEN,
+        pad_token_id=2,
+        scale_factor=1,
+        tie_word_embeddings=False,
+        dtype="float32",
+    )
+    return _save(Idefics3ForConditionalGeneration, config, folder)
+
+
 def save_gemma3(folder: Path) -> Path:
     """Gemma 3: a causal language model for transformers, with a SigLIP tower all the same."""
     from transformers import Gemma3Config, Gemma3ForConditionalGeneration
@@ -371,6 +387,7 @@ VISION_MODELS: dict[str, Callable[[Path], Path]] = {
     "glm4v": save_glm4v,
     "smolvlm": save_smolvlm,
     "gemma3": save_gemma3,
+    "idefics3": save_idefics3,
 }
 """Tiny models that also see, by name; here they are asked by text alone."""
 

@@ -153,10 +153,11 @@ def _is_by_choice(plan: Plan) -> bool:
 
 
 def _disk(plan: Plan) -> Iterator[str]:
-    blocks = [place for place in plan.offloaded if place.home == "disk"]
-    read = [place for place in blocks if not place.kept]
-    if not blocks:
+    on_disk = [place for place in plan.placements if place.home == "disk" and not place.block.is_idle]
+    if not on_disk:
         return
+    blocks = [place for place in on_disk if place.is_offloaded]
+    read = [place for place in blocks if not place.kept]
     disk = plan.machine.device("disk")
     speed = f" at {format_bandwidth(disk.read_bytes_per_s)}" if disk.read_bytes_per_s else ""
     what, size = _blocks(len(read)), sum(place.block.bytes for place in read)
@@ -170,7 +171,7 @@ def _disk(plan: Plan) -> Iterator[str]:
     if len(read) < len(blocks):
         kept = sum(place.block.bytes for place in blocks if place.kept)
         yield f"{_blocks(len(blocks) - len(read))} of {format_bytes(kept)} on disk, of which RAM keeps a copy."
-    whole = sum(place.block.bytes for place in blocks)
+    whole = sum(place.block.bytes for place in on_disk)
     if whole > max(0, disk.free_bytes - reserve_bytes(disk)):
         yield (
             f"The disk has {format_bytes(disk.free_bytes)} free. That is enough while blocks are read from "
@@ -226,7 +227,7 @@ def _memory_in_use(plan: Plan) -> Iterator[str]:
             held = format_bytes(device.other_bytes)
             yield f"Other programs hold {held} of {use.device}; without them more blocks fit."
         nearly = 0 <= use.spare < use.total * _LITTLE_SPARE and use.planned
-        overflows = any(place.home == "disk" for place in plan.offloaded)  # then it is full by intent
+        overflows = any(p.home == "disk" and not p.block.is_idle for p in plan.placements)  # full by intent
         if device.kind == "cpu" and nearly and not overflows and use.device not in plan.budget.explicit:
             yield f"Only {format_bytes(use.spare)} of RAM stay spare: close other programs."
 

@@ -275,8 +275,18 @@ def _on_gpus_or_cpu(
 
     When nothing fits, the answer shows what lacks. What no pass visits comes last.
     """
-    homes = _of_what_runs(Setting(_without_idle(layout), machine, budget, workload), place)
+    setting = Setting(_without_idle(layout), machine, budget, workload)
+    homes = _of_what_runs(setting, place)
+    if len(machine.gpus) > 1 and any(block.looks_up for block in setting.layout.blocks):
+        # A GPU that is too small for anything else may hold the table.
+        others = _of_what_runs(setting, lambda task: place(replace(task, keeps_tables=True)))
+        homes = min(homes, others, key=lambda homes: (_shortage(setting, homes), _answer_s(setting, homes)))
     return _with_idle(Setting(layout, machine, budget, workload), homes)
+
+
+def _shortage(setting: Setting, homes: Mapping[str, str]) -> int:
+    """Bytes that lack over all devices."""
+    return sum(max(0, -use.spare) for use in setting.uses(place_blocks(setting, homes)))
 
 
 def _of_what_runs(setting: Setting, place: Callable[[Task], Homes | None]) -> dict[str, str]:
@@ -292,7 +302,8 @@ def _of_what_runs(setting: Setting, place: Callable[[Task], Homes | None]) -> di
     # With keys and values in RAM more layers may stay on the GPUs.
     beside = _first(prefilling, place)
     if beside is not None:
-        least, most = (_offloaded(homes) for homes in (beside, streamed or beside))
+        least = _offloaded(beside)
+        most = _offloaded(streamed) if streamed else max(task.most_offloaded for task in prefilling)
         counts = {round(least + (most - least) * part / _STEPS) for part in range(1, _STEPS)}
         tasks_of = ([replace(task, least_offloaded=count) for task in prefilling] for count in sorted(counts))
         between = [_first(some, place) for some in tasks_of] if least < most else []
@@ -377,8 +388,9 @@ def _fill(task: Task, residents: Residents, choose: Choice = evenly) -> Homes | 
         homes = _stored(task, there, choose)
         return homes if task.has_room(homes) else None
 
-    # More offloaded, more room.
-    count = counts[0] + bisect_left(counts, True, key=lambda count: homes_of(count) is not None)
+    count = counts[0]
+    if homes_of(count) is None:  # mostly: more offloaded, more room
+        count += bisect_left(counts, True, key=lambda count: homes_of(count) is not None)
     count = min(count, task.most_offloaded)
     tables = len(task.tables)
     # A table goes only where its room lets another unit stay, or keys and values that the CPU had else.
@@ -463,9 +475,10 @@ def _ranges(task: Task, devices: tuple[str, ...], tables: frozenset[int], count:
     start = 0
     for number, device in enumerate(devices):
         end = _longest_range(task, device, start, tables, shares[number], is_first=not number)
-        if start == end < len(task.units) and len(devices) > 1:  # it has no room: without it
-            return _ranges(task, tuple(name for name in devices if name != device), tables, count)
         offloaded = _in_range(task, start, end, tables, shares[number], is_first=not number)
+        has_none = offloaded.issuperset(range(start, end))
+        if has_none and end < len(task.units) and len(devices) > 1:  # it has no room: without it
+            return _ranges(task, tuple(name for name in devices if name != device), tables, count)
         homes.update({i: device for i in range(start, end) if i not in offloaded})
         start = end
     return homes if start == len(task.units) and homes else None

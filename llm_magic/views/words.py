@@ -31,12 +31,16 @@ _KIND_OF_WAY = {
 
 
 def tier_bytes(plan: Plan) -> dict[str, int]:
-    """Kind of device (``"gpu"``, ``"cpu"``, ``"disk"``) -> bytes of weights that live there and are used."""
+    """Kind of device (``"gpu"``, ``"cpu"``, ``"disk"``) -> bytes of weights that live there and are used.
+
+    A table of which rows are looked up counts where it computes: nothing of a token's work is elsewhere.
+    """
     found = Counter[str]()
     for place in plan.placements:
         if place.block.is_idle:
             continue
-        found[plan.machine.device(place.home).kind] += place.block.bytes
+        device = place.compute if place.is_looked_up else place.home
+        found[plan.machine.device(device).kind] += place.block.bytes
     return {kind: found[kind] for kind in TIERS if found[kind]}
 
 

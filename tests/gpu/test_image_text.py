@@ -28,7 +28,7 @@ from tests.gpu.test_placed import (  # noqa: E402, F401
 from tests.placements import Place, Where, placed_plan  # noqa: E402
 
 MODELS = ("qwen3-vl", "mistral3")
-TOWERS = ("visual", "vision_tower", "multi_modal_projector")
+TOWERS = ("visual", "vision_tower", "multi_modal_projector", "vision_model", "connector")
 HOMES = ("cpu", "disk", DEVICE)
 CAPTURED = "resident", "streamed", "everything streamed"
 WAYS = {
@@ -77,6 +77,7 @@ def test_turns_of_a_chat_wherever_text_runs_and_the_tower_lies(
         assert answer.text == expected.text
         assert answer.finish.cached_tokens == expected.finish.cached_tokens
         contents.append(answer.text)
+    assert engine.model.device == torch.device(DEVICE)
     steps = engine._quick.steps
     assert (steps is not None and steps.reason == "") == (way in CAPTURED)
     slots = engine.memory()[DEVICE].get("slots", 0)
@@ -103,6 +104,19 @@ def test_a_chat_goes_on_where_its_blocks_were_moved(name: str, folder_of: Callab
     answer = ask(engine, asked)
     assert answer.text == ask(wanted, asked).text
     assert answer.finish.cached_tokens > 0
+    engine.close()
+    wanted.close()
+
+
+@pytest.mark.parametrize("way", ["resident", "streamed", "looked up in RAM"])
+def test_inner_models_say_where_their_input_goes(way: str, folder_of: Callable[[str], Path]) -> None:
+    """Idefics3 brings embeddings to its own device, and its first parameter is the tower's."""
+    folder = folder_of("idefics3")
+    wanted, engine = in_ram(folder), loaded(folder, beside("cpu", ON_GPU[way]))
+    assert engine.model.model.device == engine.model.device == torch.device(DEVICE)
+    assert engine.model.model.vision_model.device == torch.device("cpu")
+    asked = request(*QUESTIONS[:1], max_new_tokens=16)
+    assert ask(engine, asked).text == ask(wanted, asked).text
     engine.close()
     wanted.close()
 

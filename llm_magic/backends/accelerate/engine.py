@@ -375,12 +375,12 @@ class TransformersEngine:
         """What ran out, where, and the command that makes room."""
         device = failed_device(error, self.plan)
         where = next((f", at {p.block.label}" for p in self.plan.placements if p.block.name == block), "")
-        layers = [
-            p.block.label for p in self.plan.placements if p.home == device and p.block.kind == "decoder"
-        ]
+        here = [p.block for p in self.plan.placements if p.home == device]
+        layers = [block.label for block in here if block.kind == "decoder"]
+        tables = [block.label for block in here if block.looks_up]
         target = "cpu" if device != "cpu" else "disk"
-        last = grouped(layers[-max(1, len(layers) // 4) :])
-        move = f"%llm move {last[0].replace('–', '-')} {target}, or " if layers else ""
+        last = grouped(tables or layers[-max(1, len(layers) // 4) :])
+        move = f"%llm move {last[0].replace('–', '-')} {target}, or " if last else ""
         return EngineError(
             f"Memory ran out {on_device(device)}{where}.",
             f"{move}a shorter prompt (--new), or load it again with a smaller -c N.",

@@ -123,6 +123,8 @@ class Quick:
         self._pace.forget()
         placed = self._placed
         self._why_not = why_not(placed.model, placed.plan, placed.lanes)
+        if not self._why_not and placed.tables.has_adapters:
+            self._why_not = "an adapter is on a table that is not on the GPU"
         if self._why_not:
             return
         import torch
@@ -136,7 +138,7 @@ class Quick:
             CudaGraphs(device),
             device,
             lanes=placed.lanes,
-            lookups=placed.lookups,
+            lookups=placed.tables.lookups,
             settle=placed.settle,
             warm_up=self._warm_up,
         )

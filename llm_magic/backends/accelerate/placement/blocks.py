@@ -21,9 +21,12 @@ from typing import Any, Protocol
 from llm_magic.backends.accelerate.placement import packing
 from llm_magic.backends.accelerate.placement.extents import Extent, FileImage, file_image
 from llm_magic.backends.accelerate.placement.reader import FileReader, page_buffer
+from llm_magic.units import MIB
 
 ALIGNMENT = 256
 """Bytes to which tensors are aligned in a buffer: what device kernels load fastest."""
+
+_PART_BYTES = 64 * MIB  # that are compared at a time
 
 _FOR_ALL_GPUS = 1
 """``cudaHostRegisterPortable``: not for the current device only."""
@@ -379,10 +382,17 @@ def write_block(tensors: BlockTensors, values: Sequence[Any], path: Path) -> lis
 
 
 def is_equal(first: Sequence[Any], second: Sequence[Any]) -> bool:
-    """Whether two lists of tensors hold the same bytes."""
+    """Whether two lists of tensors hold the same bytes; a part of them comes to RAM at a time."""
+    return all(_are_equal(raw(a), raw(b)) for a, b in zip(first, second, strict=True))
+
+
+def _are_equal(first: Any, second: Any) -> bool:
     import torch
 
-    return all(torch.equal(raw(a.cpu()), raw(b.cpu())) for a, b in zip(first, second, strict=True))
+    if first.numel() != second.numel():
+        return False
+    pairs = zip(first.split(_PART_BYTES), second.split(_PART_BYTES), strict=True)
+    return all(torch.equal(a.cpu(), b.cpu()) for a, b in pairs)
 
 
 def raw(tensor: Any) -> Any:

@@ -6,19 +6,32 @@ may have that parameter anywhere: in RAM as a part of a table or of an idle towe
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 _ATTRIBUTE = "_input_device"
 _kinds: dict[Any, Any] = {}
 
 
-def show_device(model: Any, device: Any) -> None:
-    """Let ``model.device`` be ``device``, whatever its parameters say."""
-    if not hasattr(type(model), _ATTRIBUTE):
-        kind = type(model)
-        _kinds[kind] = _kinds.get(kind) or _saying_its_device(kind)
+def show_device(model: Any, device: str) -> None:
+    """Let ``model.device`` be this one, whatever its parameters say."""
+    import torch
+
+    kind = type(model)
+    if not hasattr(kind, _ATTRIBUTE):
+        if kind not in _kinds:
+            _kinds[kind] = _saying_its_device(kind)
         model.__class__ = _kinds[kind]
-    setattr(model, _ATTRIBUTE, device)
+    setattr(model, _ATTRIBUTE, torch.device(device))
+
+
+def models_in(model: Any) -> Iterator[tuple[str, Any]]:
+    """The models that a model is made of, by their paths: some bring their input to their own ``device``."""
+    from transformers import PreTrainedModel
+
+    for path, module in model.named_modules():
+        if path and isinstance(module, PreTrainedModel):
+            yield path, module
 
 
 def _device(model: Any) -> Any:

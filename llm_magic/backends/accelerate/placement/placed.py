@@ -20,6 +20,7 @@ from llm_magic.backends.accelerate.placement import adapters, hooks, packing
 from llm_magic.backends.accelerate.placement.blocks import (
     BlockTensors,
     FileStore,
+    Piece,
     RamStore,
     StoredWeights,
     flat_buffer,
@@ -31,9 +32,9 @@ from llm_magic.backends.accelerate.placement.expert_lanes import DeviceExperts, 
 from llm_magic.backends.accelerate.placement.experts import advise_routed, find_stacks
 from llm_magic.backends.accelerate.placement.extents import Extent
 from llm_magic.backends.accelerate.placement.lanes import DeviceLane, Traveller
-from llm_magic.backends.accelerate.placement.lookups import Lookup
+from llm_magic.backends.accelerate.placement.lookups import Tables
 from llm_magic.backends.accelerate.placement.mapped import MappedFiles
-from llm_magic.backends.accelerate.placement.model_device import show_device
+from llm_magic.backends.accelerate.placement.model_device import models_in, show_device
 from llm_magic.backends.accelerate.placement.offload_folder import OffloadFolder, disk_error
 from llm_magic.backends.accelerate.placement.open_file import OpenFile
 from llm_magic.backends.accelerate.placement.reader import FileReader, choose_direct
@@ -137,8 +138,8 @@ class PlacedModel:
         Those experts, by the name of their block.
     visits
         Tells whether the sweep that runs takes the CPU's blocks to a GPU.
-    lookups
-        What looks up rows of tables that are not where they compute.
+    tables
+        What makes tables work that are not where they compute.
     """
 
     def __init__(
@@ -164,7 +165,7 @@ class PlacedModel:
         self._expert_lanes: dict[str, DeviceExperts] = {}
         self._stream_hooks: list[hooks.StreamHook] = []
         self._visiting_hooks: dict[str, VisitingHook] = {}
-        self.lookups: list[Lookup] = []
+        self.tables = Tables()
         self._advice: list[Any] = []
         self._usual_experts: dict[str, str | None] | None = None
         self._skip_keys = getattr(model, "_skip_keys_device_placement", None)
@@ -264,7 +265,10 @@ class PlacedModel:
         What is added to the model meanwhile is for where its block computes; so says the device map.
         """
         parts = [part for part in (*self.blocks.values(), *self.experts.values()) if part.travels]
+        tables = [b for b in self.blocks.values() if b.place.is_looked_up]
+        looked_up = [(table.tensors, table.tensors.current()) for table in tables]
         homes = self.model.hf_device_map
+        self.tables.detach()  # no adapter takes a copy of what looks up rows
         try:
             computing = {place.block.name: place.modules_on for place in self.plan.placements}
             self.model.hf_device_map = accelerate_device_map(computing)
@@ -277,6 +281,8 @@ class PlacedModel:
                 self.model.hf_device_map = homes
                 for part in parts:
                     part.tensors.clear()
+                for tensors, held in looked_up:  # transformers takes them where the map says, to load an adapter
+                    tensors.bind(held)
                 self.place_added()
 
     def place_added(self) -> None:
@@ -289,10 +295,13 @@ class PlacedModel:
         """
         import torch
 
-        for block in self.blocks.values():
-            adapters.check_not_lost(block.tensors.added())
-        for block in self.blocks.values():
-            block.tensors.move_rest(torch.device(block.place.modules_on))
+        try:
+            for block in self.blocks.values():
+                adapters.check_not_lost(block.tensors.added())
+            for block in self.blocks.values():
+                block.tensors.move_rest(torch.device(block.place.modules_on))
+        finally:
+            self._attach_tables()
 
     def settle(self) -> None:
         """Make the next forward pass right after one that did not end."""
@@ -511,8 +520,12 @@ class PlacedModel:
 
     def _map(self, block: PlacedBlock) -> list[Any]:
         assert block.file is not None
-        pieces = zip(block.tensors.pieces, block.file.extents, strict=True)
-        return [self._mapped.tensor(extent, piece.dtype, piece.shape) for piece, extent in pieces]
+        return self._views(block.file, block.tensors.pieces)
+
+    def _views(self, file: FileStore, pieces: Sequence[Piece]) -> list[Any]:
+        """A block's tensors in the page cache."""
+        places = zip(pieces, file.extents, strict=True)
+        return [self._mapped.tensor(extent, piece.dtype, piece.shape) for piece, extent in places]
 
     def _file_of(self, block: PlacedBlock) -> FileStore:
         """Where the block's bytes are on disk: in the model's own files, or in one that is written now."""
@@ -521,7 +534,7 @@ class PlacedModel:
         held = self._held(block)
         if block.tensors.is_plain and all(name in extents for name in names):
             file = FileStore(block.tensors, [extents[name] for name in names], self._reader)
-            if is_equal(file.tensors(), held):
+            if is_equal(self._views(file, block.tensors.pieces), held):
                 return file
         return self._written(block, held)
 
@@ -552,10 +565,9 @@ class PlacedModel:
         self._settle_hooks()
         self._stream_hooks.clear()
         self._visiting_hooks.clear()
-        while self.lookups:
-            self.lookups.pop().detach()
         for block in self.blocks.values():
             hooks.detach(block.module)
+        self.tables.detach()
 
     def _settle_hooks(self) -> None:
         for stream_hook in self._stream_hooks:
@@ -565,8 +577,6 @@ class PlacedModel:
 
     def _attach(self, plan: Plan | None = None) -> None:
         """One hook for each block that needs one, and a lane for each device to which blocks travel."""
-        import torch
-
         travellers: dict[str, list[PlacedBlock]] = defaultdict(list)
         running = [block.place for block in self.blocks.values() if not block.place.block.is_idle]
         devices = {name for place in running for name in (place.compute, place.prefill) if name}
@@ -577,8 +587,8 @@ class PlacedModel:
                 travellers[block.place.compute].append(block)
             elif block.visits:
                 travellers[block.place.prefill].append(block)
-            elif block.place.is_looked_up and block.place.compute != "cpu":
-                self.lookups.append(Lookup(block.module, torch.device(block.place.compute)))
+            elif block.place.is_looked_up:
+                continue
             elif block.place.block.is_idle and devices != {block.place.modules_on}:
                 # For whoever calls it by hand.
                 hooks.align_both_ways(block.module, block.place.modules_on, self._skip_keys)
@@ -589,9 +599,14 @@ class PlacedModel:
             self._attach_lane(device, blocks, align=len(devices) > 1)
         self._attach_experts(plan or self.plan)
         self._place_bare(plan or self.plan)
+        self._attach_tables()
         self._attach_model(devices)
         self._advise()
-        self.model.hf_device_map = accelerate_device_map((plan or self.plan).device_map)
+        self.model.hf_device_map = _running_first((plan or self.plan).device_map, str(self.model.device))
+
+    def _attach_tables(self) -> None:
+        tables = [(block.place, block.module) for block in self.blocks.values()]
+        self.tables.attach(self.model, tables, self._skip_keys)
 
     def _place_bare(self, plan: Plan) -> None:
         """Parameters and buffers between the modules go where the plan computes with them; no hook brings them."""
@@ -608,10 +623,13 @@ class PlacedModel:
                     tensor.data = tensor.data.to(device)
 
     def _attach_model(self, devices: Collection[str]) -> None:
-        import torch
-
-        first = next(iter(self.blocks.values())).place.compute
-        show_device(self.model, torch.device(first))
+        running = {name: b.place.compute for name, b in self.blocks.items() if not b.place.block.is_idle}
+        first = next(iter(running.values()), next(iter(self.blocks.values())).place.compute)
+        show_device(self.model, first)
+        for path, inner in models_in(self.model):
+            device = next((device for name, device in running.items() if name.startswith(f"{path}.")), "")
+            if device:
+                show_device(inner, device)
         hooks.detach(self.model)
         if self._visiting_hooks:
             hooks.attach(self.model, SweepHook(first, self.visits, self._skip_keys))
@@ -729,6 +747,12 @@ _TIERS = {"disk": 0, "cpu": 1}
 def _is_held(place: Placement) -> bool:
     """Whether a block's modules have its tensors for good, in a memory of its home."""
     return place.way in ("resident", "cpu") or (place.way in ("looked-up", "idle") and place.home != "disk")
+
+
+def _running_first(device_map: Mapping[str, str], device: str) -> dict[str, int | str]:
+    """The map with a block of the device where input goes as its first one: pipelines take that for the model's."""
+    by_device = sorted(device_map.items(), key=lambda entry: entry[1] != device)
+    return accelerate_device_map(dict(by_device))
 
 
 def accelerate_device_map(device_map: Mapping[str, str]) -> dict[str, int | str]:
