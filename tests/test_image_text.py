@@ -103,7 +103,7 @@ def test_a_tower_is_one_block_at_the_end(name: str, tiny_model: TinyModel) -> No
     assert [block.label for block in layout.blocks if block.is_idle] == TOWERS[name]
     assert {block.label: block.kind for block in layout.blocks}["head"] == "head"
     # keys and values of 16 float32 each, for 2 heads or all 4
-    width = 4 if name in ("llava", "llava-next", "smolvlm") else 2
+    width = 4 if name in ("llava", "llava-next", "smolvlm", "idefics3") else 2
     assert {block.cache.bytes_per_token for block in layout.layers} == {2 * width * 16 * 4}
     assert not any(block.cache.bytes_per_token for block in layout.blocks if block.is_idle)
     facts = (layout.hidden_size, layout.intermediate_size, layout.vocab_size, layout.context_length)

@@ -79,7 +79,7 @@ def activation_bytes(layout: ModelLayout, workload: Workload) -> int:
 def _row_beside(layout: ModelLayout) -> int:
     """Values that tables have for a token beside its embedding: for each layer some."""
     tables = [block for block in layout.blocks if block.looks_up and block.label != "embed"]
-    return sum(tensor.shape[-1] for block in tables for tensor in block.tensors)
+    return sum(tensor.shape[1] for block in tables for tensor in block.tensors if len(tensor.shape) == 2)
 
 
 def can_prefill_in_parts(layout: ModelLayout) -> bool:

@@ -281,7 +281,8 @@ class PlacedModel:
                 self.model.hf_device_map = homes
                 for part in parts:
                     part.tensors.clear()
-                for tensors, held in looked_up:  # transformers takes them where the map says, to load an adapter
+                # To load an adapter, transformers takes the tables where the map says.
+                for tensors, held in looked_up:
                     tensors.bind(held)
                 self.place_added()
 
