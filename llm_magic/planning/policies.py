@@ -467,7 +467,8 @@ def _carried(task: Task, offloaded: frozenset[int], devices: list[str]) -> Count
 def _ranges(task: Task, devices: tuple[str, ...], tables: frozenset[int], count: int) -> Homes | None:
     """A contiguous range of the model for each GPU, with ``count`` offloaded layers shared among them.
 
-    ``tables`` are offloaded as well. Every range is as long as its GPU has room for; ``None`` when they do not reach the model's end.
+    ``tables`` are offloaded as well. Every range is as long as its GPU has room for; ``None`` when they do
+    not reach the model's end.
     """
     speeds = [link_bytes_per_s(task.setting.machine, name) for name in devices]
     shares = Counter(shared_out([1] * count, speeds))
