@@ -15,7 +15,7 @@ from transformers.models.gemma3n.modeling_gemma3n import Gemma3nTextScaledWordEm
 from llm_magic.backends.accelerate.placement import blocks
 from llm_magic.backends.accelerate.placement.lookups import Lookup
 from tests.engines import BACKEND, ask, plan_for, request
-from tests.placements import HOMES, PROMPT, Where, everywhere, load_placed, logits, placed_plan, stock
+from tests.placements import HOMES, PROMPT, Place, everywhere, load_placed, logits, placed_plan, stock
 
 TinyModel = Callable[[str], Path]
 CPU = torch.device("cpu")
@@ -27,8 +27,9 @@ TABLES: dict[str, Callable[[], nn.Embedding]] = {
 }
 
 
-def looked_up(number: int, label: str) -> Where:
-    return HOMES["streamed" if label == "embed" else "resident"]
+def table_in(home: str) -> Place:
+    """The table there, and everything else on the GPU."""
+    return lambda _number, label: HOMES[home if label == "embed" else "resident"]
 
 
 @pytest.fixture(params=TABLES)
@@ -106,8 +107,7 @@ def test_what_another_thread_looks_up_meanwhile_is_its_own(table: nn.Embedding) 
 def test_a_table_in_ram_or_in_a_file_takes_no_slot(home: str, tiny_model: TinyModel) -> None:
     folder = tiny_model("llama")
     expected = logits(stock(folder))
-    place = lambda _number, label: HOMES[home if label == "embed" else "resident"]  # noqa: E731
-    placed = load_placed(folder, placed_plan(folder, place))
+    placed = load_placed(folder, placed_plan(folder, table_in(home)))
     assert (placed.travels, placed.lanes, len(placed.tables.lookups)) == (False, [], 1)
     assert torch.equal(logits(placed.model), expected)
     placed.apply(placed_plan(folder, everywhere("resident")))
@@ -119,7 +119,7 @@ def test_a_table_in_ram_or_in_a_file_takes_no_slot(home: str, tiny_model: TinyMo
 def test_a_pass_that_ends_early_leaves_the_table(tiny_model: TinyModel) -> None:
     folder = tiny_model("llama")
     expected = logits(stock(folder))
-    placed = load_placed(folder, placed_plan(folder, looked_up))
+    placed = load_placed(folder, placed_plan(folder, table_in("streamed")))
     with pytest.raises(IndexError):
         placed.model(torch.tensor([[-9]]))
     assert torch.equal(logits(placed.model), expected)
@@ -151,7 +151,7 @@ def test_an_adapter_on_a_table_works_where_that_is(
     expected = adapted(stock(folder))
     expected.save_pretrained(adapter)
     right = logits(expected.eval())
-    place = lambda _number, label: HOMES[home if label == "embed" else "resident"]  # noqa: E731
+    place = table_in(home)
     placed, loaded = (load_placed(folder, placed_plan(folder, place)) for _ in range(2))
     adapted(placed.model).eval()
     loaded.model.load_adapter(str(adapter))

@@ -324,34 +324,27 @@ def save_glm4v(folder: Path) -> Path:
 
 def save_smolvlm(folder: Path, **changes: Any) -> Path:
     """SmolVLM: a Llama named ``text_model`` beside a SigLIP tower, head tied."""
-    from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration
-
-    config = SmolVLMConfig(
-        text_config=_text("llama") | changes,
-        vision_config=_vision("smolvlm_vision") | {"image_size": 28, "patch_size": 14},
-        image_token_id=IMAGE_TOKEN,
-        pad_token_id=2,
-        scale_factor=1,
-        tie_word_embeddings=True,
-        dtype="float32",
-    )
-    return _save(SmolVLMForConditionalGeneration, config, folder)
+    return _save_beside_siglip("SmolVLM", folder, tie=True, **changes)
 
 
 def save_idefics3(folder: Path) -> Path:
     """Its inner model brings images to where its first parameter is, which is one of the tower."""
-    from transformers import Idefics3Config, Idefics3ForConditionalGeneration
+    return _save_beside_siglip("Idefics3", folder, tie=False)
 
-    config = Idefics3Config(
-        text_config=_text("llama"),
-        vision_config=_vision("idefics3_vision") | {"image_size": 28, "patch_size": 14},
+
+def _save_beside_siglip(kind: str, folder: Path, *, tie: bool, **changes: Any) -> Path:
+    import transformers
+
+    config = getattr(transformers, f"{kind}Config")(
+        text_config=_text("llama") | changes,
+        vision_config=_vision(f"{kind.lower()}_vision") | {"image_size": 28, "patch_size": 14},
         image_token_id=IMAGE_TOKEN,
         pad_token_id=2,
         scale_factor=1,
-        tie_word_embeddings=False,
+        tie_word_embeddings=tie,
         dtype="float32",
     )
-    return _save(Idefics3ForConditionalGeneration, config, folder)
+    return _save(getattr(transformers, f"{kind}ForConditionalGeneration"), config, folder)
 
 
 def save_gemma3(folder: Path) -> Path:
