@@ -12,6 +12,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.gpu
 
+from llm_magic.backends.accelerate.decoding import attention  # noqa: E402
 from llm_magic.backends.accelerate.decoding.capture import CapturedSteps, CudaGraphs  # noqa: E402
 from llm_magic.backends.accelerate.decoding.decode import Decoding  # noqa: E402
 from llm_magic.backends.accelerate.decoding.warmup import WarmUp  # noqa: E402
@@ -248,6 +249,26 @@ def test_more_is_seen_as_the_answer_grows() -> None:
     ids = prompt(1, 500)
     assert answer(model, ids, steps) == answer(model, ids)
     assert len(timed.seconds) == 2
+
+
+def test_a_long_cache_is_attended_to_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = new_model("tiny"), prompt(2, 2040)
+    mask = torch.ones_like(ids)
+    mask[0, :300] = 0
+    wanted = answer(model, ids, attention_mask=mask)
+    counts: list[int] = []
+    usual = attention._in_parts
+    monkeypatch.setattr(
+        attention, "_in_parts", lambda *args: (counts.append(args[-1]), usual(*args))[1]
+    )
+    steps = new_steps(model)
+    assert answer(model, ids, steps, attention_mask=mask) == wanted
+    assert steps.status == "captured decode"
+    assert set(counts) == {8, 9}
+    steps.close()
+    counts.clear()
+    assert answer(model, ids, attention_mask=mask) == wanted
+    assert counts == []
 
 
 @pytest.mark.parametrize("streamed", [False, True])

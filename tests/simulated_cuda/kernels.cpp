@@ -430,6 +430,26 @@ static at::Tensor product_as(const at::Tensor& self, const at::Tensor& other, at
   return at::mm(self.to(type), other.to(type));  // a GPU adds in that type, and rounds nothing before
 }
 
+// What the kernel of a GPU asks for, and its results: the logarithm of each row's sum has room for 32 rows at a time.
+static std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> efficient_attention(
+    const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const std::optional<at::Tensor>& bias,
+    bool with_sums, double, bool, std::optional<double> scale) {
+  auto rows = query.size(2);
+  for (auto& tensor : {query, key, value}) TORCH_CHECK(tensor.stride(-1) == 1, "rows must be contiguous");
+  auto scores = at::matmul(query.to(at::kFloat), key.to(at::kFloat).transpose(-2, -1)) *
+                scale.value_or(1 / std::sqrt(double(query.size(-1))));
+  if (bias) {
+    TORCH_CHECK(bias->dtype() == query.dtype(), "invalid dtype for bias - should match query's dtype");
+    TORCH_CHECK(bias->sizes() == scores.sizes() && bias->stride(-1) == 1, "invalid bias size");
+    for (int64_t dim = 0; dim < 3; ++dim) TORCH_CHECK(bias->stride(dim) % 8 == 0, "attn_bias is not correctly aligned");
+    scores = scores + bias->to(at::kFloat);
+  }
+  auto out = at::matmul(scores.softmax(-1), value.to(at::kFloat)).to(query.dtype());
+  auto sums = with_sums ? at::constant_pad_nd(scores.logsumexp(-1), {0, (32 - rows % 32) % 32}, INFINITY)
+                        : at::empty({0}, query.options().dtype(at::kFloat));
+  return {out, sums, at::empty({}, at::kLong), at::empty({}, at::kLong)};
+}
+
 // --- Copies
 
 static constexpr double BUS_BYTES_PER_S = 25e9;
@@ -520,6 +540,7 @@ TORCH_LIBRARY_IMPL(_, CUDA, library) {
 TORCH_LIBRARY_IMPL(aten, CPU, library) {
   library.impl("_conv_depthwise2d", simulated::depthwise);
   library.impl("mm.dtype", simulated::product_as);
+  library.impl("_scaled_dot_product_efficient_attention", simulated::efficient_attention);
 }
 
 TORCH_LIBRARY_IMPL(aten, CUDA, library) {

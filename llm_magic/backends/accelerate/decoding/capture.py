@@ -17,13 +17,13 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 from weakref import WeakSet
 
+from llm_magic.backends.accelerate.decoding import attention
 from llm_magic.backends.accelerate.decoding.capturable import attention_of, kinds_of, windows_of
-from llm_magic.backends.accelerate.decoding.static_cache import SWEEP_TOKENS, StaticCache, places_of
+from llm_magic.backends.accelerate.decoding.static_cache import SWEEP_TOKENS, StaticCache, places_of, round_up
 from llm_magic.backends.accelerate.decoding.warmup import COMPILING, WarmUp, short
 from llm_magic.backends.accelerate.memory_errors import TokensLostError, is_out_of_memory
 
 _FIRST_VISIBLE = 512
-_ROUND = 64  # attention kernels like masks of round widths
 _FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError)
 
 
@@ -217,6 +217,7 @@ class CapturedSteps:
         self._attention_mask: Any = None
         self._room = context
         self._has_room = True
+        attention.use(model)
 
     def prepare(self, room: int, attention_mask: Any = None) -> None:
         """Before each answer.
@@ -305,6 +306,7 @@ class CapturedSteps:
         self._forget_graphs()  # first: what they held is room for the tokens
         self._leave(self._written)  # how many of them are right is known to the loop
         self._drop_static()
+        attention.leave(self._model)
         if self._warm_up is not None:
             self._warm_up.close()
             self._warm_up = None
@@ -544,7 +546,7 @@ class CapturedSteps:
     def _capacity(self, room: int) -> int:
         """Room for an answer and for what a rounded sweep writes behind it."""
         most = max(room, self._context) + SWEEP_TOKENS[-1]
-        return min(_rounded(room + SWEEP_TOKENS[-1]), -(-most // _ROUND) * _ROUND)
+        return min(_rounded(room + SWEEP_TOKENS[-1]), round_up(most))
 
     def _prefer_compiled(self) -> None:
         """Between answers: let graphs go that compiled layers can replace."""

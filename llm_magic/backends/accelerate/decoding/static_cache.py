@@ -16,13 +16,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from llm_magic.backends.accelerate.decoding.attention import LONG, PART
 from llm_magic.backends.accelerate.decoding.fixed_state import FixedState
 from llm_magic.backends.accelerate.decoding.layer_kinds import empty, is_plain
 
 SWEEP_TOKENS = (1, 2, 4, 8, 16)
 """Tokens per sweep that are captured; others are rounded up."""
 
-_ROUND = 64  # attention kernels like masks of round widths
+_ROUND = 64
 
 
 class FixedLayer:
@@ -308,14 +309,16 @@ class StaticCache:
                 yield dynamic.layers[index], ours
 
 
+def round_up(tokens: int) -> int:
+    """Places for so many tokens: attention kernels like round numbers, and parts of a long cache (see `attention`)."""
+    unit = PART if tokens > LONG else _ROUND
+    return -(-tokens // unit) * unit
+
+
 def places_of(window: int, capacity: int) -> int:
     """Tokens of room that a layer needs, of ``capacity`` at most.
 
     A sweep writes its tokens where the oldest lie. After it was taken back, tokens of the next one still see a whole
     window: so there is room for two of the longest sweeps beside that.
     """
-    return min(capacity, _rounded_up(window + 2 * SWEEP_TOKENS[-1])) if window else capacity
-
-
-def _rounded_up(tokens: int) -> int:
-    return -(-tokens // _ROUND) * _ROUND
+    return min(capacity, round_up(window + 2 * SWEEP_TOKENS[-1])) if window else capacity

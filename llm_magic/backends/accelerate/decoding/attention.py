@@ -1,0 +1,139 @@
+"""Attention of a sweep's few tokens to a KV cache at fixed addresses.
+
+What such a sweep may see is said by a mask, and torch's kernel for masks gives each head to one of a GPU's
+processors, however long the cache is: a model with eight heads of keys leaves most of them idle. Layers that
+are compiled copy all keys and values for each query head besides. Here the query heads that share keys are rows
+of one query, and a long cache is cut into parts that are attended to side by side. Each part tells the logarithm
+of its sum of exponentials, by which the parts are weighed (as in "Flash-Decoding for long-context inference",
+Dao et al., 2023).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llm_magic.backends.accelerate.decoding.joined import FEW_TOKENS
+
+LONG = 2048
+"""Places of a cache from which on it is attended to in parts."""
+
+PART = 256
+"""Places of the smallest part."""
+
+_MOST_PARTS, _ENOUGH_PARTS = 128, 16
+_HIDDEN = -3e4  # added to the score of what is masked: float16 has no more, and infinities would meet in a part
+_MARK = "attends_to_fixed_cache"
+
+
+def use(model: Any) -> None:
+    """Let a model's masked sweeps of few tokens run as this file has it; everything else is as it was."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    if ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward:  # nobody else has a better one
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = sdpa_attention
+    for module in _attention_modules(model):
+        setattr(module, _MARK, True)
+
+
+def leave(model: Any) -> None:
+    """Undo ``use``."""
+    for module in _attention_modules(model):
+        vars(module).pop(_MARK, None)
+
+
+def _attention_modules(model: Any) -> list[Any]:
+    return [module for module in model.modules() if hasattr(module, "is_causal")]
+
+
+def sdpa_attention(
+    module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **options: Any
+) -> tuple[Any, None]:
+    """transformers' attention function ``"sdpa"``.
+
+    Parameters
+    ----------
+    query, key, value
+        ``[batch, heads, tokens, width]``; the heads of keys and values divide those of the query.
+    attention_mask
+        bool ``[batch, 1, tokens, places]``, or whatever else transformers makes.
+
+    Returns
+    -------
+    out, None
+        ``[batch, tokens, heads, width]``.
+    """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    if not (hasattr(module, _MARK) and _is_sweep(query, key, attention_mask, options)):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    out = few_tokens(query, key, value, attention_mask, options.get("scaling"))
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _is_sweep(query: Any, key: Any, mask: Any, options: dict[str, Any]) -> bool:
+    import torch
+
+    plain = all(options.get(name) is None for name in ("position_bias", "cache", "softcap"))
+    return (
+        plain
+        and not options.get("dropout")
+        and query.shape[2] <= FEW_TOKENS
+        and mask is not None
+        and mask.dtype == torch.bool
+        and tuple(mask.shape) == (query.shape[0], 1, query.shape[2], key.shape[2])
+    )
+
+
+def few_tokens(query: Any, key: Any, value: Any, mask: Any, scale: float | None = None) -> Any:
+    """Masked attention, ``[batch, heads, tokens, width]``.
+
+    Parameters
+    ----------
+    query, key, value, mask
+        As for `sdpa_attention`; keys and values are slices of buffers that are contiguous.
+    scale
+        Of the scores; one by the root of the width by default.
+    """
+    import torch
+
+    batch, heads, tokens, width = query.shape
+    shared = heads // key.shape[1]
+    rows = query.reshape(batch, key.shape[1], shared * tokens, width)
+    seen = mask[:, :, None].expand(-1, -1, shared, -1, -1).reshape(batch, 1, shared * tokens, -1)
+    count = parts_of(key.shape[2]) if key.device.type == "cuda" and torch.version.hip is None else 1
+    if count == 1:
+        out = torch.nn.functional.scaled_dot_product_attention(rows, key, value, attn_mask=seen, scale=scale)
+    else:
+        out = _in_parts(rows, key, value, seen, scale, count)
+    return out.reshape(batch, heads, tokens, value.shape[-1])
+
+
+def parts_of(places: int) -> int:
+    """How many parts of one length a cache is cut into; 1 where it is short, or has no such parts."""
+    if places < LONG or places % PART:
+        return 1
+    smallest = places // PART
+    most = max(count for count in range(1, _MOST_PARTS + 1) if smallest % count == 0)
+    return most if most >= _ENOUGH_PARTS or smallest <= _MOST_PARTS else smallest
+
+
+def _in_parts(rows: Any, key: Any, value: Any, seen: Any, scale: float | None, count: int) -> Any:
+    """Attention to ``count`` parts side by side, as if each were a head: ``[batch, key heads, rows, width]``."""
+    import torch
+
+    batch, heads, number, width = rows.shape
+    every = batch * heads
+    bias = torch.where(seen, 0.0, _HIDDEN).to(rows.dtype)  # [batch, 1, rows, places]
+    bias = bias.unflatten(3, (count, -1)).transpose(2, 3).expand(-1, heads, -1, -1, -1)
+    outs, sums = torch.ops.aten._scaled_dot_product_efficient_attention(
+        rows.reshape(every, 1, number, width).expand(-1, count, -1, -1),
+        key.reshape(every, count, -1, width),
+        value.reshape(every, count, -1, value.shape[3]),
+        bias.reshape(every, count, number, -1),
+        True,  # the logarithms of the sums, too
+        scale=scale,
+    )[:2]
+    weights = sums[:, :, :number, None].softmax(1)  # [every, count, rows, 1] in float32
+    out = (outs * weights).sum(1).to(rows.dtype)
+    return out.reshape(batch, heads, number, -1)
