@@ -27,7 +27,7 @@ def tensors(tokens: int, places: int, shared: int = 4) -> tuple[Any, ...]:
     slots = torch.arange(tokens) + places - tokens - 3
     mask = (torch.arange(places)[None] <= slots[:, None])[None, None].repeat(2, 1, 1, 1)
     mask[1, :, :, :5] = False  # padding
-    return query, key, value, mask
+    return query, key, value, torch.where(mask, 0.0, attention.HIDDEN)
 
 
 @pytest.mark.parametrize("shared", [1, 4])
@@ -58,12 +58,12 @@ def test_only_masked_sweeps_of_a_model_that_uses_it(monkeypatch: pytest.MonkeyPa
     )
     ours, theirs = new_model(), new_model()
     attention.use(ours)
-    mask = torch.ones(1, 1, 2, 2, dtype=torch.bool)
+    mask = torch.zeros(1, 1, 2, 2)
     ids = torch.tensor([[3, 4]])
     for model, options in [
         (theirs, {"attention_mask": mask}),
         (ours, {}),  # causal: its own kernels are made for that
-        (ours, {"attention_mask": torch.zeros(1, 1, 2, 2)}),  # scores to be added
+        (ours, {"attention_mask": mask == 0}),  # as transformers makes it
     ]:
         model(ids, **options)
         assert calls == []
@@ -85,7 +85,17 @@ def test_another_function_stays(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("places", "parts"),
-    [(512, 1), (1984, 1), (2048, 8), (2304, 9), (2112, 1), (16384, 64), (16640, 65), (32768, 128), (65536, 128)],
+    [
+        (512, 1),
+        (1984, 1),
+        (2048, 8),
+        (2304, 9),
+        (2112, 1),
+        (16384, 64),
+        (16640, 65),
+        (32768, 128),
+        (65536, 128),
+    ],
 )
 def test_parts(places: int, parts: int) -> None:
     assert attention.parts_of(places) == parts
@@ -99,6 +109,13 @@ def test_a_very_long_cache_has_parts_too(places: int) -> None:
 
 
 def test_what_is_long_has_room_for_whole_parts() -> None:
-    assert [round_up(tokens) for tokens in (1, 64, 2000, 2048, 2049, 4112)] == [64, 64, 2048, 2048, 2304, 4352]
+    assert [round_up(tokens) for tokens in (1, 64, 2000, 2048, 2049, 4112)] == [
+        64,
+        64,
+        2048,
+        2048,
+        2304,
+        4352,
+    ]
     assert all(attention.parts_of(round_up(tokens)) > 1 for tokens in range(2049, 70_000, 501))
     assert places_of(4096, 100_000) == 4352

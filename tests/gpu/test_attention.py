@@ -9,7 +9,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.gpu
 
-from llm_magic.backends.accelerate.decoding.attention import few_tokens, parts_of  # noqa: E402
+from llm_magic.backends.accelerate.decoding.attention import HIDDEN, few_tokens, parts_of  # noqa: E402
 
 DEVICE = "cuda:0"
 
@@ -36,6 +36,10 @@ def ring(batch: int, tokens: int, places: int) -> Any:
     return mask
 
 
+def bias(mask: Any, like: Any) -> Any:
+    return torch.where(mask, 0.0, HIDDEN).to(like.dtype)
+
+
 def expected(query: Any, key: Any, value: Any, mask: Any, scale: float | None) -> Any:
     """In float64 and one pass."""
     shared = query.shape[1] // key.shape[1]
@@ -57,7 +61,13 @@ def expected(query: Any, key: Any, value: Any, mask: Any, scale: float | None) -
     ],
 )
 def test_parts_give_what_one_pass_does(
-    dtype: str, tokens: int, batch: int, shared: int, places: int, widths: tuple[int, int], scale: float | None
+    dtype: str,
+    tokens: int,
+    batch: int,
+    shared: int,
+    places: int,
+    widths: tuple[int, int],
+    scale: float | None,
 ) -> None:
     assert parts_of(places) > 1
     states = tensors(getattr(torch, dtype), batch, tokens, places, shared, widths)
@@ -66,7 +76,7 @@ def test_parts_give_what_one_pass_does(
     padded[-1, :, :, :600] = False
     tolerance = {"float32": 2e-3, "bfloat16": 2e-2, "float16": 4e-3}[dtype]
     for mask in (*masks, padded, ring(batch, tokens, places)):
-        out = few_tokens(*states, mask, scale)
+        out = few_tokens(*states, bias(mask, states[0]), scale)
         assert out.dtype == states[0].dtype
         torch.testing.assert_close(
             out.double(), expected(*states, mask, scale), atol=tolerance, rtol=tolerance
@@ -77,7 +87,7 @@ def test_large_scores_do_not_reach_what_is_hidden() -> None:
     query, key, value = tensors(torch.float16, 1, 1, 2048, 4, (64, 64))
     mask = causal(1, 1, 2048, 3)
     key[:, :, :4] *= -30  # scores far below those of what is hidden
-    out = few_tokens(query * 10, key, value, mask)
+    out = few_tokens(query * 10, key, value, bias(mask, query))
     torch.testing.assert_close(
         out.double(), expected(query * 10, key, value, mask, None), atol=4e-3, rtol=4e-3
     )

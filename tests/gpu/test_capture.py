@@ -258,9 +258,7 @@ def test_a_long_cache_is_attended_to_in_parts(monkeypatch: pytest.MonkeyPatch) -
     wanted = answer(model, ids, attention_mask=mask)
     counts: list[int] = []
     usual = attention._in_parts
-    monkeypatch.setattr(
-        attention, "_in_parts", lambda *args: (counts.append(args[-1]), usual(*args))[1]
-    )
+    monkeypatch.setattr(attention, "_in_parts", lambda *args: (counts.append(args[-1]), usual(*args))[1])
     steps = new_steps(model)
     assert answer(model, ids, steps, attention_mask=mask) == wanted
     assert steps.status == "captured decode"

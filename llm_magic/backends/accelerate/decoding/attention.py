@@ -20,8 +20,10 @@ LONG = 2048
 PART = 256
 """Places of the smallest part."""
 
+HIDDEN = -3e4
+"""Added to the scores of what a sweep does not see: float16 has no more, and infinities would meet in a part."""
+
 _MOST_PARTS, _ENOUGH_PARTS = 128, 16
-_HIDDEN = -3e4  # added to the score of what is masked: float16 has no more, and infinities would meet in a part
 _MARK = "attends_to_fixed_cache"
 
 
@@ -49,14 +51,15 @@ def _attention_modules(model: Any) -> list[Any]:
 def sdpa_attention(
     module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **options: Any
 ) -> tuple[Any, None]:
-    """transformers' attention function ``"sdpa"``.
+    """As transformers' attention function ``"sdpa"``.
 
     Parameters
     ----------
     query, key, value
         ``[batch, heads, tokens, width]``; the heads of keys and values divide those of the query.
     attention_mask
-        bool ``[batch, 1, tokens, places]``, or whatever else transformers makes.
+        Of a sweep: ``[batch, 1, tokens, places]`` of the query's dtype, 0 or `HIDDEN`. Otherwise whatever
+        transformers makes.
 
     Returns
     -------
@@ -66,21 +69,20 @@ def sdpa_attention(
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     if not (hasattr(module, _MARK) and _is_sweep(query, key, attention_mask, options)):
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+        usual: tuple[Any, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+        return usual
     out = few_tokens(query, key, value, attention_mask, options.get("scaling"))
     return out.transpose(1, 2).contiguous(), None
 
 
 def _is_sweep(query: Any, key: Any, mask: Any, options: dict[str, Any]) -> bool:
-    import torch
-
     plain = all(options.get(name) is None for name in ("position_bias", "cache", "softcap"))
     return (
         plain
         and not options.get("dropout")
         and query.shape[2] <= FEW_TOKENS
         and mask is not None
-        and mask.dtype == torch.bool
+        and mask.dtype == query.dtype
         and tuple(mask.shape) == (query.shape[0], 1, query.shape[2], key.shape[2])
     )
 
@@ -91,7 +93,7 @@ def few_tokens(query: Any, key: Any, value: Any, mask: Any, scale: float | None 
     Parameters
     ----------
     query, key, value, mask
-        As for `sdpa_attention`; keys and values are slices of buffers that are contiguous.
+        As for `sdpa_attention`, of a sweep; keys and values are slices of contiguous buffers.
     scale
         Of the scores; one by the root of the width by default.
     """
@@ -100,12 +102,12 @@ def few_tokens(query: Any, key: Any, value: Any, mask: Any, scale: float | None 
     batch, heads, tokens, width = query.shape
     shared = heads // key.shape[1]
     rows = query.reshape(batch, key.shape[1], shared * tokens, width)
-    seen = mask[:, :, None].expand(-1, -1, shared, -1, -1).reshape(batch, 1, shared * tokens, -1)
+    bias = mask[:, :, None].expand(-1, -1, shared, -1, -1).reshape(batch, 1, shared * tokens, -1)
     count = parts_of(key.shape[2]) if key.device.type == "cuda" and torch.version.hip is None else 1
     if count == 1:
-        out = torch.nn.functional.scaled_dot_product_attention(rows, key, value, attn_mask=seen, scale=scale)
+        out = torch.nn.functional.scaled_dot_product_attention(rows, key, value, attn_mask=bias, scale=scale)
     else:
-        out = _in_parts(rows, key, value, seen, scale, count)
+        out = _in_parts((rows, key, value), bias, scale, count)
     return out.reshape(batch, heads, tokens, value.shape[-1])
 
 
@@ -118,19 +120,19 @@ def parts_of(places: int) -> int:
     return most if most >= _ENOUGH_PARTS or smallest <= _MOST_PARTS else smallest
 
 
-def _in_parts(rows: Any, key: Any, value: Any, seen: Any, scale: float | None, count: int) -> Any:
+def _in_parts(states: tuple[Any, Any, Any], bias: Any, scale: float | None, count: int) -> Any:
     """Attention to ``count`` parts side by side, as if each were a head: ``[batch, key heads, rows, width]``."""
     import torch
 
+    rows, key, value = states
     batch, heads, number, width = rows.shape
     every = batch * heads
-    bias = torch.where(seen, 0.0, _HIDDEN).to(rows.dtype)  # [batch, 1, rows, places]
-    bias = bias.unflatten(3, (count, -1)).transpose(2, 3).expand(-1, heads, -1, -1, -1)
+    parted = bias.unflatten(3, (count, -1)).transpose(2, 3).expand(-1, heads, -1, -1, -1)
     outs, sums = torch.ops.aten._scaled_dot_product_efficient_attention(
         rows.reshape(every, 1, number, width).expand(-1, count, -1, -1),
         key.reshape(every, count, -1, width),
         value.reshape(every, count, -1, value.shape[3]),
-        bias.reshape(every, count, number, -1),
+        parted.reshape(every, count, number, -1),
         True,  # the logarithms of the sums, too
         scale=scale,
     )[:2]

@@ -530,10 +530,11 @@ class CapturedSteps:
         """A mask as the model's attention takes it: a 4D mask is passed on as it is."""
         import torch
 
-        if attention_of(self._model) == "sdpa":
-            return visible
         dtype = self._static.dtype()
-        return torch.where(visible, 0.0, torch.finfo(dtype).min).to(dtype)
+        is_sdpa = attention_of(self._model) == "sdpa"
+        hidden = attention.HIDDEN if is_sdpa else torch.finfo(dtype).min
+        # Once for all layers: torch's kernels take no bool, and would make it of one in each.
+        return torch.where(visible, 0.0, hidden).to(dtype)
 
     def _shape(self, ids: Any, cache_length: int) -> Shape:
         batch, count = ids.shape
