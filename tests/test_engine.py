@@ -433,6 +433,20 @@ def test_an_error_inside_a_block_leaves_the_next_answer_right(
         assert ask(llama, request(PROMPT, chat="errors")).text == expected
 
 
+def test_an_answer_does_without_kernels_that_are_planned_for_each_length(llama: Any) -> None:
+    from torch.backends import cuda
+
+    seen: list[bool] = []
+    block = llama.model.get_submodule(llama.plan.layout.layers[0].name)
+    handle = block.register_forward_pre_hook(lambda *_: seen.append(cuda.cudnn_sdp_enabled()))
+    try:
+        ask(llama, request(PROMPT))
+    finally:
+        handle.remove()
+    assert set(seen) == {False}
+    assert cuda.cudnn_sdp_enabled()
+
+
 def test_what_emit_raises_goes_through_and_the_next_answer_is_right(llama: Any) -> None:
     expected = ask(llama, PROMPT).text
     for at in range(1, 14):

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from llm_magic.backends.accelerate.decoding import capture
 from llm_magic.backends.accelerate.decoding.capture import CapturedSteps
 from llm_magic.backends.accelerate.decoding.joined import FEW_TOKENS, JoinedProjections
 from llm_magic.backends.accelerate.decoding.warmup import WarmUp, resident_layers
@@ -320,6 +321,36 @@ def test_an_answer_does_not_wait_for_a_compilation(fresh: Any) -> None:
     warm_up.wait()
     assert torch.equal(greedy(step, model, ids, 8), expected)
     assert step.status == "captured decode, compiled layers"
+
+
+def test_an_answer_that_grows_beside_a_compilation_stays_captured(
+    fresh: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was recorded before it sees all of the cache, which is masked where nothing is yet."""
+    monkeypatch.setattr(capture, "_FIRST_VISIBLE", 16)
+    release, entered = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        entered.set()
+        assert release.wait(60)
+
+    model, recorder, ids = fresh(), Plain(), prompts()
+    expected = eager(model, ids, 40)
+    warm_up = WarmUp(layers_of(model), Compiler(hold))
+    step = step_of(model, warm_up, recorder)
+    monkeypatch.setattr(step, "_sweep_once", lambda _shape: pytest.fail("a sweep was not captured"))
+    try:
+        begin(step, prefilled(model, ids), None, 64)
+        step(ids[:, -1:], 8)
+        assert entered.wait(60)
+        assert recorder.recorded == 2
+        assert torch.equal(greedy(step, model, ids, 40), expected)
+        assert recorder.recorded == 2
+    finally:
+        release.set()
+    warm_up.wait()
+    assert torch.equal(greedy(step, model, ids, 40), expected)
+    assert recorder.recorded > 2
 
 
 def test_a_compilation_that_fails_changes_nothing(fresh: Any) -> None:

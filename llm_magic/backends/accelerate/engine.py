@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from llm_magic.backends.accelerate.decoding.attention import without_plans
 from llm_magic.backends.accelerate.decoding.decode import Decoding
 from llm_magic.backends.accelerate.decoding.detokenize import Detokenizer
 from llm_magic.backends.accelerate.decoding.head_input import lay_out_head_input
@@ -195,7 +196,7 @@ class TransformersEngine:
                 self._quick.reset()
                 self._placed.settle()
 
-        with quiet(), cores_left_for_the_driver(self.plan):
+        with quiet(), without_plans(), cores_left_for_the_driver(self.plan):
             return sweep_speed(answer, count, progress, can_verify=can_take_back(model))
 
     def status(self) -> tuple[str, ...]:
@@ -297,6 +298,7 @@ class TransformersEngine:
             self._quick.prepare(room)
             with (
                 quiet(),
+                without_plans(),
                 seeded(request.sampling.seed, steps.device),
                 cores_left_for_the_driver(self.plan),
                 watched_blocks(self.model, self._blocks, self._layers, steps, passes),

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from llm_magic.backends.accelerate.decoding.attention import without_plans
 from llm_magic.host.speed import median_of
 
 LAYERS = 20
@@ -40,7 +41,8 @@ def layer_overhead_s(
         cache, ids = _new_cache(model), torch.zeros(1, _PROMPT, dtype=torch.long, device=device_id)
 
         def sweep(tokens: Any) -> None:
-            model(tokens, past_key_values=cache, use_cache=True)
+            with without_plans():
+                model(tokens, past_key_values=cache, use_cache=True)
             finish()
 
         began = time.perf_counter()

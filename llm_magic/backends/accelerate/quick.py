@@ -130,7 +130,8 @@ class Quick:
         import torch
 
         device = torch.device(placed.plan.placements[0].compute)
-        compiler = regional if has_layers_alone(placed.model) else None
+        # Where blocks travel, the bus decides how long a sweep takes.
+        compiler = regional if has_layers_alone(placed.model) and not placed.travels else None
         self._warm_up = WarmUp(resident_layers(placed.model, placed.plan), compiler)
         self.steps = CapturedSteps(
             placed.model,

@@ -10,6 +10,8 @@ Dao et al., 2023).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from llm_magic.backends.accelerate.decoding.joined import FEW_TOKENS
@@ -25,6 +27,24 @@ HIDDEN = -3e4
 
 _MOST_PARTS, _ENOUGH_PARTS = 128, 16
 _MARK = "attends_to_fixed_cache"
+
+
+@contextmanager
+def without_plans() -> Iterator[None]:
+    """Leave cuDNN's attention out, which torch prefers on an H100 or B200.
+
+    It makes a plan for each length of a cache, in each thread anew: a growing cache would have one made for every
+    token, and a new thread's answer begins with none.
+    """
+    import torch
+
+    cuda: Any = torch.backends.cuda
+    before = cuda.cudnn_sdp_enabled()
+    cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        cuda.enable_cudnn_sdp(before)
 
 
 def use(model: Any) -> None:

@@ -443,11 +443,10 @@ class CapturedSteps:
     def _record_plain(self, shape: Shape) -> None:
         if not COMPILING.acquire(blocking=False):
             # A compilation synchronizes the device, which ends a capture: another time.
-            self._sweep_once(shape)
-            if self._warm_up is not None:
-                self._warm_up.want(shape)
+            self._without_recording(shape)
             return
         try:
+            self._record_widest(shape)
             self._record(shape, compiled=False)
         except _FAILURES as error:
             if is_out_of_memory(error):
@@ -464,6 +463,31 @@ class CapturedSteps:
             self._warm_up.give_up("sweeps are not captured")
         self._forget_graphs()
         self._sweep_once(shape)
+
+    def _record_widest(self, shape: Shape) -> None:
+        """Before a compilation: have a sweep that serves until it is over, however long the answer grows meanwhile."""
+        widest = shape._replace(visible=self._static.capacity)
+        if self._warm_up is None or not self._warm_up.compiles:
+            return
+        # A state would take the token in twice.
+        if not self._static.states and widest != shape and widest not in self._graphs:
+            self._record(widest, compiled=False)
+            self._warm_up.forget(widest)
+
+    def _without_recording(self, shape: Shape) -> None:
+        """Run a recorded sweep that sees more of the cache, all of it masked, or else an ordinary one."""
+        wider = (
+            recorded
+            for known, recorded in self._graphs.items()
+            if known[:2] == shape[:2] and known.visible > shape.visible
+        )
+        recorded = next(wider, None)
+        if recorded is not None:
+            recorded.replay()
+            return
+        self._sweep_once(shape)
+        if self._warm_up is not None:
+            self._warm_up.want(shape)
 
     def _record(self, shape: Shape, *, compiled: bool) -> None:
         """Capture; after anything that ends it early, streamed blocks must not wait for what it left."""

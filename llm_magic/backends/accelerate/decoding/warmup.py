@@ -97,6 +97,11 @@ class WarmUp:
 
     # What a captured step asks for
 
+    @property
+    def compiles(self) -> bool:
+        """Whether sweeps that were captured are compiled next."""
+        return self._compiler is not None and not self.reason and not self._closed
+
     def is_ready(self, shape: Shape) -> bool:
         """Whether compiled layers can run sweeps of this shape."""
         return shape in self._ready and not COMPILING.locked()
@@ -142,6 +147,12 @@ class WarmUp:
                 self._thread = threading.Thread(target=self._work, name="llm_magic-compile", daemon=True)
                 self._thread.start()
 
+    def forget(self, shape: Shape) -> None:
+        """Let go of what a sweep of this shape has left: nobody wants it compiled."""
+        with self._state:
+            if shape not in self._waiting:
+                self._examples.pop(shape, None)
+
     def give_up(self, reason: str) -> None:
         """Compile nothing more, and use nothing that was compiled."""
         with self._state:
@@ -172,7 +183,7 @@ class WarmUp:
 
     def _lacks(self, shape: Shape) -> bool:
         known = shape in self._ready or shape in self._examples
-        return not (known or self._compiler is None or self.reason or self._closed)
+        return self.compiles and not known
 
     def _function(self, layer: Any) -> Callable[..., Any]:
         forward = type(layer).forward
