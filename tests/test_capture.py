@@ -459,7 +459,7 @@ def test_more_is_seen_as_the_answer_grows() -> None:
     ids = prompts(1, 506)
     assert torch.equal(greedy(step, tested, ids, 12), eager(tested, ids, 12))
     assert tapes.recorded == 2
-    assert {tensor.shape[2] for tensor in step.tensors()} == {1024}
+    assert {tensor.shape[2] for tensor in step.tensors()} == {2048}
     assert torch.equal(greedy(step, tested, prompts(), 5), eager(tested, prompts(), 5))
     assert tapes.recorded == 2
 

@@ -401,6 +401,8 @@ def test_a_stop_at_any_token_leaves_a_cache_to_go_on_with(
 class Aside:
     """Quick steps that keep the tokens of the cache aside, as recorded steps do; some shapes are refused."""
 
+    calls_model = False
+
     def __init__(self, model: Any, refused: Sequence[int] = (), fails: int = 0) -> None:
         self.model, self.refused, self.fails = model, refused, fails
         self.asked: list[int] = []

@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
+from llm_magic.backends.accelerate.decoding.warmup import COMPILING
 from llm_magic.errors import EngineError, LLMMagicError, OptionError, PromptError
 from llm_magic.events import Message, PhaseEvent, Request, Sampling, TokenEvent
 from llm_magic.planning.costs import longest_pass
@@ -445,6 +446,15 @@ def test_an_answer_does_without_kernels_that_are_planned_for_each_length(llama: 
         handle.remove()
     assert set(seen) == {False}
     assert cuda.cudnn_sdp_enabled()
+
+
+def test_nothing_is_measured_while_layers_are_compiled(tiny_model: TinyModel) -> None:
+    engine = load(tiny_model("llama"), "ram")
+    try:
+        with COMPILING, pytest.raises(EngineError, match="being compiled"):
+            engine.measure(lambda _event: None)
+    finally:
+        engine.close()
 
 
 def test_what_emit_raises_goes_through_and_the_next_answer_is_right(llama: Any) -> None:

@@ -49,6 +49,20 @@ def edit_weights(folder: Path, edit: Callable[[dict[str, Any]], None]) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def test_weights_are_not_given_one_piece_of_memory(
+    tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing of it would go back before all of them have gone."""
+    from transformers import modeling_utils
+
+    def in_one_piece(*_args: Any) -> None:
+        pytest.fail("transformers has asked for memory for all weights")
+
+    monkeypatch.setattr(modeling_utils, "caching_allocator_warmup", in_one_piece)
+    load(tiny_model("llama"), "ram").close()
+    assert modeling_utils.caching_allocator_warmup is in_one_piece
+
+
 # ------------------------------------------------------------------------------------------- progress
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,12 @@ class Compiler:
 
 
 @pytest.fixture(autouse=True)
-def _forget_compiled_code() -> None:
+def _forget_compiled_code() -> Iterator[None]:
     torch._dynamo.reset()
+    yield
+    for thread in threading.enumerate():
+        if thread.name == "llm_magic-compile":
+            thread.join()
 
 
 @pytest.fixture
@@ -86,6 +91,36 @@ def unique_bytes(model: Any) -> int:
 
 
 # --- Joined projections
+
+
+@pytest.mark.parametrize("failing", [1, 2, 5])
+def test_projections_that_there_is_no_memory_for_are_left_alone(
+    fresh: Any, monkeypatch: pytest.MonkeyPatch, failing: int
+) -> None:
+    model, ids = fresh(), prompts()
+    with torch.no_grad():
+        wanted = model(ids).logits
+    usual, count = torch.cat, 0
+
+    def cat(*args: Any, **options: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count >= failing:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return usual(*args, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "cat", cat)
+        joined = JoinedProjections(layers_of(model).values())
+    assert len(joined) == failing - 1
+    with torch.no_grad():
+        assert_close(model(ids).logits, wanted)
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.Tensor, "clone", cat)
+        joined.undo()
+    assert not any("joined_group" in vars(module) for module in model.modules())
+    with torch.no_grad():
+        assert_close(model(ids).logits, wanted)
 
 
 @pytest.mark.parametrize("tokens", [1, 4, FEW_TOKENS, FEW_TOKENS + 1])
@@ -342,6 +377,8 @@ def test_an_answer_that_grows_beside_a_compilation_stays_captured(
     try:
         begin(step, prefilled(model, ids), None, 64)
         step(ids[:, -1:], 8)
+        assert not entered.is_set()  # as long as the answer runs
+        step.give_back(9)
         assert entered.wait(60)
         assert recorder.recorded == 2
         assert torch.equal(greedy(step, model, ids, 40), expected)
@@ -369,7 +406,70 @@ def test_a_compilation_that_fails_changes_nothing(fresh: Any) -> None:
     assert (step.status, recorder.recorded) == ("captured decode", 1)
 
 
-def test_what_would_have_to_be_compiled_again_is_captured_as_it_was(fresh: Any) -> None:
+def test_a_chat_that_outgrows_its_cache_keeps_compiled_layers(
+    fresh: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(capture, "_FIRST_VISIBLE", 32)
+    monkeypatch.setattr(capture, "_FIRST_CAPACITY", 32)
+    model, compiler, ids = fresh(), Compiler(), prompts()
+    warm_up = WarmUp(layers_of(model), compiler)
+    step = step_of(model, warm_up)
+    capacities = []
+    for room in (40, 40, 90):
+        begin(step, prefilled(model, ids), None, room)
+        step(ids[:, -1:], 8)
+        capacities.append(step._static.capacity)
+        status = step.status
+        step.give_back(9)
+        warm_up.wait()
+    assert capacities == [64, 64, 128]
+    assert (status, warm_up.reason, compiler.programs) == ("captured decode, compiled layers", "", 1)
+
+
+def test_layers_that_never_fit_are_given_up(fresh: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, compiler, ids = fresh(), Compiler(), prompts()
+    warm_up = WarmUp(layers_of(model), compiler)
+    step = step_of(model, warm_up)
+    expected = eager(model, ids, 8)
+    for _ in range(5):
+        assert torch.equal(greedy(step, model, ids, 8), expected)
+        warm_up.wait()
+        torch._dynamo.reset()  # nothing that was compiled fits any more
+    assert warm_up.reason
+    assert compiler.programs == 3
+    assert step.status == "captured decode"
+
+
+def test_nobody_else_takes_a_compilation_for_their_own(fresh: Any) -> None:
+    """transformers reads prompts in a slower way where it believes to be compiled."""
+    seen: list[bool] = []
+    model, ids = fresh(), prompts()
+
+    def look() -> None:
+        other = threading.Thread(target=lambda: seen.append(torch.compiler.is_compiling()))
+        other.start()
+        other.join()
+
+    usual = torch.compiler._compile_session_context
+    warm_up = WarmUp(layers_of(model), Compiler(look))
+    greedy(step_of(model, warm_up), model, ids, 8)
+    warm_up.wait()
+    assert seen == [False]
+    assert torch.compiler._compile_session_context is usual
+
+
+@pytest.mark.skipif(find_spec("triton") is not None, reason="Triton is here")
+def test_without_triton_nothing_is_tried(fresh: Any) -> None:
+    model, ids = fresh(), prompts()
+    warm_up = WarmUp(layers_of(model))
+    step = step_of(model, warm_up)
+    greedy(step, model, ids, 8)
+    warm_up.wait()
+    assert warm_up.reason == "RuntimeError: Triton is not installed"
+    assert step.status == "captured decode"
+
+
+def test_what_does_not_fit_any_more_is_captured_as_it_was_and_compiled_anew(fresh: Any) -> None:
     """A setting that compiled code depends on has changed since."""
     model, compiler, ids = fresh(), Compiler(), prompts()
     expected = eager(model, ids, 8)
@@ -380,8 +480,10 @@ def test_what_would_have_to_be_compiled_again_is_captured_as_it_was(fresh: Any) 
     for layer in model.model.layers:
         layer.input_layernorm.variance_epsilon = 1.1e-6
     assert torch.equal(greedy(step, model, ids, 8), expected)
-    assert (step.status, compiler.programs) == ("captured decode", 1)
-    assert warm_up.reason
+    assert (step.status, warm_up.reason) == ("captured decode", "")
+    warm_up.wait()
+    assert torch.equal(greedy(step, model, ids, 8), expected)
+    assert (step.status, compiler.programs) == ("captured decode, compiled layers", 2)
 
 
 def test_a_sweep_that_cannot_be_captured_is_not_compiled(fresh: Any) -> None:

@@ -284,12 +284,12 @@ def test_nothing_is_allocated_in_the_steady_state(streamed: bool) -> None:
 
 
 def test_keys_and_values_are_held_once_on_their_way_to_fixed_addresses() -> None:
-    model, ids = new_model("middle"), prompt(1, 480)
+    model, ids = new_model("middle"), prompt(1, 2020)
     with torch.no_grad():
         cache = model(ids, use_cache=True).past_key_values
     held = sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
     steps = new_steps(model)
-    steps.prepare(490)
+    steps.prepare(2030)
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     assert steps.step(cache, 1, 1) is steps

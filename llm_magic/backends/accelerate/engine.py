@@ -44,6 +44,8 @@ from llm_magic.planning.costs import activation_bytes, longest_pass
 from llm_magic.planning.planner import refusal
 from llm_magic.views.words import grouped, on_device
 
+_COMPILER_S = 10.0  # that a measurement waits for it
+
 
 class TransformersEngine:
     """A model that transformers runs where Accelerate placed it.
@@ -166,8 +168,19 @@ class TransformersEngine:
             release_memory()
 
     def measure(self, progress: Progress) -> SweepSpeed:
-        """Time some sweeps of the model, within half a minute; chats stay."""
+        """Time some sweeps of the model, within half a minute; chats stay.
+
+        Raises
+        ------
+        EngineError
+            While layers are compiled in the background, when sweeps are not what they will be.
+        """
         model = self._open()
+        if self._quick.waits_for_compiler(_COMPILER_S):
+            raise EngineError(
+                "Layers are being compiled in the background, and sweeps are slower meanwhile.",
+                "Run %llm bench again in a minute.",
+            )
         self._notice_adapters()
         import torch
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import traceback
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -230,6 +231,7 @@ def _read_model(
     with (
         bars_into(_reporter(progress, block_labels(plan.layout))),
         default_dtype_kept(),
+        _memory_for_each_weight(),
         warnings.catch_warnings(),
     ):
         # Accelerate finds parameters and buffers outside of modules in the map, and places them all the same.
@@ -251,6 +253,26 @@ def _read_model(
     _check_coverage(model, plan)
     _place_loose_buffers(model, plan)
     return model.eval().requires_grad_(False)
+
+
+@contextmanager
+def _memory_for_each_weight() -> Iterator[None]:
+    """Keep transformers from asking a GPU for all of its weights in one piece.
+
+    No part of that goes back to the system as long as any weight is in it: blocks that move away would free nothing,
+    and projections that are joined would leave holes.
+    """
+    from transformers import modeling_utils
+
+    usual = getattr(modeling_utils, "caching_allocator_warmup", None)
+    if usual is None:
+        yield
+        return
+    modeling_utils.caching_allocator_warmup = lambda *_args, **_options: None
+    try:
+        yield
+    finally:
+        modeling_utils.caching_allocator_warmup = usual
 
 
 def _refuse_incomplete(files: ModelFiles, info: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ from llm_magic.backends.accelerate.decoding.kv_cache import can_take_back
 from llm_magic.backends.accelerate.decoding.pace import Pace
 from llm_magic.backends.accelerate.decoding.proposers import DraftModel, PromptLookup
 from llm_magic.backends.accelerate.decoding.speculate import Speculation
-from llm_magic.backends.accelerate.decoding.warmup import WarmUp, regional, resident_layers
+from llm_magic.backends.accelerate.decoding.warmup import COMPILING, WarmUp, regional, resident_layers
 from llm_magic.backends.accelerate.memory_errors import free_bytes
 from llm_magic.backends.accelerate.placement.placed import PlacedModel
 from llm_magic.errors import OptionError
@@ -130,9 +130,7 @@ class Quick:
         import torch
 
         device = torch.device(placed.plan.placements[0].compute)
-        # Where blocks travel, the bus decides how long a sweep takes.
-        compiler = regional if has_layers_alone(placed.model) and not placed.travels else None
-        self._warm_up = WarmUp(resident_layers(placed.model, placed.plan), compiler)
+        self._warm_up = _warm_up(placed)
         self.steps = CapturedSteps(
             placed.model,
             self._context,
@@ -143,6 +141,12 @@ class Quick:
             settle=placed.settle,
             warm_up=self._warm_up,
         )
+
+    def waits_for_compiler(self, most_s: float) -> bool:
+        """Whether layers are still compiled in the background, after so many seconds at most."""
+        if self._warm_up:
+            self._warm_up.wait(most_s)
+        return COMPILING.locked()
 
     def step(self, cache: Any, batch: int, tokens: int) -> Any:
         """A captured step for such a sweep, if there is one now: blocks may move in the midst of an answer."""
@@ -181,6 +185,15 @@ class Quick:
         if self._draft:
             self._draft.close()
         self._draft = self._draft_model = None
+
+
+def _warm_up(placed: PlacedModel) -> WarmUp:
+    """Faster layers, where the GPU decides how long a sweep takes: where blocks travel, the bus does."""
+    layers = {} if placed.travels else resident_layers(placed.model, placed.plan)
+    # transformers runs experts in another way while an answer comes than when they would be compiled.
+    has_experts = any(place.block.experts for place in placed.plan.placements)
+    compiles = has_layers_alone(placed.model) and not has_experts
+    return WarmUp(layers, regional if layers and compiles else None)
 
 
 def _vocabulary(model: Any) -> int:

@@ -10,6 +10,7 @@ Dao et al., 2023).
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -29,22 +30,35 @@ _MOST_PARTS, _ENOUGH_PARTS = 128, 16
 _MARK = "attends_to_fixed_cache"
 
 
+_planless = 0
+_cudnn_before = False
+_counting = threading.Lock()
+
+
 @contextmanager
 def without_plans() -> Iterator[None]:
     """Leave cuDNN's attention out, which torch prefers on an H100 or B200.
 
     It makes a plan for each length of a cache, in each thread anew: a growing cache would have one made for every
-    token, and a new thread's answer begins with none.
+    token, and a new thread's answer begins with none. The setting is the process's: who comes first turns it off,
+    who goes last puts it back.
     """
+    global _planless, _cudnn_before  # noqa: PLW0603 - as the setting
     import torch
 
     cuda: Any = torch.backends.cuda
-    before = cuda.cudnn_sdp_enabled()
-    cuda.enable_cudnn_sdp(False)
+    with _counting:
+        if not _planless:
+            _cudnn_before = cuda.cudnn_sdp_enabled()
+            cuda.enable_cudnn_sdp(False)
+        _planless += 1
     try:
         yield
     finally:
-        cuda.enable_cudnn_sdp(before)
+        with _counting:
+            _planless -= 1
+            if not _planless:
+                cuda.enable_cudnn_sdp(_cudnn_before)
 
 
 def use(model: Any) -> None:

@@ -24,6 +24,7 @@ from llm_magic.backends.accelerate.decoding.warmup import COMPILING, WarmUp, sho
 from llm_magic.backends.accelerate.memory_errors import TokensLostError, is_out_of_memory
 
 _FIRST_VISIBLE = 512
+_FIRST_CAPACITY = 2048  # a usual chat's: its graphs need not be captured again after two turns
 _FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError)
 
 
@@ -288,6 +289,7 @@ class CapturedSteps:
         if self._static.states and length != self._written and self._dynamic is not None:
             self._lose()
         self._leave(length)
+        self._start_compiling()
 
     # What the engine calls
 
@@ -296,6 +298,7 @@ class CapturedSteps:
         if self._dynamic is not None:
             self._dynamic = None
             self._fence()
+        self._start_compiling()
 
     def close(self) -> None:
         """Give all memory back, and the layers as they were: blocks may move then.
@@ -436,7 +439,7 @@ class CapturedSteps:
         except _FAILURES as error:
             if is_out_of_memory(error):  # whoever makes room may do so for this
                 raise
-            warm_up.give_up(short(error))
+            warm_up.misfits(shape, short(error))
             return False
         return True
 
@@ -571,7 +574,11 @@ class CapturedSteps:
     def _capacity(self, room: int) -> int:
         """Room for an answer and for what a rounded sweep writes behind it."""
         most = max(room, self._context) + SWEEP_TOKENS[-1]
-        return min(_rounded(room + SWEEP_TOKENS[-1]), round_up(most))
+        return min(max(_rounded(room + SWEEP_TOKENS[-1]), _FIRST_CAPACITY), round_up(most))
+
+    def _start_compiling(self) -> None:
+        if self._warm_up is not None:
+            self._warm_up.start()
 
     def _prefer_compiled(self) -> None:
         """Between answers: let graphs go that compiled layers can replace."""

@@ -41,7 +41,12 @@ class QuickSteps(Protocol):
 
     They may hold the tokens of the KV cache in a place of their own from the first step that they
     hand out until ``give_back``. Their steps go back to an earlier length by being told of it.
+
+    ``calls_model`` says whether a step runs the model block by block, when it can be measured.
     """
+
+    @property
+    def calls_model(self) -> bool: ...
 
     def step(self, cache: Any, batch: int, tokens: int) -> Step | None:
         """A step for sweeps of this shape; ``None`` when there is none, now or ever."""
@@ -379,7 +384,8 @@ class _Answer:
         step = quick.step(self._cache, batch, tokens) if quick else None
         if step:
             self._quick_holds_cache = True
-            return step(ids[:, before:], before)
+            with self._watched() if quick and quick.calls_model else nullcontext():
+                return step(ids[:, before:], before)
         self._give_back(before)
         with self._watched(always=not self._counts.sweeps), self._whole_or_lost(before):
             return self._model(ids, before, tokens)

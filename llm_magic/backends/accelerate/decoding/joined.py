@@ -14,6 +14,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from types import MethodType
 from typing import Any
 
+from llm_magic.backends.accelerate.memory_errors import is_out_of_memory
+
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 FEW_TOKENS = 16
 
@@ -49,7 +51,7 @@ class JoinedGroup:
         for module in self._modules:
             del module.forward, module.joined_group, module.joined_place
             if self._is_rebound:
-                module.weight.data = module.weight.data.clone()
+                _lay_alone(module.weight)
         self._modules = ()
 
 
@@ -83,11 +85,15 @@ class JoinedProjections:
 
     def __init__(self, blocks: Iterable[Any]) -> None:
         self._groups: list[JoinedGroup] = []
-        for block in blocks:
-            for members in _groups(block):
-                group = _join(members)
-                if group is not None:
-                    self._groups.append(group)
+        try:
+            for block in blocks:
+                for members in _groups(block):
+                    group = _join(members)
+                    if group is not None:
+                        self._groups.append(group)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise  # the rest of the projections can do without
 
     def __len__(self) -> int:
         return len(self._groups)
@@ -96,6 +102,15 @@ class JoinedProjections:
         """Before a block moves, or another library takes it: everything as it was."""
         while self._groups:
             self._groups.pop().undo()
+
+
+def _lay_alone(weight: Any) -> None:
+    """Give a weight memory of its own; without room for that it stays a view, which is as right."""
+    try:
+        weight.data = weight.data.clone()
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
 
 
 def _groups(block: Any) -> Iterator[list[Any]]:

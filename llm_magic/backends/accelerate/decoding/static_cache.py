@@ -13,7 +13,7 @@ Between answers a chat's cache is transformers' own (see `kv_cache`); ``take`` a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from llm_magic.backends.accelerate.decoding.attention import LONG, PART
@@ -62,8 +62,11 @@ class FixedLayer:
     def allocate(self, keys: Any, values: Any, batch: int, capacity: int) -> None:
         """Make room for ``capacity`` tokens of ``batch`` sequences, like these keys and values."""
         self.places = places_of(self.window, capacity)
+        # Place by place in memory: how far apart two of them are does not depend on how many there are, and what was
+        # compiled for one cache fits a larger one.
         self.buffers = tuple(
-            like.new_zeros((batch, like.shape[1], self.places, like.shape[3])) for like in (keys, values)
+            like.new_zeros((self.places, batch, like.shape[1], like.shape[3])).permute(1, 2, 0, 3)
+            for like in (keys, values)
         )
 
     def show(self, batch: int, visible: int, start: Any, slots: Any) -> None:
@@ -163,6 +166,8 @@ class StaticCache:
     ----------
     windows
         Of every layer, the tokens that it attends to, 0: all; ``None`` for one with a recurrent state.
+    only
+        The layers that are held here, by their index; all of them by default.
 
     Attributes
     ----------
@@ -176,12 +181,13 @@ class StaticCache:
         Sequences and tokens that there is room for; 0 before ``take``.
     """
 
-    def __init__(self, windows: Sequence[int | None]) -> None:
+    def __init__(self, windows: Sequence[int | None], only: Collection[int] | None = None) -> None:
         from transformers.cache_utils import Cache, CacheLayerMixin
 
         CacheLayerMixin.register(FixedLayer)  # transformers asks whether a layer is one of attention
-        self.layers = {i: FixedLayer(window) for i, window in enumerate(windows) if window is not None}
-        self.states = {i: FixedState() for i, window in enumerate(windows) if window is None}
+        held = [(i, window) for i, window in enumerate(windows) if only is None or i in only]
+        self.layers = {i: FixedLayer(window) for i, window in held if window is not None}
+        self.states = {i: FixedState() for i, window in held if window is None}
         self.cache: Any = Cache(layers=[self.layers.get(i) for i in range(len(windows))])
         self.batch = 0
         self.capacity = 0
@@ -234,8 +240,8 @@ class StaticCache:
         except BaseException:
             self._lend(emptied, length)
             raise
-        for layer in dynamic.layers:  # windows and states: they are small
-            empty(layer)
+        for index in (*self.layers, *self.states):  # windows and states: they are small
+            empty(dynamic.layers[index])
         self.batch, self.capacity = batch, capacity
 
     def _lend(self, emptied: Sequence[tuple[Any, FixedLayer, int]], length: int) -> None:

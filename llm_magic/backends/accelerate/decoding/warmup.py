@@ -2,19 +2,21 @@
 
 Compilation merges the small kernels between a decoder layer's matrices. The layers of a model are the same
 code, so one of each kind is compiled, on a thread and a stream of its own and on inputs that an ordinary sweep
-left; every layer is run once to see that it fits. Kinds differ in what they attend to: a window, or all. The
-sweeps that were captured meanwhile are captured again, between two answers. Nothing waits for a compilation,
-and one that fails changes nothing.
+left; every layer is run once to see that it fits. Kinds differ in what they attend to: a window, or all. It
+begins when an answer has ended, since nothing can be captured meanwhile, and sweeps are captured again between two
+answers. Nothing waits for a compilation, and one that fails changes nothing.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from llm_magic.backends.accelerate.decoding.attention import without_plans
 from llm_magic.backends.accelerate.decoding.joined import JoinedProjections
 from llm_magic.backends.accelerate.decoding.static_cache import OneLayer
 from llm_magic.backends.accelerate.default_dtype import default_dtype_kept
@@ -31,13 +33,23 @@ COMPILING = threading.Lock()
 The compiler times kernels and synchronizes the device for that, which would end a capture of anybody.
 """
 
+_MOST_MISFITS = 3
+
 Compile = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 def regional(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile for the shapes that come, with torch's default backend."""
+    """Compile for the shapes that come, with torch's default backend.
+
+    Raises
+    ------
+    RuntimeError
+        Without Triton, which would be missed after seconds of work.
+    """
     import torch
 
+    if find_spec("triton") is None:
+        raise RuntimeError("Triton is not installed")
     return torch.compile(forward, dynamic=False)
 
 
@@ -81,6 +93,7 @@ class WarmUp:
         self._ready: set[Shape] = set()
         self._thread: threading.Thread | None = None
         self._closed = False
+        self._misfits = 0
         self._state = threading.Lock()
 
     @property
@@ -138,12 +151,15 @@ class WarmUp:
             yield
 
     def want(self, shape: Shape) -> None:
-        """Compile for sweeps of this shape, in the background."""
+        """Compile for sweeps of this shape, once the answer has ended."""
         with self._state:
-            if self._closed or self.reason or shape not in self._examples or shape in self._waiting:
-                return
-            self._waiting.append(shape)
-            if self._thread is None:
+            if self.compiles and shape in self._examples and shape not in self._waiting:
+                self._waiting.append(shape)
+
+    def start(self) -> None:
+        """An answer has ended: compile what is wanted, in the background."""
+        with self._state:
+            if self._waiting and self._thread is None and not self._closed:
                 self._thread = threading.Thread(target=self._work, name="llm_magic-compile", daemon=True)
                 self._thread.start()
 
@@ -152,6 +168,14 @@ class WarmUp:
         with self._state:
             if shape not in self._waiting:
                 self._examples.pop(shape, None)
+
+    def misfits(self, shape: Shape, reason: str) -> None:
+        """What was compiled for this shape does not fit what it is now: compile it anew, but not for ever."""
+        self._misfits += 1
+        if self._misfits >= _MOST_MISFITS:
+            self.give_up(reason)
+        else:
+            self._ready.discard(shape)
 
     def give_up(self, reason: str) -> None:
         """Compile nothing more, and use nothing that was compiled."""
@@ -223,7 +247,7 @@ class WarmUp:
                 shape = self._waiting[0]
                 examples = list(self._examples[shape])
             try:
-                with COMPILING, default_dtype_kept(), _compiling_layers():
+                with COMPILING, default_dtype_kept(), without_plans(), _compiling_layers():
                     for example in examples:
                         self._compile(example)
             except Exception as error:
@@ -286,12 +310,21 @@ def _replaced(layer: Any, function: Callable[..., Any], cache: Any, one: OneLaye
 
 @contextmanager
 def _compiling_layers() -> Iterator[None]:
-    """Set torch up for one compilation that serves all layers."""
+    """Set torch up for one compilation that serves all layers, and that nobody else takes for their own."""
     import torch._dynamo
 
+    # Else `torch.compiler.is_compiling` is true on every thread, and transformers reads prompts in a slower way.
+    compiler: Any = torch.compiler
+    usual = getattr(compiler, "_compile_session_context", None)
     # A number in a layer (its index) must not make it another program.
     with torch._dynamo.config.patch(allow_unspec_int_on_nn_module=True, recompile_limit=64):
-        yield
+        try:
+            if usual is not None:
+                compiler._compile_session_context = nullcontext
+            yield
+        finally:
+            if usual is not None:
+                compiler._compile_session_context = usual
 
 
 @contextmanager

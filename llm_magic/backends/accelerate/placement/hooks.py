@@ -37,6 +37,11 @@ class StreamHook(AlignDevicesHook):  # type: ignore[misc]  # accelerate has no t
         Whether its inputs may come from another device.
     skip_keys
         Arguments that stay where they are (the KV cache).
+
+    Attributes
+    ----------
+    slot
+        Number of the slot that the block was shown last.
     """
 
     def __init__(
@@ -61,6 +66,7 @@ class StreamHook(AlignDevicesHook):  # type: ignore[misc]  # accelerate has no t
         self.original_devices: dict[str, Any] = {}
         self._tensors, self._lane, self._index, self._bindings = tensors, lane, index, bindings
         self._align = align
+        self.slot = 0
         self._users = 0
         self._lock = threading.Lock()
 
@@ -70,7 +76,7 @@ class StreamHook(AlignDevicesHook):  # type: ignore[misc]  # accelerate has no t
 
     def pre_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ARG002 (Accelerate's signature)
         """Wait for the weights, and show them to the block's modules."""
-        slot = self._lane.take(self._index)
+        self.slot = slot = self._lane.take(self._index)
         with self._lock:
             self._users += 1
             bind(self._bindings[slot])
