@@ -57,7 +57,14 @@ def answers(engine: Any) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "way", ["resident", "streamed", "a bit of each", "streamed, and visiting in prompts"]
+    "way",
+    [
+        "resident",
+        "streamed",
+        "a bit of each",
+        "streamed, and visiting in prompts",
+        "streamed, and computed by the CPU",
+    ],
 )
 def test_answers(way: str, folder: Path) -> None:
     """All are mended, and the engine says so; where a whole answer has no room, its cache is what is lost."""

@@ -8,12 +8,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from llm_magic.backends.accelerate.decoding.capturable import has_layers_alone, why_not
+from llm_magic.backends.accelerate.decoding.capturable import (
+    has_layers_alone,
+    layers_to_capture,
+    why_not,
+)
 from llm_magic.backends.accelerate.decoding.capture import CapturedSteps, CudaGraphs
+from llm_magic.backends.accelerate.decoding.captured_layers import CapturedLayers
 from llm_magic.backends.accelerate.decoding.kv_cache import can_take_back
 from llm_magic.backends.accelerate.decoding.pace import Pace
 from llm_magic.backends.accelerate.decoding.proposers import DraftModel, PromptLookup
 from llm_magic.backends.accelerate.decoding.speculate import Speculation
+from llm_magic.backends.accelerate.decoding.static_cache import SWEEP_TOKENS
 from llm_magic.backends.accelerate.decoding.warmup import COMPILING, WarmUp, regional, resident_layers
 from llm_magic.backends.accelerate.memory_errors import free_bytes
 from llm_magic.backends.accelerate.placement.placed import PlacedModel
@@ -125,12 +131,24 @@ class Quick:
         self._why_not = why_not(placed.model, placed.plan, placed.lanes)
         if not self._why_not and placed.tables.has_adapters:
             self._why_not = "an adapter is on a table that is not on the GPU"
-        if self._why_not:
+        layers = layers_to_capture(placed.model, placed.plan)
+        if self._why_not and not layers:
             return
         import torch
 
         device = torch.device(placed.plan.placements[0].compute)
-        self._warm_up = _warm_up(placed)
+        self._warm_up = _warm_up(placed, compiles=not layers)
+        if layers:
+            self.steps = CapturedLayers(
+                placed.model,
+                self._context,
+                device,
+                layers,
+                lambda on: CudaGraphs(on, frees_memory=False),
+                most_tokens=placed.plan.long_sweep - 1 if placed.plan.long_sweep else SWEEP_TOKENS[-1],
+                warm_up=self._warm_up,
+            )
+            return
         self.steps = CapturedSteps(
             placed.model,
             self._context,
@@ -141,6 +159,11 @@ class Quick:
             settle=placed.settle,
             warm_up=self._warm_up,
         )
+
+    @property
+    def calls_model(self) -> bool:
+        """Whether steps run the model block by block."""
+        return self.steps is not None and self.steps.calls_model
 
     def waits_for_compiler(self, most_s: float) -> bool:
         """Whether layers are still compiled in the background, after so many seconds at most."""
@@ -162,8 +185,9 @@ class Quick:
 
         Reading it would fail and begin anew.
         """
-        if self.steps and self.steps.holds_memory and needed > free_bytes(self.steps.device):
-            self.steps.free()
+        steps = self.steps
+        if steps and steps.holds_memory and any(needed > free_bytes(gpu) for gpu in steps.gpus):
+            steps.free()
 
     def prepare(self, room: int) -> None:
         """Before an answer of at most ``room`` tokens, its prompt included."""
@@ -187,12 +211,12 @@ class Quick:
         self._draft = self._draft_model = None
 
 
-def _warm_up(placed: PlacedModel) -> WarmUp:
+def _warm_up(placed: PlacedModel, *, compiles: bool) -> WarmUp:
     """Faster layers, where the GPU decides how long a sweep takes: where blocks travel, the bus does."""
     layers = {} if placed.travels else resident_layers(placed.model, placed.plan)
     # transformers runs experts in another way while an answer comes than when they would be compiled.
     has_experts = any(place.block.experts for place in placed.plan.placements)
-    compiles = has_layers_alone(placed.model) and not has_experts
+    compiles = compiles and has_layers_alone(placed.model) and not has_experts
     return WarmUp(layers, regional if layers and compiles else None)
 
 

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from llm_magic.backends.accelerate.decoding.capture import Lane
     from llm_magic.plan import Plan
 
+_ON_CPU, _SEVERAL = "the CPU computes some blocks", "several GPUs"
+
 
 def why_not(model: Any, plan: Plan, lanes: Sequence[Lane] = ()) -> str:
     """Why the sweeps of a model cannot be captured as it is placed, in a few words; empty when they can.
@@ -22,6 +24,26 @@ def why_not(model: Any, plan: Plan, lanes: Sequence[Lane] = ()) -> str:
     if not reason and not all(lane.is_capturable for lane in lanes):
         return "blocks in RAM that is not pinned"
     return reason
+
+
+def layers_to_capture(model: Any, plan: Plan) -> dict[int, tuple[Any, Any]]:
+    """Decoder layers that can be captured one by one, where a sweep as a whole cannot; none where that is no use.
+
+    Returns index in the cache -> (layer, torch device that computes it).
+    """
+    import torch
+
+    is_mixed = _placement_reason(plan) in (_ON_CPU, _SEVERAL)
+    if not is_mixed or _experts_reason(model, plan) or model_reason(model) or not has_layers_alone(model):
+        return {}
+    places = {place.block.name: place for place in plan.placements}
+    found = {}
+    for index, block in enumerate(plan.layout.layers):
+        place = places[block.name]
+        routes = bool(block.experts) and place.is_offloaded
+        if place.compute.startswith("cuda") and not routes:
+            found[index] = model.get_submodule(block.name), torch.device(place.compute)
+    return found
 
 
 def has_layers_alone(model: Any) -> bool:
@@ -35,9 +57,9 @@ def _placement_reason(plan: Plan) -> str:
     if not gpus:
         return "no CUDA device"
     if "cpu" in devices:
-        return "the CPU computes some blocks"
+        return _ON_CPU
     if len(devices) > 1:
-        return "several GPUs"
+        return _SEVERAL
     for placement in plan.placements:
         if placement.way == "read":
             return "blocks are read from the disk"

@@ -25,7 +25,8 @@ from llm_magic.backends.accelerate.memory_errors import TokensLostError, is_out_
 
 _FIRST_VISIBLE = 512
 _FIRST_CAPACITY = 2048  # a usual chat's: its graphs need not be captured again after two turns
-_FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError)
+FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError)
+"""What a capture may end with, after which sweeps run as they are."""
 
 
 class Recorder(Protocol):
@@ -83,6 +84,8 @@ class Inputs:
 
     Attributes
     ----------
+    device
+        Where they are.
     ids
         int64 ``[batch, tokens]``, for each such shape.
     length, count
@@ -96,7 +99,7 @@ class Inputs:
     def __init__(self, batch: int, capacity: int, device: Any) -> None:
         import torch
 
-        self._device = device
+        self.device = device
         self.ids: dict[tuple[int, int], Any] = {}
         self.length = torch.zeros((), dtype=torch.int64, device=device)
         self.count = torch.ones((), dtype=torch.int64, device=device)
@@ -119,7 +122,7 @@ class Inputs:
 
         key = (shape.batch, shape.tokens)
         if key not in self.ids:
-            self.ids[key] = torch.zeros(key, dtype=torch.int64, device=self._device)
+            self.ids[key] = torch.zeros(key, dtype=torch.int64, device=self.device)
         self.ids[key][:, : ids.shape[1]].copy_(ids)
         self.ids[key][:, ids.shape[1] :].zero_()
         self.length.fill_(cache_length)
@@ -129,7 +132,7 @@ class Inputs:
         """Where the sweep writes: int64 ``[tokens]``."""
         import torch
 
-        return torch.arange(shape.tokens, device=self._device) + self.length
+        return torch.arange(shape.tokens, device=self.device) + self.length
 
     def positions(self, shape: Shape, slots: Any) -> Any:
         """Position of every token in its own sequence; those that are not real repeat the last.
@@ -143,7 +146,7 @@ class Inputs:
         """Whether a token (third) may see a place (fourth): bool ``[batch, 1, tokens, visible]``."""
         import torch
 
-        places = torch.arange(shape.visible, device=self._device)
+        places = torch.arange(shape.visible, device=self.device)
         before = places[None, :] <= slots[:, None]
         return before[None, None] & self.kept[: shape.batch, None, None, : shape.visible]
 
@@ -152,7 +155,7 @@ class Inputs:
         import torch
 
         ring = places_of(window, self.kept.shape[1])
-        places = torch.arange(min(shape.visible, ring), device=self._device)
+        places = torch.arange(min(shape.visible, ring), device=self.device)
         held = slots[-1] - (slots[-1] - places) % ring  # the token that lies there once the sweep has written
         is_seen = (held <= slots[:, None]) & (held > slots[:, None] - window) & (held >= 0)
         return is_seen[None, None] & self.kept[: shape.batch, None, None].index_select(3, held.clamp_min(0))
@@ -188,6 +191,8 @@ class CapturedSteps:
         Where the model takes its input.
     """
 
+    calls_model = False
+
     def __init__(
         self,
         model: Any,
@@ -210,7 +215,7 @@ class CapturedSteps:
         self._warm_up = warm_up
         self._windows = windows_of(model)
         self._static = StaticCache(self._windows)
-        self._inputs: Inputs | None = None
+        self._inputs: Any = None
         self._graphs: dict[Shape, Recorded] = {}
         self._logits: dict[tuple[int, int], Any] = {}
         self._dynamic: Any = None
@@ -338,6 +343,11 @@ class CapturedSteps:
         return "captured decode, compiled layers" if compiled else "captured decode"
 
     @property
+    def gpus(self) -> tuple[Any, ...]:
+        """The torch devices that are captured on."""
+        return (self.device,)
+
+    @property
     def holds_memory(self) -> bool:
         """Whether there is a KV cache, with tokens or without."""
         return bool(self._static.capacity)
@@ -356,7 +366,7 @@ class CapturedSteps:
         try:
             if self._inputs is None or not self._static.has_room(batch, capacity):
                 self._forget_graphs()  # of other addresses
-                self._inputs = Inputs(*self._static.size_for(batch, capacity), self.device)
+                self._inputs = self._new_inputs(*self._static.size_for(batch, capacity))
             self._inputs.pad(self._attention_mask)
             self._static.take(cache, batch, capacity)
         except torch.OutOfMemoryError:
@@ -366,6 +376,9 @@ class CapturedSteps:
         self._dynamic, self._batch, self._written = cache, batch, written
         self._fence()
         return True
+
+    def _new_inputs(self, batch: int, capacity: int) -> Any:
+        return Inputs(batch, capacity, self.device)
 
     def _leave(self, length: int) -> None:
         """Put tokens back into their cache, if they are here."""
@@ -436,7 +449,7 @@ class CapturedSteps:
                 if not ready:
                     return False
                 self._record(shape, compiled=True)
-        except _FAILURES as error:
+        except FAILURES as error:
             if is_out_of_memory(error):  # whoever makes room may do so for this
                 raise
             warm_up.misfits(shape, short(error))
@@ -451,7 +464,7 @@ class CapturedSteps:
         try:
             self._record_widest(shape)
             self._record(shape, compiled=False)
-        except _FAILURES as error:
+        except FAILURES as error:
             if is_out_of_memory(error):
                 raise
             self.reason = short(error)
@@ -620,12 +633,14 @@ class CudaGraphs:
     ----------
     device
         ``torch.device("cuda", 0)``.
+    frees_memory
+        Whether to collect what is free before each capture: that takes longer than a small one.
     """
 
-    def __init__(self, device: Any) -> None:
+    def __init__(self, device: Any, *, frees_memory: bool = True) -> None:
         import torch
 
-        self._device = device
+        self._device, self._frees_memory = device, frees_memory
         cuda: Any = torch.cuda
         with cuda.device(device):
             self._stream = cuda.Stream()
@@ -666,11 +681,13 @@ class CudaGraphs:
     def _capture(self, graph: Any, sweep: Callable[[], object], current: Any) -> None:
         import torch
 
-        # A capture that fails leaves its own stream behind as the current one: the outer context ends that.
         # What other threads allocate meanwhile (a compilation, a widget) must not end the capture.
+        mode: Any = "thread_local"
+        capture = torch.cuda.graph if self._frees_memory else _capturing
+        # A capture that fails leaves its own stream behind as the current one: the outer context ends that.
         with (
             torch.cuda.stream(current),
-            torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
+            capture(graph, pool=self._pool, stream=self._stream, capture_error_mode=mode),
         ):
             sweep()
 
@@ -691,6 +708,19 @@ class CudaGraphs:
         with suppress(RuntimeError):
             self._capture(torch.cuda.CUDAGraph(), lambda: torch.zeros(1, device=self._device), current)
         self._pool = None
+
+
+@contextmanager
+def _capturing(graph: Any, *, pool: Any, stream: Any, capture_error_mode: Any) -> Iterator[None]:
+    """``torch.cuda.graph`` without what it does first: it waits for the device, and gives free memory back."""
+    import torch
+
+    with torch.cuda.stream(stream):
+        graph.capture_begin(pool=pool, capture_error_mode=capture_error_mode)
+        try:
+            yield
+        finally:
+            graph.capture_end()
 
 
 def _rounded(tokens: int) -> int:
