@@ -9,7 +9,8 @@ _SIGNS = (
     "not enough memory",
     "can't allocate memory",
     "Cannot allocate memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",  # its workspace, or its handle
+    "BLAS_STATUS_ALLOC_FAILED",  # its workspace, or its handle (CUBLAS, HIPBLAS)
+    "BLAS_STATUS_NOT_INITIALIZED",  # its handle, too: what a full device mostly says
 )
 
 
