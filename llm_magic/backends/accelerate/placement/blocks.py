@@ -256,6 +256,11 @@ class RamStore:
         self.memory = memory
 
     @property
+    def is_lent(self) -> bool:
+        """Whether the memory is another block's."""
+        return self._lender is not None
+
+    @property
     def is_pinned(self) -> bool:
         """Whether a device can fetch it by itself."""
         return self._lender.is_pinned if self._lender else self._is_pinned
@@ -269,6 +274,12 @@ class RamStore:
         if not self.is_pinned and self._lender is None:
             self._is_pinned = pin(self.memory)
         return self.is_pinned
+
+    def unpin(self) -> None:
+        """Undo ``pin``: nothing may be on its way from here. Safe to call twice."""
+        if self._is_pinned:
+            unpin(self.memory)
+            self._is_pinned = False
 
     def tensors(self) -> list[Any]:
         return self._tensors.views(self.memory)
@@ -289,9 +300,7 @@ class RamStore:
         return [(buffer[:size], slot[:size])]
 
     def close(self) -> None:
-        if self._is_pinned:
-            unpin(self.memory)
-            self._is_pinned = False
+        self.unpin()
 
 
 class FileStore:
