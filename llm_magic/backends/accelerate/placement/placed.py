@@ -599,7 +599,7 @@ class PlacedModel:
 
         Whatever is not pinned goes through staging, which is several times slower when it is not either.
         """
-        lanes = (*self._lanes.values(), *self._expert_lanes.values())
+        lanes: list[DeviceLane | DeviceExperts] = [*self._lanes.values(), *self._expert_lanes.values()]
         staging, was_refused = sum(lane.refused_bytes for lane in lanes), self._pins_no_more
         self._pins_no_more = False
         wanted = staging + _SPARE_PINNED_BYTES if staging or was_refused else 0
