@@ -399,6 +399,63 @@ def test_experts_are_judged_by_what_they_do() -> None:
         assert not can_route(experts)
 
 
+def test_experts_that_no_tensor_tells_of_in_turn_move_whole() -> None:
+    """Each stack is asked with a tensor of its own: which one comes next cannot be known without reading it."""
+    model = _built(_mixtral)
+    experts = model.model.layers[0].mlp.experts
+
+    class Anew(type(experts)):  # type: ignore[misc, valid-type]
+        def forward(self, hidden: Any, index: Any, weights: Any) -> Any:
+            return sum(
+                s[i.clone()].sum() for i in index.unique() for s in (self.gate_up_proj, self.down_proj)
+            )
+
+    experts.__class__ = Anew
+    assert not can_route(experts)
+
+
+@pytest.mark.parametrize("asked", [[0], [0, 2, 5]])
+def test_a_pass_that_does_not_ask_for_what_tokens_are_routed_to_is_an_error(asked: list[int]) -> None:
+    """Rather than another expert's weights."""
+    routed = _route(_built(_mixtral), _in_ram(HostStreams()), 2)
+    experts = routed.model.model.layers[0].mlp.experts
+
+    class Other(type(experts)):  # type: ignore[misc, valid-type]
+        def forward(self, hidden: Any, index: Any, weights: Any) -> Any:
+            return [self.gate_up_proj[torch.tensor(expert)] for expert in asked]
+
+    layer = routed.layers[0]
+    layer._twin.__class__ = Other
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="routed to"):
+            layer.forward(torch.zeros(1, 32), torch.tensor([[0, 2]]), torch.ones(1, 2))
+
+
+@pytest.mark.parametrize("name", ROUTED)
+def test_no_tensor_is_read_to_know_which_expert_is_asked_for(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU would come to a halt for it, once for each expert of a token."""
+    streams = HostStreams()
+    routed = _route(_built(ROUTED[name]), _in_ram(streams), 3, streams)
+    expected = _expected(ROUTED[name])
+
+    def read(_tensor: Any) -> int:
+        raise AssertionError("a tensor was read")
+
+    monkeypatch.setattr(torch.Tensor, "__int__", read)
+    assert torch.equal(_logits(routed.model), expected)
+
+
+def test_passes_on_two_threads_ask_for_their_own() -> None:
+    streams = LateStreams()
+    routed = _route(_built(_qwen3_moe), _in_ram(streams), EXPERTS * LAYERS, streams)
+    expected = _expected(_qwen3_moe)
+    with ThreadPoolExecutor(2) as threads:
+        answers = [threads.submit(_logits, routed.model) for _ in range(4)]
+        assert all(torch.equal(answer.result(), expected) for answer in answers)
+
+
 def test_stacks_say_what_they_are() -> None:
     first, second = find_stacks(_built(_qwen3_moe).model.layers[1])
     # gate and up: 2 * 16 rows of 32 values of 4 bytes

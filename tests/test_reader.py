@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import gc
+import io
 import os
 import random
 import sys
 import threading
 import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -579,6 +583,44 @@ def test_systems_without_reads_at_an_offset(
     assert [cut(b, e) for b, e in zip(buffers, requests, strict=True)] == [
         expected(files, e) for e in requests
     ]
+
+
+class Meeting(io.FileIO):
+    """A file whose reads do not go on before another one of them is under way."""
+
+    together = threading.Barrier(1)
+
+    def readinto(self, buffer: Any) -> int | None:
+        self.together.wait(WAIT_S)
+        return super().readinto(buffer)
+
+
+def test_reads_side_by_side_on_systems_without_reads_at_an_offset(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(os, "preadv")
+    monkeypatch.setattr(Path, "open", lambda path, *_mode, **_buffering: Meeting(path))
+    monkeypatch.setattr(Meeting, "together", threading.Barrier(2))
+    opened = OpenFile(file, direct=False)
+    parts = [page_buffer(MIB).numpy().data for _ in range(2)]
+    for _ in range(2):  # by new handles, and by those that are there
+        with ThreadPoolExecutor(2) as threads:
+            for number, part in enumerate(parts):
+                threads.submit(opened.fill, number * MIB, MIB, part)
+        assert b"".join(parts) == noise(SIZE)[: 2 * MIB]
+    opened.close()
+    gc.collect()  # a file that is open still would warn
+
+
+def test_a_file_that_was_replaced_is_not_read_by_a_second_handle(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(os, "preadv")
+    with closing(OpenFile(file, direct=False)) as opened:
+        file.rename(file.with_suffix(".old"))
+        file.write_bytes(noise(SIZE, 1))
+        with pytest.raises(EngineError, match="changed"):
+            opened.fill(0, PAGE, page_buffer(PAGE).numpy().data)
 
 
 # -------------------------------------------------------------------------------- calibration

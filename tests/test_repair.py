@@ -276,6 +276,14 @@ def test_what_cannot_be_mended_names_the_block_and_the_command(
         (torch.OutOfMemoryError("GPU 7 has a total capacity of 1 GiB"), "{}:0"),
         (RuntimeError("CUDA error: out of memory"), "{}:0"),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"), "{}:0"),
+        (
+            RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
+            "{}:0",
+        ),
+        (
+            RuntimeError("CUDA error: HIPBLAS_STATUS_NOT_INITIALIZED when calling `hipblasCreate(handle)`"),
+            "{}:0",
+        ),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"), "cpu"),
         (MemoryError(), "cpu"),
     ],

@@ -7,12 +7,15 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from llm_magic.backends.accelerate.placement.stream import (
+    AcceleratorStreams,
     HostStreams,
     Lane,
     RamSource,
@@ -395,3 +398,51 @@ def test_a_fault_ends_a_wait_without_a_way(streams: FakeStreams) -> None:
     with pytest.raises(OSError, match="way"):
         lane.take(0)
     assert watching.told == ["still"]
+
+
+class EventOfXpu:
+    """``torch.xpu.Event``, as far as it has parameters."""
+
+    def __init__(self, enable_timing: bool = False) -> None:
+        self.options = {"enable_timing": enable_timing}
+
+    def record(self, stream: Any) -> None:
+        """Nothing was computed."""
+
+
+class EventOfCuda(EventOfXpu):
+    """``torch.cuda.Event``."""
+
+    def __init__(self, enable_timing: bool = False, blocking: bool = False) -> None:
+        self.options = {"enable_timing": enable_timing, "blocking": blocking}
+
+
+@pytest.mark.parametrize(
+    ("device", "event", "options"),
+    [
+        ("cuda:0", EventOfCuda, {"enable_timing": False, "blocking": True}),
+        ("xpu:0", EventOfXpu, {"enable_timing": False}),
+    ],
+)
+def test_whoever_waits_for_a_copy_leaves_its_core_to_others(
+    device: str, event: Any, options: dict[str, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CUDA's own way to wait for an event takes all of a core, which the CPU's blocks need."""
+
+    class Stream:
+        def wait_event(self, event: Any) -> None:
+            """It is not used."""
+
+    module = SimpleNamespace(
+        Event=event,
+        Stream=Stream,
+        current_stream=lambda _device: Stream(),
+        is_current_stream_capturing=lambda: True,
+        device=lambda _device: nullcontext(),
+        stream=lambda _stream: nullcontext(),
+    )
+    monkeypatch.setattr(torch, "get_device_module", lambda _device: module)
+    streams = AcceleratorStreams(device)
+    copied: Any = streams.copy([], None)
+    mark: Any = streams.mark()
+    assert (copied._event.options, mark.options) == (options, options)

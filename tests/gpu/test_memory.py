@@ -21,7 +21,7 @@ from llm_magic.plan import Plan  # noqa: E402
 from llm_magic.planning.constants import Constants  # noqa: E402
 from llm_magic.planning.planner import make_budget  # noqa: E402
 from llm_magic.planning.setting import Setting  # noqa: E402
-from llm_magic.units import GIB  # noqa: E402
+from llm_magic.units import GIB, MIB  # noqa: E402
 from tests import tiny  # noqa: E402
 from tests.engines import BACKEND, MACHINE, ask, plan_for, request  # noqa: E402
 from tests.gpu.test_placed import DEVICE, HYBRID, ON_GPU, _own_folders  # noqa: E402, F401
@@ -129,6 +129,28 @@ def test_fixed_addresses_go_before_a_prompt_that_has_no_room_beside_them(
     assert held == [left > 0] * len(ASKED)
     assert steps.status == "captured decode"
     engine.close()
+
+
+def test_torch_refuses_where_the_driver_would_take_ram(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When blocks are placed, and anew when they move: what is free is another figure then."""
+    allowed: list[float] = []
+    monkeypatch.setattr("platform.release", lambda: "5.15.167.4-microsoft-standard-WSL2")
+    monkeypatch.setattr(
+        torch.cuda,
+        "set_per_process_memory_fraction",
+        lambda share, device: allowed.append(share * torch.cuda.mem_get_info(device)[1]),
+    )
+    spec, _ = plan_for(folder, "ram")
+    total = set_total_memory(2 * GIB)
+    try:
+        engine = BACKEND.load(spec, plan(folder, "resident"), lambda _event: None)
+        set_total_memory(2 * GIB - 64 * MIB)  # somebody else takes some
+        engine.apply(plan(folder, "streamed"), lambda _event: None)
+        assert len(allowed) == 2
+        assert allowed[0] - allowed[1] == pytest.approx(60 * MIB)  # and a sixteenth less is spared
+        engine.close()
+    finally:
+        set_total_memory(total)
 
 
 @pytest.mark.parametrize("after", ["resident", "streamed", "streamed, and computed by the CPU"])

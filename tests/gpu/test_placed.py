@@ -24,6 +24,7 @@ from llm_magic.backends.accelerate.placement.reader import page_buffer  # noqa: 
 from llm_magic.backends.accelerate.placement.stream import AcceleratorStreams  # noqa: E402
 from tests import tiny  # noqa: E402
 from tests.engines import BACKEND, ask, plan_for, request  # noqa: E402
+from tests.gpu.conftest import IS_SIMULATED  # noqa: E402
 from tests.placements import Place, Where, load_placed, placed_plan, stock  # noqa: E402
 
 DEVICE = "cuda:0"
@@ -246,6 +247,70 @@ def test_memory_that_the_system_does_not_pin(
         assert torch.equal(logits(placed.model), expected)
     monkeypatch.undo()
     placed.close()
+
+
+class Quota:
+    """A system that pins so many bytes and no more, as Windows does."""
+
+    def __init__(self, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.left, self.refusals = size, 0
+        self._sizes: dict[int, int] = {}
+        runtime = torch.cuda.cudart()
+        self._register, self._unregister = runtime.cudaHostRegister, runtime.cudaHostUnregister
+        monkeypatch.setattr(runtime, "cudaHostRegister", self.register)
+        monkeypatch.setattr(runtime, "cudaHostUnregister", self.unregister)
+
+    def register(self, address: int, size: int, flags: int) -> int:
+        if size > self.left:
+            self.refusals += 1
+            return 2
+        self.left -= size
+        self._sizes[address] = size
+        return int(self._register(address, size, flags))
+
+    def unregister(self, address: int) -> int:
+        self.left += self._sizes.pop(address)
+        return int(self._unregister(address))
+
+
+@pytest.fixture(scope="module")
+def longer(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Models of eight layers of 150 kB; two of them, and of a mixture eight experts of 74 kB, are staged at a time."""
+    save = {"llama": tiny.save_llama, "qwen3-moe": tiny.save_mixture}
+    return cache(lambda name: save[name](tmp_path_factory.mktemp("longer") / name, layers=8))
+
+
+@pytest.mark.skipif(not IS_SIMULATED, reason="of the simulated device alone")
+@pytest.mark.parametrize("way", ["streamed", "a bit of each", "a bit of each, and visiting in prompts"])
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("llama", 350_000),
+        ("llama", 600_000),
+        ("llama", 1_100_000),
+        ("qwen3-moe", 950_000),
+        ("qwen3-moe", 1_150_000),
+    ],
+)
+def test_a_quota_of_pinned_memory_is_for_staging_first(
+    name: str, size: int, way: str, longer: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then for blocks; and some is left for CUDA itself."""
+    spare = 20_000
+    monkeypatch.setattr("llm_magic.backends.accelerate.placement.placed._SPARE_PINNED_BYTES", spare)
+    where = (ON_GPU | HYBRID)[way]
+    model = resident(longer(name))
+    expected, answer = logits(model), tokens(model)
+    quota = Quota(size, monkeypatch)
+    placed = place(longer(name), where)  # its streams see to it that every copy is from pinned memory
+    assert quota.refusals <= 3  # of a block, and of staging for blocks and for experts
+    assert quota.left >= spare
+    torch.testing.assert_close(logits(placed.model), expected, rtol=1e-3, atol=1e-3)
+    assert tokens(placed.model) == answer
+    placed.apply(placed_plan(longer(name), layers(STREAMED, RESIDENT)))
+    assert tokens(in_turn(placed.model)) == answer
+    placed.close()
+    assert quota.left == size
 
 
 def test_kernels_are_not_blamed_for_memory_that_was_not_pinned() -> None:

@@ -17,7 +17,12 @@ from llm_magic.backends.accelerate.decoding.sweep_times import SweepTimes
 from llm_magic.backends.accelerate.generate import Steps, run_generate, watched_blocks
 from llm_magic.backends.accelerate.load import LoadedWeights
 from llm_magic.backends.accelerate.measure import Clock, Probe, sweep_speed
-from llm_magic.backends.accelerate.memory_errors import TokensLostError, is_out_of_memory, release_memory
+from llm_magic.backends.accelerate.memory_errors import (
+    TokensLostError,
+    is_out_of_memory,
+    refuse_overflow,
+    release_memory,
+)
 from llm_magic.backends.accelerate.placement.adapters import fingerprint
 from llm_magic.backends.accelerate.placement.layer_cache import layer_indices
 from llm_magic.backends.accelerate.prompt.prompts import TokenizedPrompt, lasting, tokenize
@@ -280,6 +285,7 @@ class TransformersEngine:
         self._placed.check_files()
         self._quick.before_move()
         self._placed.settle()
+        refuse_overflow(use.device for use in plan.uses)
         try:
             return self._placed.apply(plan, report)
         finally:

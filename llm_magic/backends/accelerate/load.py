@@ -12,7 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from llm_magic.backends.accelerate.decoding.proposers import require_same_vocabulary
 from llm_magic.backends.accelerate.default_dtype import default_dtype_kept
-from llm_magic.backends.accelerate.memory_errors import is_out_of_memory, release_memory, trim
+from llm_magic.backends.accelerate.memory_errors import (
+    is_out_of_memory,
+    refuse_overflow,
+    release_memory,
+    trim,
+)
 from llm_magic.backends.accelerate.placement.hooks import strip, weights_loader
 from llm_magic.backends.accelerate.placement.offload_folder import (
     OffloadFolder,
@@ -63,6 +68,7 @@ def load(files: ModelFiles, spec: ModelSpec, plan: Plan, progress: Progress) -> 
         Whatever ``progress`` raises to cancel; everything read so far is given back.
     """
     refuse_what_does_not_fit(plan)
+    refuse_overflow(use.device for use in plan.uses)
     # They become names of files when a weight is written again.
     check_tensor_names([tensor.name for block in plan.layout.blocks for tensor in block.tensors])
     parent = plan.options.get("offload_folder", "")

@@ -8,6 +8,8 @@ between their uses.
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import os
 import stat
 import weakref
@@ -254,6 +256,11 @@ class RamStore:
         self.memory = memory
 
     @property
+    def is_lent(self) -> bool:
+        """Whether the memory is another block's."""
+        return self._lender is not None
+
+    @property
     def is_pinned(self) -> bool:
         """Whether a device can fetch it by itself."""
         return self._lender.is_pinned if self._lender else self._is_pinned
@@ -267,6 +274,12 @@ class RamStore:
         if not self.is_pinned and self._lender is None:
             self._is_pinned = pin(self.memory)
         return self.is_pinned
+
+    def unpin(self) -> None:
+        """Undo ``pin``: nothing may be on its way from here. Safe to call twice."""
+        if self._is_pinned:
+            unpin(self.memory)
+            self._is_pinned = False
 
     def tensors(self) -> list[Any]:
         return self._tensors.views(self.memory)
@@ -287,9 +300,7 @@ class RamStore:
         return [(buffer[:size], slot[:size])]
 
     def close(self) -> None:
-        if self._is_pinned:
-            unpin(self.memory)
-            self._is_pinned = False
+        self.unpin()
 
 
 class FileStore:
@@ -406,6 +417,11 @@ def pin(memory: Any) -> bool:
     """Register RAM with CUDA, for all GPUs; ``False`` when it refuses, or there is no CUDA.
 
     Memory that goes without ``unpin`` is unregistered then: the system could not have it back.
+
+    Parameters
+    ----------
+    memory
+        The beginning of a `page_buffer`, whose pages nothing else is on.
     """
     import torch
 
@@ -416,7 +432,8 @@ def pin(memory: Any) -> bool:
     if int(cuda.cudart().cudaHostRegister(address, memory.numel(), _FOR_ALL_GPUS)):
         _forget_refusal()
         return False
-    _registered[address] = weakref.finalize(memory, _unregister, address)
+    _show_to_children(address, memory.numel(), is_so=False)
+    _registered[address] = weakref.finalize(memory, _unregister, address, memory.numel())
     _registered[address].atexit = False
     return True
 
@@ -428,13 +445,26 @@ def unpin(memory: Any) -> None:
         finalizer()
 
 
-def _unregister(address: int) -> None:
+def _unregister(address: int, size: int) -> None:
     import torch
 
     del _registered[address]
     cuda: Any = torch.cuda
     if int(cuda.cudart().cudaHostUnregister(address)):
         _forget_refusal()
+    _show_to_children(address, size, is_so=True)
+
+
+def _show_to_children(address: int, size: int, *, is_so: bool) -> None:
+    """Whether a process that is forked gets these pages. A system that cannot choose gives them.
+
+    Of pinned pages it would get copies, all of them at once, as often as somebody runs ``!command`` in a
+    cell; and WSL may leave the GPU the old ones once either process writes. Without them a child that
+    reads such a tensor crashes: CUDA would not let it compute anyway.
+    """
+    advice = getattr(mmap, "MADV_DOFORK" if is_so else "MADV_DONTFORK", None)
+    if advice is not None:  # Linux
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), advice)
 
 
 def _forget_refusal() -> None:

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import takewhile
 from typing import Any
 
 from llm_magic.backends.accelerate.placement.blocks import BlockTensors, FileStore, RamStore, pin, unpin
@@ -83,6 +84,8 @@ class DeviceExperts:
         What holds them, and counts what was fetched.
     cache_bytes, staging_bytes
         Memory it takes on its device and, pinned, in RAM.
+    refused_bytes
+        What of the latter could not be pinned.
     """
 
     def __init__(
@@ -97,7 +100,7 @@ class DeviceExperts:
         self._streams = streams or make_streams(device)
         self._pinned: list[Any] = []
         self._copier: ThreadPoolExecutor | None = None
-        self.staging_bytes = 0
+        self.staging_bytes = self.refused_bytes = 0
         self._modules = [module for traveller in travellers for module in _modules(*traveller)]
         stores = [self._store(module) for module in self._modules]
         slot_bytes = max(store.slot_bytes for store in stores)
@@ -152,8 +155,9 @@ class DeviceExperts:
         """Pinned buffers for all that cannot go straight to the device."""
         size = max(module.bytes_on_the_way for module in self._modules)
         buffers = [page_buffer(size) for _ in range(_BUFFERS)]
-        self._pinned += [buffer for buffer in buffers if pin(buffer)]
+        self._pinned += takewhile(pin, buffers)
         self.staging_bytes = size * len(buffers)
+        self.refused_bytes = size * (len(buffers) - len(self._pinned))
         return Staging(buffers)
 
 

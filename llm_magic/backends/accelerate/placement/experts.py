@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from llm_magic.backends.accelerate.placement.expert_cache import ExpertCache, ExpertLayer
@@ -86,7 +87,7 @@ class RoutedExperts:
             raise ValueError(f"an expert takes {store.slot_bytes} bytes, a slot has {cache.slot_bytes}")
         self._module, self._cache, self._visitor = module, cache, visitor
         self._layer = ExpertLayer(store)
-        self._asked: tuple[Any, int] = (None, -1)
+        self._turn = _Turn()
         self._twin = copy.copy(module)
         self._twin.__dict__.update(_eager(module))
         # An instance's attribute is found before the parameter of that name.
@@ -100,15 +101,19 @@ class RoutedExperts:
         if self._visitor is not None and not self._visitor.is_away:
             return type(self._module).forward(self._module, *inputs, **named)
         chosen = _chosen(self._module, inputs, named)
-        self._cache.begin(self._layer, _uses(chosen, self._layer.store.experts), len(chosen))
+        uses = _uses(chosen, self._layer.store.experts)
+        self._cache.begin(self._layer, uses, len(chosen))
+        self._turn.begin(uses)
         try:
-            return type(self._twin).forward(self._twin, *inputs, **named)
+            output = type(self._twin).forward(self._twin, *inputs, **named)
+            self._turn.end()
+            return output
         finally:
             self._cache.end()
 
     def piece(self, index: Any, number: int) -> Any:
         """The tensor of one expert (an int or a tensor with one) in stack ``number``."""
-        return self._cache.take(self._number(index))[number]
+        return self._cache.take(self._turn.number(index))[number]
 
     def detach(self) -> None:
         """Leave the module as it was, with parameters without bytes. Safe to call twice."""
@@ -118,13 +123,39 @@ class RoutedExperts:
                 self._module.__dict__["forward"] = self._usual
         self._cache.forget(self._layer)
 
-    def _number(self, index: Any) -> int:
-        """The index as a number; a model asks every stack with the same tensor, and a GPU's is slow to read."""
-        asked, number = self._asked
-        if asked is not index:
-            number = int(index)
-            self._asked = (index, number)
-        return number
+
+class _Turn(threading.local):
+    """The expert that a thread's pass has come to.
+
+    Experts are asked for in ascending order, in every stack with the same tensor: that is what `can_route` has seen.
+    So nobody has to read that tensor, for which a GPU would come to a halt.
+    """
+
+    def __init__(self) -> None:
+        self.begin(())
+
+    def begin(self, experts: Iterable[int]) -> None:
+        """A pass needs these."""
+        self._coming = iter(sorted(experts))
+        self._asked: Any = None
+        self._number = -1
+
+    def number(self, index: Any) -> int:
+        """Which one is asked for with ``index``, an int or a tensor with one."""
+        import torch
+
+        if not isinstance(index, torch.Tensor):
+            return int(index)
+        if index is not self._asked:
+            self._asked, self._number = index, next(self._coming, -1)
+        if self._number < 0:
+            raise RuntimeError("more experts were asked for than tokens are routed to")
+        return self._number
+
+    def end(self) -> None:
+        """The pass has asked for what it needs."""
+        if self._asked is not None and next(self._coming, None) is not None:
+            raise RuntimeError("fewer experts were asked for than tokens are routed to")
 
 
 class _RoutedStack:
@@ -220,9 +251,11 @@ def _takes_one_at_a_time(experts: Any, stacks: Sequence[Stack], width: int) -> b
 
     last = min(stack.experts for stack in stacks) - 1
     asked: list[tuple[str, int]] = []
+    turn = _Turn()
+    turn.begin({0, last})
     trial = copy.copy(experts)
     trial.__dict__.update(_eager(experts))
-    trial.__dict__.update({stack.parameter_name: _Recorder(stack, asked) for stack in stacks})
+    trial.__dict__.update({stack.parameter_name: _Recorder(stack, asked, turn) for stack in stacks})
     hidden = torch.empty(2, width, dtype=stacks[0].dtype, device="meta")
     weights = torch.empty(2, 2, dtype=stacks[0].dtype, device="meta")
     try:
@@ -242,14 +275,17 @@ def _is_in_turn(asked: Sequence[tuple[str, int]], names: Sequence[str], experts:
 class _Recorder:
     """Stands for a stack in a trial, and writes down which experts are asked for."""
 
-    def __init__(self, stack: Stack, asked: list[tuple[str, int]]) -> None:
-        self._stack, self._asked = stack, asked
+    def __init__(self, stack: Stack, asked: list[tuple[str, int]], turn: _Turn) -> None:
+        self._stack, self._asked, self._turn = stack, asked, turn
         self.shape, self.dtype = stack.shape, stack.dtype
 
     def __getitem__(self, index: Any) -> Any:
         import torch
 
-        self._asked.append((self._stack.parameter_name, int(index)))
+        number = int(index)
+        if self._turn.number(index) != number:
+            raise LookupError("which expert comes next cannot be known")
+        self._asked.append((self._stack.parameter_name, number))
         return torch.empty(self._stack.shape[1:], dtype=self._stack.dtype, device="meta")
 
 

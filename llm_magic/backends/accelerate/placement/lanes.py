@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import takewhile
 from typing import Any
 
 from llm_magic.backends.accelerate.placement.blocks import (
@@ -61,6 +62,8 @@ class DeviceLane:
         What hooks ask for their blocks.
     slot_bytes, staging_bytes
         Memory it holds on its device and, pinned, in RAM.
+    refused_bytes
+        What of the latter could not be pinned.
     """
 
     def __init__(
@@ -72,7 +75,7 @@ class DeviceLane:
         self._count = min(slots, len(travellers))
         self._pinned: list[Any] = []
         self._copier: ThreadPoolExecutor | None = None
-        self.staging_bytes = 0
+        self.staging_bytes = self.refused_bytes = 0
         size = max(self._bytes_in_slot(*traveller) for traveller in travellers)
         self._slots = [slot_memory(device, size) for _ in range(self._count)]
         self.slot_bytes = size * self._count
@@ -128,8 +131,9 @@ class DeviceLane:
             for tensors, store in self._travellers
         ]
         buffers = [page_buffer(max(sizes)) for _ in range(min(slots_for("cpu"), self._count))]
-        self._pinned += [buffer for buffer in buffers if pin(buffer)]
+        self._pinned += takewhile(pin, buffers)
         self.staging_bytes = max(sizes) * len(buffers)
+        self.refused_bytes = max(sizes) * (len(buffers) - len(self._pinned))
         return Staging(buffers)
 
 

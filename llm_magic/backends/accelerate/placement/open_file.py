@@ -11,7 +11,6 @@ import errno
 import io
 import os
 import sys
-import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -45,7 +44,6 @@ class OpenFile:
 
     def __init__(self, path: Path, *, direct: bool) -> None:
         self.path = path
-        self._seek_lock = threading.Lock()
         self._direct: io.FileIO | None = None
         with self._errors_named(), ExitStack() as opened:
             self._plain = opened.enter_context(path.open("rb", buffering=0))
@@ -55,6 +53,8 @@ class OpenFile:
                 opened.enter_context(self._direct)
             if self._direct is not None and not os.path.sameopenfile(self.fileno(), self._direct.fileno()):
                 raise self._changed()  # it was replaced between the two
+            self._positions = _Positions(path)
+            opened.callback(self._positions.close)
             # From here on `close` closes it, or its end: a model may be dropped without a word.
             self._close = weakref.finalize(self, opened.pop_all().close)
         self.size = self._seen.size
@@ -128,9 +128,11 @@ class OpenFile:
     def _read(self, file: io.FileIO, offset: int, view: memoryview) -> int:
         if hasattr(os, "preadv"):
             return os.preadv(file.fileno(), [view], offset)
-        with self._seek_lock:  # Windows
-            file.seek(offset)
-            return file.readinto(view) or 0
+        with self._positions.one(direct=file is self._direct) as own:  # Windows
+            if not os.path.sameopenfile(own.fileno(), file.fileno()):
+                raise self._changed()
+            own.seek(offset)
+            return own.readinto(view) or 0
 
     def fileno(self) -> int:
         """The descriptor of buffered reads."""
@@ -154,6 +156,33 @@ class OpenFile:
                 f"{display_path(self.path)} cannot be read: {error.strerror or 'input error'}.",
                 "Check that its disk is there, then load the model again.",
             ) from None
+
+
+class _Positions:
+    """Handles of one file, each with a position of its own: one for each thread that reads at the same time."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._free: dict[bool, list[io.FileIO]] = {False: [], True: []}
+
+    @contextmanager
+    def one(self, *, direct: bool) -> Iterator[io.FileIO]:
+        """A handle that nobody else has meanwhile."""
+        try:
+            handle = self._free[direct].pop()
+        except IndexError:
+            opened = _open_direct(self._path) if direct else None
+            handle = opened or self._path.open("rb", buffering=0)
+        try:
+            yield handle
+        finally:
+            self._free[direct].append(handle)
+
+    def close(self) -> None:
+        """Close those that nobody has."""
+        for handles in self._free.values():
+            while handles:
+                handles.pop().close()
 
 
 class _State(NamedTuple):

@@ -43,6 +43,7 @@ from llm_magic.backends.accelerate.placement.uninterrupted import uninterrupted
 from llm_magic.backends.accelerate.placement.visits import Route, SweepHook, VisitingHook, Visits
 from llm_magic.plan import Placement, Plan
 from llm_magic.planning.costs import slots_for
+from llm_magic.units import MIB
 
 Moved = Mapping[tuple[str, str], int]
 """(source, target) -> bytes."""
@@ -57,6 +58,8 @@ Fill = Callable[[Placement, Any], None]
 """Gives a block's module its weights."""
 
 _AHEAD = 2  # mapped blocks that the system is asked for while one computes
+
+_SPARE_PINNED_BYTES = 64 * MIB  # that CUDA's own calls find where there is a quota
 
 
 @dataclass
@@ -169,6 +172,7 @@ class PlacedModel:
         self._advice: list[Any] = []
         self._usual_experts: dict[str, str | None] | None = None
         self._skip_keys = getattr(model, "_skip_keys_device_placement", None)
+        self._pins_no_more = False
         self.blocks: dict[str, PlacedBlock] = {}
         self.experts: dict[str, PlacedBlock] = {}
         self._take_over(fill)
@@ -480,7 +484,7 @@ class PlacedModel:
         if not isinstance(block.store, RamStore):
             block.store = self._lent(block) or self._copied_to_ram(block, pinned=bool(fetched))
         elif fetched:
-            block.store.pin()
+            self._pin(block.store)
         if place.compute == "cpu":
             block.tensors.bind(block.store.tensors())
         else:
@@ -490,12 +494,17 @@ class PlacedModel:
         store = RamStore(block.tensors, flat_buffer(block.tensors))
         try:
             if pinned:
-                store.pin()  # before the copy: a GPU writes several times faster to pinned memory
+                self._pin(store)  # before the copy: a GPU writes several times faster to pinned memory
             _copied(block.tensors, self._held(block), store.memory)
         except BaseException:
             store.close()
             raise
         return store
+
+    def _pin(self, store: RamStore) -> None:
+        """Pin a block, unless the system has refused one already: to be refused takes a while."""
+        if not store.is_lent and not self._pins_no_more:
+            self._pins_no_more = not store.pin()
 
     def _lent(self, block: PlacedBlock) -> RamStore | None:
         """A tied tensor is in RAM once: as a part of its owner's buffer."""
@@ -577,6 +586,32 @@ class PlacedModel:
             visiting_hook.settle()
 
     def _attach(self, plan: Plan | None = None) -> None:
+        """Let blocks travel; with a quota of pinned memory (Windows, WSL) first through staging, then without it."""
+        self._attach_all(plan)
+        while stores := self._in_the_way():
+            self._detach()
+            for store in stores:
+                store.unpin()
+            self._attach_all(plan)
+
+    def _in_the_way(self) -> list[RamStore]:
+        """The last blocks that are pinned, as many as have taken the room of staging, and of what CUDA itself pins.
+
+        Whatever is not pinned goes through staging, which is several times slower when it is not either.
+        """
+        lanes: list[DeviceLane | DeviceExperts] = [*self._lanes.values(), *self._expert_lanes.values()]
+        staging, was_refused = sum(lane.refused_bytes for lane in lanes), self._pins_no_more
+        self._pins_no_more = False
+        wanted = staging + _SPARE_PINNED_BYTES if staging or was_refused else 0
+        found: list[RamStore] = []
+        for part in (part for name in reversed(self.blocks) for part in self._parts(name)):
+            store = part.store
+            if wanted > 0 and isinstance(store, RamStore) and store.is_pinned and not store.is_lent:
+                found.append(store)
+                wanted -= store.memory.numel()
+        return found
+
+    def _attach_all(self, plan: Plan | None) -> None:
         """One hook for each block that needs one, and a lane for each device to which blocks travel."""
         travellers: dict[str, list[PlacedBlock]] = defaultdict(list)
         running = [block.place for block in self.blocks.values() if not block.place.block.is_idle]

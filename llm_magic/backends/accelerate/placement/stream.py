@@ -373,6 +373,8 @@ class AcceleratorStreams:
 
         self._device = torch.device(device)
         self._module: Any = torch.get_device_module(self._device)
+        # Threads wait for the ends of copies: so they sleep meanwhile, and leave their cores to blocks of the CPU.
+        self._waiting = {"blocking": True} if self._device.type == "cuda" else {}
         with self._module.device(self._device):
             self._copies = self._module.Stream()
 
@@ -401,7 +403,7 @@ class AcceleratorStreams:
         return self._device.type == "cuda" and not self._module.is_current_stream_capturing()
 
     def _recorded(self, stream: Any, *, timed: bool = False) -> Any:
-        event = self._module.Event(enable_timing=timed)
+        event = self._module.Event(enable_timing=timed, **self._waiting)
         event.record(stream)
         return event
 
