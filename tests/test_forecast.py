@@ -132,11 +132,16 @@ def test_an_eager_step_of_large_layers_takes_no_less_than_a_captured_one():
     assert plan.forecast.bound_by.startswith("memory of cuda:0")
 
 
-def test_several_gpus_are_launched_layer_by_layer():
+def test_layers_of_several_gpus_are_recorded_one_by_one():
     box = machine(gpu(0, 24 * GIB), gpu(1, 24 * GIB), ram(64 * GIB))
-    plan = plan_for(llama(), box, ON_GPU | {"layers.2": "cuda:1", "layers.3": "cuda:1"})
-    # 1 ms for each of four layers, and the head on the first one hides behind them
-    assert plan.forecast.decode_tps == pytest.approx(1 / 4e-3, rel=0.01)
+    two = ON_GPU | {"layers.2": "cuda:1", "layers.3": "cuda:1"}
+    read = 440 * MIB + 128 + 128 + 4 * 512 * KIB
+    # what is between the products of a layer takes as long as in one graph; launching four takes 0.6 ms
+    assert plan_for(llama(), box, two).forecast.decode_tps == pytest.approx(1 / (read / 1e12 + 4 * 0.14e-3))
+    for detail in ({"eager": "an architecture of its own"}, {"has_states": True}):
+        alone = replace(llama(), details={**llama().details, **detail})
+        # 1 ms for each of four layers, and the head on the first one hides behind them
+        assert plan_for(alone, box, two).forecast.decode_tps == pytest.approx(1 / 4e-3, rel=0.01)
 
 
 def test_what_comes_from_the_disk_takes_the_bus_too():
@@ -249,13 +254,14 @@ def test_measured_figures_of_an_h100(layout: ModelLayout, map_: dict[str, str], 
 
 def test_cpu_and_bus_finish_together():
     # a block takes 436 MB / (0.97 * 54.7 GB/s) = 8.22 ms on the bus; on the CPU 10.4 ms at 0.7 of 60 GB/s
-    # and 0.3 ms more, and 1 ms for each layer of the GPU. n on the CPU: max((16 - n) * 8.22, n * 10.7 + 32 - n)
-    # n = 5: 90.4, 80.5; 6: 82.2, 90.2; 7: 74.0, 99.9. Six is best, with 11.06 tok/s
+    # and 0.3 ms more; a layer of the GPU, which is recorded, reads 0.15 ms and has 0.14 ms between its products.
+    # n on the CPU: max((16 - n) * 8.22, n * 10.7 + (32 - n) * 0.29 + 0.4 for the head)
+    # n = 5: 90.4, 61.8; 6: 82.2, 72.1; 7: 74.0, 82.5. Six is best, with 12.16 tok/s
     plan = plan_for(llama8b(), h100(), HALF)
     assert ways(plan).count("c") == 6
     assert ways(plan).count("s") == 10
-    assert plan.forecast.decode_tps == pytest.approx(11.06, rel=0.01)
-    assert plan.forecast.decode_tps > 1.4 * 0.97 * 5.47e10 / (16 * 2 * 218_112_000)
+    assert plan.forecast.decode_tps == pytest.approx(12.16, rel=0.01)
+    assert plan.forecast.decode_tps > 1.55 * 0.97 * 5.47e10 / (16 * 2 * 218_112_000)
 
 
 def test_blocks_of_the_cpu_are_spread_and_keep_their_cache_in_ram():

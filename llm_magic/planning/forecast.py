@@ -15,6 +15,7 @@ from llm_magic.planning.sweep import (
     Engine,
     Sweep,
     can_capture,
+    can_record_layers,
     disk_bytes_per_s,
     in_long_sweep,
     link_bytes_per_s,
@@ -74,6 +75,7 @@ def engine_of(setting: Setting, placed: Sequence[Placement], uses: Sequence[Devi
         setting.constants,
         is_mapped=reads_mapped(machine, uses, placed),
         is_captured=can_capture(setting.layout, machine, placed),
+        records_layers=can_record_layers(setting.layout, placed),
         quantization=setting.layout.quantization,
     )
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from llm_magic.backends.accelerate.decoding.capturable import model_reason
+from llm_magic.backends.accelerate.decoding.capturable import has_layers_alone, model_reason
 from llm_magic.backends.accelerate.decoding.kv_cache import can_take_back
 from llm_magic.backends.accelerate.default_dtype import default_dtype_kept
 from llm_magic.backends.accelerate.placement.quantize import Method, find_method, packed_bytes, prepare
@@ -67,6 +67,8 @@ def read_layout(spec: ModelSpec, files: ModelFiles) -> ModelLayout:
         details |= {"one_by_one": True}
     if reason := model_reason(model):
         details |= {"eager": reason}
+    elif not has_layers_alone(model):
+        details |= {"has_states": True}
     if method is not None:
         blocks = _with_packed(model, blocks, method, dtype)
         details |= {"unpacked_bytes": _unpacked_bytes(blocks, method)}
