@@ -9,7 +9,8 @@ with the lowest and the highest; ratios are of medians of the same run. The load
 and after a group is noted.
 
 Decode is tokens per second from the first token of an answer to the last, greedy, batch 1; prefill is
-the tokens of the prompt by the seconds to the first token. Everything runs offline.
+the tokens of the prompt by the seconds from its text, not yet tokenized, to the first token. Everything
+runs offline, and what is measured of the machine lies in a cache of its own, unless ``LLM_MAGIC_CACHE`` names one.
 
 "Warm": the files' pages were used before, so that the system serves them from RAM. "Cold": they are
 dropped from the page cache before an answer and after each of its tokens, which is taken off the time.

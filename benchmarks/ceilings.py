@@ -15,6 +15,7 @@ from llm_magic.backends.accelerate.placement.reader import THREADS, FileReader, 
 from llm_magic.units import GIB, MIB
 
 _BLOCK = 64 * MIB
+_SMALL, _LARGE = 8 * 1024, 400_000_000  # what the CPU hands over for a token, and a block of a large model
 _LAYER = ((4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096), (14336, 4096), (14336, 4096), (4096, 14336))
 
 
@@ -121,7 +122,10 @@ class Cuda:
 
 
 class GpuCeiling:
-    """The bus from pinned memory, reads of the device, and the CPU's products alone and beside the bus."""
+    """The bus from pinned memory, and reads of the device.
+
+    With the CPU: also its products alone and beside the bus, and small copies alone and beside a large one.
+    """
 
     def __init__(self, *, with_cpu: bool = False) -> None:
         import torch
@@ -144,6 +148,7 @@ class GpuCeiling:
         if self._cpu is not None:
             found["cpu_bytes_per_s"] = self._cpu.rate(1.0)
             found["cpu_beside_bus"], found["bus_beside_cpu"] = self._both(self._cpu)
+            found |= self._small_copies()
         self._there = None  # others of the group want the memory
         torch.cuda.empty_cache()
         return found
@@ -163,6 +168,40 @@ class GpuCeiling:
             cuda.synchronize()
             times.append(begin.elapsed_time(end) / 1e3)
         return sorted(times[1:])[runs // 2]
+
+    def _small_copies(self, runs: int = 7) -> dict[str, float]:
+        """Seconds until a small copy is done, by the clock of the CPU, which waits for it: medians.
+
+        Whether such a copy waits behind a large one of another stream is up to the device's copy engines.
+        """
+        torch = self._torch
+        small, there = (
+            torch.ones(_SMALL, dtype=torch.uint8),
+            torch.empty(_SMALL, dtype=torch.uint8, device="cuda"),
+        )
+        sources = {"pageable": small, "pinned": small.clone().pin_memory()}
+        own, side = torch.cuda.Stream(), torch.cuda.Stream()
+        size = min(_LARGE, self._size)
+        torch.cuda.synchronize()
+
+        def seconds(source: Any, beside: bool) -> float:
+            if beside:
+                with torch.cuda.stream(side):
+                    self._there[:size].copy_(self._host[:size], non_blocking=True)
+            start = time.perf_counter()
+            with torch.cuda.stream(own):
+                there.copy_(source, non_blocking=True)
+            own.synchronize()
+            took = time.perf_counter() - start
+            torch.cuda.synchronize()
+            return took
+
+        found: dict[str, float] = {}
+        for name, source in sources.items():
+            for key, beside in (("", False), ("_beside", True)):
+                times = sorted([seconds(source, beside) for _ in range(1 + runs)][1:])
+                found[f"small_{name}{key}_s"] = times[runs // 2]
+        return found
 
     def _both(self, cpu: CpuCeiling) -> tuple[float, float]:
         """CPU with four cores left to the driver, and the bus beside it."""

@@ -10,7 +10,7 @@ from typing import Any
 
 
 class Clock:
-    """Notes tokens as they come.
+    """Notes tokens as they come, from when it is made: when the text is there, before it is tokenized.
 
     Parameters
     ----------

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from benchmarks.models import placement, words
-from benchmarks.protocol import Contender, Group, once, run_group
+from benchmarks.protocol import TIMEOUT_S, Contender, Group, once, run_group
 from benchmarks.report import (
     BANDWIDTH,
     COPIED,
@@ -38,6 +38,8 @@ REPEAT = f"{RECIPE}\n\n" * 3 + "Boil two litres of water"
 """A text that repeats itself: the model goes on with it once more."""
 
 EMBEDDING = "model.embed_tokens"
+MAKING_S = 900.0
+"""For a model: 16 GB take their time on a slow disk."""
 PLACEMENTS = {"all in RAM": 0.0, "half of the layers on disk": 0.5, "all layers on disk": 1.0}
 
 
@@ -45,7 +47,8 @@ PLACEMENTS = {"all in RAM": 0.0, "half of the layers on disk": 0.5, "all layers 
 class Setup:
     """What groups are run with.
 
-    ``folder`` is for models that are made; ``tokens`` the length of answers.
+    ``folder`` is for models that are made, and found again; ``tokens`` the length of answers; ``timeout_s`` is
+    for each of them.
     """
 
     report: Report
@@ -53,15 +56,19 @@ class Setup:
     repeats: int
     tokens: int
     large: bool = False
+    timeout_s: float = TIMEOUT_S
 
     def run(self, name: str, contenders: list[Contender], repeats: int | None = None) -> Group:
         """Measure a group."""
-        return run_group(name, contenders, repeats or self.repeats)
+        return run_group(
+            name, contenders, repeats or self.repeats, timeout_s=self.timeout_s, keep=self.report.keep
+        )
 
     def made(self, what: str, **changes: object) -> str:
         """The path of a model, which is made when it is missing."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        return str(once("models", {}, what=what, folder=str(self.folder), **changes)["path"])
+        made = once("models", {}, timeout_s=MAKING_S, what=what, folder=str(self.folder), **changes)
+        return str(made["path"])
 
     @property
     def starter(self) -> str:

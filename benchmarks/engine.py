@@ -24,8 +24,6 @@ from llm_magic.planning.planner import make_plan, refusal
 from llm_magic.units import MIB
 from llm_magic.views.words import moved_bytes
 
-_WARM_UP_S = 300.0
-
 
 class EngineSubject:
     """A loaded engine.
@@ -84,7 +82,7 @@ class EngineSubject:
         *,
         lookup: int | None = 0,
         cold: bool = False,
-        after_warm_up: bool = False,
+        warm_up_s: float = 0.0,
     ) -> dict[str, Any]:
         """One answer.
 
@@ -92,11 +90,11 @@ class EngineSubject:
         ----------
         lookup
             Tokens that prompt lookup may propose at a time; ``None`` leaves that to the engine.
-        after_warm_up
-            Wait until layers that are compiled in the background are ready, the first time.
+        warm_up_s
+            How long to wait until layers that are compiled in the background are ready, the first time.
         """
-        if after_warm_up and not self._is_warm:
-            self._warm_up(prompt)
+        if warm_up_s and not self._is_warm:
+            self._warm_up(prompt, warm_up_s)
         read = _bytes_read()
         clock, text, finish = self._answer(prompt, tokens, lookup, cold)
         plan = self._engine.plan
@@ -124,21 +122,26 @@ class EngineSubject:
         extra = {} if lookup is None else {"prompt_lookup_num_tokens": lookup}
         sampling = Sampling(temperature=0, max_new_tokens=tokens, extra=extra)
         request = Request((Message("user", prompt),), sampling, use_template=False)
-        clock = Clock(self._files if cold else ())
-        pieces: list[str] = []
 
-        def emit(event: Any) -> None:
-            if isinstance(event, TokenEvent):
-                pieces.append(event.text)
-                if event.tokens:
-                    clock.tick(event.tokens)
+        def answer() -> tuple[Clock, str, Any]:
+            clock = Clock(self._files if cold else ())
+            pieces: list[str] = []
 
-        finish = on_a_thread(lambda: self._engine.generate(request, emit, threading.Event()))
-        return clock, "".join(pieces), finish
+            def emit(event: Any) -> None:
+                if isinstance(event, TokenEvent):
+                    pieces.append(event.text)
+                    if event.tokens:
+                        clock.tick(event.tokens)
 
-    def _warm_up(self, prompt: str) -> None:
+            finish = self._engine.generate(request, emit, threading.Event())
+            return clock, "".join(pieces), finish
+
+        found: tuple[Clock, str, Any] = on_a_thread(answer)
+        return found
+
+    def _warm_up(self, prompt: str, most_s: float) -> None:
+        end = time.perf_counter() + most_s
         self._answer(prompt, 8, 0, False)
-        end = time.perf_counter() + _WARM_UP_S
         while time.perf_counter() < end and any("background" in said for said in self._engine.status()):
             time.sleep(0.5)
         self._answer(prompt, 8, 0, False)  # captures what is ready now

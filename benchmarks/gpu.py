@@ -20,10 +20,17 @@ from llm_magic.units import format_bandwidth, format_bytes
 GPU = "cuda:0"
 MODEL, VOCABULARY = "llama-8b", 128256
 PROMPT_TOKENS = 512
+CONTEXTS = (512, 8192, 32768)
 BUS = Contender("the bus, pinned", "gpu")
 EVERY_BUS = Column("bus", "bus_bytes_per_s", format_bandwidth)
 READS = Column("device reads", "read_bytes_per_s", format_bandwidth)
 MOVED = Column("moved", "moved_bytes", format_bytes)
+SMALL_COPIES = [
+    Column(title, f"small_{what}_s", lambda seconds: f"{seconds * 1e6:,.0f} µs", spread=True)
+    for title, what in (
+        ("pageable", "pageable"), ("beside", "pageable_beside"), ("pinned", "pinned"), ("beside", "pinned_beside"),
+    )
+]  # fmt: skip
 
 
 def device_name() -> str:
@@ -81,6 +88,11 @@ class Large:
         """What is asked."""
         return {"prompt": self.prompt, "tokens": tokens or self.setup.tokens}
 
+    def at(self, each: Contender, context: int) -> Contender:
+        """A contender with a prompt of so many tokens."""
+        prompt = words(context, VOCABULARY)
+        return replace(each, name=f"{each.name}, {context:,}", case={**each.case, "prompt": prompt})
+
 
 def large(setup: Setup) -> Large:
     """Make the model, 16 GB, unless it is there."""
@@ -88,7 +100,7 @@ def large(setup: Setup) -> Large:
 
 
 def ceilings(setup: Setup) -> None:
-    """Bus, device memory, and what the CPU multiplies alone and beside the bus."""
+    """Bus, device memory, what the CPU multiplies alone and beside the bus, and small copies beside a large one."""
     group = setup.run("ceilings", [Contender("this machine", "gpu", {"with_cpu": True})])
     columns = [
         EVERY_BUS,
@@ -100,10 +112,12 @@ def ceilings(setup: Setup) -> None:
     setup.report.add(
         group, "Ceilings: pinned copies, reads of the device, bf16 matrix-vector products", columns
     )
+    title = "8 KiB to the device, from memory of both kinds: alone, and beside a pinned copy of 400 MB"
+    setup.report.add(group, title, SMALL_COPIES)
 
 
 def resident(setup: Setup) -> None:
-    """All on the device, bf16: captured at once, and after the warm-up in the background."""
+    """All on the device, bf16: captured at once."""
     model = large(setup)
     ours = model.ours("llm_magic, at once", compiled=False)
     device_map = {**placement(model.folder, GPU), EMBEDDING: "cpu"}
@@ -112,10 +126,10 @@ def resident(setup: Setup) -> None:
     )
     contenders = [BUS, ours, looked_up, model.stock(), *model.llama_cpp(-1)]
     group = setup.run("resident", contenders)
-    title = f"All resident, bf16, prompt of {PROMPT_TOKENS}"
+    title = f"All resident, bf16, prompt of {PROMPT_TOKENS}, layers not compiled yet"
     columns = [DECODE, PREFILL, FIRST, READS]
     same = [["llm_magic, at once", "stock Accelerate"], ["llm_magic, at once", looked_up.name]]
-    setup.report.add(group, f"{title}, layers not compiled yet", columns, "stock Accelerate", same)
+    setup.report.add(group, title, columns, "stock Accelerate", same)
     note = setup.report.note
     note(
         Figure("GPU, resident bf16: times eager", group.ratio("llm_magic, at once", "stock Accelerate"), 3.5)
@@ -124,11 +138,32 @@ def resident(setup: Setup) -> None:
     first = group.ratio("llm_magic, at once", "stock Accelerate", "first_token_s")
     note(Figure("GPU, resident bf16: first token, of eager's time", first, 1.0, at_most=True))
 
-    warm = model.ours("llm_magic, warmed up", case={"after_warm_up": True})
+
+def resident_warm(setup: Setup) -> None:
+    """All on the device, bf16: after the warm-up in the background."""
+    model = large(setup)
+    warm = model.ours("llm_magic, warmed up", case={"warm_up_s": 0.8 * setup.timeout_s})
     group = setup.run("resident warm", [BUS, warm, *model.llama_cpp(-1)])
-    setup.report.add(group, f"{title}, after the warm-up in the background", columns)
+    title = f"All resident, bf16, prompt of {PROMPT_TOKENS}, after the warm-up in the background"
+    setup.report.add(group, title, [DECODE, PREFILL, FIRST, READS])
+    note = setup.report.note
     note(Figure("GPU, resident bf16, warmed up: of the read limit", _of_reads(group, warm.name, model), 0.8))
     note(Figure("GPU, resident bf16, warmed up: of llama.cpp", group.ratio(warm.name, "llama.cpp"), 1.0))
+
+
+def resident_long(setup: Setup) -> None:
+    """All on the device, bf16: decoding after prompts of 512, 8,192 and 32,768 tokens."""
+    model = large(setup)
+    ours = model.ours("llm_magic", compiled=False, context=CONTEXTS[-1] + 2 * setup.tokens)
+    mine, stock = ([model.at(each, context) for context in CONTEXTS] for each in (ours, model.stock()))
+    pairs = list(zip(mine, stock, strict=True))
+    group = setup.run("resident long", [each for pair in pairs for each in pair])
+    same = [[one.name, other.name] for one, other in pairs]
+    title = "All resident, bf16, by the tokens of the prompt, layers not compiled"
+    setup.report.add(group, title, [DECODE, PREFILL, FIRST], mine[0].name, same)
+    for context, (one, other) in zip(CONTEXTS, pairs, strict=True):
+        times = group.ratio(one.name, other.name)
+        setup.report.note(Figure(f"GPU, resident bf16, prompt of {context:,}: times eager", times))
 
 
 def resident_nf4(setup: Setup) -> None:
@@ -298,6 +333,8 @@ def _of_reads(group: Group, name: str, model: Large) -> float | None:
 GROUPS: dict[str, Callable[[Setup], None]] = {
     "ceilings": ceilings,
     "resident": resident,
+    "resident-warm": resident_warm,
+    "resident-long": resident_long,
     "resident-nf4": resident_nf4,
     "half": half,
     "everything": everything,

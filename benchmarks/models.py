@@ -16,7 +16,7 @@ LLAMA_8B = {
     "num_key_value_heads": 8,
     "vocab_size": 128256,
     "rope_theta": 500000.0,
-    "max_position_embeddings": 8192,
+    "max_position_embeddings": 131072,
     "tie_word_embeddings": False,
 }
 LLAMA_1B = {

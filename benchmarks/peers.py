@@ -27,9 +27,9 @@ class _Transformers:
         import torch
 
         device = self._input_device()
+        clock = ClockStreamer(self._files if cold else ())
         inputs = self._tokenizer(prompt, return_tensors="pt")
         ids, mask = inputs["input_ids"].to(device), inputs["attention_mask"].to(device)
-        clock = ClockStreamer(self._files if cold else ())
         with torch.inference_mode():
             self._model.generate(
                 ids, attention_mask=mask, max_new_tokens=tokens, do_sample=False, streamer=clock
@@ -118,10 +118,10 @@ class AirLLM:
 
     def measure(self, prompt: str, tokens: int) -> dict[str, Any]:
         """Two answers, one of them of a single token: it has no streamer to look at."""
-        ids = self._tokenizer(prompt, return_tensors="pt")["input_ids"].to("cuda:0")
         seconds = []
         for count in (1, tokens):
             start = time.perf_counter()
+            ids = self._tokenizer(prompt, return_tensors="pt")["input_ids"].to("cuda:0")
             self._model.generate(
                 ids, max_new_tokens=count, min_new_tokens=count, use_cache=True, do_sample=False
             )
@@ -171,9 +171,9 @@ class LlamaCpp:
 
     def measure(self, prompt: str, tokens: int) -> dict[str, Any]:
         """One answer, greedy."""
-        ids = self._ids(prompt)
         self._model.reset()  # or it would find the prompt in its cache
         clock, found = Clock(), []
+        ids = self._ids(prompt)
         for token in self._model.generate(ids, temp=0.0):
             found.append(token)
             clock.tick()

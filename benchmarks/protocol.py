@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 ROOT = Path(__file__).resolve().parent.parent
-TIMEOUT_S = 900.0
+CACHE = ROOT / "build" / "benchmarks-cache"
+TIMEOUT_S = 150.0
+_CLOSING_S = 30.0
 Say = Callable[[str], None]
 
 
@@ -96,27 +98,47 @@ class Group:
         return statistics.median(ratios) if ratios else None
 
 
-def run_group(name: str, contenders: Sequence[Contender], repeats: int, say: Say = print) -> Group:
-    """Measure contenders in turn; one that fails is out, and the others go on."""
+def run_group(
+    name: str,
+    contenders: Sequence[Contender],
+    repeats: int,
+    say: Say = print,
+    *,
+    timeout_s: float = TIMEOUT_S,
+    keep: Callable[[Group], None] | None = None,
+) -> Group:
+    """Measure contenders in turn; one that fails is out, and the others go on.
+
+    Parameters
+    ----------
+    timeout_s
+        How long one of them may take to load, and for an answer.
+    keep
+        Is given the group whenever there is more in it: who ends the run loses nothing.
+    """
     group = Group(name, {each.name: Series() for each in contenders}, load_before=load())
     processes: dict[str, Process] = {}
     try:
         for each in contenders:
             if each.process in processes:
                 continue
-            processes[each.process] = Process(each)
+            processes[each.process] = Process(each, timeout_s)
             processes[each.process].start()  # what goes wrong here is said in the first round
         for turn in range(1 + repeats):
             for each in contenders:
                 _measure(each, processes[each.process], group.series[each.name], counts=turn > 0, say=say)
+                group.load_after = load()
+                if keep is not None:
+                    keep(group)
     finally:
         for process in processes.values():
             process.close()
-    group.load_after = load()
     return group
 
 
-def once(subject: str, options: Mapping[str, Any], **case: Any) -> dict[str, Any]:
+def once(
+    subject: str, options: Mapping[str, Any], *, timeout_s: float = TIMEOUT_S, **case: Any
+) -> dict[str, Any]:
     """Have a process of its own do one thing, and give its answer.
 
     Raises
@@ -124,7 +146,7 @@ def once(subject: str, options: Mapping[str, Any], **case: Any) -> dict[str, Any
     RuntimeError
         When it fails.
     """
-    process = Process(Contender(subject, subject, options))
+    process = Process(Contender(subject, subject, options), timeout_s)
     try:
         error = process.start()
         if error:
@@ -155,8 +177,9 @@ def _measure(each: Contender, process: Process, series: Series, *, counts: bool,
 class Process:
     """A worker process: one JSON object a line, in and out. Its noise goes to a file."""
 
-    def __init__(self, contender: Contender) -> None:
+    def __init__(self, contender: Contender, timeout_s: float = TIMEOUT_S) -> None:
         self._contender = contender
+        self._timeout_s = timeout_s
         self._child: subprocess.Popen[str] | None = None
         self._lines: queue.Queue[str] = queue.Queue()
         self._noise: TextIO | None = None
@@ -197,7 +220,7 @@ class Process:
         with suppress(OSError):  # it went away with something unsent
             self._child.stdin.close()
         try:
-            self._child.wait(60)
+            self._child.wait(_CLOSING_S)
         except subprocess.TimeoutExpired:
             self._child.kill()
             self._child.wait()
@@ -212,10 +235,10 @@ class Process:
         try:
             self._child.stdin.write(json.dumps(message) + "\n")
             self._child.stdin.flush()
-            line = self._lines.get(timeout=TIMEOUT_S)
+            line = self._lines.get(timeout=self._timeout_s)
         except queue.Empty:
             self._child.kill()
-            raise RuntimeError(f"no answer in {TIMEOUT_S:.0f} s") from None
+            raise RuntimeError(f"no answer in {self._timeout_s:.0f} s") from None
         except OSError:
             line = ""
         if not line:
@@ -239,9 +262,9 @@ class Process:
 
 
 def offline_environment() -> dict[str, str]:
-    """No hub, no bars, and this checkout of llm_magic."""
+    """No hub, no bars, this checkout of llm_magic, and a cache for it that asks no other package for its place."""
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return os.environ | {
+    return {"LLM_MAGIC_CACHE": str(CACHE), **os.environ} | {
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TOKENIZERS_PARALLELISM": "false",

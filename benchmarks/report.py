@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -64,12 +65,24 @@ class Figure:
 
 @dataclass
 class Report:
-    """Everything that a run found, printed as it comes."""
+    """Everything that a run found, printed as it comes.
+
+    ``path`` is the file of all numbers, which is written whenever there is one more; ``None``: nowhere.
+    ``broken`` says which groups came to no end, and why.
+    """
 
     groups: list[Group] = field(default_factory=list)
     figures: list[Figure] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
+    broken: list[str] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
+    path: Path | None = None
+
+    def keep(self, group: Group) -> None:
+        """Have what a group gave so far among the numbers."""
+        if not any(each is group for each in self.groups):
+            self.groups.append(group)
+        self.write()
 
     def add(
         self,
@@ -80,7 +93,7 @@ class Report:
         same_answers: Iterable[Sequence[str]] = (),
     ) -> None:
         """Show a group as a table; ``reference`` is the contender that ratios are taken to."""
-        self.groups.append(group)
+        self.keep(group)
         print(f"\n{title}  (load {group.load_before:.1f} → {group.load_after:.1f})")
         ratio = f"{'ratio':>8}" if reference else ""
         print(" " * _NAME + "".join(f"{column.title:>{_width(column)}}" for column in columns) + ratio)
@@ -102,6 +115,12 @@ class Report:
         self.skipped.append(what)
         print(f"\nLeft out: {what}")
 
+    def give_up(self, what: str) -> None:
+        """A group that came to no end; its numbers so far stay."""
+        self.broken.append(what)
+        print(f"\nGiven up: {what}")
+        self.write()
+
     def print_figures(self) -> None:
         """The last table."""
         if not self.figures:
@@ -116,21 +135,27 @@ class Report:
                 f"{figure.what:68}{reached:>10}{goal:>10}{verdict}{'  ' + figure.note if figure.note else ''}"
             )
 
-    def write(self, path: Path) -> None:
-        """All numbers, round by round."""
+    def write(self) -> None:
+        """All numbers, round by round. The file is replaced as a whole: nobody finds half of it."""
+        if self.path is None:
+            return
         record = {
             "benchmark": "llm_magic",
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             **machine_facts(),
             **self.facts,
             "skipped": self.skipped,
+            "broken": self.broken,
             "figures": [asdict(figure) | {"is_met": figure.is_met} for figure in self.figures],
             "groups": [asdict(group) for group in self.groups],
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_name(f"{self.path.name}.partial")
+        partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        partial.replace(self.path)
 
 
+@cache
 def machine_facts() -> dict[str, Any]:
     """What it ran on."""
     return {

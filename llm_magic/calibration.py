@@ -80,7 +80,7 @@ def calibrate(name: str, engine: Engine, machine: Machine, progress: Progress) -
     workload = replace(engine.plan.workload, prefill_tokens=max(1, speed.prefill_tokens))
     was = replace(engine.plan, workload=workload)
     now = replace(was, machine=machine)
-    constants = fit(now, speed, old)
+    constants = fit(now, speed, kept_constants(now.layout, machine))
     keep_constants(now.layout, constants)
     found = tuple(_compared(speed, _forecast(was, old), _forecast(now, constants)))
     plan = replace(now, workload=engine.plan.workload)

@@ -30,6 +30,8 @@ class Device:
         Dense bf16 operations per second, for the prefill forecast. 0 when unknown.
     layer_s
         Seconds that one decoder layer takes for a token beyond the read of its weights. 0 when unknown.
+    beside_bytes_per_s
+        Of the CPU: how fast it reads while copies to the GPUs run, whose driver takes cores. 0 when unknown.
     unified
         Whether GPU and CPU share this memory, so that "offloading to RAM" frees nothing.
     measured_on
@@ -53,6 +55,7 @@ class Device:
     read_bytes_per_s: float = 0.0
     flops: float = 0.0
     layer_s: float = 0.0
+    beside_bytes_per_s: float = 0.0
     unified: bool = False
     measured_on: str = ""
     other_bytes: int = 0
@@ -70,7 +73,7 @@ class Device:
 class Link:
     """How bytes go from one device to another.
 
-    ``measured_on`` is an ISO date, or empty when nobody measured: then ``assumed`` tells a guess
+    ``beside_bytes_per_s`` is what it carries while the CPU reads, too, 0 when unknown. ``measured_on`` is an ISO date, or empty when nobody measured: then ``assumed`` tells a guess
     from what a machine file says.
     """
 
@@ -80,6 +83,7 @@ class Link:
     name: str = ""
     measured_on: str = ""
     assumed: bool = False
+    beside_bytes_per_s: float = 0.0
 
 
 @dataclass(frozen=True)

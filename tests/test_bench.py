@@ -10,10 +10,12 @@ import pytest
 
 from llm_magic import calibration
 from llm_magic.calibration import kept_constants
+from llm_magic.commands import bench as bench_command
 from llm_magic.commands.help import command_parser
 from llm_magic.errors import EngineError, OptionError
 from llm_magic.events import SweepSpeed
 from llm_magic.host.measurements import here, load_measurements
+from llm_magic.machine import Link
 from llm_magic.model import ModelSpec
 from llm_magic.options import LoadOptions
 from llm_magic.plan import Plan
@@ -21,6 +23,7 @@ from llm_magic.planning.constants import Constants
 from llm_magic.session import Session
 from llm_magic.units import format_rate
 from tests.fake_backend import FakeBackend, plugins_with
+from tests.layouts import h100
 
 TOKENS = 2000  # of the prompt that is timed
 
@@ -130,6 +133,15 @@ def test_what_is_shown(session, backend) -> None:
     assert decode.count("%)") == 2
     assert "8                  40 ms  200 tok/s" in shown  # 8 tokens in 40 ms
     assert "Plans on this computer are made with these figures from now on." in shown
+
+
+def test_what_cpu_and_bus_reach_together_is_shown() -> None:
+    machine = h100()
+    devices = tuple(replace(d, beside_bytes_per_s=4.4e10) if d.id == "cpu" else d for d in machine.devices)
+    links = (Link("cpu", "cuda:0", 5.47e10, "pinned copies", beside_bytes_per_s=5.1e10),)
+    rows = [row[:2] for row in bench_command._ceilings(replace(machine, devices=devices, links=links))]
+    assert ["RAM, read beside the bus", "44.0 GB/s"] in rows
+    assert ["RAM → cuda:0, beside the CPU", "51.0 GB/s"] in rows
 
 
 def test_other_programs_are_named(session, monkeypatch) -> None:

@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 
+from benchmarks import __main__ as main
 from benchmarks import cpu, gpu
 from benchmarks.clock import Clock
 from benchmarks.cpu import Setup
-from benchmarks.models import gguf_name, llama_as_gguf, placement, save_random, words
+from benchmarks.models import SHAPES, Models, gguf_name, llama_as_gguf, placement, save_random, words
+from benchmarks.peers import StockAccelerate
 from benchmarks.protocol import Contender, Group, Series, once, run_group
 from benchmarks.report import COPIED, DECODE, PER_SWEEP, Figure, Report
 
@@ -111,17 +113,111 @@ def test_a_figure_is_met_or_missed_or_unknown() -> None:
 
 
 def test_everything_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    report = Report(groups=[Group("a", {"one": Series([{"seconds": 1.0}])})], figures=[Figure("f", 1.0, 2.0)])
+    path = tmp_path / "deep" / "found.json"
+    report = Report(figures=[Figure("f", 1.0, 2.0)], path=path)
     report.skip("something")
     report.print_figures()
-    report.write(tmp_path / "deep" / "found.json")
-    found = json.loads((tmp_path / "deep" / "found.json").read_text())
+    report.keep(Group("a", {"one": Series([{"seconds": 1.0}])}))
+    found = json.loads(path.read_text())
+    assert [each.name for each in path.parent.iterdir()] == [path.name]
     assert found["groups"][0]["series"]["one"]["rounds"] == [{"seconds": 1.0}]
     assert found["figures"][0]["is_met"] is False
     assert found["skipped"] == ["something"]
     shown = capsys.readouterr().out
     assert "missed" in shown
     assert "Left out: something" in shown
+
+
+def test_a_group_is_kept_after_every_answer_and_counted_once(tiny: str, tmp_path: Path) -> None:
+    report, seen = Report(path=tmp_path / "found.json"), []
+
+    def keep(group: Group) -> None:
+        report.keep(group)
+        written = json.loads((tmp_path / "found.json").read_text())
+        seen.append(
+            [len(series["rounds"]) for each in written["groups"] for series in each["series"].values()]
+        )
+
+    contenders = [Contender(name, "disk", {"folder": tiny}) for name in ("one", "two")]
+    run_group("disk", contenders, 1, keep=keep)
+    assert seen == [[0, 0], [0, 0], [1, 0], [1, 1]]
+
+
+def test_who_gives_no_answer_in_time_is_ended() -> None:
+    with pytest.raises(RuntimeError, match="no answer in 0 s"):
+        once("cpu", {}, timeout_s=0.0)
+
+
+def test_one_group_that_breaks_leaves_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(_setup: Setup) -> None:
+        raise KeyError("nowhere")
+
+    monkeypatch.setitem(main.GROUPS, "moves", broken)
+    setup = Setup(Report(), tmp_path, 1, 8)
+    main.run("moves", setup, "")
+    main.run("resident", setup, "")
+    assert setup.report.broken == ["moves (KeyError: 'nowhere')"]
+    assert setup.report.skipped == ["resident (no CUDA device)"]
+    assert "Given up: moves" in capsys.readouterr().out
+
+
+def test_where_there_is_a_gpu_its_groups_come_first() -> None:
+    assert main.all_groups("") == [*cpu.GROUPS]
+    assert main.all_groups("H100") == [*gpu.GROUPS, *cpu.GROUPS]
+
+
+def test_a_model_that_was_made_is_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SHAPES, "llama-1b", ("Llama", TINY))
+    made = [Models().measure("llama-1b", str(tmp_path))["path"]]
+    file = Path(made[0]) / "model.safetensors"
+    before = file.stat()
+    made.append(Models().measure("llama-1b", str(tmp_path))["path"])
+    assert made[0] == made[1]
+    assert file.stat().st_mtime_ns == before.st_mtime_ns
+
+
+def test_an_engine_needs_no_packages_but_those_it_computes_with(
+    tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a machine that has torch, transformers, accelerate and pytest alone."""
+    for name in (
+        "platformdirs",
+        "IPython",
+        "ipywidgets",
+        "anywidget",
+        "nh3",
+        "markdown_it",
+        "msgspec",
+        "gguf",
+    ):
+        (tmp_path / f"{name}.py").write_text(f"raise ModuleNotFoundError('{name} is not here')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr("benchmarks.protocol.CACHE", tmp_path / "cache")
+    monkeypatch.delenv("LLM_MAGIC_CACHE")
+    each = engine("ours", tiny, 0.0)
+    group = run_group("alone", [each], 1)
+    assert group.series["ours"].error == ""
+    assert group.series["ours"].last("tokens") == TOKENS
+    assert (tmp_path / "cache" / "machine.json").is_file()
+
+
+def test_the_clock_of_stock_runs_from_the_text_on(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = StockAccelerate(tiny, placement(tiny, "cpu"))
+    tokenizer, now = subject._tokenizer, [0.0]
+
+    class SlowTokenizer:
+        decode = tokenizer.decode
+
+        def __call__(self, text: str, **how: Any) -> Any:
+            now[0] += 5.0
+            return tokenizer(text, **how)
+
+    subject._tokenizer = SlowTokenizer()
+    monkeypatch.setattr("benchmarks.clock.time.perf_counter", lambda: now[0])
+    assert subject.measure(words(20, 300), 3)["first_token_s"] == 5.0
+    subject.close()
 
 
 def test_time_spent_on_dropping_pages_does_not_count(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

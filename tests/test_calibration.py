@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from llm_magic.calibration import keep_constants, kept_constants
+from llm_magic.calibration import calibrate, keep_constants, kept_constants
+from llm_magic.events import SweepSpeed
 from llm_magic.machine import Machine
-from llm_magic.plan import Workload
+from llm_magic.plan import Plan, Workload
 from llm_magic.planning.constants import Constants
 from llm_magic.planning.planner import make_plan
 from llm_magic.planning.policies import POLICIES
+from tests.fake_backend import FakeEngine
 from tests.layouts import h100, llama8b, packed, qwen32b, starter
 
 LEARNED = Constants(cpu_layer_s=0.7e-3)
@@ -63,3 +65,36 @@ def test_layers_that_take_longer_are_forecast_to() -> None:
 
     assert decode_s(2e-3) - decode_s(1e-3) == pytest.approx(32 * 1e-3)
     assert decode_s(0.0) == decode_s(Constants().cpu_layer_s)
+
+
+def both_at_work(machine: Machine) -> Machine:
+    """A CPU that reads 60 GB/s alone and a bus of 54.7: 30 and 40 at once, of a memory that gives no more."""
+    devices = tuple(replace(d, beside_bytes_per_s=3e10) if d.id == "cpu" else d for d in machine.devices)
+    links = tuple(replace(k, beside_bytes_per_s=4e10) if k.source == "cpu" else k for k in machine.links)
+    return replace(machine, devices=devices, links=links)
+
+
+def half_in_ram(machine: Machine, constants: Constants) -> Plan:
+    places = {f"model.layers.{i}": "cpu" if i % 2 else "cuda:0" for i in range(32)}
+    places |= dict.fromkeys(("model.embed_tokens", "model.norm", "lm_head"), "cuda:0")
+    return make_plan(llama8b(), machine, Workload(1024), placement=places, policy="half", constants=constants)
+
+
+def test_what_the_cpu_and_the_bus_reach_together_is_forecast() -> None:
+    machine = both_at_work(h100())
+    constants = Constants.of(machine)
+    assert constants.cpu_beside_bus == pytest.approx(0.5)
+    assert constants.dram_factor == pytest.approx(7 / 6)  # of 60 GB/s, the faster one
+    assert Constants.of(h100()) == Constants() == Constants.of(replace(machine, links=h100().links))
+    # 16 layers of 436.2 MB in RAM: together they cannot come faster than at 70 GB/s
+    limit_tps = 70e9 / (16 * 436.2e6)
+    assert half_in_ram(machine, constants).forecast.decode_tps <= limit_tps
+    assert half_in_ram(machine, Constants()).forecast.decode_tps > limit_tps
+
+
+@pytest.mark.usefixtures("cache_folder")
+def test_a_fit_begins_with_the_machine_as_it_is_measured_now() -> None:
+    engine = FakeEngine([], half_in_ram(HERE, Constants()))
+    engine.speed = SweepSpeed(0.15, 0.2, 512)
+    calibrate("a", engine, both_at_work(HERE), lambda _event: None)
+    assert kept_constants(llama8b(), HERE).dram_factor == pytest.approx(7 / 6, rel=0.05)

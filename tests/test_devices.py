@@ -41,6 +41,15 @@ def test_a_busy_device_gives_no_speed_of_layers(limit, value, monkeypatch):
     assert [device.layer_s for device in found if device.id == "cpu"] == [0.0]
 
 
+@pytest.mark.parametrize(("again", "expected"), [(3e11, 3e11), (1e11, 2e11), (0.0, 2e11)])
+def test_a_gpu_that_reads_faster_after_some_work_is_as_fast_as_that(again, expected, monkeypatch):
+    monkeypatch.setattr(devices, "_read_speed", lambda *_: again)
+    import torch
+
+    device = devices.Device("cuda:0", "gpu", "GPU", 8 << 30, 8 << 30, read_bytes_per_s=2e11)
+    assert devices._read_again(torch, device, 0.0).read_bytes_per_s == expected
+
+
 def test_no_room_to_measure_in_gives_no_speed():
     import torch
 

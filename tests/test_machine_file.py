@@ -60,9 +60,10 @@ def test_smallest_description_is_filled_with_marked_assumptions(tmp_path):
 def test_what_is_said_is_not_assumed():
     gpu = {
         "id": "cuda:0", "name": "Card", "total": "24GiB", "free": 23 * GIB, "other": "1GiB",
-        "read": "1008 GB/s", "flops": "165 TFLOPS", "layer_s": 0.0004, "measured_on": "2026-11-22",
+        "read": "1008 GB/s", "flops": "165 TFLOPS", "layer_s": 0.0004, "beside": "7 GB/s",
+        "measured_on": "2026-11-22",
     }  # fmt: skip
-    link = {"from": "cpu", "to": "cuda:0", "bandwidth": 12e9, "name": "PCIe 3 x16"}
+    link = {"from": "cpu", "to": "cuda:0", "bandwidth": 12e9, "beside": 9e9, "name": "PCIe 3 x16"}
     machine = described(gpu, links=[link])
     assert machine.device("cuda:0") == Device(
         "cuda:0",
@@ -73,10 +74,12 @@ def test_what_is_said_is_not_assumed():
         1008e9,
         165e12,
         0.0004,
+        7e9,
         measured_on="2026-11-22",
         other_bytes=GIB,
     )
-    assert machine.links[0] == Link("cpu", "cuda:0", 12e9, "PCIe 3 x16")
+    assert machine.links[0] == Link("cpu", "cuda:0", 12e9, "PCIe 3 x16", beside_bytes_per_s=9e9)
+    assert machine_from_json(machine_to_json(machine)) == machine
 
 
 def test_unified_memory_is_part_of_the_ram_and_has_no_bus():

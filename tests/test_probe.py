@@ -130,6 +130,35 @@ def test_what_cannot_be_measured_is_assumed_and_marked(probe):
     assert all(link.assumed for link in machine.links if "cuda:0" in (link.source, link.target))
 
 
+def test_what_cannot_be_measured_again_is_as_it_was(probe):
+    """Beside a model that leaves no room, for one."""
+    probe(Backend(GPU, CPU_SPEED, links=LINKS))
+    full = replace(GPU, flops=2e14, layer_s=3e-4, measured_on="2026-12-01", method="bf16 matrix products")
+
+    def without_room(measure: bool) -> tuple[tuple[Device, ...], tuple[Link, ...]]:
+        return (full, replace(CPU_SPEED, read_bytes_per_s=6e10, layer_s=1e-3)), ()
+
+    machine = probe(without_room, measure=True)
+    gpu, cpu = machine.device("cuda:0"), machine.device("cpu")
+    assert (gpu.read_bytes_per_s, gpu.flops, gpu.layer_s, gpu.assumed) == (9e11, 2e14, 3e-4, ())
+    assert gpu.measured_on == "2026-12-01"
+    assert (cpu.read_bytes_per_s, cpu.flops, cpu.layer_s) == (6e10, 7e11, 1e-3)
+    assert LINKS[0] in machine.links
+    assert probe(Backend(GPU, CPU_SPEED)).device("cuda:0").read_bytes_per_s == 9e11  # kept so
+
+
+def test_nothing_is_taken_over_from_another_gpu_or_from_assumptions(probe):
+    probe(lambda measure: ((replace(GPU, name="NVIDIA GeForce RTX 3090", uuid="GPU-1"), CPU_SPEED), ()))
+    probe(Backend(replace(GPU, uuid="GPU-1"), CPU_SPEED, links=LINKS), measure=True)
+    other = replace(GPU, name="NVIDIA GeForce RTX 4090", uuid="GPU-2")
+    machine = probe(lambda measure: ((other, CPU_SPEED), ()), measure=True)
+    assert (machine.device("cuda:0").read_bytes_per_s, machine.device("cuda:0").assumed) == (
+        1008e9,
+        ("read", "flops"),
+    )
+    assert all(link.assumed for link in machine.links if "cuda:0" in (link.source, link.target))
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"version": 1, "machines": {}}'])
 def test_corrupt_cache_is_measured_anew(text, probe, cache_folder):
     cache_folder.mkdir()

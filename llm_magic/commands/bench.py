@@ -40,6 +40,9 @@ def _ceilings(machine: Machine) -> Iterator[list[str]]:
         if device.read_bytes_per_s and device.kind != "disk":
             speed = format_bandwidth(device.read_bytes_per_s)
             yield _row(f"{device_title(device.id)}, read", speed, "read" in device.assumed, device.method)
+        if device.beside_bytes_per_s:
+            speed, how = format_bandwidth(device.beside_bytes_per_s), "while copies to GPUs run"
+            yield _row(f"{device_title(device.id)}, read beside the bus", speed, False, how)
         if device.flops:
             name = "CPU" if device.kind == "cpu" else device.id
             yield _row(
@@ -49,6 +52,9 @@ def _ceilings(machine: Machine) -> Iterator[list[str]]:
         route = " → ".join(TIERS.get(end, end) for end in (link.source, link.target))
         how = _disk_method(machine, link.source) or link.name
         yield _row(route, format_bandwidth(link.bytes_per_s), link.assumed, how)
+        if link.beside_bytes_per_s:
+            speed = format_bandwidth(link.beside_bytes_per_s)
+            yield _row(f"{route}, beside the CPU", speed, False, "while the CPU reads")
 
 
 def _disk_method(machine: Machine, source: str) -> str:

@@ -7,8 +7,8 @@ as one. ``examples/machines`` has some. The smallest::
 
 A device has ``id`` (``cuda:0``, ``mps``, ``xpu:0``, ``npu:0``, ``cpu``, ``disk``), ``name``, ``total``,
 ``free``, ``other`` (held by other programs), ``read`` (``"1008 GB/s"``), ``flops`` (``"165 TFLOPS"``), ``layer_s``,
-``unified``, ``measured_on``, ``method`` and ``assumed``. A link has ``from``, ``to``, ``bandwidth``,
-``name``, ``measured_on`` and ``assumed``; its ends may be all of a family, ``cuda:*``. Sizes and speeds are texts with a unit, or plain numbers in
+``beside`` (read while copies to GPUs run), ``unified``, ``measured_on``, ``method`` and ``assumed``. A link has
+``from``, ``to``, ``bandwidth``, ``beside`` (while the CPU reads), ``name``, ``measured_on`` and ``assumed``; its ends may be all of a family, ``cuda:*``. Sizes and speeds are texts with a unit, or plain numbers in
 bytes, bytes per second and operations per second.
 
 Assumptions
@@ -48,10 +48,10 @@ PCIE4_X16_BYTES_PER_S = 25e9
 GPU_RESERVE_BYTES = GIB // 2
 MACHINE_KEYS = ("name", "devices", "links")
 DEVICE_KEYS = (
-    "id", "name", "total", "free", "other", "read", "flops", "layer_s", "unified", "measured_on", "method",
-    "assumed",
+    "id", "name", "total", "free", "other", "read", "flops", "layer_s", "beside", "unified", "measured_on",
+    "method", "assumed",
 )  # fmt: skip
-LINK_KEYS = ("from", "to", "bandwidth", "name", "measured_on", "assumed")
+LINK_KEYS = ("from", "to", "bandwidth", "beside", "name", "measured_on", "assumed")
 
 _FILE_LIMIT_BYTES = 4 * MIB
 _MOST = {"devices": 64, "links": 1024}  # every pair of devices gets a link
@@ -253,6 +253,7 @@ def _device(
         read_bytes_per_s=_bandwidth(entry, "read", device_id),
         flops=_flops(entry, device_id),
         layer_s=_seconds(entry, "layer_s", device_id),
+        beside_bytes_per_s=_bandwidth(entry, "beside", device_id),
         unified=unified,
         measured_on=_date(entry, device_id),
         other_bytes=min(other, total - free),
@@ -327,7 +328,13 @@ def _link(entry: Mapping[str, Any], source: str, target: str) -> Link:
     if not speed:
         raise OptionError(f"bandwidth of {label} is missing.", 'Write it like "bandwidth": "25 GB/s".')
     return Link(
-        source, target, speed, _text(entry, "name"), _date(entry, label), _flag(entry, "assumed", False)
+        source,
+        target,
+        speed,
+        _text(entry, "name"),
+        _date(entry, label),
+        _flag(entry, "assumed", False),
+        _bandwidth(entry, "beside", label),
     )
 
 
@@ -342,6 +349,7 @@ def _device_to_json(device: Device) -> dict[str, Any]:
         "read": device.read_bytes_per_s and _speed_text(device.read_bytes_per_s),
         "flops": device.flops,
         "layer_s": device.layer_s,
+        "beside": device.beside_bytes_per_s and _speed_text(device.beside_bytes_per_s),
         "measured_on": device.measured_on,
         "method": device.method,
     }
@@ -355,7 +363,12 @@ def _link_to_json(link: Link) -> dict[str, Any]:
         "to": link.target,
         "bandwidth": _speed_text(link.bytes_per_s),
     }
-    optional = {"name": link.name, "measured_on": link.measured_on, "assumed": link.assumed}
+    optional = {
+        "beside": link.beside_bytes_per_s and _speed_text(link.beside_bytes_per_s),
+        "name": link.name,
+        "measured_on": link.measured_on,
+        "assumed": link.assumed,
+    }
     return entry | {key: value for key, value in optional.items() if value}
 
 

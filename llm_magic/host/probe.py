@@ -3,7 +3,8 @@
 Forecasts need numbers, so the first call on a computer measures for two or three seconds (after
 torch and transformers are imported); later calls find the speeds in ``machine.json`` of the cache folder and only
 look up what is free, without torch where the driver or the system tells it. What could not be
-measured is assumed, as ``machine_file.py`` says, and marked.
+measured, beside a model that leaves no room for one, is as it was measured before; else it is assumed, as
+``machine_file.py`` says, and marked.
 
 The CPU's speed is the backend's, when it reports a device ``cpu``: what its kernels reach is what
 decoding on the CPU gets, not what the memory could give. Otherwise numpy stands in.
@@ -42,6 +43,8 @@ from llm_magic.machine import Device, Link, Machine
 __all__ = ["Accelerators", "machine_from_json", "machine_to_json", "probe_machine", "read_machine"]
 
 Accelerators = Callable[[bool], tuple[tuple[Device, ...], tuple[Link, ...]]]
+_SPEEDS = {"read_bytes_per_s": "read", "flops": "flops", "layer_s": "", "beside_bytes_per_s": ""}
+"""What is measured of a device, and its mark where it is assumed."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ def probe_machine(accelerators: Accelerators, *, measure: bool = False, disk_fol
     machine = None if kept is None or measure else _refreshed(kept.machine, accelerators, now)
     is_new = machine is None
     if machine is None:
-        machine = _calibrated(accelerators, now)
+        machine = _calibrated(accelerators, now, kept.machine if kept else None)
     disks = dict(kept.disks) if kept else {}
     if measure or disk_key(disk_folder) not in disks:
         disks[disk_key(disk_folder)] = _measured_disk(disk_folder)
@@ -81,16 +84,52 @@ def probe_machine(accelerators: Accelerators, *, measure: bool = False, disk_fol
     return _with_disk(machine, disk_folder, disks[disk_key(disk_folder)])
 
 
-def _calibrated(accelerators: Accelerators, now: _Now) -> Machine:
-    """Everything but the disk, measured now."""
+def _calibrated(accelerators: Accelerators, now: _Now, before: Machine | None) -> Machine:
+    """Everything but the disk, measured now, or else ``before``."""
     found, links = accelerators(True)
     speed = next((device for device in found if device.id == "cpu"), None)
     cpu = _cpu(now.memory, speed or _numpy_cpu(now.memory.free))
     gpus = tuple(_driver_view(device, now) for device in found if device.id != "cpu")
     npus = tuple(_npu(number, name) for number, name in enumerate(npu_names()))
+    if before is not None:
+        gpus, cpu = tuple(_completed(gpu, before) for gpu in gpus), _completed(cpu, before)
+        links = _completed_links((*gpus, cpu), links, before)
     devices = tuple(with_assumed_speeds(device) for device in (*gpus, cpu, *npus))
     name = f"{platform.system().replace('Darwin', 'macOS')} {platform.machine()}"
     return Machine(name, devices, with_assumed_links(devices, links))
+
+
+def _completed(device: Device, before: Machine) -> Device:
+    """``device`` with what was measured of it before, where that could not be done now."""
+    old = _same(device, before)
+    if old is None:
+        return device
+    known = {
+        name: getattr(old, name)
+        for name, mark in _SPEEDS.items()
+        if not getattr(device, name) and getattr(old, name) and mark not in old.assumed
+    }
+    when, how = device.measured_on or old.measured_on, device.method or old.method
+    return replace(device, **known, measured_on=when, method=how) if known else device
+
+
+def _completed_links(
+    devices: tuple[Device, ...], links: tuple[Link, ...], before: Machine
+) -> tuple[Link, ...]:
+    """``links`` with those that were measured before between the same devices, and what else was."""
+    same = {device.id for device in devices if _same(device, before)}
+    old = {(k.source, k.target): k for k in before.links if k.measured_on and {k.source, k.target} <= same}
+    found = {(k.source, k.target): k for k in links}
+    for ends, link in found.items():
+        if ends in old and not link.beside_bytes_per_s:
+            found[ends] = replace(link, beside_bytes_per_s=old[ends].beside_bytes_per_s)
+    return tuple((found | {ends: link for ends, link in old.items() if ends not in found}).values())
+
+
+def _same(device: Device, machine: Machine) -> Device | None:
+    """The device of a machine that is this one."""
+    who = (device.id, device.name, device.uuid)
+    return next((each for each in machine.devices if (each.id, each.name, each.uuid) == who), None)
 
 
 def _refreshed(machine: Machine, accelerators: Accelerators, now: _Now) -> Machine | None:
@@ -154,6 +193,7 @@ def _cpu(memory: Memory, speed: Device | None) -> Device:
         read_bytes_per_s=speed.read_bytes_per_s,
         flops=speed.flops,
         layer_s=speed.layer_s,
+        beside_bytes_per_s=speed.beside_bytes_per_s,
         measured_on=speed.measured_on,
         method=speed.method,
     )

@@ -1,7 +1,7 @@
 """What the cost model assumes beside measured bandwidths: overheads of a layer, shares of a peak.
 
 The defaults come from measurements on other machines, and on this one where it was measured how long a
-layer takes. `planning/fitting.py` replaces them by what a loaded model was measured to do.
+layer takes, and what CPU and buses reach together. `planning/fitting.py` replaces them by what a loaded model was measured to do.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class Constants:
     cpu_share, gpu_share
         Of the measured read speed, what the layers reach.
     cpu_beside_bus
-        Of its read speed, what the CPU keeps while copies run and their driver takes cores (measured:
-        42–46 of 52–72 GB/s).
+        Of its read speed, what the CPU keeps while copies run and their driver takes cores (measured on
+        an 8-channel Xeon: 42–46 of 52–72 GB/s; two channels keep less).
     packed_cpu_share
         A factor on what the CPU's kernel of the packing method reaches (see `sweep.PACKED_ON_CPU`).
     packed_gpu_share
@@ -73,13 +73,13 @@ class Constants:
 
     @staticmethod
     def of(machine: Machine) -> Constants:
-        """The defaults, with what was measured of layers on the machine's devices."""
+        """The defaults, with what was measured of layers on the machine's devices, and of devices together."""
         cpu_s = machine.device("cpu").layer_s if machine.has("cpu") else 0.0
         gpu_s = max((gpu.layer_s for gpu in machine.gpus), default=0.0)
         constants = Constants()
         for name, seconds in (("cpu_layer_s", cpu_s), ("gpu_layer_s", gpu_s)):
             constants = constants.changed(name, seconds) if seconds else constants
-        return constants
+        return _of_both(constants, machine)
 
     @staticmethod
     def from_json(data: object, otherwise: Constants | None = None) -> Constants:
@@ -94,6 +94,18 @@ class Constants:
         """These constants with one of them set, within its sane range."""
         least, most = limits(name)
         return replace(self, **{name: min(max(value, least), most)})
+
+
+def _of_both(constants: Constants, machine: Machine) -> Constants:
+    """With what the CPU and the buses were measured to reach at once."""
+    cpu = machine.device("cpu") if machine.has("cpu") else None
+    buses = [link for link in machine.links if link.source == "cpu" and link.beside_bytes_per_s]
+    if cpu is None or not (cpu.read_bytes_per_s and cpu.beside_bytes_per_s and buses):
+        return constants
+    together = cpu.beside_bytes_per_s + sum(bus.beside_bytes_per_s for bus in buses)
+    fastest = max(cpu.read_bytes_per_s, *(bus.bytes_per_s for bus in buses))
+    constants = constants.changed("cpu_beside_bus", cpu.beside_bytes_per_s / cpu.read_bytes_per_s)
+    return constants.changed("dram_factor", together / fastest)
 
 
 _FIELDS: dict[str, Field[Any]] = {each.name: each for each in fields(Constants)}

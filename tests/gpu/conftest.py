@@ -35,6 +35,12 @@ def ordered() -> Iterator[None]:
         assert races() == []
 
 
+@pytest.fixture(autouse=True)
+def not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines leave their layers as they are: compilations take longer than tests, and nothing is captured meanwhile."""
+    monkeypatch.setattr("llm_magic.backends.accelerate.quick.regional", None)
+
+
 def pytest_collection_finish() -> None:
     """Every capture collects garbage, thousands of times here: what is imported for good need not be looked at."""
     if IS_SIMULATED:

@@ -387,4 +387,4 @@ def test_half_precision_differs_by_rounding_only() -> None:
     with torch.no_grad():
         logits = model(tokens).logits[:, ids.shape[1] - 1 : -1].float()
     chosen = logits.gather(-1, tokens[:, ids.shape[1] :, None])[..., 0]
-    assert (logits.max(-1).values - chosen <= 0.05 * logits.abs().amax(-1)).all()
+    assert (logits.max(-1).values - chosen <= 0.1 * logits.abs().amax(-1)).all()

@@ -126,6 +126,7 @@ def _properties(index: int) -> types.SimpleNamespace:
         minor=0,
         total_memory=core().memory_stats(index)["total"],
         multi_processor_count=4,
+        L2_cache_size=1 << 20,
         is_integrated=0,
         uuid=f"00000000-0000-0000-0000-00000000000{index}",
         gcnArchName="",

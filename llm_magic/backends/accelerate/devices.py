@@ -2,7 +2,8 @@
 
 Speeds are measured with the operations that a model uses. Reading is a bf16 matrix-vector product,
 the work of decoding; operations are a bf16 matrix product over 256 tokens, the work of prefill;
-links are copies through pinned memory; layers of transformers show what a layer takes beside that.
+links are copies through pinned memory; layers of transformers show what a layer takes beside that. The CPU's reads
+and the links are measured at once, too.
 All of it takes about a second for the CPU and less for a GPU, whose first use loads the driver's
 libraries besides; importing transformers takes some more, if it was not yet.
 """
@@ -17,7 +18,9 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from llm_magic.backends.accelerate.beside import rates_together
 from llm_magic.backends.accelerate.layer_time import layer_overhead_s
+from llm_magic.backends.accelerate.memory_errors import release_memory
 from llm_magic.host.memory import host_memory
 from llm_magic.host.processors import cpu_name
 from llm_magic.host.speed import best_of, thread_words
@@ -28,10 +31,11 @@ if TYPE_CHECKING:
     import torch
 
 _COPY_BYTES = 64 * MIB
-_CPU_BUDGET_S, _GPU_BUDGET_S, _LINK_BUDGET_S = 0.25, 0.1, 0.05
+_CPU_BUDGET_S, _GPU_BUDGET_S, _LINK_BUDGET_S, _BESIDE_BUDGET_S = 0.25, 0.1, 0.05, 0.1
 _COLUMNS = 8192  # of the matrices: as wide as the layers of a model of 30B parameters or more
 _PREFILL_TOKENS = 256
-_TOO_LITTLE_BYTES = 32 * MIB
+_TOO_LITTLE_BYTES = 128 * MIB
+_MANY_CACHES = 4  # times a cache: what is read is then hardly in it
 
 
 def accelerators(measure: bool) -> tuple[tuple[Device, ...], tuple[Link, ...]]:
@@ -48,13 +52,16 @@ def accelerators(measure: bool) -> tuple[tuple[Device, ...], tuple[Link, ...]]:
     except (ImportError, OSError):  # missing, or its libraries do not load
         return (), ()
     with _quiet():
+        if measure:
+            release_memory()  # what an allocator keeps of a loaded model's memory is room, too
         devices = (*_cuda(torch), *_xpu(torch), *_mps(torch))
         if not measure:
             return devices, ()
         measured = tuple(_measured(torch, device, _GPU_BUDGET_S) for device in devices)
         links = tuple(_links(torch, [d.id for d in devices if not d.unified]))
+        measured = tuple(_read_again(torch, device, _GPU_BUDGET_S) for device in measured)
         cpu = Device("cpu", "cpu", cpu_name(), 0, host_memory().free)
-        cpu = _measured(torch, cpu, _CPU_BUDGET_S)
+        cpu, links = _together(torch, _measured(torch, cpu, _CPU_BUDGET_S), links)
         _give_back(torch, devices)
         return (*measured, cpu), links
 
@@ -122,16 +129,15 @@ def _gpu(device_id: str, name: str, total: int, free: int, own: int, *, unified:
 
 
 def _measured(torch: Any, device: Device, budget_s: float) -> Device:
-    """``device`` with its read speed and operations; unchanged when it has no room to measure in."""
-    size = min(256 * MIB if device.id == "cpu" else 1024 * MIB, device.free_bytes // 4)
-    if size < _TOO_LITTLE_BYTES:
+    """``device`` with its speeds, each as far as there is room to measure it; 0 where there is not."""
+    if device.free_bytes < _TOO_LITTLE_BYTES:
         return device
-    try:
-        with torch.inference_mode():
-            read, flops = _read_speed(torch, device.id, size, budget_s), _flops(torch, device.id, budget_s)
-            finish = _finished(torch, device.id, lambda: None)
-            layer_s = layer_overhead_s(device.id, read, finish, budget_s)
-    except RuntimeError:  # out of memory, or no bf16 there
+    with torch.inference_mode():
+        read = _or_nothing(lambda: _read_speed(torch, device, budget_s))
+        flops = _or_nothing(lambda: _flops(torch, device.id, budget_s))
+        finish = _finished(torch, device.id, lambda: None)
+        layer_s = layer_overhead_s(device.id, read, finish, budget_s)
+    if not (read or flops):
         return device
     threads = f", {thread_words(torch.get_num_threads())}" if device.id == "cpu" else ""
     return replace(
@@ -144,15 +150,48 @@ def _measured(torch: Any, device: Device, budget_s: float) -> Device:
     )
 
 
-def _read_speed(torch: Any, device_id: str, size: int, budget_s: float) -> float:
-    """Bytes per second of a matrix-vector product. Ones, because pages of zeros may all be the same page."""
+def _read_again(torch: Any, device: Device, budget_s: float) -> Device:
+    """``device`` as it reads after some work, if that is faster: the first work finds clocks of an idle GPU."""
+    if not device.read_bytes_per_s:
+        return device
+    with torch.inference_mode():
+        again = _or_nothing(lambda: _read_speed(torch, device, budget_s))
+    return replace(device, read_bytes_per_s=max(device.read_bytes_per_s, again))
+
+
+def _or_nothing(measure: Callable[[], float]) -> float:
+    try:
+        return measure()
+    except RuntimeError:  # out of memory, or no bf16 there
+        return 0.0
+
+
+def _read_speed(torch: Any, device: Device, budget_s: float) -> float:
+    """Bytes per second of a matrix-vector product; 0 where only its cache could be measured."""
+    size = min(256 * MIB, device.free_bytes // 4)
+    if device.id != "cpu":
+        size = min(1024 * MIB, device.free_bytes // 2)
+    if size < _MANY_CACHES * _cache_bytes(torch, device.id):
+        return 0.0
+    product, count = _product(torch, device.id, size)
+    return count / best_of(_finished(torch, device.id, product), budget_s)
+
+
+def _cache_bytes(torch: Any, device_id: str) -> int:
+    """The last cache before a GPU's memory, 72 to 126 MB in some; 0 where nobody tells."""
+    family = device_id.partition(":")[0]
+    if family not in ("cuda", "xpu"):
+        return 0
+    facts = getattr(torch, family).get_device_properties(device_id)
+    return int(getattr(facts, {"cuda": "L2_cache_size", "xpu": "last_level_cache_size"}[family], 0))
+
+
+def _product(torch: Any, device_id: str, size: int) -> tuple[Callable[[], object], int]:
+    """A matrix-vector product, and the bytes of its matrix. Ones: pages of zeros may all be the same page."""
     rows = size // (2 * _COLUMNS)
     weight = torch.ones(rows, _COLUMNS, dtype=torch.bfloat16, device=device_id)
     vector = torch.ones(1, _COLUMNS, dtype=torch.bfloat16, device=device_id)
-    seconds = best_of(
-        _finished(torch, device_id, lambda: torch.nn.functional.linear(vector, weight)), budget_s
-    )
-    return float(weight.nbytes / seconds)
+    return lambda: torch.nn.functional.linear(vector, weight), int(weight.nbytes)
 
 
 def _flops(torch: Any, device_id: str, budget_s: float) -> float:
@@ -193,6 +232,24 @@ def _copy_seconds(torch: Any, source: str, target: str) -> float:
     here, there = buffer(source), buffer(target)
     gpu = target if source == "cpu" else source
     return best_of(_finished(torch, gpu, lambda: there.copy_(here, non_blocking=True)), _LINK_BUDGET_S)
+
+
+def _together(torch: Any, cpu: Device, links: tuple[Link, ...]) -> tuple[Device, tuple[Link, ...]]:
+    """The CPU, and the links to GPUs, with what they reach while the other works; as they are without a GPU."""
+    gpus = [link.target for link in links if link.source == "cpu"]
+    if not gpus or not cpu.read_bytes_per_s:
+        return cpu, links
+    try:
+        with torch.inference_mode():
+            product, count = _product(torch, "cpu", min(256 * MIB, cpu.free_bytes // 4))
+            read, sent = rates_together(product, count, gpus, _BESIDE_BUDGET_S)
+    except RuntimeError:  # out of memory
+        return cpu, links
+    beside = tuple(
+        replace(link, beside_bytes_per_s=sent[link.target]) if link.source == "cpu" else link
+        for link in links
+    )
+    return replace(cpu, beside_bytes_per_s=read), beside
 
 
 def _finished(torch: Any, device_id: str, work: Callable[[], object]) -> Callable[[], object]:

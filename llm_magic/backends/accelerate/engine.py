@@ -16,7 +16,7 @@ from llm_magic.backends.accelerate.decoding.sampling import end_tokens, generati
 from llm_magic.backends.accelerate.decoding.sweep_times import SweepTimes
 from llm_magic.backends.accelerate.generate import Steps, run_generate, watched_blocks
 from llm_magic.backends.accelerate.load import LoadedWeights
-from llm_magic.backends.accelerate.measure import Clock, Probe, sweep_speed
+from llm_magic.backends.accelerate.measure import Clock, Probe, sweep_speed, timed_prompt_tokens
 from llm_magic.backends.accelerate.memory_errors import (
     TokensLostError,
     is_out_of_memory,
@@ -189,7 +189,7 @@ class TransformersEngine:
         self._notice_adapters()
         import torch
 
-        count = max(1, min(self.plan.workload.prefill_tokens, self._context // 2))
+        count = max(1, min(timed_prompt_tokens(self.plan), self._context // 2))
         generator = torch.Generator().manual_seed(0)
         vocabulary = model.config.get_text_config(decoder=True).vocab_size
         ids = torch.randint(vocabulary, (count,), generator=generator).tolist()

@@ -10,18 +10,29 @@ from typing import Any
 from llm_magic.backends.accelerate.decoding.speculate import Proposal
 from llm_magic.backends.accelerate.generate import Stopped
 from llm_magic.events import PhaseEvent, Progress, SweepSpeed
+from llm_magic.plan import Plan
 
 _SWEEPS = 24  # of one token, at most
 _VERIFIED = (4, 8, 16)
 _VERIFYING_SWEEPS = 4
-_BUDGET_S = 6.0  # for the sweeps of each size
+_BUDGET_S = 20.0  # for all of it, so that the machine's own measurement leaves half a minute for both
+_SIZE_S = 6.0  # for the sweeps of each size
+_PROMPT_S = 4.0
 
 Answer = Callable[["Clock", "Probe"], None]
 """Runs an answer that tells its tokens to the first and asks the second for proposals."""
 
 
+def timed_prompt_tokens(plan: Plan) -> int:
+    """How long a prompt to time: what is planned for, but no longer than its forecast is some seconds."""
+    tokens, rate = plan.workload.prefill_tokens, plan.forecast.prefill_tps
+    return min(tokens, int(rate * _PROMPT_S)) if rate else tokens
+
+
 def sweep_speed(answer: Answer, prompt_tokens: int, progress: Progress, *, can_verify: bool) -> SweepSpeed:
-    """Time a prefill, sweeps of one token, and sweeps that verify several.
+    """Time a prefill, sweeps of one token, and sweeps that verify several, within half a minute.
+
+    What is slow is done less often: at the least a prompt and one sweep, once.
 
     Parameters
     ----------
@@ -31,38 +42,44 @@ def sweep_speed(answer: Answer, prompt_tokens: int, progress: Progress, *, can_v
         Whether several tokens can be verified at once.
     """
     sizes = (1, *_VERIFIED) if can_verify else (1,)
-    total = len(sizes) + 1
+    total, end = len(sizes) + 1, time.perf_counter() + _BUDGET_S
 
     def timed(number: int, size: int, sweeps: int) -> tuple[Clock, Probe]:
         progress(PhaseEvent("measuring", number, total, "sweeps"))
         probe = Probe(size - 1)
-        clock = Clock(sweeps, probe)
+        clock = Clock(sweeps, probe, end)
+        probe.then = clock.check
         answer(clock, probe)
         return clock, probe
 
-    timed(0, 1, 2)  # to warm up
-    clock, probe = timed(1, 1, _SWEEPS)
+    clock, probe = timed(0, 1, 2)  # to warm up; what takes so long that it cannot be done twice counts itself
+    if time.perf_counter() < end - _BUDGET_S / 2:
+        clock, probe = timed(1, 1, _SWEEPS)
     decode_s = statistics.median(probe.seconds or clock.steps or [0.0])
-    verify_s = {1: decode_s}
+    verify_s, before = {1: decode_s}, 1
     for number, size in enumerate(sizes[1:], 2):
+        longest_s = verify_s[before] * size / before  # on a CPU, tokens may take time each
+        if time.perf_counter() + clock.first_s + longest_s > end:
+            break
         _, probe = timed(number, size, _VERIFYING_SWEEPS)
         if probe.seconds:
-            verify_s[size] = statistics.median(probe.seconds)
+            verify_s[size], before = statistics.median(probe.seconds), size
     return SweepSpeed(decode_s, clock.first_s, prompt_tokens, verify_s)
 
 
 class Clock:
     """A streamer that notes when tokens come, and ends the answer after a number of sweeps or seconds.
 
-    Sweeps are those that ``probe`` has timed, where it is asked; else one for each token.
+    Sweeps are those that ``probe`` has timed, where it is asked; else one for each token. There is one
+    at the least, also when it is later than ``end``.
     """
 
     device: Any = None
 
-    def __init__(self, sweeps: int, probe: Probe) -> None:
+    def __init__(self, sweeps: int, probe: Probe, end: float) -> None:
         self.first_s = 0.0
         self.steps: list[float] = []
-        self._sweeps, self._probe = sweeps, probe
+        self._sweeps, self._probe, self._end = sweeps, probe, end
         self._started = self._last = time.perf_counter()
         self._puts = 0
 
@@ -74,11 +91,16 @@ class Clock:
             self._started = now
         elif self._puts == 2:
             self.first_s = now - self._started
+            self._end = min(self._end, now + _SIZE_S)
         else:
             self.steps.append(now - self._last)
         self._last = now
+        self.check()
+
+    def check(self) -> None:
+        """End the answer, if that was enough."""
         done = len(self._probe.seconds) if self._probe.is_asked else len(self.steps)
-        if done >= self._sweeps or now - self._started > _BUDGET_S + self.first_s:
+        if done >= self._sweeps or (done and time.perf_counter() > self._end):
             raise Stopped
 
     def end(self) -> None:
@@ -91,6 +113,7 @@ class Probe:
     def __init__(self, proposed: int) -> None:
         self.seconds: list[float] = []
         self.is_asked = False
+        self.then: Callable[[], None] = lambda: None
         self.pace = self
         self.clock = time.perf_counter
         self._proposed = proposed
@@ -106,6 +129,7 @@ class Probe:
     def add(self, _tokens: int, seconds: float) -> None:
         """Note a sweep."""
         self.seconds.append(seconds)
+        self.then()
 
     def judge(self, grade: int, proposed: int, accepted: int) -> None:
         """What was right does not matter here."""

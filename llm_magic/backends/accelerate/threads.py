@@ -18,13 +18,20 @@ _LEFT = 4  # a quarter of the cores at most
 @contextmanager
 def cores_left_for_the_driver(plan: Plan) -> Iterator[None]:
     """Compute with fewer threads while the CPU works beside a GPU that blocks stream to."""
-    import torch
-
     devices = {place.compute for place in plan.placements}
     streams = any(place.way in ("streamed", "read", "kept") for place in plan.placements)
     if "cpu" not in devices or len(devices) == 1 or not streams:
         yield
         return
+    with fewer_threads():
+        yield
+
+
+@contextmanager
+def fewer_threads() -> Iterator[None]:
+    """Compute with as many threads as leave the driver its cores."""
+    import torch
+
     before = torch.get_num_threads()
     torch.set_num_threads(max(1, before - min(_LEFT, before // 4)))
     try:
