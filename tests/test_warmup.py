@@ -390,6 +390,19 @@ def test_an_answer_that_grows_beside_a_compilation_stays_captured(
     assert recorder.recorded > 2
 
 
+def test_no_compilation_begins_where_it_would_disturb(fresh: Any) -> None:
+    model, compiler, ids = fresh(), Compiler(), prompts()
+    warm_up = WarmUp(layers_of(model), compiler)
+    step = step_of(model, warm_up)
+    with warm_up.held():
+        for _ in range(2):
+            greedy(step, model, ids, 8)
+            warm_up.wait()
+            assert compiler.programs == 0
+    warm_up.wait()
+    assert compiler.programs == 1
+
+
 def test_a_compilation_that_fails_changes_nothing(fresh: Any) -> None:
     def fail() -> None:
         raise RuntimeError("no compiler here\nand more")

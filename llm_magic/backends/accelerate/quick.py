@@ -6,6 +6,7 @@ Both depend on where the blocks are, so they are made anew whenever blocks have 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from llm_magic.backends.accelerate.decoding.capturable import (
@@ -165,11 +166,16 @@ class Quick:
         """Whether steps run the model block by block."""
         return self.steps is not None and self.steps.calls_model
 
-    def waits_for_compiler(self, most_s: float) -> bool:
-        """Whether layers are still compiled in the background, after so many seconds at most."""
-        if self._warm_up:
-            self._warm_up.wait(most_s)
-        return COMPILING.locked()
+    @contextmanager
+    def without_compiler(self, most_s: float) -> Iterator[bool]:
+        """While it lasts, no layers begin to be compiled in the background.
+
+        ``False`` when some are all the same, after a wait of so many seconds at most.
+        """
+        with self._warm_up.held() if self._warm_up else nullcontext():
+            if self._warm_up:
+                self._warm_up.wait(most_s)
+            yield not COMPILING.locked()
 
     def step(self, cache: Any, batch: int, tokens: int) -> Any:
         """A captured step for such a sweep, if there is one now: blocks may move in the midst of an answer."""

@@ -92,7 +92,7 @@ class WarmUp:
         self._waiting: list[Shape] = []
         self._ready: set[Shape] = set()
         self._thread: threading.Thread | None = None
-        self._closed = False
+        self._closed = self._is_held = False
         self._misfits = 0
         self._state = threading.Lock()
 
@@ -156,10 +156,20 @@ class WarmUp:
             if self.compiles and shape in self._examples and shape not in self._waiting:
                 self._waiting.append(shape)
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """While it lasts, no compilation begins."""
+        self._is_held = True
+        try:
+            yield
+        finally:
+            self._is_held = False
+            self.start()
+
     def start(self) -> None:
         """An answer has ended: compile what is wanted, in the background."""
         with self._state:
-            if self._waiting and self._thread is None and not self._closed:
+            if self._waiting and self._thread is None and not (self._closed or self._is_held):
                 self._thread = threading.Thread(target=self._work, name="llm_magic-compile", daemon=True)
                 self._thread.start()
 
