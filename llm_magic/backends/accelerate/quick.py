@@ -12,6 +12,7 @@ from typing import Any
 from llm_magic.backends.accelerate.decoding.capturable import (
     has_layers_alone,
     layers_to_capture,
+    model_reason,
     why_not,
 )
 from llm_magic.backends.accelerate.decoding.capture import CapturedSteps, CudaGraphs
@@ -52,7 +53,9 @@ class Quick:
         self._placed, self._context = placed, context
         self._why_not = ""
         self._warm_up: WarmUp | None = None
-        self._draft = DraftModel(draft, _vocabulary(placed.model)) if draft is not None else None
+        self._draft: DraftModel | None = None
+        if draft is not None:
+            self._draft = DraftModel(draft, _vocabulary(placed.model), _steps_of(draft, context), context)
         self._draft_model, self._draft_name = draft, draft_name
         self._lookup, self._pace = PromptLookup(), Pace()
         self._can_verify = can_take_back(placed.model)
@@ -202,7 +205,8 @@ class Quick:
 
     def free(self) -> bool:
         """Give up memory that a captured step can have again at once; whether there was any."""
-        return self.steps is not None and self.steps.free()
+        has_freed = self.steps is not None and self.steps.free()
+        return (self._draft is not None and self._draft.free()) or has_freed
 
     def reset(self) -> None:
         """After an error."""
@@ -215,6 +219,13 @@ class Quick:
         if self._draft:
             self._draft.close()
         self._draft = self._draft_model = None
+
+
+def _steps_of(draft: Any, context: int) -> CapturedSteps | None:
+    """Captured steps of a draft model: it is small, so launching its kernels is most of what it takes."""
+    if draft.device.type != "cuda" or model_reason(draft) or not has_layers_alone(draft):
+        return None
+    return CapturedSteps(draft, context, CudaGraphs(draft.device), draft.device)
 
 
 def _warm_up(placed: PlacedModel, *, compiles: bool) -> WarmUp:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from llm_magic.backends.accelerate.decoding.joined import FEW_TOKENS
 from llm_magic.backends.accelerate.decoding.kv_cache import crop
+from llm_magic.backends.accelerate.decoding.rollback import Rollback
 from llm_magic.backends.accelerate.decoding.sampling import generator
 from llm_magic.backends.accelerate.decoding.speculate import Proposal
 from llm_magic.backends.accelerate.placement.layer_cache import layer_tensors
 from llm_magic.errors import OptionError
+
+if TYPE_CHECKING:
+    from llm_magic.backends.accelerate.decoding.capture import CapturedSteps
 
 _INDEXED = (1, 2, 3, 4)  # lengths of the runs of tokens that are found at once
 _LONGEST_MATCH = 32  # beyond that a longer match says nothing more
@@ -84,12 +89,20 @@ class DraftModel:
         A transformers model for causal language, resident on one device.
     vocabulary
         Tokens that the large model's logits have; those of the small one are cut or filled to it.
+    steps
+        Captured steps of the model; ``None``: it is called.
+    context
+        Tokens that the steps may need room for.
     """
 
     priors = (0.7,)
 
-    def __init__(self, model: Any, vocabulary: int) -> None:
+    def __init__(
+        self, model: Any, vocabulary: int, steps: CapturedSteps | None = None, context: int = 0
+    ) -> None:
         self._model, self._vocabulary = model, vocabulary
+        self._steps, self._context = steps, context
+        self._is_aside = False  # whether the steps have the tokens of the cache
         self._cache: Any = None
         self._fed: list[int] = []
         self._processors: list[Any] | None = None
@@ -102,6 +115,9 @@ class DraftModel:
         self._processors = None
         if processors is not None:
             self._processors = [step for step in processors if type(step).__name__ in _SHAPING]
+        self._take_back()
+        if self._steps is not None:
+            self._steps.prepare(self._context)
         self._feed_safely(ids[:-1])
 
     def propose(self, ids: list[int], most: int) -> Proposal:
@@ -118,13 +134,20 @@ class DraftModel:
 
     def close(self) -> None:
         """Give the model and its cache back."""
-        self._model = self._cache = None
-        self._fed = []
+        self._lose()
+        if self._steps is not None:
+            self._steps.close()
+        self._model = self._steps = None
+
+    def free(self) -> bool:
+        """Give up what captured steps hold between answers; whether there was anything."""
+        return self._steps is not None and self._steps.free()
 
     def tensors(self) -> list[Any]:
         """Tensors of the KV cache."""
         layers = getattr(self._cache, "layers", ())
-        return [tensor for layer in layers for tensor in layer_tensors(layer).values()]
+        own = [tensor for layer in layers for tensor in layer_tensors(layer).values()]
+        return [*own, *(self._steps.tensors() if self._steps is not None else ())]
 
     def _choose(self, logits: Any, text: list[int]) -> tuple[int, Any]:
         import torch
@@ -142,28 +165,63 @@ class DraftModel:
         try:
             return self._feed(ids)
         except BaseException:
-            self._cache, self._fed = None, []
+            self._lose()
             raise
+
+    def _lose(self) -> None:
+        self._cache, self._fed, self._is_aside = None, [], False
+        if self._steps is not None:
+            self._steps.reset()
 
     def _feed(self, ids: list[int]) -> Any:
         """Have the cache hold ``ids`` and no more; float32 logits ``[1, vocabulary]`` behind them."""
+        start = self._go_back(ids)
+        logits = self._step(ids, start)
+        if logits is None:
+            logits = self._read(ids, start)
+        self._fed = list(ids)
+        return self._fitted(logits) if logits is not None else None
+
+    def _step(self, ids: list[int], start: int) -> Any:
+        """Feed what is new by a captured step, where there is one for so much."""
         import torch
 
-        start = self._go_back(ids)
+        new = ids[start:]
+        is_known = self._steps is not None and start > 0 and len(ids) < self._context
+        step = self._steps.step(self._cache, 1, len(new)) if self._steps and is_known and new else None
+        if step is None:
+            return None
+        self._is_aside = True
+        return step(torch.tensor([new], device=self._model.device), start)[:, -1]
+
+    def _read(self, ids: list[int], start: int) -> Any:
+        import torch
+
+        self._take_back(start)
         logits = None
         with torch.no_grad():
             for begin in range(start, len(ids), _PART_TOKENS):
                 part = torch.tensor([ids[begin : begin + _PART_TOKENS]], device=self._model.device)
                 output = self._model(part, past_key_values=self._cache, use_cache=True, **self._options)
                 logits = output.logits[:, -1]
-        self._fed = list(ids)
-        return self._fitted(logits) if logits is not None else None
+        return logits
+
+    def _take_back(self, length: int | None = None) -> None:
+        """Have the cache hold its tokens itself, so many of them or all."""
+        if self._is_aside and self._steps is not None:
+            length = len(self._fed) if length is None else length
+            self._steps.give_back(length)
+            Rollback(self._cache).shorten(length)
+            self._fed, self._is_aside = self._fed[:length], False
 
     def _go_back(self, ids: list[int]) -> int:
         """Cut the cache back to what it shares with ``ids``; returns how many tokens these are."""
         from transformers import DynamicCache
 
         shared = _shared(self._fed, ids[:-1])
+        if self._is_aside and shared > 0 and len(self._fed) - shared <= FEW_TOKENS:
+            return shared  # a captured step is told of it
+        self._take_back()
         if self._cache is None or not shared or not crop(self._cache, shared):
             self._cache, shared = DynamicCache(config=self._model.config.get_text_config(decoder=True)), 0
         return shared
