@@ -24,13 +24,10 @@ from llm_magic.backends.accelerate.placement.packing import (  # noqa: E402
 )
 from llm_magic.backends.accelerate.placement.quantize import METHODS, pack_block, packed_bytes, prepare  # noqa: E402
 from llm_magic.backends.accelerate.source.layout import build_skeleton  # noqa: E402
-from tests.gpu.conftest import IS_SIMULATED  # noqa: E402
 
 DEVICE = "cuda:0"
 DTYPES = ["bfloat16", "float16"]
 CASES = [(name, dtype) for name in METHODS for dtype in DTYPES]
-if IS_SIMULATED:  # without torch's own kernel for it
-    CASES.remove(("int4", "bfloat16"))
 
 
 def block_of(name: str, dtype: Any, device: str, compute: str | None = None, seed: int = 0) -> Any:
@@ -107,12 +104,15 @@ def test_streamed_packed_weights_compute_what_resident_ones_do(name: str, dtype:
                     tensor.view(torch.uint8).fill_(0xFF) if tensor.ndim else tensor.fill_(float("nan"))
 
 
+@pytest.mark.parametrize("held_on", [DEVICE, "cpu"])
 @pytest.mark.parametrize(("name", "dtype"), CASES)
-def test_a_block_moves_between_gpu_and_cpu_without_loss(name: str, dtype: str) -> None:
+def test_a_block_moves_between_gpu_and_cpu_without_loss(name: str, dtype: str, held_on: str) -> None:
+    """Where a GPU computes it the bytes may be in RAM: those of a block that streams."""
     torch_dtype = getattr(torch, dtype)
     block = block_of(name, torch_dtype, DEVICE)
     expected = run(block, torch_dtype)
     before = everything(block)
+    move(block, held_on)
     arrange(block, "cpu")
     move(block, "cpu")
     on_cpu = run(block, torch_dtype, "cpu")
