@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
-from llm_magic.backends.accelerate.placement import int4_orders
+from llm_magic.backends.accelerate.placement import cpu_kernels, int4_orders
 
 Parts = dict[str, Any]
 """Plain contiguous tensors by the name of what they are in their parameter; ``""`` is the data."""
@@ -274,12 +274,11 @@ def _state(module: Any, parameter: Any) -> Any:
 
 
 def _has_cpu_order(module: Any, state: Any) -> bool:
-    from bitsandbytes.functional import has_avx512bf16
     from bitsandbytes.nn import Linear4bit
 
     rows, columns = state.shape
     whole = rows % 32 == 0 and columns % state.blocksize == 0
-    return bool(has_avx512bf16()) and whole and not state.nested and isinstance(module, Linear4bit)
+    return cpu_kernels.has_order() and whole and not state.nested and isinstance(module, Linear4bit)
 
 
 def _reordered(data: Any, state: Any, *, for_cpu: bool) -> Any:

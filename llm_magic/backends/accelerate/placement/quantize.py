@@ -22,6 +22,7 @@ from typing import Any
 from weakref import ref
 
 from llm_magic.backends.accelerate.default_dtype import default_dtype_kept
+from llm_magic.backends.accelerate.placement import cpu_kernels
 from llm_magic.backends.accelerate.placement.packing import arrange, bind, parts, template
 from llm_magic.backends.accelerate.quiet import quiet
 from llm_magic.errors import OptionError, PlanError
@@ -136,7 +137,10 @@ def import_library(name: str) -> Any:
         if not any(isinstance(known, _Silenced) for known in found.filters):
             found.addFilter(_Silenced(start))
     with _no_kernels_from_the_hub():
-        return importlib.import_module(name)
+        library = importlib.import_module(name)
+        if name == "bitsandbytes":
+            cpu_kernels.serve_the_cpu()
+    return library
 
 
 class _Silenced(logging.Filter):
