@@ -13,6 +13,9 @@ pytest.importorskip("bitsandbytes")
 pytest.importorskip("optimum.quanto")
 pytestmark = pytest.mark.gpu
 
+from bitsandbytes.nn import Int8Params  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from torch.utils._pytree import tree_leaves  # noqa: E402
 from transformers import LlamaConfig  # noqa: E402
 
 from llm_magic.backends.accelerate.placement.packing import (  # noqa: E402
@@ -32,6 +35,17 @@ CASES = [(name, dtype) for name in METHODS for dtype in DTYPES]
 
 def block_of(name: str, dtype: Any, device: str, compute: str | None = None, seed: int = 0) -> Any:
     """One packed feed-forward network, wide enough for every kernel."""
+    block, sizes = prepared_block(name, dtype)
+    torch.manual_seed(seed)
+    weights = {n: torch.randn(p.shape) / 16 for n, p in block.named_parameters()}
+    pack_block(block, weights, device, compute)
+    held = [sum(t.nbytes for t in parts(module, leaf).values()) for _, module, leaf in parameters(block)]
+    assert held == sizes
+    return block
+
+
+def prepared_block(name: str, dtype: Any) -> tuple[Any, list[int]]:
+    """The same without bytes, and what it will have of them once it is packed."""
     config = LlamaConfig(
         vocab_size=64,
         hidden_size=256,
@@ -47,12 +61,7 @@ def block_of(name: str, dtype: Any, device: str, compute: str | None = None, see
     sizes = [
         packed_bytes(model.get_submodule(n.removesuffix(".weight")), dtype) for n in names if prefix in n
     ]
-    torch.manual_seed(seed)
-    weights = {n: torch.randn(p.shape) / 16 for n, p in block.named_parameters()}
-    pack_block(block, weights, device, compute)
-    held = [sum(t.nbytes for t in parts(module, leaf).values()) for _, module, leaf in parameters(block)]
-    assert held == sizes
-    return block
+    return block, sizes
 
 
 def run(block: Any, dtype: Any, device: str = DEVICE, rows: int = 1) -> Any:
@@ -139,6 +148,32 @@ def move(block: Any, device: str) -> None:
     for _, module, leaf in list(parameters(block)):
         moved = {part: tensor.to(device) for part, tensor in parts(module, leaf).items()}
         bind(template(module, leaf).bindings(moved))
+
+
+class Elsewhere(TorchDispatchMode):
+    """Remembers what made tensors that are not on the GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators: list[str] = []
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = operator(*args, **(kwargs or {}))
+        if any(isinstance(t, torch.Tensor) and t.device.type == "cpu" for t in tree_leaves(made)):
+            self.operators.append(str(operator))
+        return made
+
+
+def test_int8_packs_weights_where_they_are() -> None:
+    block, _ = prepared_block("int8", torch.bfloat16)
+    weight = torch.randn(256, 512, device=DEVICE) / 16
+    expected = Int8Params(weight.cpu().bfloat16(), requires_grad=False, has_fp16_weights=False).to(DEVICE)
+    with Elsewhere() as elsewhere:
+        pack_block(block, {"down_proj.weight": weight}, DEVICE)
+    assert elsewhere.operators == []
+    found = parts(block.down_proj, "weight")
+    assert torch.equal(found[""], expected.data)
+    assert torch.equal(found["SCB"], expected.SCB)
 
 
 @pytest.mark.parametrize("name", METHODS)

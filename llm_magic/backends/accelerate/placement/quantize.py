@@ -368,11 +368,13 @@ def _pack_4_bits(module: Any, value: Any) -> Any:
 
 
 def _pack_8_bits(module: Any, value: Any) -> Any:
+    import torch
+    from bitsandbytes.functional import int8_vectorwise_quant
     from bitsandbytes.nn import Int8Params
 
-    # It packs what comes from the CPU, on the device where it goes.
-    weight = Int8Params(_as_linear(module, value).cpu(), requires_grad=False, has_fp16_weights=False)
-    return weight.to(value.device)
+    # Its own .to() packs only what comes from the CPU: a weight would leave the GPU and come again.
+    data, scales, _ = int8_vectorwise_quant(_as_linear(module, value).contiguous().to(torch.float16))
+    return Int8Params(data, requires_grad=False, has_fp16_weights=False, CB=data, SCB=scales)
 
 
 def _as_linear(module: Any, value: Any) -> Any:
