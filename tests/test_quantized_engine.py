@@ -101,6 +101,12 @@ def test_a_plan_counts_packed_bytes(folder: Path) -> None:
     assert packed.layout.bytes < plain.layout.bytes / 2
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_plan_knows_which_methods_are_decoded_eagerly(method: str, folder: Path) -> None:
+    _, plan = plan_for(folder, "ram", spec=ModelSpec(str(folder), quantize=method))
+    assert ("outliers" in plan.layout.details.get("eager", "")) == (method == "int8")
+
+
 @pytest.mark.parametrize("placement", ["ram", "half", "mapped", "everything on disk"])
 def test_a_tied_head_of_a_packed_model_is_held_once(placement: str, tmp_path: Path) -> None:
     from tests import tiny

@@ -15,10 +15,12 @@ pytest.importorskip("optimum.quanto")
 pytestmark = pytest.mark.gpu
 
 from llm_magic.backends.accelerate.placement import int4_orders, packing  # noqa: E402
+from llm_magic.machine import Device  # noqa: E402
 from llm_magic.model import ModelSpec  # noqa: E402
 from llm_magic.plan import Placement, Plan  # noqa: E402
+from llm_magic.units import GIB  # noqa: E402
 from tests import tiny  # noqa: E402
-from tests.engines import BACKEND, plan_for  # noqa: E402
+from tests.engines import BACKEND, ask, plan_for  # noqa: E402
 
 DEVICE = "cuda:0"
 PROMPT = [[7, 11, 13, 17, 19, 23]]
@@ -45,6 +47,8 @@ def _own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
 def loaded(folder: Path, method: str, where: tuple[str, str, bool]) -> Any:
     spec = ModelSpec(str(folder), quantize=method, dtype="bfloat16")
     _, plan = plan_for(folder, "ram", spec=spec)
+    gpu = Device(DEVICE, "gpu", "GPU", 8 * GIB, 7 * GIB)
+    plan = replace(plan, machine=replace(plan.machine, devices=(gpu, *plan.machine.devices)))
     return BACKEND.load(spec, with_layers(plan, where), lambda _event: None)
 
 
@@ -77,6 +81,15 @@ def test_blocks_move_to_the_cpu_from_wherever_a_gpu_computes_them(method: str, f
                     assert torch.nn.functional.cosine_similarity(
                         found.flatten().float(), expected.flatten().float(), dim=0
                     ) > (0.99)
+    finally:
+        engine.close()
+
+
+def test_int8_is_decoded_eagerly_without_a_capture_that_fails(folder: Path) -> None:
+    engine = loaded(folder, "int8", RESIDENT)
+    try:
+        ask(engine, "Hello")
+        assert "eager decode: int8 looks for outliers on the host" in engine.status()
     finally:
         engine.close()
 

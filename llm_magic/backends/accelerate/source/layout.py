@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from llm_magic.backends.accelerate.decoding.capturable import model_reason
+from llm_magic.backends.accelerate.decoding.capturable import model_reason, packing_reason
 from llm_magic.backends.accelerate.decoding.kv_cache import can_take_back
 from llm_magic.backends.accelerate.default_dtype import default_dtype_kept
 from llm_magic.backends.accelerate.placement.quantize import Method, find_method, packed_bytes, prepare
@@ -65,7 +65,7 @@ def read_layout(spec: ModelSpec, files: ModelFiles) -> ModelLayout:
     }
     if not can_take_back(model):
         details |= {"one_by_one": True}
-    if reason := model_reason(model):
+    if reason := model_reason(model) or packing_reason(method.name if method else ""):
         details |= {"eager": reason}
     if method is not None:
         blocks = _with_packed(model, blocks, method, dtype)
