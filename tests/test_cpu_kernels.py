@@ -6,8 +6,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+
+from llm_magic.backends.accelerate.placement.quantize import import_library
+from llm_magic.model import ModelSpec
+from llm_magic.planning.packed import kernel_of
+from tests.engines import BACKEND
 
 pytest.importorskip("bitsandbytes")
 
@@ -71,3 +77,17 @@ def test_where_it_is_not_packaged_the_other_one_computes(alone: list[str]) -> No
     for (method, sum_), (other_method, other) in pairs:
         assert method == other_method
         torch.testing.assert_close(float(sum_), float(other), rtol=0.01, atol=0)
+
+
+@pytest.mark.parametrize("is_packaged", [True, False])
+def test_plans_hear_of_it(is_packaged: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests import tiny
+
+    bitsandbytes = import_library("bitsandbytes")
+    for_gpus = SimpleNamespace(_lib=SimpleNamespace(_name="libbitsandbytes_cuda.so"))
+    monkeypatch.setattr(bitsandbytes.backends.cpu.ops, "lib", for_gpus)
+    if not is_packaged:
+        monkeypatch.setattr(bitsandbytes.consts, "DYNAMIC_LIBRARY_SUFFIX", ".gone")
+    spec = ModelSpec(str(tiny.save_llama(tmp_path / "model")), quantize="nf4")
+    layout = BACKEND.layout(spec, lambda _event: None)
+    assert kernel_of(layout) == ("nf4" if is_packaged else "nf4 by one thread")

@@ -156,6 +156,7 @@ def _cpu(memory: Memory, speed: Device | None) -> Device:
         layer_s=speed.layer_s,
         measured_on=speed.measured_on,
         method=speed.method,
+        capability=speed.capability,
     )
 
 
