@@ -15,12 +15,14 @@ pytest.importorskip("optimum.quanto")
 pytestmark = pytest.mark.gpu
 
 from llm_magic.backends.accelerate.placement import int4_orders, packing  # noqa: E402
+from llm_magic.errors import EngineError  # noqa: E402
 from llm_magic.machine import Device  # noqa: E402
 from llm_magic.model import ModelSpec  # noqa: E402
 from llm_magic.plan import Placement, Plan  # noqa: E402
 from llm_magic.units import GIB  # noqa: E402
 from tests import tiny  # noqa: E402
 from tests.engines import BACKEND, ask, plan_for  # noqa: E402
+from tests.gpu.conftest import IS_SIMULATED  # noqa: E402
 
 DEVICE = "cuda:0"
 PROMPT = [[7, 11, 13, 17, 19, 23]]
@@ -83,6 +85,31 @@ def test_blocks_move_to_the_cpu_from_wherever_a_gpu_computes_them(method: str, f
                     ) > (0.99)
     finally:
         engine.close()
+
+
+@pytest.mark.skipif(not IS_SIMULATED, reason="a real GPU's memory does not run out when it is told to")
+@pytest.mark.parametrize("method", ORDERED)
+def test_memory_that_runs_out_leaves_every_weight_in_its_order(method: str, folder: Path) -> None:
+    from tests.simulated_cuda import fail_allocation_in
+
+    engine = loaded(folder, method, STREAMED)
+    before = engine.plan
+    failed = 0
+    for here, there in ((STREAMED, ON_CPU), (RESIDENT, ON_CPU), (ON_CPU, RESIDENT)):
+        engine.apply(with_layers(before, here), lambda _event: None)
+        expected = logits(engine)
+        for nth in range(0, 1000, 5):
+            fail_allocation_in(nth)
+            try:
+                engine.apply(with_layers(before, there), lambda _event: None)
+            except EngineError:
+                failed += 1
+            if fail_allocation_in(-1) >= 0:
+                break
+            engine.apply(with_layers(before, here), lambda _event: None)
+            assert torch.equal(logits(engine), expected), nth
+    assert failed
+    engine.close()
 
 
 def test_int8_is_decoded_eagerly_without_a_capture_that_fails(folder: Path) -> None:
