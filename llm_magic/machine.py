@@ -42,6 +42,10 @@ class Device:
         Which of ``"total"``, ``"free"``, ``"read"`` and ``"flops"`` are assumptions.
     method
         How the speed was measured, or where an assumption comes from, in a few words.
+    capability
+        What kernels ask for before they run: of an NVIDIA GPU the compute capability (``"8.6"``), of a
+        CPU the widest of its vector instructions (``"avx512_bf16"``, ``"avx512"``, ``"avx2"``). Empty
+        when unknown.
     uuid
         The hardware's own identity, by which the driver's tools know it. Never shown or saved
         in a notebook.
@@ -61,6 +65,7 @@ class Device:
     other_bytes: int = 0
     assumed: tuple[str, ...] = ()
     method: str = ""
+    capability: str = ""
     uuid: str = field(default="", compare=False, repr=False)
 
     @property

@@ -1115,6 +1115,14 @@ def test_streamed_blocks_that_threads_bring(model: Any, plan: Plan) -> None:
     assert reason == "blocks in RAM that is not pinned"
 
 
+@pytest.mark.parametrize(
+    ("method", "reason"), [("int8", "int8 looks for outliers on the host"), ("quanto-int8", ""), ("nf4", "")]
+)
+def test_packed_layers_that_ask_the_host(model: Any, plan: Plan, method: str, reason: str) -> None:
+    packed = replace(plan, layout=replace(plan.layout, quantization=method))
+    assert why_not(model("llama"), on_gpu(packed)) == reason
+
+
 def test_without_a_gpu(model: Any, plan: Plan) -> None:
     assert why_not(model("llama"), plan) == "no CUDA device"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -30,6 +31,7 @@ def test_measuring_gives_the_cpu_its_speed_and_every_gpu_its_links(monkeypatch):
     assert cpu.layer_s > 1e-5
     assert cpu.measured_on
     assert "bf16" in cpu.method
+    assert cpu.capability
     gpus = [device.id for device in found if device.kind == "gpu" and not device.unified]
     assert {("cpu", gpu) for gpu in gpus} <= {(link.source, link.target) for link in links}
 
@@ -64,6 +66,29 @@ def test_no_room_to_measure_in_gives_no_speed():
 def test_what_others_hold_is_used_but_not_ours(total, free, own, expected):
     device = devices._gpu("cuda:0", "GPU", total, free, own, unified=False)
     assert (device.free_bytes, device.other_bytes) == expected
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        ({"avx2": True, "avx512_f": True, "avx512_bf16": True}, "avx512_bf16"),
+        ({"avx2": True, "avx512_f": True, "avx512_bf16": False}, "avx512"),
+        ({"avx2": True, "avx512_f": False}, "avx2"),
+        ({"neon": True}, "default"),
+        (None, "default"),
+    ],
+)
+def test_a_cpu_is_known_by_its_widest_vectors(found, expected):
+    cpu = SimpleNamespace() if found is None else SimpleNamespace(get_capabilities=lambda: found)
+    backends = SimpleNamespace(cpu=SimpleNamespace(get_cpu_capability=lambda: "DEFAULT"))
+    assert devices._cpu_capability(SimpleNamespace(cpu=cpu, backends=backends)) == expected
+
+
+@pytest.mark.parametrize(("hip", "expected"), [(None, "8.6"), ("7.1", "gfx90a")])
+def test_a_gpu_is_known_by_its_compute_capability_or_architecture(hip, expected):
+    facts = SimpleNamespace(major=8, minor=6, gcnArchName="gfx90a:sramecc+:xnack-")
+    torch = SimpleNamespace(version=SimpleNamespace(hip=hip))
+    assert devices._gpu_capability(torch, facts) == expected
 
 
 def test_no_devices_where_torch_cannot_be_imported():

@@ -61,7 +61,7 @@ def test_what_is_said_is_not_assumed():
     gpu = {
         "id": "cuda:0", "name": "Card", "total": "24GiB", "free": 23 * GIB, "other": "1GiB",
         "read": "1008 GB/s", "flops": "165 TFLOPS", "layer_s": 0.0004, "beside": "7 GB/s",
-        "measured_on": "2026-11-22",
+        "measured_on": "2026-11-22", "capability": "8.9",
     }  # fmt: skip
     link = {"from": "cpu", "to": "cuda:0", "bandwidth": 12e9, "beside": 9e9, "name": "PCIe 3 x16"}
     machine = described(gpu, links=[link])
@@ -77,6 +77,7 @@ def test_what_is_said_is_not_assumed():
         7e9,
         measured_on="2026-11-22",
         other_bytes=GIB,
+        capability="8.9",
     )
     assert machine.links[0] == Link("cpu", "cuda:0", 12e9, "PCIe 3 x16", beside_bytes_per_s=9e9)
     assert machine_from_json(machine_to_json(machine)) == machine
@@ -155,6 +156,7 @@ def test_measured_machine_round_trips_exactly():
                 1e15 / 3,
                 measured_on="2026-11-22",
                 other_bytes=5,
+                capability="9.0",
             ),
             Device("cpu", "cpu", "CPU · 1 core", 2 * GIB, GIB + 1, 1e10 / 3, 1e11, method="numpy, 1 threads"),
             Device("disk", "disk", "HDD", 10, 0, 123.456, assumed=("read",), method="typical HDD speed"),

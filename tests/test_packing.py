@@ -324,6 +324,57 @@ def test_layers_that_the_cpu_kernel_cannot_read_stay_as_they_are() -> None:
     assert torch.equal(forward(network, x), torch.nn.functional.linear(x, weight))
 
 
+def test_int4_finds_its_order_by_how_its_bytes_lie(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by where: those of a block that a GPU computes and RAM holds are in the GPU's."""
+    import torch
+
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (8, 0))
+    network = network_of("int4")
+    expected = reference("int4")
+    arrange(network, "cuda")
+    for_cuda = parts(network[0], "weight")
+    assert for_cuda["_data._data"].dtype == torch.int32
+    assert for_cuda["_data._data"].is_cpu
+    arrange(network, "cpu")
+    bind([a for left, tensors in zip(*taken_apart(network), strict=True) for a in left.bindings(tensors)])
+    assert torch.equal(forward(network, inputs()), expected)
+
+
+def test_int4_leaves_for_devices_without_its_kernel_as_quanto_packs_it() -> None:
+    network = network_of("int4")
+    whole = network[0].weight.weight_qbits_tensor()
+    arrange(network, "mps")
+    left = network[0].weight
+    assert type(left) is type(whole)
+    for name in ("_scale", "_shift"):
+        assert getattr(left, name).equal(getattr(whole, name))
+    assert left._data._data.equal(whole._data._data)
+
+
+def test_a_large_int4_weight_is_packed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    quanto = import_library("optimum.quanto")
+    torch.manual_seed(0)
+    weight = torch.randn(208, WIDTH).bfloat16()
+    options = {"axis": 0, "group_size": 128, "activation_qtype": None}
+    scale, shift = quanto.MaxOptimizer()(weight, qtype=quanto.qint4, axis=0, group_size=128)
+
+    def packed(*, optimized: bool) -> Any:
+        made = quanto.quantize_weight(
+            weight, quanto.qint4, scale=scale, shift=shift, optimized=optimized, **options
+        )
+        layer = torch.nn.Linear(WIDTH, 208, bias=False)
+        layer.weight = torch.nn.Parameter(made, requires_grad=False)
+        return torch.nn.Sequential(layer)
+
+    monkeypatch.setattr(packing, "_AT_A_TIME", 64 * WIDTH)
+    in_parts = packed(optimized=False)
+    arrange(in_parts, "cpu", fresh=True)
+    assert same(taken_apart(packed(optimized=True))[1], taken_apart(in_parts)[1])
+
+
 # --------------------------------------------------------------------------------- the templates
 
 

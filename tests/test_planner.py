@@ -318,6 +318,20 @@ def test_a_prefill_unpacks_the_largest_packed_matrix():
     assert plan_for(layout, laptop()).use("cpu").weights == 4 * each + 80 * MIB + 128
 
 
+@pytest.mark.parametrize(
+    ("method", "each"), [("quanto-int8", 2), ("float8", 2 + 2), ("int4", 2 + 1), ("int2", 2 + 1)]
+)
+def test_what_quanto_unpacks_is_there_twice_before_its_scale(method, each):
+    layout = packed(toy(), method)
+    assert activation_bytes(layout, Workload(1024)) == ACTIVATIONS + 1422 * 4096 * each
+
+
+def test_the_mlp_of_llm_int8_keeps_sums_of_32_bits():
+    # for each of 512 * 256 values 10 bytes instead of 6: act(gate) in bf16, up in int32, fp16 and bf16
+    layout = packed(toy(), "int8")
+    assert activation_bytes(layout, Workload(1024)) == ACTIVATIONS + 512 * 256 * 4 + 1422 * 4096 * 2
+
+
 def test_an_embedding_in_ram_is_looked_up_there():
     map_ = {"": "cuda:0", "embed": "cpu"}
     plan = make_plan(toy(), slow_cpu(), Workload(1024), placement=map_, policy="map.json")

@@ -24,7 +24,10 @@ SPEEDS = {
     "measured_on": "2026-11-22",
     "method": "bf16 matrix products",
 }
-CPU_SPEED = Device("cpu", "cpu", "", 0, 0, 5e10, 7e11, measured_on="2026-11-22", method="bf16, 2 threads")
+CPU_SPEED = Device(
+    "cpu", "cpu", "", 0, 0, 5e10, 7e11,
+    measured_on="2026-11-22", method="bf16, 2 threads", capability="avx512_bf16",
+)  # fmt: skip
 LINKS = (Link("cpu", "cuda:0", 24e9, "pinned copies", "2026-11-22"),)
 
 
@@ -86,6 +89,7 @@ def test_measure_asks_again(probe):
 def test_speed_of_the_backend_on_the_cpu_counts(probe):
     cpu = probe(Backend(CPU_SPEED)).device("cpu")
     assert (cpu.read_bytes_per_s, cpu.flops, cpu.method) == (5e10, 7e11, "bf16, 2 threads")
+    assert cpu.capability == "avx512_bf16"
     assert cpu.total_bytes == host_memory().total
     assert cpu.assumed == ()
 

@@ -7,8 +7,9 @@ as one. ``examples/machines`` has some. The smallest::
 
 A device has ``id`` (``cuda:0``, ``mps``, ``xpu:0``, ``npu:0``, ``cpu``, ``disk``), ``name``, ``total``,
 ``free``, ``other`` (held by other programs), ``read`` (``"1008 GB/s"``), ``flops`` (``"165 TFLOPS"``), ``layer_s``,
-``beside`` (read while copies to GPUs run), ``unified``, ``measured_on``, ``method`` and ``assumed``. A link has
-``from``, ``to``, ``bandwidth``, ``beside`` (while the CPU reads), ``name``, ``measured_on`` and ``assumed``; its ends may be all of a family, ``cuda:*``. Sizes and speeds are texts with a unit, or plain numbers in
+``beside`` (read while copies to GPUs run), ``unified``, ``measured_on``, ``method``, ``capability`` and ``assumed``. A
+link has ``from``, ``to``, ``bandwidth``, ``beside`` (while the CPU reads), ``name``, ``measured_on`` and ``assumed``;
+its ends may be all of a family, ``cuda:*``. Sizes and speeds are texts with a unit, or plain numbers in
 bytes, bytes per second and operations per second.
 
 Assumptions
@@ -20,7 +21,7 @@ Unified GPU (``mps``)
     Memory: three quarters of the RAM, as Metal recommends.
 CPU
     40 GB/s, what two channels of DDR4-3200 give in practice, and 0.5 TFLOPS. Free: all but 10 %,
-    and at least all but 2 GiB.
+    and at least all but 2 GiB. No AVX-512, unless ``capability`` says so (``"avx512_bf16"``).
 Disk
     1 TiB, half of it free; by its name: NVMe 3 GB/s, SSD 500 MB/s, HDD 150 MB/s, and NVMe where it has none.
 Links
@@ -49,7 +50,7 @@ GPU_RESERVE_BYTES = GIB // 2
 MACHINE_KEYS = ("name", "devices", "links")
 DEVICE_KEYS = (
     "id", "name", "total", "free", "other", "read", "flops", "layer_s", "beside", "unified", "measured_on",
-    "method", "assumed",
+    "method", "capability", "assumed",
 )  # fmt: skip
 LINK_KEYS = ("from", "to", "bandwidth", "beside", "name", "measured_on", "assumed")
 
@@ -259,6 +260,7 @@ def _device(
         other_bytes=min(other, total - free),
         assumed=_marks(entry, device_id) if "assumed" in entry else assumed,
         method=_text(entry, "method"),
+        capability=_text(entry, "capability").lower(),
     )
 
 
@@ -352,6 +354,7 @@ def _device_to_json(device: Device) -> dict[str, Any]:
         "beside": device.beside_bytes_per_s and _speed_text(device.beside_bytes_per_s),
         "measured_on": device.measured_on,
         "method": device.method,
+        "capability": device.capability,
     }
     entry |= {key: value for key, value in optional.items() if value}
     return entry | {"unified": device.unified, "assumed": list(device.assumed)}

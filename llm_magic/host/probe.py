@@ -196,6 +196,7 @@ def _cpu(memory: Memory, speed: Device | None) -> Device:
         beside_bytes_per_s=speed.beside_bytes_per_s,
         measured_on=speed.measured_on,
         method=speed.method,
+        capability=speed.capability,
     )
 
 

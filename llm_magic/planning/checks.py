@@ -9,6 +9,7 @@ from llm_magic.plan import DeviceUse, Plan, Workload
 from llm_magic.planning.budget import reserve_bytes, usable_bytes
 from llm_magic.planning.constants import Constants
 from llm_magic.planning.costs import activation_bytes, can_prefill_in_parts, streamed_bytes, unified_pool
+from llm_magic.planning.packed import quicker_method
 from llm_magic.planning.policies import POLICIES
 from llm_magic.planning.setting import Setting
 from llm_magic.planning.ways import computing_places, lacking
@@ -197,8 +198,9 @@ def _unpacked(plan: Plan) -> Iterator[str]:
     plain = layout.details.get("unpacked_bytes", 0)
     if layout.quantization and plain > layout.bytes * _MUCH_UNPACKED:
         yield f"{format_bytes(plain)} of it stay {layout.dtype}: {layout.quantization} packs linear layers only."
-    if layout.quantization == "float8" and any(place.compute == "cpu" for place in plan.placements):
-        yield "float8 is slow on the CPU, which has no kernel for it: --quantize quanto-int8 takes the same bytes."
+    by_cpu = any(place.compute == "cpu" for place in plan.placements)
+    if by_cpu and (other := quicker_method(layout, plan.machine.device("cpu"))):
+        yield f"{layout.quantization} is slow on the CPU: --quantize {other} has about as many bytes and a quicker kernel."
 
 
 def _long_prompt(plan: Plan) -> Iterator[str]:

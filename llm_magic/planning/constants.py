@@ -36,11 +36,8 @@ class Constants:
     cpu_beside_bus
         Of its read speed, what the CPU keeps while copies run and their driver takes cores (measured on
         an 8-channel Xeon: 42–46 of 52–72 GB/s; two channels keep less).
-    packed_cpu_share
-        A factor on what the CPU's kernel of the packing method reaches (see `sweep.PACKED_ON_CPU`).
-    packed_gpu_share
-        Of its read speed, what a GPU reaches on packed weights that it must unpack first (measured:
-        nf4, 3.7 GB in 2.8 ms on an H100 that reads 3,107 GB/s).
+    packed_cpu_share, packed_gpu_share
+        Factors on what the kernel that computes with packed weights reaches (see `packed.share_of`).
     bus_share, disk_share
         Of the measured bandwidth, what pipelined copies and reads reach (96–100 % of the bus).
     page_cache_share
@@ -59,7 +56,7 @@ class Constants:
     gpu_share: float = _between(0.05, 2.0, 1.0)
     cpu_beside_bus: float = _between(0.1, 1.0, 0.7)
     packed_cpu_share: float = _between(0.02, 20.0, 1.0)
-    packed_gpu_share: float = _between(0.02, 2.0, 0.42)
+    packed_gpu_share: float = _between(0.02, 20.0, 1.0)
     bus_share: float = _between(0.3, 1.2, 0.97)
     disk_share: float = _between(0.1, 4.0, 0.9)
     page_cache_share: float = _between(0.05, 2.0, 0.9)

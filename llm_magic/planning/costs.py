@@ -48,10 +48,11 @@ def activation_bytes(layout: ModelLayout, workload: Workload) -> int:
       + max(6·T·H·e,                                q, k, v, rotated q and k, attention output (sdpa)
             8·T·H,                                  the norm's fp32 copy and its square
             3·T·k·I·e + [k > 1]·T·k·H·e)            act(gate), up, their product; gathered tokens
+                                                    (int8: 10·T·k·I, see ``_mlp_bytes``)
       + half of the largest layer's KV cache        ``torch.cat`` holds old and new keys at once
       + what attention over a prefix adds           see ``_attention_bytes``
       + 3 states for every scanned token            recurrent layers, see ``_scan_bytes``
-      + the largest packed matrix in ``e`` bytes    a prefill unpacks one weight at a time
+      + the largest packed matrix in ``e`` bytes    a prefill unpacks one weight at a time, see ``_unpacked_bytes``
       + T·W·e                                       rows of ``W`` values for all layers (Gemma 3n, 4)
 
     Before the first layer, such rows take T·W·(2·e + 8): looked up, projected, and the norm's fp32 copies.
@@ -67,7 +68,7 @@ def activation_bytes(layout: ModelLayout, workload: Workload) -> int:
     experts = layout.active_experts or 1
     gathered = experts * row if experts > 1 else 0
     width = layout.intermediate_size or 4 * layout.hidden_size
-    mlp = 3 * tokens * experts * width * dtype_bytes(layout.dtype) + gathered
+    mlp = tokens * experts * width * _mlp_bytes(layout) + gathered
     largest_cache = workload.largest_cache_bytes(layout)
     peak = 2 * row + max(6 * row, 8 * tokens * layout.hidden_size, mlp)
     rest = _attention_bytes(layout, workload) + _scan_bytes(layout, workload) + _unpacked_bytes(layout)
@@ -305,10 +306,23 @@ def _scan_bytes(layout: ModelLayout, workload: Workload) -> int:
     return 3 * workload.batch * states * state
 
 
-def _unpacked_bytes(layout: ModelLayout) -> int:
-    """The largest packed matrix as it is while a prefill multiplies with it."""
+def _mlp_bytes(layout: ModelLayout) -> int:
+    """What the MLP keeps at once for each of its values: act(gate), up and their product.
+
+    LLM.int8() has up as sums in 32 bits, in fp16 and in the model's dtype, beside act(gate).
+    """
     width = dtype_bytes(layout.dtype)
-    return max((prod(shape) * width for shape in _packed_shapes(layout)), default=0)
+    return 6 + 2 * width if layout.quantization == "int8" else 3 * width
+
+
+def _unpacked_bytes(layout: ModelLayout) -> int:
+    """The largest packed matrix as it is while a prefill multiplies with it.
+
+    quanto has floats a second time before their scale, and integers of less than a byte as bytes.
+    """
+    width = dtype_bytes(layout.dtype)
+    before = {"float8": width, "int4": 1, "int2": 1}.get(layout.quantization, 0)
+    return max((prod(shape) * (width + before) for shape in _packed_shapes(layout)), default=0)
 
 
 def _packed_shapes(layout: ModelLayout) -> Iterator[tuple[int, ...]]:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from llm_magic.plan import DeviceUse, Forecast, Placement
 from llm_magic.planning.costs import reads_mapped
+from llm_magic.planning.packed import kernel_of
 from llm_magic.planning.setting import Setting
 from llm_magic.planning.sweep import (
     Engine,
@@ -76,7 +77,7 @@ def engine_of(setting: Setting, placed: Sequence[Placement], uses: Sequence[Devi
         is_mapped=reads_mapped(machine, uses, placed),
         is_captured=can_capture(setting.layout, machine, placed),
         records_layers=can_record_layers(setting.layout, placed),
-        quantization=setting.layout.quantization,
+        kernel=kernel_of(setting.layout),
     )
 
 

@@ -13,6 +13,9 @@ pytest.importorskip("bitsandbytes")
 pytest.importorskip("optimum.quanto")
 pytestmark = pytest.mark.gpu
 
+from bitsandbytes.nn import Int8Params  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from torch.utils._pytree import tree_leaves  # noqa: E402
 from transformers import LlamaConfig  # noqa: E402
 
 from llm_magic.backends.accelerate.placement.packing import (  # noqa: E402
@@ -24,17 +27,25 @@ from llm_magic.backends.accelerate.placement.packing import (  # noqa: E402
 )
 from llm_magic.backends.accelerate.placement.quantize import METHODS, pack_block, packed_bytes, prepare  # noqa: E402
 from llm_magic.backends.accelerate.source.layout import build_skeleton  # noqa: E402
-from tests.gpu.conftest import IS_SIMULATED  # noqa: E402
 
 DEVICE = "cuda:0"
 DTYPES = ["bfloat16", "float16"]
 CASES = [(name, dtype) for name in METHODS for dtype in DTYPES]
-if IS_SIMULATED:  # without torch's own kernel for it
-    CASES.remove(("int4", "bfloat16"))
 
 
 def block_of(name: str, dtype: Any, device: str, compute: str | None = None, seed: int = 0) -> Any:
     """One packed feed-forward network, wide enough for every kernel."""
+    block, sizes = prepared_block(name, dtype)
+    torch.manual_seed(seed)
+    weights = {n: torch.randn(p.shape) / 16 for n, p in block.named_parameters()}
+    pack_block(block, weights, device, compute)
+    held = [sum(t.nbytes for t in parts(module, leaf).values()) for _, module, leaf in parameters(block)]
+    assert held == sizes
+    return block
+
+
+def prepared_block(name: str, dtype: Any) -> tuple[Any, list[int]]:
+    """The same without bytes, and what it will have of them once it is packed."""
     config = LlamaConfig(
         vocab_size=64,
         hidden_size=256,
@@ -50,12 +61,7 @@ def block_of(name: str, dtype: Any, device: str, compute: str | None = None, see
     sizes = [
         packed_bytes(model.get_submodule(n.removesuffix(".weight")), dtype) for n in names if prefix in n
     ]
-    torch.manual_seed(seed)
-    weights = {n: torch.randn(p.shape) / 16 for n, p in block.named_parameters()}
-    pack_block(block, weights, device, compute)
-    held = [sum(t.nbytes for t in parts(module, leaf).values()) for _, module, leaf in parameters(block)]
-    assert held == sizes
-    return block
+    return block, sizes
 
 
 def run(block: Any, dtype: Any, device: str = DEVICE, rows: int = 1) -> Any:
@@ -107,12 +113,15 @@ def test_streamed_packed_weights_compute_what_resident_ones_do(name: str, dtype:
                     tensor.view(torch.uint8).fill_(0xFF) if tensor.ndim else tensor.fill_(float("nan"))
 
 
+@pytest.mark.parametrize("held_on", [DEVICE, "cpu"])
 @pytest.mark.parametrize(("name", "dtype"), CASES)
-def test_a_block_moves_between_gpu_and_cpu_without_loss(name: str, dtype: str) -> None:
+def test_a_block_moves_between_gpu_and_cpu_without_loss(name: str, dtype: str, held_on: str) -> None:
+    """Where a GPU computes it the bytes may be in RAM: those of a block that streams."""
     torch_dtype = getattr(torch, dtype)
     block = block_of(name, torch_dtype, DEVICE)
     expected = run(block, torch_dtype)
     before = everything(block)
+    move(block, held_on)
     arrange(block, "cpu")
     move(block, "cpu")
     on_cpu = run(block, torch_dtype, "cpu")
@@ -139,6 +148,32 @@ def move(block: Any, device: str) -> None:
     for _, module, leaf in list(parameters(block)):
         moved = {part: tensor.to(device) for part, tensor in parts(module, leaf).items()}
         bind(template(module, leaf).bindings(moved))
+
+
+class Elsewhere(TorchDispatchMode):
+    """Remembers what made tensors that are not on the GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators: list[str] = []
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = operator(*args, **(kwargs or {}))
+        if any(isinstance(t, torch.Tensor) and t.device.type == "cpu" for t in tree_leaves(made)):
+            self.operators.append(str(operator))
+        return made
+
+
+def test_int8_packs_weights_where_they_are() -> None:
+    block, _ = prepared_block("int8", torch.bfloat16)
+    weight = torch.randn(256, 512, device=DEVICE) / 16
+    expected = Int8Params(weight.cpu().bfloat16(), requires_grad=False, has_fp16_weights=False).to(DEVICE)
+    with Elsewhere() as elsewhere:
+        pack_block(block, {"down_proj.weight": weight}, DEVICE)
+    assert elsewhere.operators == []
+    found = parts(block.down_proj, "weight")
+    assert torch.equal(found[""], expected.data)
+    assert torch.equal(found["SCB"], expected.SCB)
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from tests.simulated_cuda import int4
 from tests.simulated_cuda.build import build
 
 
@@ -29,6 +30,7 @@ def install() -> None:
     torch.version.cuda = "12.8"
     _patch_library()
     _patch_module()
+    int4.install()
     torch.cuda.default_generators = tuple(core().default_generator(i) for i in range(core().device_count()))
 
 

@@ -60,7 +60,7 @@ def accelerators(measure: bool) -> tuple[tuple[Device, ...], tuple[Link, ...]]:
         measured = tuple(_measured(torch, device, _GPU_BUDGET_S) for device in devices)
         links = tuple(_links(torch, [d.id for d in devices if not d.unified]))
         measured = tuple(_read_again(torch, device, _GPU_BUDGET_S) for device in measured)
-        cpu = Device("cpu", "cpu", cpu_name(), 0, host_memory().free)
+        cpu = Device("cpu", "cpu", cpu_name(), 0, host_memory().free, capability=_cpu_capability(torch))
         cpu, links = _together(torch, _measured(torch, cpu, _CPU_BUDGET_S), links)
         _give_back(torch, devices)
         return (*measured, cpu), links
@@ -84,6 +84,7 @@ def _cuda(torch: Any) -> Iterator[Device]:
             f"cuda:{index}", facts.name, total, free, own, unified=bool(getattr(facts, "is_integrated", 0))
         )
         uuid = str(getattr(facts, "uuid", ""))
+        device = replace(device, capability=_gpu_capability(torch, facts))
         yield replace(device, uuid=uuid if uuid.startswith(("GPU-", "MIG-")) or not uuid else f"GPU-{uuid}")
 
 
@@ -123,6 +124,22 @@ def _gpu(device_id: str, name: str, total: int, free: int, own: int, *, unified:
     return Device(
         device_id, "gpu", name, total, free, unified=unified, other_bytes=max(0, total - free - own)
     )
+
+
+def _gpu_capability(torch: Any, facts: Any) -> str:
+    """The compute capability; AMD's GPUs have the name of an architecture."""
+    if torch.version.hip:
+        return str(facts.gcnArchName).partition(":")[0]
+    return f"{facts.major}.{facts.minor}"
+
+
+def _cpu_capability(torch: Any) -> str:
+    """The widest vector instructions of the CPU that kernels for packed weights ask for."""
+    ask = getattr(torch.cpu, "get_capabilities", None)
+    found = dict(ask()) if ask else {}
+    names = {"avx512_bf16": "avx512_bf16", "avx512_f": "avx512", "avx2": "avx2"}
+    known = next((name for key, name in names.items() if found.get(key)), "")
+    return known or str(torch.backends.cpu.get_cpu_capability()).lower()
 
 
 # --- How fast it is

@@ -20,7 +20,8 @@ def why_not(model: Any, plan: Plan, lanes: Sequence[Lane] = ()) -> str:
 
     What this cannot foresee shows when the capture is tried.
     """
-    reason = _placement_reason(plan) or _experts_reason(model, plan) or model_reason(model)
+    packing = packing_reason(plan.layout.quantization)
+    reason = _placement_reason(plan) or _experts_reason(model, plan) or packing or model_reason(model)
     if not reason and not all(lane.is_capturable for lane in lanes):
         return "blocks in RAM that is not pinned"
     return reason
@@ -74,6 +75,12 @@ def _experts_reason(model: Any, plan: Plan) -> str:
     config = model.config.get_text_config(decoder=True)
     in_turn = getattr(config, "_experts_implementation", None) == "eager"
     return "experts are taken one after the other" if has_experts and in_turn else ""
+
+
+def packing_reason(method: str) -> str:
+    """Why sweeps of layers that this method packs cannot be captured; empty when they can."""
+    # LLM.int8() multiplies large activations apart, and asks in every layer whether there are any.
+    return "int8 looks for outliers on the host" if method == "int8" else ""
 
 
 def model_reason(model: Any) -> str:

@@ -18,6 +18,8 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
+from llm_magic.backends.accelerate.placement import cpu_kernels, int4_orders
+
 Parts = dict[str, Any]
 """Plain contiguous tensors by the name of what they are in their parameter; ``""`` is the data."""
 
@@ -125,8 +127,8 @@ def arrange(block: Any, device: Any, *, fresh: bool = False) -> None:
     Values and number of bytes stay the same. Two kernels want an order of their own: 4-bit
     bitsandbytes on CPUs with AVX-512 bfloat16, and 4-bit quanto in bfloat16, whose CPU and CUDA
     orders differ. Do it when another kind of device is to compute the block, never in a sweep. The
-    parameters must hold their bytes; new tensors, which may lie on ``device``, replace those whose
-    order changes.
+    parameters must hold their bytes; new tensors replace those whose order changes. They are in RAM
+    when a GPU's kernel reads one of the two orders, and on ``device`` when the weights are fresh.
 
     Parameters
     ----------
@@ -252,7 +254,7 @@ class _FourBitKind(_Ordered):
         # In float32 both ways, where the library rounds to bfloat16: its kernel rounds what it reads,
         # so the results are the same, and the way back loses nothing.
         rows, groups = shape[0], shape[1] // state.blocksize
-        scales = found["absmax"].view(rows, groups) if for_cpu else found["absmax"]
+        scales = found["absmax"].view(rows, groups).to(found[""].device) if for_cpu else found["absmax"]
         found["absmax"] = scales.T.contiguous() if for_cpu else scales.T.reshape(-1)
         left = template(module, name)
         assert isinstance(left, _FourBitTemplate)
@@ -272,12 +274,11 @@ def _state(module: Any, parameter: Any) -> Any:
 
 
 def _has_cpu_order(module: Any, state: Any) -> bool:
-    from bitsandbytes.functional import has_avx512bf16
     from bitsandbytes.nn import Linear4bit
 
     rows, columns = state.shape
     whole = rows % 32 == 0 and columns % state.blocksize == 0
-    return bool(has_avx512bf16()) and whole and not state.nested and isinstance(module, Linear4bit)
+    return cpu_kernels.has_order() and whole and not state.nested and isinstance(module, Linear4bit)
 
 
 def _reordered(data: Any, state: Any, *, for_cpu: bool) -> Any:
@@ -287,8 +288,9 @@ def _reordered(data: Any, state: Any, *, for_cpu: bool) -> Any:
     from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse as out_of
 
     rows, columns = state.shape
-    found = data.view(torch.uint8).view(rows, columns // 2)
-    result, step = torch.empty_like(found), 32 * max(1, _AT_A_TIME // (32 * columns))
+    found, step = data.view(torch.uint8).view(rows, columns // 2), _rows_at_a_time(columns)
+    # In RAM, wherever it comes from: a GPU that is left may be full.
+    result = torch.empty(found.shape, dtype=found.dtype, device="cpu" if for_cpu else found.device)
     for start in range(0, rows, step):
         part = found[start : start + step]
         like = copy.copy(state)
@@ -297,6 +299,10 @@ def _reordered(data: Any, state: Any, *, for_cpu: bool) -> Any:
         like.original_nested, like.original_dtype = False, state.dtype
         result[start : start + step] = (into if for_cpu else out_of)(part, like)[0]
     return result
+
+
+def _rows_at_a_time(columns: int) -> int:
+    return 64 * max(1, _AT_A_TIME // (64 * columns))  # every order has its blocks of rows end there
 
 
 @dataclass(frozen=True)
@@ -383,13 +389,11 @@ class _QuantoKind(_Ordered):
         weight, target = module._parameters[name], None
         if isinstance(weight, TinyGemm):
             if not _has_tinygemm(device):
-                target = weight.weight_qbits_tensor()
-            elif weight.device.type != device.type:
-                # Its own .to() would round the statistics again; they have one format everywhere.
-                target = _tinygemm(weight, weight._data.to(device), weight._scale_shift.to(device))
+                target = _as_integers(weight)
+            elif int4_orders.is_for_cuda(weight._data._data) != (device.type == "cuda"):
+                target = _in_other_order(weight)
         elif fresh and _fits_tinygemm(weight) and _has_tinygemm(device):
-            statistics = (weight._scale.to(device), weight._shift.to(device))
-            target = _tinygemm(weight, _unpacked(weight._data).to(device), statistics)
+            target = _for_tinygemm(weight, device)
         if target is not None:
             module._parameters[name] = _parameter(target)
             bind(template(module, name).bindings(parts(module, name)))
@@ -414,11 +418,49 @@ def _has_tinygemm(device: Any) -> bool:
     return bool(torch.version.cuda) and bool(torch.cuda.get_device_capability(device) >= (8, 0))
 
 
-def _tinygemm(weight: Any, data: Any, statistics: Any) -> Any:
+def _for_tinygemm(weight: Any, device: Any) -> Any:
+    """The weight as torch's kernel takes it; some rows at a time, because quanto makes them int32 first."""
+    import torch
+
+    rows, columns = weight.shape
+    groups, step = columns // weight._group_size, _rows_at_a_time(columns)
+    plain = _unpacked(weight._data)
+    data, statistics = [], []
+    for start in range(0, rows, step):
+        of_rows = slice(start * groups, min(rows, start + step) * groups)
+        part, *both = (each[of_rows].to(device) for each in (plain, weight._scale, weight._shift))
+        made = _tinygemm(weight, part, both, (len(part) // groups, columns))
+        data.append(made._data._data)
+        statistics.append(made._scale_shift)
+    return _tinygemm(weight, _tinygemm_packed(weight, torch.cat(data)), torch.cat(statistics, 1))
+
+
+def _in_other_order(weight: Any) -> Any:
+    """A weight of torch's kernel for CUDA as that for CPUs reads it, or the other way round."""
+    data = int4_orders.reordered(weight._data._data, weight.shape[1])
+    # Quanto's own .to() would round the statistics again; they have one format everywhere.
+    return _tinygemm(weight, _tinygemm_packed(weight, data), weight._scale_shift.to(data.device))
+
+
+def _as_integers(weight: Any) -> Any:
+    """A weight of torch's kernel as quanto packs integers, for devices that have no such kernel."""
+    packed = _tinygemm_packed(weight, weight._data._data)
+    plain = int4_orders.integers(packed._data, weight.shape[1])
+    packed.unpack = lambda: plain
+    return _tinygemm(weight, packed, weight._scale_shift).weight_qbits_tensor()
+
+
+def _tinygemm(weight: Any, data: Any, statistics: Any, size: tuple[int, int] | None = None) -> Any:
     from optimum.quanto.tensor.weights.tinygemm import TinyGemmWeightQBitsTensor
 
-    shape = (weight.size(), weight.stride())
+    shape = (weight.size() if size is None else size, weight.stride())
     return TinyGemmWeightQBitsTensor(weight.qtype, weight.axis, weight._group_size, *shape, data, statistics)
+
+
+def _tinygemm_packed(weight: Any, data: Any) -> Any:
+    from optimum.quanto.tensor.weights.tinygemm import TinyGemmPackedTensor
+
+    return TinyGemmPackedTensor(data, weight.size(), weight.stride())
 
 
 def _unpacked(packed: Any) -> Any:

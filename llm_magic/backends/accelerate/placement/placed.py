@@ -79,6 +79,8 @@ class PlacedBlock:
         when its module holds them.
     file
         Where the bytes are in files, as far as that is known.
+    ordered_for
+        Kind of the device whose kernels read packed weights as they lie.
     """
 
     place: Placement
@@ -87,6 +89,10 @@ class PlacedBlock:
     shared: Mapping[str, tuple[Any, str]]
     store: RamStore | FileStore | None = None
     file: FileStore | None = None
+    ordered_for: str = ""
+
+    def __post_init__(self) -> None:
+        self.ordered_for = self.ordered_for or _kind(self.place)
 
     @property
     def name(self) -> str:
@@ -447,16 +453,24 @@ class PlacedModel:
         """Packed weights lie in the order that the kernels of their device read."""
         import torch
 
-        kinds = {device.partition(":")[0] for device in (place.modules_on, block.place.modules_on)}
-        if block.tensors.is_plain or len(kinds) == 1:
+        kind = _kind(place)
+        if block.tensors.is_plain or block.ordered_for == kind:
             return
         held = self._held(block)
-        block.tensors.bind([tensor.clone() for tensor in held])
+        if block.store is not None or any(tensor.device.type == "cpu" for tensor in held):
+            held = [
+                tensor.clone() for tensor in held
+            ]  # what it is in closes; a GPU, which may be full, stays
+        block.tensors.bind(held)
         if block.store is not None:
             block.store.close()
         block.store = block.file = None
-        packing.arrange(block.module, torch.device(place.modules_on))
-        block.tensors = block.tensors.packed_anew()
+        try:
+            packing.arrange(block.module, torch.device(place.modules_on))
+        except BaseException:
+            block.tensors.bind(held)  # no half of it in the other order
+            raise
+        block.tensors, block.ordered_for = block.tensors.packed_anew(), kind
 
     def _borrow(self, block: PlacedBlock) -> None:
         """Show another block's parameters, which are in their module by now."""
@@ -778,6 +792,11 @@ class PlacedModel:
 
 
 _TIERS = {"disk": 0, "cpu": 1}
+
+
+def _kind(place: Placement) -> str:
+    """The kind of the device where the block's modules are."""
+    return place.modules_on.partition(":")[0]
 
 
 def _is_held(place: Placement) -> bool:

@@ -22,6 +22,7 @@ from typing import Any
 from weakref import ref
 
 from llm_magic.backends.accelerate.default_dtype import default_dtype_kept
+from llm_magic.backends.accelerate.placement import cpu_kernels
 from llm_magic.backends.accelerate.placement.packing import arrange, bind, parts, template
 from llm_magic.backends.accelerate.quiet import quiet
 from llm_magic.errors import OptionError, PlanError
@@ -136,7 +137,10 @@ def import_library(name: str) -> Any:
         if not any(isinstance(known, _Silenced) for known in found.filters):
             found.addFilter(_Silenced(start))
     with _no_kernels_from_the_hub():
-        return importlib.import_module(name)
+        library = importlib.import_module(name)
+        if name == "bitsandbytes":
+            cpu_kernels.serve_the_cpu()
+    return library
 
 
 class _Silenced(logging.Filter):
@@ -364,11 +368,13 @@ def _pack_4_bits(module: Any, value: Any) -> Any:
 
 
 def _pack_8_bits(module: Any, value: Any) -> Any:
+    import torch
+    from bitsandbytes.functional import int8_vectorwise_quant
     from bitsandbytes.nn import Int8Params
 
-    # It packs what comes from the CPU, on the device where it goes.
-    weight = Int8Params(_as_linear(module, value).cpu(), requires_grad=False, has_fp16_weights=False)
-    return weight.to(value.device)
+    # Its own .to() packs only what comes from the CPU: a weight would leave the GPU and come again.
+    data, scales, _ = int8_vectorwise_quant(_as_linear(module, value).contiguous().to(torch.float16))
+    return Int8Params(data, requires_grad=False, has_fp16_weights=False, CB=data, SCB=scales)
 
 
 def _as_linear(module: Any, value: Any) -> Any:

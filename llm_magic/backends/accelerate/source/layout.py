@@ -11,9 +11,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from llm_magic.backends.accelerate.decoding.capturable import has_layers_alone, model_reason
+from llm_magic.backends.accelerate.decoding.capturable import (
+    has_layers_alone,
+    model_reason,
+    packing_reason,
+)
 from llm_magic.backends.accelerate.decoding.kv_cache import can_take_back
 from llm_magic.backends.accelerate.default_dtype import default_dtype_kept
+from llm_magic.backends.accelerate.placement import cpu_kernels
 from llm_magic.backends.accelerate.placement.quantize import Method, find_method, packed_bytes, prepare
 from llm_magic.backends.accelerate.source import gguf_model, hub
 from llm_magic.backends.accelerate.source.architecture import (
@@ -65,13 +70,15 @@ def read_layout(spec: ModelSpec, files: ModelFiles) -> ModelLayout:
     }
     if not can_take_back(model):
         details |= {"one_by_one": True}
-    if reason := model_reason(model):
+    if reason := model_reason(model) or packing_reason(method.name if method else ""):
         details |= {"eager": reason}
     elif not has_layers_alone(model):
         details |= {"has_states": True}
     if method is not None:
         blocks = _with_packed(model, blocks, method, dtype)
         details |= {"unpacked_bytes": _unpacked_bytes(blocks, method)}
+        if method.library == "bitsandbytes" and not cpu_kernels.are_loaded():
+            details |= {"unpacked_by_one_thread": True}
     return ModelLayout(
         name=files.name,
         architecture=type(model).__name__,

@@ -1,0 +1,91 @@
+"""What plans make of packed weights, by the kernels that a machine has for them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from llm_magic.machine import Device, Link, Machine
+from llm_magic.model import ModelLayout
+from llm_magic.plan import Plan, Workload
+from llm_magic.planning.packed import kernel_of, share_of
+from llm_magic.planning.planner import make_plan
+from llm_magic.units import GIB
+from tests.engines import POLICY
+from tests.layouts import llama8b, packed, qwen32b
+
+RTX3060 = Device(
+    "cuda:0", "gpu", "RTX 3060", 12 * GIB, 11 * GIB, 360e9, flops=60e12, layer_s=1e-3, capability="8.6"
+)
+RAM = Device("cpu", "cpu", "RAM", 64 * GIB, 58 * GIB, 45e9, flops=1e12)
+WAYS = (Link("cpu", "cuda:0", 12e9), Link("cuda:0", "cpu", 12e9), Link("disk", "cpu", 3e9))
+METHODS = ("nf4", "fp4", "int8", "quanto-int8", "int4", "int2", "float8")
+
+
+def planned(layout: ModelLayout, *, gpu: Device = RTX3060, cpu: Device = RAM) -> Plan:
+    disk = Device("disk", "disk", "SSD", 1000 * GIB, 500 * GIB, 3e9)
+    machine = Machine("PC", (gpu, cpu, disk), WAYS)
+    workload = Workload(4096, prefill_tokens=512)
+    return make_plan(layout, machine, workload, placement=POLICY["auto"], policy="auto")
+
+
+def computed_by_cpu(plan: Plan) -> int:
+    return sum(place.compute == "cpu" for place in plan.placements if place.block.kind == "decoder")
+
+
+@pytest.mark.parametrize("capability", ["avx512", "avx2", ""])
+def test_4_bit_layers_stream_where_the_cpu_would_unpack_them_first(capability: str) -> None:
+    layout = packed(qwen32b())
+    quick = planned(layout, cpu=replace(RAM, capability="avx512_bf16"))
+    slow = planned(layout, cpu=replace(RAM, capability=capability))
+    assert computed_by_cpu(quick) > 0
+    assert computed_by_cpu(slow) == 0
+    assert slow.forecast.decode_tps < quick.forecast.decode_tps
+
+
+def test_4_bit_layers_stream_where_the_library_for_cpus_is_missing() -> None:
+    layout = packed(qwen32b())
+    slow = replace(layout, details={**layout.details, "unpacked_by_one_thread": True})
+    assert computed_by_cpu(planned(slow, cpu=replace(RAM, capability="avx512_bf16"))) == 0
+
+
+def test_one_thread_is_not_quicker_where_ram_is() -> None:
+    kernel = kernel_of(replace(packed(llama8b()), details={"unpacked_by_one_thread": True}))
+    for speed in (20e9, 400e9):
+        cpu = replace(RAM, read_bytes_per_s=speed)
+        assert speed * share_of(kernel, cpu) == pytest.approx(0.45e9)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_has_its_kernels(method: str) -> None:
+    for dtype in ("bfloat16", "float16"):
+        kernel = kernel_of(replace(packed(llama8b(), method), dtype=dtype))
+        assert 0 < share_of(kernel, RTX3060) < 1
+        by_cpu = [share_of(kernel, replace(RAM, capability=c)) for c in ("avx512_bf16", "avx512", "avx2")]
+        assert all(0 < share < 1 for share in by_cpu)
+        assert by_cpu[0] >= by_cpu[-1]
+
+
+def test_torchs_4_bit_kernel_takes_bfloat16_in_groups_of_128() -> None:
+    layout = packed(llama8b(), "int4")
+    quick = share_of(kernel_of(layout), RTX3060)
+    for other in (replace(layout, dtype="float16"), replace(layout, hidden_size=576)):
+        assert share_of(kernel_of(other), RTX3060) < quick / 5
+    for gpu in (
+        replace(RTX3060, capability="7.5"),
+        replace(RTX3060, capability="gfx90a"),
+        replace(RTX3060, id="mps"),
+    ):
+        assert share_of(kernel_of(layout), gpu) < quick / 5
+    for capability in ("", "8.0", "12.0"):
+        assert share_of(kernel_of(layout), replace(RTX3060, capability=capability)) == quick
+
+
+def test_a_gpu_that_unpacks_all_for_every_token_is_no_faster_than_with_plain_weights() -> None:
+    resident = {"gpu": replace(RTX3060, total_bytes=48 * GIB, free_bytes=47 * GIB)}
+    plain = planned(llama8b(), **resident).forecast.decode_tps
+    integers = planned(packed(llama8b(), "quanto-int8", bits=8), **resident).forecast.decode_tps
+    floats = planned(packed(llama8b(), "float8", bits=8), **resident).forecast.decode_tps
+    halves = planned(packed(llama8b(), "nf4"), **resident).forecast.decode_tps
+    assert floats < integers < plain < halves
