@@ -95,6 +95,6 @@ def test_what_the_cpu_and_the_bus_reach_together_is_forecast() -> None:
 @pytest.mark.usefixtures("cache_folder")
 def test_a_fit_begins_with_the_machine_as_it_is_measured_now() -> None:
     engine = FakeEngine([], half_in_ram(HERE, Constants()))
-    engine.speed = SweepSpeed(0.15, 0.2, 512)
+    engine.speed = SweepSpeed(0.1, 0.2, 512)  # as RAM allows
     calibrate("a", engine, both_at_work(HERE), lambda _event: None)
     assert kept_constants(llama8b(), HERE).dram_factor == pytest.approx(7 / 6, rel=0.05)
