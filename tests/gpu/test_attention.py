@@ -58,6 +58,7 @@ def expected(query: Any, key: Any, value: Any, mask: Any, scale: float | None) -
         (2, 1, 4352, (128, 128), None),
         (1, 8, 8192, (192, 128), None),
         (2, 7, 2048, (256, 256), None),
+        (1, 2, 2048, (100, 100), None),  # rows that the kernel does not take
     ],
 )
 def test_parts_give_what_one_pass_does(
@@ -80,6 +81,16 @@ def test_parts_give_what_one_pass_does(
         assert out.dtype == states[0].dtype
         torch.testing.assert_close(
             out.double(), expected(*states, mask, scale), atol=tolerance, rtol=tolerance
+        )
+
+
+def test_masks_of_a_model_itself() -> None:
+    query, key, value = tensors(torch.bfloat16, 1, 2, 2048, 4, (64, 64))
+    mask = causal(1, 2, 2048, 30)
+    for hidden in (torch.finfo(torch.bfloat16).min, float("-inf")):
+        out = few_tokens(query, key, value, torch.where(mask, 0.0, hidden).to(query.dtype))
+        torch.testing.assert_close(
+            out.double(), expected(query, key, value, mask, None), atol=2e-2, rtol=2e-2
         )
 
 

@@ -435,7 +435,10 @@ static std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> efficient_atte
     const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const std::optional<at::Tensor>& bias,
     bool with_sums, double, bool, std::optional<double> scale) {
   auto rows = query.size(2);
-  for (auto& tensor : {query, key, value}) TORCH_CHECK(tensor.stride(-1) == 1, "rows must be contiguous");
+  for (auto& tensor : {query, key, value}) {
+    TORCH_CHECK(tensor.stride(-1) == 1, "rows must be contiguous");
+    TORCH_CHECK(tensor.size(-1) % 8 == 0, "query is not correctly aligned");
+  }
   auto scores = at::matmul(query.to(at::kFloat), key.to(at::kFloat).transpose(-2, -1)) *
                 scale.value_or(1 / std::sqrt(double(query.size(-1))));
   if (bias) {

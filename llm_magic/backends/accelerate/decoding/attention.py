@@ -27,6 +27,7 @@ HIDDEN = -3e4
 """Added to the scores of what a sweep does not see: float16 has no more, and infinities would meet in a part."""
 
 _MOST_PARTS, _ENOUGH_PARTS = 128, 16
+_ALIGNED = 8  # elements, of 16 bits: what the kernel reads at a time
 _MARK = "attends_to_fixed_cache"
 
 
@@ -137,7 +138,9 @@ def few_tokens(query: Any, key: Any, value: Any, mask: Any, scale: float | None 
     shared = heads // key.shape[1]
     rows = query.reshape(batch, key.shape[1], shared * tokens, width)
     bias = mask[:, :, None].expand(-1, -1, shared, -1, -1).reshape(batch, 1, shared * tokens, -1)
-    count = parts_of(key.shape[2]) if key.device.type == "cuda" and torch.version.hip is None else 1
+    can_part = key.device.type == "cuda" and torch.version.hip is None
+    is_aligned = not (width % _ALIGNED or value.shape[-1] % _ALIGNED)
+    count = parts_of(key.shape[2]) if can_part and is_aligned else 1
     if count == 1:
         out = torch.nn.functional.scaled_dot_product_attention(rows, key, value, attn_mask=bias, scale=scale)
     else:
@@ -161,7 +164,8 @@ def _in_parts(states: tuple[Any, Any, Any], bias: Any, scale: float | None, coun
     rows, key, value = states
     batch, heads, number, width = rows.shape
     every = batch * heads
-    parted = bias.unflatten(3, (count, -1)).transpose(2, 3).expand(-1, heads, -1, -1, -1)
+    least = bias.clamp_min(HIDDEN)  # a mask of the model's own may have less
+    parted = least.unflatten(3, (count, -1)).transpose(2, 3).expand(-1, heads, -1, -1, -1)
     outs, sums = torch.ops.aten._scaled_dot_product_efficient_attention(
         rows.reshape(every, 1, number, width).expand(-1, count, -1, -1),
         key.reshape(every, count, -1, width),
