@@ -73,11 +73,11 @@ class Models:
         if what == "starter":
             return {"path": str(starter_folder())}
         target = Path(folder) / what
-        done = target.with_name(f"{what}.done")
-        if not done.exists():
+        done, made = target.with_name(f"{what}.done"), repr((SHAPES.get(what.removesuffix(".gguf")), changes))
+        if not done.exists() or done.read_text(encoding="utf-8") != made:
             _maker(what, changes)(target)
             os.sync()  # pages that wait to be written cannot be dropped
-            done.touch()
+            done.write_text(made, encoding="utf-8")
         return {"path": str(target)}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from llm_magic.events import Progress, SweepSpeed
@@ -58,30 +58,40 @@ def kept_constants(layout: ModelLayout, machine: Machine) -> Constants:
     return Constants.from_json(load_fit(*here(), key, lambda other: _is_alike(key, other)), measured)
 
 
-def keep_constants(layout: ModelLayout, constants: Constants) -> None:
-    """Keep what was fitted to a model, for its later plans and those of models that were never measured."""
-    save_fit(*here(), _key(layout), constants.to_json())
+def keep_constants(layout: ModelLayout, constants: Constants, measured: Constants) -> None:
+    """Keep what was fitted to a model, for its later plans and those of models that were never measured.
+
+    Parameters
+    ----------
+    measured
+        What the machine's devices tell: where the fit agrees, later measurements count.
+    """
+    told = measured.to_json()
+    fitted = {name: value for name, value in constants.to_json().items() if value != told[name]}
+    save_fit(*here(), _key(layout), fitted)
 
 
-def calibrate(name: str, engine: Engine, machine: Machine, progress: Progress) -> Calibration:
+def calibrate(name: str, engine: Engine, measured: Callable[[], Machine], progress: Progress) -> Calibration:
     """Measure the sweeps of the model called ``name``, and forecast them better from now on.
 
     Parameters
     ----------
-    machine
-        Measured now; what the model holds counts as free.
+    measured
+        Measures the machine; what the model holds counts as free. Asked after the sweeps, for which the engine has
+        seen to it that nothing of its own runs beside them.
     """
     old = kept_constants(engine.plan.layout, engine.plan.machine)
     before = Moment.now()
     speed = engine.measure(progress)
     others = taken_by_others(before, Moment.now())
+    machine = measured()
     if speed.decode_s <= 0:
         return Calibration(machine, name)
     workload = replace(engine.plan.workload, prefill_tokens=max(1, speed.prefill_tokens))
     was = replace(engine.plan, workload=workload)
     now = replace(was, machine=machine)
     constants = fit(now, speed, kept_constants(now.layout, machine))
-    keep_constants(now.layout, constants)
+    keep_constants(now.layout, constants, Constants.of(machine))
     found = tuple(_compared(speed, _forecast(was, old), _forecast(now, constants)))
     plan = replace(now, workload=engine.plan.workload)
     engine.apply(replace(plan, forecast=_forecast(plan, constants)), progress)  # nothing moves

@@ -255,12 +255,16 @@ class Session:
 
         def job(progress: Progress) -> Calibration:
             progress(PhaseEvent("measuring"))
-            machine = self.machine(measure=True)
             if model is None:
-                return Calibration(machine)
-            machine = as_if_unloaded(machine, model.engine.memory())
+                return Calibration(self.machine(measure=True))
+            engine = model.engine
             with _in_words(f"{model.name} could not be measured", "%llm bench --machine-only leaves it out."):
-                return calibrate(model.name, model.engine, machine, progress)
+                return calibrate(
+                    model.name,
+                    engine,
+                    lambda: as_if_unloaded(self.machine(measure=True), engine.memory()),
+                    progress,
+                )
 
         return self._on_worker("Measuring", job)
 

@@ -29,7 +29,7 @@ def with_layers(machine: Machine, *, cpu_s: float, gpu_s: float) -> Machine:
 
 @pytest.mark.usefixtures("cache_folder")
 def test_a_fit_serves_models_of_the_same_kernels_and_about_the_same_width() -> None:
-    keep_constants(llama8b(), LEARNED)
+    keep_constants(llama8b(), LEARNED, Constants())
     assert kept_constants(llama8b(), HERE) == LEARNED
     assert kept_constants(qwen32b(), HERE) == LEARNED  # 5,120 wide, not 4,096
     for other in (starter(), packed(llama8b()), replace(llama8b(), dtype="float32")):
@@ -37,7 +37,7 @@ def test_a_fit_serves_models_of_the_same_kernels_and_about_the_same_width() -> N
 
 
 def test_a_fit_of_long_ago_that_cannot_be_read_is_none(cache_folder: Path) -> None:
-    keep_constants(llama8b(), LEARNED)
+    keep_constants(llama8b(), LEARNED, Constants())
     for file in cache_folder.rglob("*.json"):
         file.write_text("{")
     assert kept_constants(llama8b(), HERE) == Constants()
@@ -47,8 +47,9 @@ def test_a_fit_of_long_ago_that_cannot_be_read_is_none(cache_folder: Path) -> No
 def test_what_layers_take_here_is_known_before_a_model_was_measured() -> None:
     measured = with_layers(HERE, cpu_s=1.5e-3, gpu_s=0.4e-3)
     assert kept_constants(llama8b(), measured) == Constants(cpu_layer_s=1.5e-3, gpu_layer_s=0.4e-3)
-    keep_constants(llama8b(), LEARNED)
-    assert kept_constants(llama8b(), measured) == LEARNED  # a model's own sweeps know better
+    keep_constants(llama8b(), LEARNED, Constants())
+    # a model's own sweeps know better, of what they have told
+    assert kept_constants(llama8b(), measured) == replace(LEARNED, gpu_layer_s=0.4e-3)
     described = replace(measured, described=True)
     assert kept_constants(llama8b(), described) == Constants(cpu_layer_s=1.5e-3, gpu_layer_s=0.4e-3)
 
@@ -96,5 +97,6 @@ def test_what_the_cpu_and_the_bus_reach_together_is_forecast() -> None:
 def test_a_fit_begins_with_the_machine_as_it_is_measured_now() -> None:
     engine = FakeEngine([], half_in_ram(HERE, Constants()))
     engine.speed = SweepSpeed(0.1, 0.2, 512)  # as RAM allows
-    calibrate("a", engine, both_at_work(HERE), lambda _event: None)
-    assert kept_constants(llama8b(), HERE).dram_factor == pytest.approx(7 / 6, rel=0.05)
+    calibrate("a", engine, lambda: both_at_work(HERE), lambda _event: None)
+    assert kept_constants(llama8b(), both_at_work(HERE)).dram_factor == pytest.approx(7 / 6, rel=0.05)
+    assert kept_constants(llama8b(), HERE).dram_factor == Constants().dram_factor  # measured anew, it counts

@@ -144,6 +144,13 @@ def test_layers_of_several_gpus_are_recorded_one_by_one():
         assert plan_for(alone, box, two).forecast.decode_tps == pytest.approx(1 / 4e-3, rel=0.01)
 
 
+@pytest.mark.parametrize("device", ["mps", "xpu:0"])
+def test_nothing_is_recorded_on_other_accelerators(device: str):
+    one = replace(gpu(0, 24 * GIB), id=device, unified=device == "mps")
+    plan = plan_for(llama(), machine(one, ram(64 * GIB)), {"": device})
+    assert plan.forecast.decode_tps == pytest.approx(1 / 4e-3, rel=0.01)  # a millisecond for each layer
+
+
 def test_what_comes_from_the_disk_takes_the_bus_too():
     # 100 MiB from RAM and 300 from the disk on one bus of 1 GB/s; RAM takes 100 and the ring of two
     box = machine(gpu(0, 24 * GIB), ram(64 * GIB, read=1e9), disk(100 * GIB, read=5e9), bus=1e9)

@@ -15,7 +15,7 @@ import torch
 from llm_magic.backends.accelerate.decoding import capture
 from llm_magic.backends.accelerate.decoding.capture import CapturedSteps
 from llm_magic.backends.accelerate.decoding.joined import FEW_TOKENS, JoinedProjections
-from llm_magic.backends.accelerate.decoding.warmup import WarmUp, resident_layers
+from llm_magic.backends.accelerate.decoding.warmup import WarmUp, resident_layers, without_compilation_seen
 from tests import tiny
 from tests.engines import plan_for
 from tests.test_capture import CONTEXT, Failing, Tapes, assert_close, begin, eager, greedy, prefilled, prompts
@@ -399,6 +399,9 @@ def test_no_compilation_begins_where_it_would_disturb(fresh: Any) -> None:
             greedy(step, model, ids, 8)
             warm_up.wait()
             assert compiler.programs == 0
+    step.close()
+    step = step_of(model, warm_up := WarmUp(layers_of(model), compiler))
+    greedy(step, model, ids, 8)
     warm_up.wait()
     assert compiler.programs == 1
 
@@ -454,21 +457,49 @@ def test_layers_that_never_fit_are_given_up(fresh: Any, monkeypatch: pytest.Monk
 
 
 def test_nobody_else_takes_a_compilation_for_their_own(fresh: Any) -> None:
-    """transformers reads prompts in a slower way where it believes to be compiled."""
-    seen: list[bool] = []
-    model, ids = fresh(), prompts()
+    """transformers reads prompts in a slower way where it believes to be compiled.
 
-    def look() -> None:
-        other = threading.Thread(target=lambda: seen.append(torch.compiler.is_compiling()))
-        other.start()
-        other.join()
-
+    Between answers it is as torch has it: a cell of the user's may run what they have compiled.
+    """
     usual = torch.compiler._compile_session_context
-    warm_up = WarmUp(layers_of(model), Compiler(look))
-    greedy(step_of(model, warm_up), model, ids, 8)
+    release, entered = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        entered.set()
+        assert release.wait(60)
+
+    model, ids = fresh(), prompts()
+    warm_up = WarmUp(layers_of(model), Compiler(hold))
+    try:
+        with without_compilation_seen():
+            greedy(step_of(model, warm_up), model, ids, 8)  # its end starts the compiler
+            assert entered.wait(60)
+            assert not torch.compiler.is_compiling()
+        assert torch.compiler.is_compiling()
+        with without_compilation_seen(), without_compilation_seen():
+            assert not torch.compiler.is_compiling()
+        assert torch.compiler.is_compiling()
+    finally:
+        release.set()
     warm_up.wait()
-    assert seen == [False]
+    assert not torch.compiler.is_compiling()
     assert torch.compiler._compile_session_context is usual
+
+
+def test_a_cache_that_fills_up_is_compiled_to_its_end(fresh: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What served during a compilation, and sees all of the cache, is recorded anew when that is what is to be seen."""
+    monkeypatch.setattr(capture, "_FIRST_VISIBLE", 32)
+    monkeypatch.setattr(capture, "_FIRST_CAPACITY", 64)
+    model, ids = fresh(), prompts()
+    warm_up = WarmUp(layers_of(model), Compiler())
+    step = step_of(model, warm_up)
+    for _ in range(3):
+        begin(step, prefilled(model, ids), None, 40)
+        for length in (8, 40):
+            step(ids[:, -1:], length)
+        step.give_back(9)
+        warm_up.wait()
+    assert {shape.visible: graph.compiled for shape, graph in step._graphs.items()} == {32: True, 64: True}
 
 
 @pytest.mark.skipif(find_spec("triton") is not None, reason="Triton is here")

@@ -226,7 +226,8 @@ def _launching(device: str, sweep: Sweep, engine: Engine, *, is_prefill: bool) -
     """Python and launches of a device's layers, or what a graph has between its matrix products."""
     is_captured = engine.is_captured and not is_prefill
     name = "cpu_layer_s" if device == "cpu" else "captured_layer_s" if is_captured else "gpu_layer_s"
-    is_recorded = name == "gpu_layer_s" and engine.records_layers and not is_prefill
+    can_be = device.startswith("cuda") and not engine.machine.device(device).unified
+    is_recorded = name == "gpu_layer_s" and engine.records_layers and can_be and not is_prefill
     share = RECORDED_SHARE if is_recorded else 1.0
     words = f"launching kernels on {device}"
     return Leg(words, share * sweep.layers[device] * getattr(engine.constants, name), name)

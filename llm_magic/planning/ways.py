@@ -26,7 +26,15 @@ from llm_magic.planning.costs import (
 )
 from llm_magic.planning.forecast import engine_of
 from llm_magic.planning.setting import Setting
-from llm_magic.planning.sweep import Engine, Sweep, block_sweep, link_bytes_per_s, seconds, sweep_of
+from llm_magic.planning.sweep import (
+    Engine,
+    Sweep,
+    block_sweep,
+    can_record_layers,
+    link_bytes_per_s,
+    seconds,
+    sweep_of,
+)
 
 ANSWER_TOKENS = 64
 """Tokens of the answer that the CPU's share is chosen for; few, so that nobody waits long for the first.
@@ -310,7 +318,8 @@ class _Shares:
 
     @cached_property
     def _mixed(self) -> Engine:
-        return replace(self._streams, is_captured=False)
+        records = can_record_layers(self._setting.layout, self._placed)
+        return replace(self._streams, is_captured=False, records_layers=records)
 
     @cached_property
     def _streamed_prefill_s(self) -> float:

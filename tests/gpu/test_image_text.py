@@ -79,7 +79,7 @@ def test_turns_of_a_chat_wherever_text_runs_and_the_tower_lies(
         contents.append(answer.text)
     assert engine.model.device == torch.device(DEVICE)
     steps = engine._quick.steps
-    assert (steps is not None and steps.reason == "") == (way in CAPTURED)
+    assert (steps is not None and steps.reason == "") == (way in CAPTURED or "by the CPU" in way)
     slots = engine.memory()[DEVICE].get("slots", 0)
     largest = max(block.bytes for block in engine.plan.layout.blocks if not block.is_idle)
     assert slots <= 3 * (largest + 4096)

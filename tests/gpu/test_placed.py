@@ -18,7 +18,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.gpu
 
-from llm_magic.backends.accelerate.placement.blocks import pin, unpin  # noqa: E402
+from llm_magic.backends.accelerate.placement.blocks import RamStore, pin, unpin  # noqa: E402
 from llm_magic.backends.accelerate.placement.placed import PlacedModel  # noqa: E402
 from llm_magic.backends.accelerate.placement.reader import page_buffer  # noqa: E402
 from llm_magic.backends.accelerate.placement.stream import AcceleratorStreams  # noqa: E402
@@ -309,6 +309,13 @@ def test_a_quota_of_pinned_memory_is_for_staging_first(
     assert tokens(placed.model) == answer
     placed.apply(placed_plan(longer(name), layers(STREAMED, RESIDENT)))
     assert tokens(in_turn(placed.model)) == answer
+    stores = [
+        part.store for part in placed.blocks.values() if part.travels and isinstance(part.store, RamStore)
+    ]
+    left_out = [store.memory.numel() for store in stores if not store.is_pinned]
+    assert not left_out or quota.left < spare + 2 * max(
+        left_out
+    )  # blocks that stayed have what others gave back
     placed.close()
     assert quota.left == size
 

@@ -111,7 +111,8 @@ def sweeps_of(folder: Path, where: Place, **sampling: Any) -> list[SweepEvent]:
 
 @pytest.mark.parametrize("way", ["read", *HYBRID])
 def test_sweeps_that_call_the_model_are_measured(way: str, folder_of: FolderOf) -> None:  # noqa: F811
-    assert any(event.sweeps == 1 for event in sweeps_of(folder_of("llama"), WAYS[way]))
+    # Of layers that are recorded in the first sweep, the second one tells more.
+    assert any(event.sweeps in (1, 2) for event in sweeps_of(folder_of("llama"), WAYS[way]))
 
 
 @pytest.mark.parametrize("way", ["resident", "streamed", "everything streamed"])

@@ -90,9 +90,14 @@ def _copies(gpu: str) -> Generator[int]:
         while True:
             with module.stream(stream):
                 there.copy_(here, non_blocking=True)
-            done.append(stream.record_event())
+            done.append(stream.record_event(_event(module)))
             if len(done) == _UNDER_WAY:
                 done.popleft().synchronize()
                 yield _COPY_BYTES
     finally:
         stream.synchronize()
+
+
+def _event(module: Any) -> Any:
+    """One whose waiters leave their core to others, as those of the engine do."""
+    return module.Event(blocking=True) if module.__name__ == "torch.cuda" else module.Event()

@@ -14,6 +14,7 @@ from llm_magic.backends.accelerate.decoding.head_input import lay_out_head_input
 from llm_magic.backends.accelerate.decoding.kv_cache import ChatCaches, can_take_back
 from llm_magic.backends.accelerate.decoding.sampling import end_tokens, generation_config, seeded
 from llm_magic.backends.accelerate.decoding.sweep_times import SweepTimes
+from llm_magic.backends.accelerate.decoding.warmup import without_compilation_seen
 from llm_magic.backends.accelerate.generate import Steps, run_generate, watched_blocks
 from llm_magic.backends.accelerate.load import LoadedWeights
 from llm_magic.backends.accelerate.measure import Clock, Probe, sweep_speed, timed_prompt_tokens
@@ -78,6 +79,7 @@ class TransformersEngine:
         modules = dict(self.model.named_modules())
         self._blocks = [block.name for block in plan.layout.blocks if block.name in modules]
         self._layers = [block.name for block in plan.layout.layers if block.name in modules]
+        release_memory()  # weights that were joined left room that others may want
 
     @property
     def plan(self) -> Plan:
@@ -302,6 +304,7 @@ class TransformersEngine:
     def _run(self, request: Request, prompt: TokenizedPrompt, config: Any, decoding: Decoding) -> int:
         """Run the model; returns how many tokens of the prompt came from the kept cache."""
         steps: Steps = decoding.streamer
+        refuse_overflow({place.compute for place in self.plan.placements})
         self._placed.check_files()
         self._notice_adapters()
         keep = bool(request.chat) and config.use_cache is not False
@@ -323,6 +326,7 @@ class TransformersEngine:
             with (
                 quiet(),
                 without_plans(),
+                without_compilation_seen(),
                 seeded(request.sampling.seed, steps.device),
                 cores_left_for_the_driver(self.plan),
                 watched_blocks(self.model, self._blocks, self._layers, steps, passes),

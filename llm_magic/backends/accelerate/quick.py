@@ -176,9 +176,10 @@ class Quick:
         ``False`` when some are all the same, after a wait of so many seconds at most.
         """
         with self._warm_up.held() if self._warm_up else nullcontext():
-            if self._warm_up:
-                self._warm_up.wait(most_s)
-            yield not COMPILING.locked()
+            is_alone = COMPILING.acquire(timeout=most_s)
+            if is_alone:
+                COMPILING.release()
+            yield is_alone
 
     def step(self, cache: Any, batch: int, tokens: int) -> Any:
         """A captured step for such a sweep, if there is one now: blocks may move in the midst of an answer."""

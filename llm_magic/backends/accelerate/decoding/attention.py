@@ -10,12 +10,12 @@ Dao et al., 2023).
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from llm_magic.backends.accelerate.decoding.joined import FEW_TOKENS
+from llm_magic.backends.accelerate.process_wide import ProcessWide
 
 LONG = 2048
 """Places of a cache from which on it is attended to in parts."""
@@ -31,35 +31,25 @@ _ALIGNED = 8  # elements, of 16 bits: what the kernel reads at a time
 _MARK = "attends_to_fixed_cache"
 
 
-_planless = 0
-_cudnn_before = False
-_counting = threading.Lock()
-
-
 @contextmanager
-def without_plans() -> Iterator[None]:
-    """Leave cuDNN's attention out, which torch prefers on an H100 or B200.
-
-    It makes a plan for each length of a cache, in each thread anew: a growing cache would have one made for every
-    token, and a new thread's answer begins with none. The setting is the process's: who comes first turns it off,
-    who goes last puts it back.
-    """
-    global _planless, _cudnn_before  # noqa: PLW0603 - as the setting
+def _without_cudnn() -> Iterator[None]:
     import torch
 
     cuda: Any = torch.backends.cuda
-    with _counting:
-        if not _planless:
-            _cudnn_before = cuda.cudnn_sdp_enabled()
-            cuda.enable_cudnn_sdp(False)
-        _planless += 1
+    before = cuda.cudnn_sdp_enabled()
+    cuda.enable_cudnn_sdp(False)
     try:
         yield
     finally:
-        with _counting:
-            _planless -= 1
-            if not _planless:
-                cuda.enable_cudnn_sdp(_cudnn_before)
+        cuda.enable_cudnn_sdp(before)
+
+
+without_plans = ProcessWide(_without_cudnn)
+"""Leaves cuDNN's attention out, which torch prefers on an H100 or B200.
+
+It makes a plan for each length of a cache, in each thread anew: a growing cache would have one made for every
+token, and a new thread's answer begins with none.
+"""
 
 
 def use(model: Any) -> None:

@@ -217,6 +217,7 @@ class CapturedSteps:
         self._static = StaticCache(self._windows)
         self._inputs: Any = None
         self._graphs: dict[Shape, Recorded] = {}
+        self._stopgaps: set[Shape] = set()
         self._logits: dict[tuple[int, int], Any] = {}
         self._dynamic: Any = None
         self._batch = self._written = 0
@@ -432,7 +433,8 @@ class CapturedSteps:
 
     def _run(self, shape: Shape) -> None:
         recorded = self._graphs.get(shape)
-        if recorded is not None:
+        is_stopgap = shape in self._stopgaps and not COMPILING.locked()
+        if recorded is not None and not is_stopgap:
             recorded.replay()
         elif self.reason:
             self._sweep_once(shape)
@@ -488,6 +490,7 @@ class CapturedSteps:
         # A state would take the token in twice.
         if not self._static.states and widest != shape and widest not in self._graphs:
             self._record(widest, compiled=False)
+            self._stopgaps.add(widest)  # once nothing is compiled, it is recorded as all others are
             self._warm_up.forget(widest)
 
     def _without_recording(self, shape: Shape) -> None:
@@ -515,6 +518,7 @@ class CapturedSteps:
                 self._fence()
                 raise
         self._graphs[shape] = Recorded(replay, compiled)
+        self._stopgaps.discard(shape)
 
     @contextmanager
     def _states_as_before(self) -> Iterator[None]:
@@ -602,6 +606,7 @@ class CapturedSteps:
 
     def _forget_graphs(self) -> None:
         self._graphs.clear()
+        self._stopgaps.clear()
         self._logits.clear()
 
     def _drop_static(self) -> None:

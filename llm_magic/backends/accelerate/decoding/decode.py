@@ -384,7 +384,12 @@ class _Answer:
         step = quick.step(self._cache, batch, tokens) if quick else None
         if step:
             self._quick_holds_cache = True
-            with self._watched() if quick and quick.calls_model else nullcontext():
+            # The first one is recorded meanwhile: that is not what a sweep takes.
+            with (
+                self._watched(always=self._counts.sweeps == 1)
+                if quick and quick.calls_model
+                else nullcontext()
+            ):
                 return step(ids[:, before:], before)
         self._give_back(before)
         with self._watched(always=not self._counts.sweeps), self._whole_or_lost(before):

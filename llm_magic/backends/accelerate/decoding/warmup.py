@@ -9,6 +9,7 @@ answers. Nothing waits for a compilation, and one that fails changes nothing.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -20,6 +21,7 @@ from llm_magic.backends.accelerate.decoding.attention import without_plans
 from llm_magic.backends.accelerate.decoding.joined import JoinedProjections
 from llm_magic.backends.accelerate.decoding.static_cache import OneLayer
 from llm_magic.backends.accelerate.default_dtype import default_dtype_kept
+from llm_magic.backends.accelerate.process_wide import ProcessWide
 from llm_magic.harmless.paths import without_paths
 
 if TYPE_CHECKING:
@@ -158,13 +160,16 @@ class WarmUp:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """While it lasts, no compilation begins."""
-        self._is_held = True
+        """While it lasts, no compilation begins, and what is wanted meanwhile is forgotten."""
+        with self._state:
+            self._is_held, waiting = True, list(self._waiting)
         try:
             yield
         finally:
-            self._is_held = False
-            self.start()
+            with self._state:
+                self._is_held = False
+                self._waiting[:] = [shape for shape in self._waiting if shape in waiting]
+                self._examples = {shape: self._examples[shape] for shape in self._waiting}
 
     def start(self) -> None:
         """An answer has ended: compile what is wanted, in the background."""
@@ -251,7 +256,7 @@ class WarmUp:
     def _work(self) -> None:
         while True:
             with self._state:
-                if not self._waiting or self._closed:
+                if not self._waiting or self._closed or self._is_held:
                     self._thread = None
                     return
                 shape = self._waiting[0]
@@ -320,21 +325,55 @@ def _replaced(layer: Any, function: Callable[..., Any], cache: Any, one: OneLaye
 
 @contextmanager
 def _compiling_layers() -> Iterator[None]:
-    """Set torch up for one compilation that serves all layers, and that nobody else takes for their own."""
+    """Set torch up for one compilation that serves all layers."""
     import torch._dynamo
 
-    # Else `torch.compiler.is_compiling` is true on every thread, and transformers reads prompts in a slower way.
+    talkers = [logging.getLogger(f"torch.{name}") for name in ("_dynamo", "_guards", "_inductor")]
+    levels = [talker.level for talker in talkers]
+    for talker in talkers:  # what goes wrong is a reason for the status, and no news in a cell
+        talker.setLevel(logging.CRITICAL)
+    try:
+        # A number in a layer (its index) must not make it another program.
+        with torch._dynamo.config.patch(allow_unspec_int_on_nn_module=True, recompile_limit=64):
+            yield
+    finally:
+        for talker, level in zip(talkers, levels, strict=True):
+            talker.setLevel(level)
+        _say_that_torch_compiles(is_so=False)
+
+
+@contextmanager
+def _with_compilation_hidden() -> Iterator[None]:
+    import torch
+
     compiler: Any = torch.compiler
     usual = getattr(compiler, "_compile_session_context", None)
-    # A number in a layer (its index) must not make it another program.
-    with torch._dynamo.config.patch(allow_unspec_int_on_nn_module=True, recompile_limit=64):
-        try:
-            if usual is not None:
-                compiler._compile_session_context = nullcontext
-            yield
-        finally:
-            if usual is not None:
-                compiler._compile_session_context = usual
+    if usual is None:
+        yield
+        return
+    compiler._compile_session_context = nullcontext
+    _say_that_torch_compiles(is_so=False)
+    try:
+        yield
+    finally:
+        compiler._compile_session_context = usual
+        _say_that_torch_compiles(is_so=COMPILING.locked())
+
+
+without_compilation_seen = ProcessWide(_with_compilation_hidden)
+"""Around an answer: a compilation on another thread is not taken for one of its own.
+
+`torch.compiler.is_compiling` is true on every thread while one compiles, and transformers reads prompts in a slower
+way then. What a user has compiled needs it to be so: no cell of theirs runs beside an answer.
+"""
+
+
+def _say_that_torch_compiles(*, is_so: bool) -> None:
+    import torch
+
+    compiler: Any = torch.compiler
+    if hasattr(compiler, "_is_compiling_flag"):
+        compiler._is_compiling_flag = is_so
 
 
 @contextmanager

@@ -128,7 +128,7 @@ class _Turn(threading.local):
     """The expert that a thread's pass has come to.
 
     Experts are asked for in ascending order, in every stack with the same tensor: that is what `can_route` has seen.
-    So nobody has to read that tensor, for which a GPU would come to a halt.
+    So it need not be read here once more: for that, a GPU would come to a halt.
     """
 
     def __init__(self) -> None:

@@ -600,7 +600,11 @@ class PlacedModel:
             visiting_hook.settle()
 
     def _attach(self, plan: Plan | None = None) -> None:
-        """Let blocks travel; with a quota of pinned memory (Windows, WSL) first through staging, then without it."""
+        """Let blocks travel, from pinned memory as far as the system gives it: staging has its share first."""
+        for part in (part for name in self.blocks for part in self._parts(name)):
+            fetched = bool(part.place.prefill) or part.place.compute != "cpu"
+            if fetched and isinstance(part.store, RamStore):
+                self._pin(part.store)  # others may have made room for it
         self._attach_all(plan)
         while stores := self._in_the_way():
             self._detach()
