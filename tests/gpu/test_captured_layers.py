@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -15,6 +16,7 @@ torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.gpu
 
 from llm_magic.backends.accelerate.decoding.captured_layers import CapturedLayers  # noqa: E402
+from llm_magic.backends.accelerate.decoding.speculate import Proposal, Speculation  # noqa: E402
 from llm_magic.errors import EngineError  # noqa: E402
 from llm_magic.events import Message, Request, Sampling, TokenEvent  # noqa: E402
 from tests import tiny  # noqa: E402
@@ -179,6 +181,69 @@ def test_a_stop_or_an_error_in_any_layer_leaves_the_next_answer_right(
                 ask(engine, asked)
             handle.remove()
             assert ask(engine, asked).text == expected("gemma")
+
+
+class Moving:
+    """In the place of a repair: moves all to another plan, once."""
+
+    plan: Any = None
+
+    def __init__(self, _plan: Any, _free: Any, _drop: Any, apply: Callable[[Any], object]) -> None:
+        self.notes: list[str] = []
+        self._apply = apply
+
+    def __call__(self, error: BaseException) -> bool:
+        if not isinstance(error, torch.OutOfMemoryError):
+            return False
+        self._apply(type(self).plan)
+        return True
+
+
+@pytest.mark.parametrize("nth", [2, 4, 7, 12])
+@pytest.mark.parametrize(
+    ("before", "after", "inside"),
+    [
+        (layers(RESIDENT, ON_CPU), layers(STREAMED, ON_CPU), False),
+        (layers(RESIDENT, ON_CPU), layers(STREAMED, ON_CPU), True),
+        (layers(RESIDENT, ON_CPU), layers(ON_CPU, ON_CPU, ON_CPU, RESIDENT), False),
+        (layers(RESIDENT, ON_CPU), layers(ON_CPU, ON_CPU, ON_CPU, RESIDENT), True),
+        (layers(RESIDENT), layers(ON_CPU, RESIDENT), False),
+    ],
+)
+def test_a_move_in_the_midst_of_an_answer(
+    before: Place,
+    after: Place,
+    nth: int,
+    inside: bool,
+    folder_of: Callable[[str], Path],
+    engine_of: Callable[..., Any],
+    expected: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """After proposals that were wrong, or within a sweep: layers with windows keep what they need."""
+    engine = engine_of("mistral", before)
+    monkeypatch.setattr(Moving, "plan", placed_plan(folder_of("mistral"), after))
+    monkeypatch.setattr("llm_magic.backends.accelerate.engine.Repair", Moving)
+    chance, calls = random.Random(nth), 0
+
+    def propose(_self: Any, text: list[int], room: int) -> Proposal:
+        nonlocal calls
+        calls += 1
+        if calls == nth and not inside:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return Proposal([chance.randrange(5, 60) for _ in range(chance.randrange(0, 6))][:room])
+
+    def fail(*_: Any) -> None:
+        if calls == nth and inside:
+            handle.remove()
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Speculation, "propose", propose)
+    handle = engine.model.get_submodule(layers_of(engine)[2].block.name).register_forward_pre_hook(fail)
+    answer = ask(engine, request(REPEATING, max_new_tokens=40, extra={"prompt_lookup_num_tokens": 5}))
+    handle.remove()
+    assert answer.text == expected("mistral", REPEATING, 40)
+    assert {place.compute for place in layers_of(engine)} == {DEVICE, "cpu"}
 
 
 def test_a_layer_that_cannot_be_recorded_runs_as_it_is(

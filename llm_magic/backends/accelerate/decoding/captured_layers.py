@@ -160,6 +160,7 @@ class CapturedLayers(CapturedSteps):
         self._sweep_shape = Shape(0, 0, 0)
         self._rest = Rollback(None)
         self._before: int | None = None
+        self._is_new = False  # whether no sweep was over the tokens that are here
 
     def step(self, cache: Any, batch: int, tokens: int) -> CapturedSteps | None:
         """As of `CapturedSteps`."""
@@ -170,6 +171,11 @@ class CapturedLayers(CapturedSteps):
         import torch
 
         shape = self._shape(ids, cache_length)
+        if self._is_new:
+            self._rest.shorten(
+                cache_length
+            )  # a move leaves what was from before a window, and what was not right
+            self._is_new = False
         self._cut_rest(cache_length)
         self._written = self._before = cache_length
         with torch.no_grad(), self._recorded_layers():
@@ -202,13 +208,18 @@ class CapturedLayers(CapturedSteps):
         if not super()._take_over(cache, batch):
             return False
         rest = [layer for index, layer in enumerate(cache.layers) if index not in self._layers]
-        self._rest, self._before = Rollback(SimpleNamespace(layers=rest)), None
+        self._rest, self._before, self._is_new = Rollback(SimpleNamespace(layers=rest)), None, True
         self._rest.start()
         return True
 
     def _leave(self, length: int) -> None:
-        if self._dynamic is not None:
-            self._cut_rest(length)
+        if self._dynamic is not None and self._before == self._written:
+            self._cut_rest(
+                self._written
+            )  # the last sweep did not end: some layers have its tokens, others do not
+        self._before = (
+            None  # else what was before a window stays, as long as nobody knows how many tokens are right
+        )
         super()._leave(length)
 
     def _cut_rest(self, length: int) -> None:
