@@ -138,7 +138,7 @@ def test_layers_of_several_gpus_are_recorded_one_by_one():
     read = 440 * MIB + 128 + 128 + 4 * 512 * KIB
     # what is between the products of a layer takes as long as in one graph; launching four takes 0.6 ms
     assert plan_for(llama(), box, two).forecast.decode_tps == pytest.approx(1 / (read / 1e12 + 4 * 0.14e-3))
-    for detail in ({"eager": "an architecture of its own"}, {"has_states": True}):
+    for detail in ({"eager": "an architecture of its own"}, {"keeps_states": True}):
         alone = replace(llama(), details={**llama().details, **detail})
         # 1 ms for each of four layers, and the head on the first one hides behind them
         assert plan_for(alone, box, two).forecast.decode_tps == pytest.approx(1 / 4e-3, rel=0.01)

@@ -143,8 +143,8 @@ def can_capture(layout: ModelLayout, machine: Machine, placed: Sequence[Placemen
 
 def can_record_layers(layout: ModelLayout, placed: Iterable[Placement]) -> bool:
     """Whether each layer of a GPU can be a CUDA graph, where other devices compute some of them."""
-    is_known = not (layout.details.get("eager") or layout.details.get("has_states"))
-    return is_known and not any(p.is_offloaded and p.block.experts for p in placed)
+    is_known = not (layout.details.get("eager") or layout.details.get("keeps_states"))
+    return is_known and not any((p.is_offloaded or p.prefill) and p.block.experts for p in placed)
 
 
 def seconds(sweep: Sweep, engine: Engine, *, is_prefill: bool = False) -> float | None:

@@ -17,6 +17,7 @@ pytestmark = pytest.mark.gpu
 
 from llm_magic.backends.accelerate.decoding.captured_layers import CapturedLayers  # noqa: E402
 from llm_magic.backends.accelerate.decoding.speculate import Proposal, Speculation  # noqa: E402
+from llm_magic.backends.accelerate.decoding.static_cache import FixedLayer, StaticCache  # noqa: E402
 from llm_magic.errors import EngineError  # noqa: E402
 from llm_magic.events import Message, Request, Sampling, TokenEvent  # noqa: E402
 from tests import tiny  # noqa: E402
@@ -244,6 +245,41 @@ def test_a_move_in_the_midst_of_an_answer(
     handle.remove()
     assert answer.text == expected("mistral", REPEATING, 40)
     assert {place.compute for place in layers_of(engine)} == {DEVICE, "cpu"}
+
+
+def test_a_move_that_finds_no_memory_for_a_copy_leaves_the_cpus_layers_alone(
+    folder_of: Callable[[str], Path],
+    engine_of: Callable[..., Any],
+    expected: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = engine_of("llama", layers(RESIDENT, ON_CPU))
+    monkeypatch.setattr(Moving, "plan", placed_plan(folder_of("llama"), layers(STREAMED, ON_CPU)))
+    monkeypatch.setattr("llm_magic.backends.accelerate.engine.Repair", Moving)
+    give, calls = StaticCache.give, 0
+
+    def fail_once(static: StaticCache, *args: Any, **options: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls > 1:
+            give(static, *args, **options)
+            return
+        with monkeypatch.context() as patched:
+            patched.setattr(FixedLayer, "taken", no_memory)
+            give(static, *args, **options)
+
+    def no_memory(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def fail(*_: Any) -> None:
+        if engine._quick.steps.holds_memory:
+            handle.remove()
+            no_memory()
+
+    monkeypatch.setattr(StaticCache, "give", fail_once)
+    handle = engine.model.get_submodule(layers_of(engine)[2].block.name).register_forward_pre_hook(fail)
+    assert ask(engine, request(PROMPT, max_new_tokens=24)).text == expected("llama")
+    assert calls > 1
 
 
 def test_a_layer_that_cannot_be_recorded_runs_as_it_is(

@@ -89,8 +89,12 @@ def test_an_engine_with_a_draft(folder_of: Callable[[str], Path], tmp_path: Path
             asked = request(text, max_new_tokens=30)
             assert ask(engine, asked).text == ask(wanted, asked).text
         assert engine._quick._draft._steps.status == "captured decode"
-        assert engine._quick.free()
+        draft = engine._quick._draft
+        assert draft.free()
+        assert not any(True for _ in draft._steps.tensors())
+        assert not draft.free()
         assert ask(engine, asked).text == ask(wanted, asked).text
+        assert draft._steps.holds_memory
     finally:
         engine.close()
         wanted.close()

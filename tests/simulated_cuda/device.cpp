@@ -175,7 +175,7 @@ c10::DataPtr allocate(size_t bytes, int on) {
   Block* block = idle_block({size, on, stream.number, pool.get()});
   bool is_refused = device().fail_allocation_in >= 0 && device().fail_allocation_in-- == 0;
   if (is_refused || !block) {
-    if (memory.reserved + int64_t(size) > memory.total) empty_cache();
+    if (!stream.capture && memory.reserved + int64_t(size) > memory.total) empty_cache();  // as torch does
     if (is_refused || memory.reserved + int64_t(size) > memory.total)
       TORCH_CHECK_WITH(OutOfMemoryError, false, "CUDA out of memory. Tried to allocate ", size, " bytes. GPU ", on,
                        " has a total capacity of ", memory.total, " bytes, ", memory.reserved, " reserved");

@@ -11,6 +11,7 @@ from typing import Any
 
 from llm_magic.backends.accelerate.decoding.capturable import (
     has_layers_alone,
+    has_plain_cache,
     layers_to_capture,
     model_reason,
     why_not,
@@ -224,7 +225,7 @@ class Quick:
 
 def _steps_of(draft: Any, context: int) -> CapturedSteps | None:
     """Captured steps of a draft model: it is small, so launching its kernels is most of what it takes."""
-    if draft.device.type != "cuda" or model_reason(draft) or not has_layers_alone(draft):
+    if draft.device.type != "cuda" or model_reason(draft) or not has_plain_cache(draft):
         return None
     return CapturedSteps(draft, context, CudaGraphs(draft.device), draft.device)
 
@@ -234,7 +235,7 @@ def _warm_up(placed: PlacedModel, *, compiles: bool) -> WarmUp:
     layers = {} if placed.travels else resident_layers(placed.model, placed.plan)
     # transformers runs experts in another way while an answer comes than when they would be compiled.
     has_experts = any(place.block.experts for place in placed.plan.placements)
-    compiles = compiles and has_layers_alone(placed.model) and not has_experts
+    compiles = compiles and has_layers_alone(placed.model, placed.plan) and not has_experts
     return WarmUp(layers, regional if layers and compiles else None)
 
 

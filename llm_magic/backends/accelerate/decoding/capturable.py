@@ -35,20 +35,31 @@ def layers_to_capture(model: Any, plan: Plan) -> dict[int, tuple[Any, Any]]:
     import torch
 
     is_mixed = _placement_reason(plan) in (_ON_CPU, _SEVERAL)
-    if not is_mixed or _experts_reason(model, plan) or model_reason(model) or not has_layers_alone(model):
+    if (
+        not is_mixed
+        or _experts_reason(model, plan)
+        or model_reason(model)
+        or not has_layers_alone(model, plan)
+    ):
         return {}
     places = {place.block.name: place for place in plan.placements}
-    found = {}
-    for index, block in enumerate(plan.layout.layers):
-        place = places[block.name]
-        routes = bool(block.experts) and place.is_offloaded
-        if place.compute.startswith("cuda") and not routes:
-            found[index] = model.get_submodule(block.name), torch.device(place.compute)
-    return found
+    return {
+        index: (model.get_submodule(block.name), torch.device(places[block.name].compute))
+        for index, block in enumerate(plan.layout.layers)
+        if places[block.name].compute.startswith("cuda")
+    }
 
 
-def has_layers_alone(model: Any) -> bool:
-    """Whether each layer needs nothing but its own keys and values: then it can be compiled by itself."""
+def has_layers_alone(model: Any, plan: Plan) -> bool:
+    """Whether each layer needs nothing but keys and values of its own, by its number: it can be compiled by itself.
+
+    Layers that run several times in a sweep have several; some have another one's.
+    """
+    return has_plain_cache(model) and len(plan.layout.layers) == len(_cache_layers(model))
+
+
+def has_plain_cache(model: Any) -> bool:
+    """Whether layers keep keys and values alone."""
     return all(is_plain(layer) for layer in _cache_layers(model))
 
 

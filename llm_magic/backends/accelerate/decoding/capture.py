@@ -671,24 +671,37 @@ class CudaGraphs:
                     sweep()
             finally:  # what a sweep that failed has started still writes to the cache, and reads slots
                 current.wait_stream(self._stream)
-            graph = torch.cuda.CUDAGraph()
-            if not self._alive or self._pool is None:  # the pool went with the last graph
-                self._pool = torch.cuda.graph_pool_handle()
-            try:
-                self._capture(graph, sweep, current)
-            except BaseException:
-                self._clean_up(graph, current)
-                raise
+            graph = self._captured(sweep, current)
         self._alive.add(graph)
         replay: Callable[[], object] = graph.replay
         return replay
 
-    def _capture(self, graph: Any, sweep: Callable[[], object], current: Any) -> None:
+    def _captured(self, sweep: Callable[[], object], current: Any) -> Any:
+        """The graph; while one is captured torch gives no free memory to it, so without any it is tried twice."""
+        import torch
+
+        for frees_memory in dict.fromkeys((self._frees_memory, True)):
+            graph = torch.cuda.CUDAGraph()
+            if not self._alive or self._pool is None:  # the pool went with the last graph
+                self._pool = torch.cuda.graph_pool_handle()
+            try:
+                self._capture(graph, sweep, current, frees_memory=frees_memory)
+            except BaseException as error:
+                self._clean_up(graph, current)
+                if frees_memory or not is_out_of_memory(error):
+                    raise
+            else:
+                break
+        return graph
+
+    def _capture(
+        self, graph: Any, sweep: Callable[[], object], current: Any, *, frees_memory: bool = True
+    ) -> None:
         import torch
 
         # What other threads allocate meanwhile (a compilation, a widget) must not end the capture.
         mode: Any = "thread_local"
-        capture = torch.cuda.graph if self._frees_memory else _capturing
+        capture = torch.cuda.graph if frees_memory else _capturing
         # A capture that fails leaves its own stream behind as the current one: the outer context ends that.
         with (
             torch.cuda.stream(current),

@@ -104,6 +104,10 @@ class Where:
         """These results of a layer stay where they are, for the next layer."""
         self._made |= {id(tensor): tensor for tensor in _tensors(out)}
 
+    def forget_results(self) -> None:
+        """Let go of what layers have made: it is copied to the next ones from now on."""
+        self._made.clear()
+
     def forget(self) -> None:
         """Let all of it go."""
         for each in (self.slots, self.masks, self._made, self._held):
@@ -214,13 +218,16 @@ class CapturedLayers(CapturedSteps):
 
     def _leave(self, length: int) -> None:
         if self._dynamic is not None and self._before == self._written:
-            self._cut_rest(
-                self._written
-            )  # the last sweep did not end: some layers have its tokens, others do not
-        self._before = (
-            None  # else what was before a window stays, as long as nobody knows how many tokens are right
-        )
+            # The last sweep did not end: some layers have its tokens, others do not.
+            self._cut_rest(self._written)
+        # Else what was before a window stays, as long as nobody knows how many tokens are right.
+        self._rest, self._before = Rollback(None), None
         super()._leave(length)
+
+    def reset(self) -> None:
+        """As of `CapturedSteps`."""
+        self._rest, self._before = Rollback(None), None
+        super().reset()
 
     def _cut_rest(self, length: int) -> None:
         """Leave so many tokens in the layers that are not here: some of the last sweep may not be right."""
@@ -363,10 +370,11 @@ class CapturedLayers(CapturedSteps):
             return kept[0]  # of the run that was no recording
         finally:
             COMPILING.release()
-        where.made(kept[0])
         if len(self._layer_graphs) >= _MOST_GRAPHS:
             self._layer_graphs.clear()
+            where.forget_results()
         self._layer_graphs[key] = LayerGraph(replay, fed, _plain(flat), kept[0])
+        where.made(kept[0])
         return kept[0]
 
     def _is_fed(self, leaf: Any) -> bool:
@@ -378,7 +386,8 @@ class CapturedLayers(CapturedSteps):
         """``id`` of an argument -> what a recorded layer has in its place: its own cache, and its own mask."""
         shape, fixed = self._sweep_shape, self._static.layers[index]
         slots = where.slots[shape.tokens, fixed.places if fixed.window else 0]
-        fixed.show(shape.batch, min(shape.visible, fixed.places), slots[0], slots)
+        start = where.slots[shape.tokens, 0][0]
+        fixed.show(shape.batch, min(shape.visible, fixed.places), start, slots)
         mask = where.masks[shape, fixed.window]
         return {id(self._dynamic): self._static.cache} | {id(other): mask for other in self._stand_ins}
 

@@ -10,6 +10,7 @@ from llm_magic.backends.accelerate.decoding.kv_cache import crop
 from llm_magic.backends.accelerate.decoding.rollback import Rollback
 from llm_magic.backends.accelerate.decoding.sampling import generator
 from llm_magic.backends.accelerate.decoding.speculate import Proposal
+from llm_magic.backends.accelerate.memory_errors import TokensLostError, is_out_of_memory
 from llm_magic.backends.accelerate.placement.layer_cache import layer_tensors
 from llm_magic.errors import OptionError
 
@@ -103,6 +104,7 @@ class DraftModel:
         self._model, self._vocabulary = model, vocabulary
         self._steps, self._context = steps, context
         self._is_aside = False  # whether the steps have the tokens of the cache
+        self._rests = False  # whether the steps are left alone until the next answer
         self._cache: Any = None
         self._fed: list[int] = []
         self._processors: list[Any] | None = None
@@ -115,7 +117,8 @@ class DraftModel:
         self._processors = None
         if processors is not None:
             self._processors = [step for step in processors if type(step).__name__ in _SHAPING]
-        self._take_back()
+        self._rests = False
+        self._take_back_or_lose()
         if self._steps is not None:
             self._steps.prepare(self._context)
         self._feed_safely(ids[:-1])
@@ -140,8 +143,12 @@ class DraftModel:
         self._model = self._steps = None
 
     def free(self) -> bool:
-        """Give up what captured steps hold between answers; whether there was anything."""
-        return self._steps is not None and self._steps.free()
+        """Give up what captured steps hold, until the next answer; whether there was anything."""
+        if self._steps is None or not self._steps.holds_memory:
+            return False
+        self._rests = True
+        self._take_back_or_lose()
+        return self._steps.free()
 
     def tensors(self) -> list[Any]:
         """Tensors of the KV cache."""
@@ -187,7 +194,7 @@ class DraftModel:
         import torch
 
         new = ids[start:]
-        is_known = self._steps is not None and start > 0 and len(ids) < self._context
+        is_known = not self._rests and start > 0 and len(ids) < self._context
         step = self._steps.step(self._cache, 1, len(new)) if self._steps and is_known and new else None
         if step is None:
             return None
@@ -213,6 +220,15 @@ class DraftModel:
             self._steps.give_back(length)
             Rollback(self._cache).shorten(length)
             self._fed, self._is_aside = self._fed[:length], False
+
+    def _take_back_or_lose(self) -> None:
+        """Without memory for the tokens, they are read anew."""
+        try:
+            self._take_back()
+        except (RuntimeError, MemoryError) as error:
+            if not (is_out_of_memory(error) or isinstance(error, TokensLostError)):
+                raise
+            self._lose()
 
     def _go_back(self, ids: list[int]) -> int:
         """Cut the cache back to what it shares with ``ids``; returns how many tokens these are."""

@@ -283,7 +283,7 @@ class StaticCache:
         """Copy the first ``length`` tokens of ``batch`` sequences back into the cache they came from.
 
         Layers with a window get some tokens from before it while they record the past: what was written last may have
-        to go (see `rollback`). States are as they are. When memory runs out, the cache holds nothing.
+        to go (see `rollback`). States are as they are. When memory runs out, the cache holds nothing of these layers.
 
         Parameters
         ----------
@@ -304,8 +304,8 @@ class StaticCache:
                     state.free()
                     self.cache.layers[index] = None
         except BaseException:
-            for layer in dynamic.layers:
-                empty(layer)
+            for index in (*self.layers, *self.states):
+                empty(dynamic.layers[index])
             raise
 
     def _pairs(self, dynamic: Any) -> Iterator[tuple[Any, FixedLayer]]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from llm_magic.backends.accelerate.decoding.capturable import (
-    has_layers_alone,
+    has_plain_cache,
     model_reason,
     packing_reason,
 )
@@ -72,8 +72,8 @@ def read_layout(spec: ModelSpec, files: ModelFiles) -> ModelLayout:
         details |= {"one_by_one": True}
     if reason := model_reason(model) or packing_reason(method.name if method else ""):
         details |= {"eager": reason}
-    elif not has_layers_alone(model):
-        details |= {"has_states": True}
+    elif not has_plain_cache(model):
+        details |= {"keeps_states": True}
     if method is not None:
         blocks = _with_packed(model, blocks, method, dtype)
         details |= {"unpacked_bytes": _unpacked_bytes(blocks, method)}
