@@ -159,6 +159,11 @@ def _packer(model: Any, spec: ModelSpec, plan: Plan, progress: Progress) -> Fill
     tied = dict(model.all_tied_weights_keys or {})
     shared = set(tied.values())
     prepare(model, spec.quantize, getattr(torch, plan.layout.dtype))
+    for place in plan.placements:
+        if place.block.name in names:  # a parameter outside of modules
+            path, _, leaf = place.block.name.rpartition(".")
+            value = loader[place.block.name].to(place.modules_on)
+            model.get_submodule(path)._parameters[leaf] = torch.nn.Parameter(value, requires_grad=False)
     done = 0
 
     def fill(place: Placement, block: Any) -> None:

@@ -100,6 +100,16 @@ class BlockTensors:
         return all(not piece.part for piece in self.pieces)
 
     @property
+    def has_order(self) -> bool:
+        """Whether some devices want the bytes in an order of their own."""
+        return any(packing.has_order(*owner) for owner in self._owners.values())
+
+    def arrange(self, device: Any) -> None:
+        """Put what is in the module into the order that ``device`` reads; see `packing.arrange`."""
+        for owner in self._owners.values():
+            packing.arrange_one(*owner, device)
+
+    @property
     def offsets(self) -> tuple[int, ...]:
         """Where each piece begins in the flat buffer."""
         return tuple(piece.at for piece in self.pieces)

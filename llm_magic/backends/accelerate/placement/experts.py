@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from llm_magic.backends.accelerate.placement.expert_cache import ExpertCache, ExpertLayer
 from llm_magic.backends.accelerate.placement.expert_stores import ExpertStore, Stack, expert_extents
+from llm_magic.backends.accelerate.placement.packed_experts import PackedStack
 
 if TYPE_CHECKING:
     from llm_magic.backends.accelerate.placement.extents import Extent
@@ -44,6 +45,8 @@ def find_stacks(block: Any) -> tuple[Stack, ...]:
 
 def can_route(experts: Any) -> bool:
     """Whether a module takes its experts one at a time, each of them once, and only those that are asked for."""
+    if any(_packed_stacks(experts)):
+        return True  # it was, as long as the matrices were not packed
     if not _is_routed(experts):
         return False
     stacks = _stacks("", experts)
@@ -61,7 +64,7 @@ class RoutedExperts:
     """The experts of one module, fetched when a token is routed to them.
 
     From here to ``detach`` the module computes with transformers' eager implementation, whatever the
-    rest of the model uses.
+    rest of the model uses; packed experts with their own.
 
     Parameters
     ----------
@@ -91,8 +94,12 @@ class RoutedExperts:
         self._twin = copy.copy(module)
         self._twin.__dict__.update(_eager(module))
         # An instance's attribute is found before the parameter of that name.
-        for number, stack in enumerate(_stacks("", module)):
+        stacks = _stacks("", module)
+        for number, stack in enumerate(stacks):
             self._twin.__dict__[stack.parameter_name] = _RoutedStack(self, number, stack, cache.device)
+        for name, packed in _packed_stacks(module):
+            numbers = [n for n, stack in enumerate(stacks) if stack.parameter_name.startswith(f"{name}.")]
+            self._twin.__dict__[name] = _RoutedPackedStack(self, numbers, packed)
         self._usual = module.__dict__.get("forward")
         module.__dict__["forward"] = self.forward
 
@@ -169,6 +176,16 @@ class _RoutedStack:
         return self._experts.piece(index, self._number)
 
 
+class _RoutedPackedStack:
+    """Stands for a stack of packed matrices: ``stack[index]`` is that of one expert."""
+
+    def __init__(self, experts: RoutedExperts, numbers: Sequence[int], packed: PackedStack) -> None:
+        self._experts, self._numbers, self._packed = experts, numbers, packed
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._packed.matrix([self._experts.piece(index, number) for number in self._numbers])
+
+
 def advise_routed(
     experts: Any,
     stacks: Sequence[Stack],
@@ -241,8 +258,19 @@ def _stacks(module_name: str, module: Any) -> tuple[Stack, ...]:
             parameter.dtype,
             tuple(parameter.shape),
         )
-        for name, parameter in module.named_parameters(recurse=False)
+        for name, parameter in _held(module)
     )
+
+
+def _held(module: Any) -> Iterator[tuple[str, Any]]:
+    """A module's own parameters, and those of its packed stacks."""
+    yield from module.named_parameters(recurse=False)
+    for name, stack in _packed_stacks(module):
+        yield from ((f"{name}.{part}", parameter) for part, parameter in stack.named_parameters())
+
+
+def _packed_stacks(module: Any) -> list[tuple[str, PackedStack]]:
+    return [(name, child) for name, child in module.named_children() if isinstance(child, PackedStack)]
 
 
 def _takes_one_at_a_time(experts: Any, stacks: Sequence[Stack], width: int) -> bool:
@@ -310,9 +338,9 @@ def _on_meta() -> Any:
 
 
 def _eager(module: Any) -> dict[str, Any]:
-    """What makes a module's own implementation run: a config of its own that asks for it."""
+    """What makes an implementation run that takes experts one by one: a config of its own that asks for it."""
     config = getattr(module, "config", None)
-    if config is None or not hasattr(config, "_experts_implementation"):
+    if config is None or not hasattr(config, "_experts_implementation") or any(_packed_stacks(module)):
         return {}
     config = copy.deepcopy(config)
     config._experts_implementation = "eager"

@@ -16,7 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from llm_magic.backends.accelerate.placement import cpu_kernels, int4_orders
 
@@ -105,6 +105,29 @@ def template(module: Any, name: str) -> Template:
     return _kind(module, name).template(module, name)
 
 
+def weight(left: Template, parts: Mapping[str, Any]) -> Any:
+    """The parameter that is made of ``parts`` and of what is ``left`` of it, without putting it into its module."""
+    return next(value for _, key, value in left.bindings(parts) if key == left.name)
+
+
+def multiplied(tokens: Any, packed: Any) -> Any:
+    """``tokens`` ``[..., in]`` times a packed weight ``(out, in)``, by the kernels of its library.
+
+    As its linear layer computes; but 8-bit integers of bitsandbytes become floats first, where that layer
+    multiplies large activations apart, for which it asks the host.
+    """
+    import torch
+
+    state = getattr(packed, "quant_state", None)
+    if state is not None:
+        from bitsandbytes import matmul_4bit
+
+        return matmul_4bit(tokens, packed, quant_state=state)
+    if type(packed).__name__ == "Int8Params":
+        packed = packed.data.to(tokens.dtype) * (packed.SCB / 127).to(tokens.dtype).unsqueeze(-1)
+    return torch.nn.functional.linear(tokens, packed)
+
+
 def bind(assignments: list[Assignment]) -> None:
     """Run assignments: dictionary writes only."""
     for mapping, key, value in assignments:
@@ -138,12 +161,22 @@ def arrange(block: Any, device: Any, *, fresh: bool = False) -> None:
         The weights were packed just now, and may still take a kernel's own statistics: quanto's
         are rounded once more for it.
     """
+    for _, module, leaf in list(parameters(block)):
+        arrange_one(module, leaf, device, fresh=fresh)
+
+
+def arrange_one(module: Any, name: str, device: Any, *, fresh: bool = False) -> None:
+    """As `arrange`, for ``module.name`` alone."""
     import torch
 
-    for _, module, leaf in list(parameters(block)):
-        kind = _kind(module, leaf)
-        if isinstance(kind, _Ordered):
-            kind.arrange(module, leaf, torch.device(device), fresh)
+    kind = _kind(module, name)
+    if isinstance(kind, _Ordered):
+        kind.arrange(module, name, torch.device(device), fresh)
+
+
+def has_order(module: Any, name: str) -> bool:
+    """Whether some devices want the bytes of ``module.name`` in an order of their own."""
+    return isinstance(_kind(module, name), _Ordered)
 
 
 # ------------------------------------------------------------------------------- kinds of parameters
@@ -170,6 +203,8 @@ def _kind(module: Any, name: str) -> _Kind:
     import torch
 
     parameter = module._parameters[name]
+    if isinstance(module, Stacked):
+        return _StackKind()
     # Whoever holds a packed parameter has imported its library: ours to look at, not to import.
     if (library := sys.modules.get("bitsandbytes")) is not None:
         if isinstance(parameter, library.nn.Params4bit):
@@ -207,6 +242,48 @@ class _PlainKind(_Kind):
 class _PlainTemplate(Template):
     def bindings(self, parts: Mapping[str, Any]) -> list[Assignment]:
         return [(self.module._parameters, self.name, _parameter(parts[""]))]
+
+
+# ----------------------------------------------------------------------- stacks of packed matrices
+
+
+@runtime_checkable
+class Stacked(Protocol):
+    """A module whose parameters are the parts of packed matrices, stacked.
+
+    Attributes
+    ----------
+    template
+        What is left of one of the matrices, as its bytes lie now.
+    """
+
+    template: Template | None
+
+    def arrange(self, device: Any) -> None:
+        """Put all matrices into the order that the kernels of ``device`` read; nothing when they are."""
+
+
+class _StackKind(_Ordered):
+    def parts(self, module: Any, name: str) -> Parts:
+        return {"": module._parameters[name]}
+
+    def template(self, module: Any, name: str) -> Template:
+        return _StackTemplate(module, name, _shapes(self.parts(module, name)), module.template)
+
+    def arrange(self, module: Any, name: str, device: Any, fresh: bool) -> None:  # noqa: ARG002
+        if name == next(iter(module._parameters)):  # all parts at once
+            module.arrange(device)
+
+
+@dataclass(frozen=True)
+class _StackTemplate(Template):
+    matrix: Template | None = None
+
+    def bindings(self, parts: Mapping[str, Any]) -> list[Assignment]:
+        return [
+            (self.module._parameters, self.name, _parameter(parts[""])),
+            (self.module.__dict__, "template", self.matrix),
+        ]
 
 
 def _parameter(data: Any) -> Any:
@@ -364,7 +441,7 @@ class _EightBitTemplate(Template):
 
         state = self.module.state.__dict__
         # Where a forward expects them from the second one on; it then moves nothing.
-        packed = Int8Params(parts[""], requires_grad=False, has_fp16_weights=False)
+        packed = Int8Params(parts[""], requires_grad=False, has_fp16_weights=False, SCB=parts["SCB"])
         return [
             (self.module._parameters, self.name, packed),
             (state, "CB", parts[""]),

@@ -454,7 +454,7 @@ class PlacedModel:
         import torch
 
         kind = _kind(place)
-        if block.tensors.is_plain or block.ordered_for == kind:
+        if block.ordered_for == kind or not block.tensors.has_order:
             return
         held = self._held(block)
         if block.store is not None or any(tensor.device.type == "cpu" for tensor in held):
@@ -466,7 +466,7 @@ class PlacedModel:
             block.store.close()
         block.store = block.file = None
         try:
-            packing.arrange(block.module, torch.device(place.modules_on))
+            block.tensors.arrange(torch.device(place.modules_on))
         except BaseException:
             block.tensors.bind(held)  # no half of it in the other order
             raise

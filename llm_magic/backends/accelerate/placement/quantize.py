@@ -23,7 +23,7 @@ from weakref import ref
 
 from llm_magic.backends.accelerate.default_dtype import default_dtype_kept
 from llm_magic.backends.accelerate.placement import cpu_kernels
-from llm_magic.backends.accelerate.placement.packing import arrange, bind, parts, template
+from llm_magic.backends.accelerate.placement.packing import Parts, arrange, bind, parts, template
 from llm_magic.backends.accelerate.quiet import quiet
 from llm_magic.errors import OptionError, PlanError
 
@@ -174,8 +174,9 @@ def prepare(model: Any, name: str, dtype: Any) -> tuple[str, ...]:
     """Replace the linear layers of a model on the meta device by packed ones, still without bytes.
 
     As transformers chooses: all but the head, tied layers and what is kept in float32. Layers
-    whose weight is also read without a call stay too (the time steps of a Mamba). Weights that
-    belong to no linear layer, such as stacked experts, stay as they are.
+    whose weight is also read without a call stay too (the time steps of a Mamba). Stacked experts,
+    which transformers leaves as they are, are packed one by one; where an architecture computes with
+    whole stacks (Llama 4), they stay.
 
     Parameters
     ----------
@@ -203,11 +204,10 @@ def prepare(model: Any, name: str, dtype: Any) -> tuple[str, ...]:
         torch.set_default_dtype(dtype)
         try:
             _replace(model, method, dtype, skipped)
+            linear = [f"{path}.weight" for path, m in model.named_modules() if before.get(path) is not m]
+            packed = (*linear, *_replace_experts(model, method, dtype, skipped))
         finally:
             torch.set_default_dtype(outer)
-    packed = tuple(
-        f"{path}.weight" for path, module in model.named_modules() if before.get(path) is not module
-    )
     if not packed:
         able = _able(model, skipped)
         raise OptionError(
@@ -302,6 +302,32 @@ def _replace(model: Any, method: Method, dtype: Any, skipped: list[str]) -> None
     replace_with_quanto_layers(model, config, skipped)
 
 
+def _replace_experts(model: Any, method: Method, dtype: Any, skipped: list[str]) -> Iterator[str]:
+    """Let modules with stacks of experts hold packed ones; the names of the stacks."""
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    from llm_magic.backends.accelerate.placement.experts import can_route
+    from llm_magic.backends.accelerate.placement.packed_experts import replace_stacks
+
+    def linear(inputs: int, outputs: int) -> Any:
+        return _packed_linear(method, dtype, inputs, outputs)
+
+    for path, module in list(model.named_modules()):
+        # Transformers' interface for experts says how they are laid out.
+        if hasattr(module, "is_concatenated") and should_convert_module(path, skipped) and can_route(module):
+            yield from (f"{path}.{name}" for name in replace_stacks(module, linear))
+
+
+def _packed_linear(method: Method, dtype: Any, inputs: int, outputs: int) -> Any:
+    """A layer of the library as `prepare` makes them, without bytes."""
+    import torch
+
+    with torch.device("meta"):
+        alone = torch.nn.ModuleDict({"linear": torch.nn.Linear(inputs, outputs, bias=False, dtype=dtype)})
+    _replace(alone, method, dtype, [])
+    return alone["linear"]
+
+
 # ------------------------------------------------------------------------------------ packing a block
 
 
@@ -331,14 +357,35 @@ def pack_block(block: Any, weights: Mapping[str, Any], device: Any, compute: Any
     for name, value in weights.items():
         path, _, leaf = name.rpartition(".")
         module = block.get_submodule(path)
+        if leaf in module._modules:
+            _pack_stack(module._modules[leaf], value, device, device if compute is None else compute)
+            continue
         meta = module._parameters[leaf]
-        if leaf == "weight" and (pack := _packer(module)) is not None:
-            module._parameters[leaf] = pack(module, value.to(device, meta.dtype))
-            # Once through the template: what it binds now is what every later buffer gets.
-            bind(template(module, leaf).bindings(parts(module, leaf)))
+        if leaf == "weight" and _packer(module) is not None:
+            _pack(module, value.to(device, meta.dtype))
         else:
             module._parameters[leaf] = torch.nn.Parameter(value.to(device), requires_grad=False)
     arrange(block, device if compute is None else compute, fresh=True)
+
+
+def _pack(module: Any, value: Any) -> None:
+    module._parameters["weight"] = _packer(module)(module, value)
+    # Once through the template: what it binds now is what every later buffer gets.
+    bind(template(module, "weight").bindings(parts(module, "weight")))
+
+
+def _pack_stack(stack: Any, values: Any, device: Any, compute: Any) -> None:
+    """Pack the experts of a stack, one after the other."""
+    linear = stack.linear
+    dtype = linear.weight.dtype
+
+    def packed() -> Iterator[Parts]:
+        for matrix in stack.matrices(values):
+            _pack(linear, matrix.to(device, dtype))
+            arrange(linear, compute, fresh=True)
+            yield parts(linear, "weight")
+
+    stack.fill(packed())
 
 
 def _packer(module: Any) -> Any:
@@ -413,10 +460,12 @@ def packed_bytes(module: Any, dtype: Any) -> int:
     Parameters
     ----------
     module
-        A module whose weight ``prepare`` named.
+        A module whose weight ``prepare`` named, or the one in the place of stacked experts that it named.
     dtype
         torch dtype in which it computes.
     """
+    if (linear := module.__dict__.get("linear")) is not None:
+        return int(module.experts) * packed_bytes(linear, dtype)
     rows, columns = int(module.out_features), int(module.in_features)
     itemsize, pack = int(dtype.itemsize), _packer(module)
     if pack is _pack_4_bits:

@@ -1,0 +1,231 @@
+"""Experts whose matrices are packed, and how their module computes with them.
+
+transformers keeps a layer's experts in stacks, parameters whose first dimension counts experts. A
+`PackedStack` takes the place of one: a module of plain parameters, one for each part that a packed
+matrix has, stacked in the same way. So whatever moves stacks, whole or expert by expert, moves these.
+
+Of transformers' own implementations some take whole stacks, and others wait for the host at every
+expert. `packed_experts` takes experts one by one, each as the library's own linear layer would compute,
+and asks the host once; on a GPU not even that for a few tokens, so that their sweeps can be captured.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from llm_magic.backends.accelerate.placement import packing
+from llm_magic.units import MIB
+
+IMPLEMENTATION = "llm_magic_packed"
+"""Name of `packed_experts` among transformers' implementations of experts."""
+
+_ALONE_TOKENS = 16
+"""Up to so many tokens, a GPU computes each of them by itself with each of its experts."""
+
+_GATHERED_BYTES = 32 * MIB
+"""Of packed matrices that are copied at a time to where a captured sweep can find them."""
+
+
+class PackedStack(torch.nn.Module):
+    """The matrices of a layer's experts, each packed as the weight of a linear layer.
+
+    Parameters
+    ----------
+    linear
+        The library's packed layer for one expert, on the meta device. It never holds bytes for long.
+    shape
+        Of the stack that was: ``(experts, out, in)``.
+    is_transposed
+        Whether that was ``(experts, in, out)`` instead. Matrices are packed as ``(out, in)`` all the same.
+
+    Attributes
+    ----------
+    template
+        What makes a weight of an expert's parts; ``None`` until there are any.
+    """
+
+    def __init__(self, linear: Any, shape: tuple[int, ...], *, is_transposed: bool) -> None:
+        super().__init__()
+        self.__dict__["linear"] = linear  # no submodule: its weight is not among the model's
+        self.shape, self.is_transposed = tuple(shape), is_transposed
+        self.template: packing.Template | None = None
+
+    @property
+    def experts(self) -> int:
+        """How many there are."""
+        return self.shape[0]
+
+    def matrices(self, stack: Any) -> Iterator[Any]:
+        """The experts of an unpacked stack, each as ``(out, in)``."""
+        return (matrix.T if self.is_transposed else matrix for matrix in stack)
+
+    def fill(self, packed: Iterable[packing.Parts]) -> None:
+        """Hold these experts, one after the other; ``linear`` holds the last of them just then."""
+        stacks: packing.Parts = {}
+        for index, parts in enumerate(packed):
+            for part, tensor in parts.items():
+                if index == 0:
+                    stacks[part] = tensor.new_empty((self.experts, *tensor.shape))
+                stacks[part][index] = tensor
+        self.template = packing.template(self.linear, "weight")
+        packing.bind(self.template.empty())
+        self._names = {part: part.replace(".", "_").strip("_") or "weight" for part in stacks}
+        for part, name in self._names.items():
+            self._parameters[name] = torch.nn.Parameter(stacks[part], requires_grad=False)
+
+    def arrange(self, device: Any) -> None:
+        """Put every expert into the order that the kernels of ``device`` read; see `packing.arrange`."""
+        arranged = self._arranged(device)
+        first = next(arranged)
+        if any(tensor.data_ptr() != first[part].data_ptr() for part, tensor in self._entry(0).items()):
+            self.fill(itertools.chain([first], arranged))
+        else:
+            packing.bind(packing.template(self.linear, "weight").empty())
+
+    def _arranged(self, device: Any) -> Iterator[packing.Parts]:
+        assert self.template is not None
+        for index in range(self.experts):
+            packing.bind(self.template.bindings(self._entry(index)))
+            packing.arrange(self.linear, device)
+            yield packing.parts(self.linear, "weight")
+
+    def __getitem__(self, expert: int) -> PackedMatrix:
+        return self.matrix(list(self._entry(expert).values()))
+
+    def matrix(self, tensors: Iterable[Any]) -> PackedMatrix:
+        """An expert that is made of these tensors, one for each parameter, in their order."""
+        return PackedMatrix(self, dict(zip(self._names, tensors, strict=True)))
+
+    def gathered(self, experts: Any) -> Iterator[PackedMatrix]:
+        """The matrices of experts whose numbers ``[n]`` are on the device, which the host does not ask for."""
+        stacks = [self._parameters[name] for name in self._names.values()]
+        size = sum(stack.nbytes for stack in stacks) // self.experts
+        for some in experts.split(max(1, _GATHERED_BYTES // size)):
+            for tensors in zip(*(stack.index_select(0, some) for stack in stacks), strict=True):
+                yield self.matrix(tensors)
+
+    def _entry(self, expert: int) -> packing.Parts:
+        return {part: self._parameters[name][expert] for part, name in self._names.items()}
+
+
+class PackedMatrix:
+    """The packed matrix of one expert: called with ``[tokens, in]``, it answers ``[tokens, out]``."""
+
+    def __init__(self, stack: PackedStack, parts: Mapping[str, Any]) -> None:
+        assert stack.template is not None
+        self._weight = packing.weight(stack.template, parts)
+
+    def __call__(self, tokens: Any) -> Any:
+        return packing.multiplied(tokens, self._weight)
+
+
+def packed_experts(module: Any, hidden_states: Any, top_k_index: Any, top_k_weights: Any) -> Any:
+    """What a layer's experts make of tokens, each token by the experts that it is routed to.
+
+    An implementation of transformers' experts interface, for modules whose matrices are `PackedStack`s.
+
+    Parameters
+    ----------
+    module
+        The experts.
+    hidden_states
+        ``[tokens, width]``.
+    top_k_index, top_k_weights
+        Experts of each token ``[tokens, k]``, and the share of each. Numbers beyond the last one mean none.
+
+    Returns
+    -------
+    Tensor
+        ``[tokens, width]``.
+    """
+    tokens, of_each = top_k_index.shape
+    alone = hidden_states.device.type != "cpu" and tokens <= _ALONE_TOKENS
+    compute = _gathered if alone and isinstance(module.down_proj, PackedStack) else _one_by_one
+    outputs = compute(module, hidden_states, top_k_index.flatten(), alone=alone)
+    weighted = outputs.view(tokens, of_each, -1) * top_k_weights.unsqueeze(-1)
+    return weighted.sum(dim=1).to(hidden_states.dtype)
+
+
+def _gathered(module: Any, tokens: Any, experts: Any, *, alone: bool) -> Any:  # noqa: ARG001
+    """Each token with each of its experts ``[tokens * k]``; the host does not learn which they are."""
+    of_each = len(experts) // len(tokens)
+
+    def linear(name: str, inputs: Any) -> Any:
+        matrices = getattr(module, name).gathered(experts)
+        rows = zip(inputs.split(1), matrices, strict=True)
+        return _biased(module, name, torch.cat([matrix(row) for row, matrix in rows]), experts)
+
+    return _expert(module, linear, tokens.repeat_interleave(of_each, dim=0))
+
+
+def _one_by_one(module: Any, tokens: Any, experts: Any, *, alone: bool) -> Any:
+    """Every expert that there are tokens for, in ascending order, with all of these; or with each ``alone``."""
+    count = module.num_experts
+    order = experts.argsort(stable=True)
+    uses = torch.bincount(experts, minlength=count)[:count].tolist()
+    outputs = tokens.new_zeros(len(experts), tokens.shape[-1])
+    for expert, places in enumerate(order[: sum(uses)].split(uses)):
+        if len(places):
+            linear = _linear(module, expert, alone=alone)
+            outputs[places] = _expert(module, linear, tokens[places // (len(experts) // len(tokens))])
+    return outputs
+
+
+def _linear(module: Any, expert: int, *, alone: bool) -> Callable[[str, Any], Any]:
+    def linear(name: str, inputs: Any) -> Any:
+        matrix = getattr(module, name)[expert]
+        outputs = torch.cat([matrix(row) for row in inputs.split(1)]) if alone else matrix(inputs)
+        return _biased(module, name, outputs, expert)
+
+    return linear
+
+
+def _biased(module: Any, name: str, outputs: Any, experts: Any) -> Any:
+    return outputs + getattr(module, f"{name}_bias")[experts] if module.has_bias else outputs
+
+
+def _expert(module: Any, linear: Callable[[str, Any], Any], tokens: Any) -> Any:
+    """What transformers' implementations do between the projections."""
+    if module.has_gate:
+        hidden = module._apply_gate(linear("gate_up_proj", tokens))
+    else:
+        hidden = module.act_fn(linear("up_proj", tokens))
+    outputs = linear("down_proj", hidden)
+    return module.post_expert_norm(outputs) if module.has_post_expert_norm else outputs
+
+
+def replace_stacks(module: Any, make_linear: Callable[[int, int], Any]) -> tuple[str, ...]:
+    """Let a module of experts hold packed matrices, still without bytes, and compute with them.
+
+    Parameters
+    ----------
+    module
+        Experts on the meta device that transformers' interface serves, one at a time.
+    make_linear
+        Makes the packed layer of one expert, of ``(in, out)``.
+
+    Returns
+    -------
+    tuple of str
+        Names of the parameters that were replaced.
+    """
+    stacks = {name: p for name, p in module.named_parameters(recurse=False) if p.dim() == 3}
+    for name, parameter in stacks.items():
+        rows, columns = parameter.shape[:0:-1] if module.is_transposed else parameter.shape[1:]
+        del module._parameters[name]
+        module.add_module(
+            name,
+            PackedStack(
+                make_linear(columns, rows), tuple(parameter.shape), is_transposed=module.is_transposed
+            ),
+        )
+    ALL_EXPERTS_FUNCTIONS[IMPLEMENTATION] = packed_experts
+    module.config = copy.deepcopy(module.config)
+    module.config._experts_implementation_internal = IMPLEMENTATION
+    return tuple(stacks)
