@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, Protocol, runtime_checkable
 
-from llm_magic.backends.accelerate.placement import cpu_kernels, int4_orders
+from llm_magic.backends.accelerate.placement import cpu_kernels, four_bits, int4_orders
 
 Parts = dict[str, Any]
 """Plain contiguous tensors by the name of what they are in their parameter; ``""`` is the data."""
@@ -323,8 +323,11 @@ class _FourBitKind(_Ordered):
         for_cpu = device.type == "cpu" and _has_cpu_order(module, state)
         if for_cpu == getattr(state, "packing_format_for_cpu", False):
             return
+        import torch
+
         found, shape = parts(module, name), state.shape
-        found[""] = _reordered(found[""], state, for_cpu=for_cpu)
+        reordered = four_bits.for_cpus if for_cpu else four_bits.for_others
+        found[""] = reordered(found[""].view(torch.uint8), shape[0])
         if not for_cpu:
             storage = module._parameters[name].quant_storage
             found[""] = found[""].view(-1, storage.itemsize).view(storage)
@@ -356,26 +359,6 @@ def _has_cpu_order(module: Any, state: Any) -> bool:
     rows, columns = state.shape
     whole = rows % 32 == 0 and columns % state.blocksize == 0
     return cpu_kernels.has_order() and whole and not state.nested and isinstance(module, Linear4bit)
-
-
-def _reordered(data: Any, state: Any, *, for_cpu: bool) -> Any:
-    """The half bytes of a weight in the other order, a few rows at a time: it takes eight times their size."""
-    import torch
-    from bitsandbytes.functional import _convert_weight_packed_for_cpu as into
-    from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse as out_of
-
-    rows, columns = state.shape
-    found, step = data.view(torch.uint8).view(rows, columns // 2), _rows_at_a_time(columns)
-    # In RAM, wherever it comes from: a GPU that is left may be full.
-    result = torch.empty(found.shape, dtype=found.dtype, device="cpu" if for_cpu else found.device)
-    for start in range(0, rows, step):
-        part = found[start : start + step]
-        like = copy.copy(state)
-        like.shape, like.original_qshape = torch.Size((len(part), columns)), part.shape
-        like.absmax = torch.ones(len(part) * columns // state.blocksize, device=data.device)
-        like.original_nested, like.original_dtype = False, state.dtype
-        result[start : start + step] = (into if for_cpu else out_of)(part, like)[0]
-    return result
 
 
 def _rows_at_a_time(columns: int) -> int:

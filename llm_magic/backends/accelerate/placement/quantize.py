@@ -22,7 +22,7 @@ from typing import Any
 from weakref import ref
 
 from llm_magic.backends.accelerate.default_dtype import default_dtype_kept
-from llm_magic.backends.accelerate.placement import cpu_kernels
+from llm_magic.backends.accelerate.placement import cpu_kernels, four_bits
 from llm_magic.backends.accelerate.placement.packing import Parts, arrange, bind, parts, template
 from llm_magic.backends.accelerate.quiet import quiet
 from llm_magic.errors import OptionError, PlanError
@@ -402,16 +402,24 @@ def _packer(module: Any) -> Any:
 def _pack_4_bits(module: Any, value: Any) -> Any:
     from bitsandbytes.nn import Params4bit
 
-    meta = module._parameters["weight"]
-    return Params4bit(
-        _as_linear(module, value),
-        requires_grad=False,
-        blocksize=meta.blocksize,
-        compress_statistics=meta.compress_statistics,
-        quant_type=meta.quant_type,
-        quant_storage=meta.quant_storage,
-        module=module,
-    ).to(value.device)
+    meta, value = module._parameters["weight"], _as_linear(module, value)
+    options = {
+        key: getattr(meta, key) for key in ("blocksize", "compress_statistics", "quant_type", "quant_storage")
+    }
+    if value.device.type == "cpu" and not value.numel() % meta.blocksize:
+        data, state = _packed_by_us(value, meta.quant_type, meta.blocksize)
+        options |= {"quant_state": state, "bnb_quantized": True}
+    else:
+        data = value
+    return Params4bit(data, requires_grad=False, module=module, **options).to(value.device)
+
+
+def _packed_by_us(value: Any, kind: str, block: int) -> tuple[Any, Any]:
+    from bitsandbytes.functional import QuantState, get_4bit_type
+
+    data, scales = four_bits.packed(value, kind, block)
+    code = get_4bit_type(kind, device=value.device)
+    return data, QuantState(scales, value.shape, code, block, kind, value.dtype)
 
 
 def _pack_8_bits(module: Any, value: Any) -> Any:

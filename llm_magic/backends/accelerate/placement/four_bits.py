@@ -1,0 +1,127 @@
+"""bitsandbytes' 4-bit formats on the CPU: the bits and the orders that the library makes, several times as fast.
+
+Packing means to find, for every weight, the nearest of 16 values. The library searches between the
+15 bounds; here a table says it, by the leading bits of the weight, which leaves one bound at most.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+_BINS = 1 << 12  # of the table between -1 and 1; the bounds are further apart
+_AT_A_TIME = 1 << 18  # weights, whose temporary tensors stay in the caches
+
+
+def packed(values: Any, kind: str, block: int) -> tuple[Any, Any]:
+    """Pack weights as ``bitsandbytes.functional.quantize_4bit`` does on the CPU.
+
+    Parameters
+    ----------
+    values
+        A float tensor on the CPU, of a multiple of ``block`` elements.
+    kind
+        ``"nf4"`` or ``"fp4"``.
+    block
+        Weights that share a scale; even.
+
+    Returns
+    -------
+    data, scales
+        uint8 ``[n / 2, 1]``, two weights in a byte, the first in the high bits, and float32 ``[n / block]``.
+    """
+    import torch
+
+    groups = values.reshape(-1, block)
+    data = torch.empty(groups.shape[0], block // 2, dtype=torch.uint8)
+    scales = torch.empty(groups.shape[0], dtype=torch.float32)
+    step = max(1, _AT_A_TIME // block)
+    for some, codes, largest in zip(groups.split(step), data.split(step), scales.split(step), strict=True):
+        numbers = some.float()
+        torch.amax(numbers.abs(), dim=-1, out=largest)
+        numbers = numbers * (1.0 / largest.clamp(min=1e-38)).unsqueeze(-1)
+        nearest = _nearest(numbers.clamp_(-1, 1).flatten(), kind).view(-1, block)
+        torch.bitwise_or(nearest[:, ::2] << 4, nearest[:, 1::2], out=codes)
+    return data.view(-1, 1), scales
+
+
+def _nearest(scaled: Any, kind: str) -> Any:
+    """The code of each number between -1 and 1."""
+    import torch
+
+    below, bounds, order = _tables(kind)
+    # Between 2 and 4 floats are evenly spaced: their leading bits count bins.
+    bins = ((scaled + 3).view(torch.int32) >> 11).bitwise_and_(2 * _BINS - 1)
+    ranks = below.index_select(0, bins)
+    ranks += scaled > bounds.index_select(0, bins)
+    return ranks if order is None else order.index_select(0, ranks.int())
+
+
+@cache
+def _tables(kind: str) -> tuple[Any, Any, Any]:
+    """For each bin the bounds that are below it, and the one inside, if any; then the codes in ascending order."""
+    import torch
+    from bitsandbytes.functional import get_4bit_type
+
+    values, order = get_4bit_type(kind, device="cpu").sort()
+    middles = (values[:-1] + values[1:]) / 2
+    edges = torch.arange(2 * _BINS) * (2 / _BINS) - 1  # the bin of 1 itself follows the last one
+    below = torch.bucketize(edges, middles).to(torch.uint8)
+    bounds = torch.full((2 * _BINS,), torch.inf)
+    bounds[((middles.double() + 1) * (_BINS / 2)).long()] = middles
+    in_order = torch.equal(order, torch.arange(16))
+    return below, bounds, None if in_order else order.to(torch.uint8)
+
+
+_ROWS = 32
+"""Of a block in the order for CPUs: its byte ``2 r + c`` has weight ``c`` of a pair of rows ``r`` and ``r + 16``."""
+
+
+def for_cpus(data: Any, rows: int) -> Any:
+    """The order that the kernels for AVX-512 bfloat16 read, of a weight in the plain order.
+
+    As the library's ``_convert_weight_packed_for_cpu``.
+
+    Parameters
+    ----------
+    data
+        uint8, two weights of a row in a byte; of any shape.
+    rows
+        Of the weight: a multiple of 32. Several weights may follow each other.
+
+    Returns
+    -------
+    Tensor
+        uint8 ``[rows, bytes of a row]``, in RAM.
+    """
+    import torch
+
+    blocks = data.view(rows // _ROWS, 2, _ROWS // 2, -1)
+    # In RAM, wherever it comes from: a GPU that is left may be full.
+    result = torch.empty(rows, blocks.shape[-1], dtype=torch.uint8)
+    inside = result.view(rows // _ROWS, blocks.shape[-1], _ROWS // 2, 2)
+    for some, ordered in zip(*_in_parts(blocks, inside), strict=True):
+        first, second = some.cpu().transpose(-2, -1).unbind(1)
+        ordered[..., 0] = (first >> 4) | (second & 0xF0)
+        ordered[..., 1] = (first & 0x0F) | (second << 4)
+    return result
+
+
+def for_others(data: Any, rows: int) -> Any:
+    """The plain order again, of what `for_cpus` has made; where ``data`` is."""
+    import torch
+
+    inside = data.view(rows // _ROWS, -1, _ROWS // 2, 2)
+    result = torch.empty(rows, inside.shape[1], dtype=torch.uint8, device=data.device)
+    blocks = result.view(rows // _ROWS, 2, _ROWS // 2, -1)
+    for ordered, some in zip(*_in_parts(inside, blocks), strict=True):
+        even, odd = ordered.transpose(1, 2).unbind(-1)
+        some[:, 0] = (even << 4) | (odd & 0x0F)
+        some[:, 1] = (even & 0xF0) | (odd >> 4)
+    return result
+
+
+def _in_parts(*tensors: Any) -> list[Any]:
+    """Some blocks of each at a time: the temporary tensors of a few stay small."""
+    step = max(1, _AT_A_TIME // tensors[0][0].numel())
+    return [tensor.split(step) for tensor in tensors]
