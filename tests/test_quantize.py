@@ -225,12 +225,25 @@ def test_what_is_packed_and_what_is_not(tiny_model: Callable[[str], Path]) -> No
 
     attention = {"q_proj", "k_proj", "v_proj", "o_proj"}
     assert leaves("llama") == leaves("gemma") == attention | {"gate_proj", "up_proj", "down_proj"}
-    assert leaves("qwen3-moe") == attention  # the experts are stacked tensors, the router is its own kind
+    assert leaves("qwen3-moe") == attention | {"experts"}  # stacks; the router is its own kind
     assert leaves("gpt2") == {"c_attn", "c_proj", "c_fc"}
     assert leaves("mamba") == {
         "in_proj"
     }  # the weights of x_proj, dt_proj and out_proj are read without a call
     assert leaves("t5") == {"q", "k", "v", "o", "wi"}  # wo stays in float32
+
+
+def test_stacks_that_are_computed_with_as_a_whole_stay() -> None:
+    import torch
+    from transformers import Llama4TextConfig
+
+    own = {"head_dim": 8, "intermediate_size": 16, "intermediate_size_mlp": 32, "num_local_experts": 4}
+    config = Llama4TextConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=1, interleave_moe_layer_step=1, **own
+    )
+    packed = prepare(build_skeleton(config, torch.float32), "nf4", torch.float32)
+    assert packed
+    assert not any("experts" in path for path in packed)
 
 
 def falcon(_folder: Path) -> Any:

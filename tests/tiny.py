@@ -94,19 +94,19 @@ def save_llama(folder: Path, *, tied: bool = False, layers: int = LAYERS, **chan
     return _save(LlamaForCausalLM, config, folder)
 
 
-def save_mixture(folder: Path, *, layers: int = LAYERS) -> Path:
+def save_mixture(folder: Path, *, layers: int = LAYERS, **changes: Any) -> Path:
     """Qwen3-MoE: four experts, two at work; its experts are stored one by one and loaded as stacks."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-    config = Qwen3MoeConfig(
-        **_common(layers),
-        num_key_value_heads=2,
-        head_dim=16,
-        moe_intermediate_size=32,
-        num_experts=4,
-        num_experts_per_tok=2,
-        tie_word_embeddings=False,
-    )
+    own = {
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "moe_intermediate_size": 32,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "tie_word_embeddings": False,
+    }
+    config = Qwen3MoeConfig(**_common(layers) | own | changes)
     return _save(Qwen3MoeForCausalLM, config, folder)
 
 

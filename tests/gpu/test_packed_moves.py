@@ -31,11 +31,12 @@ ON_CPU, KEPT_BY_CPU, READ_BY_CPU = ("cpu", "cpu", False), ("disk", "cpu", True),
 ORDERED = ("int4", "nf4")  # whose bytes lie in another order for a CPU
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.save_llama(
-        tmp_path_factory.mktemp("packed") / "model", layers=3, hidden_size=256, intermediate_size=512
-    )
+@pytest.fixture(scope="module", params=["llama", "mixture"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("packed") / request.param
+    if request.param == "mixture":
+        return tiny.save_mixture(path, layers=3, hidden_size=256, head_dim=64, moe_intermediate_size=128)
+    return tiny.save_llama(path, layers=3, hidden_size=256, intermediate_size=512)
 
 
 @pytest.fixture(autouse=True)

@@ -33,8 +33,8 @@ def packed(values: Any, kind: str, block: int) -> tuple[Any, Any]:
     import torch
 
     groups = values.reshape(-1, block)
-    data = torch.empty(groups.shape[0], block // 2, dtype=torch.uint8)
-    scales = torch.empty(groups.shape[0], dtype=torch.float32)
+    data: Any = torch.empty(groups.shape[0], block // 2, dtype=torch.uint8)
+    scales: Any = torch.empty(groups.shape[0], dtype=torch.float32)
     step = max(1, _AT_A_TIME // block)
     for some, codes, largest in zip(groups.split(step), data.split(step), scales.split(step), strict=True):
         numbers = some.float()

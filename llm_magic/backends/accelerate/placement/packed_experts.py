@@ -29,7 +29,7 @@ _ALONE_TOKENS = 16
 """Up to so many tokens, a GPU computes each of them by itself with each of its experts."""
 
 _GATHERED_BYTES = 32 * MIB
-"""Of packed matrices that are copied at a time to where a captured sweep can find them."""
+"""Of packed matrices that a GPU copies at a time."""
 
 
 class PackedStack(torch.nn.Module):
@@ -48,6 +48,8 @@ class PackedStack(torch.nn.Module):
     ----------
     template
         What makes a weight of an expert's parts; ``None`` until there are any.
+    known
+        Experts that were asked for, as long as the module is bound to the same tensors.
     """
 
     def __init__(self, linear: Any, shape: tuple[int, ...], *, is_transposed: bool) -> None:
@@ -55,6 +57,7 @@ class PackedStack(torch.nn.Module):
         self.__dict__["linear"] = linear  # no submodule: its weight is not among the model's
         self.shape, self.is_transposed = tuple(shape), is_transposed
         self.template: packing.Template | None = None
+        self.known: dict[int, PackedMatrix] | None = None
 
     @property
     def experts(self) -> int:
@@ -73,7 +76,7 @@ class PackedStack(torch.nn.Module):
                 if index == 0:
                     stacks[part] = tensor.new_empty((self.experts, *tensor.shape))
                 stacks[part][index] = tensor
-        self.template = packing.template(self.linear, "weight")
+        self.template, self.known = packing.template(self.linear, "weight"), None
         packing.bind(self.template.empty())
         self._names = {part: part.replace(".", "_").strip("_") or "weight" for part in stacks}
         for part, name in self._names.items():
@@ -96,22 +99,33 @@ class PackedStack(torch.nn.Module):
             yield packing.parts(self.linear, "weight")
 
     def __getitem__(self, expert: int) -> PackedMatrix:
-        return self.matrix(list(self._entry(expert).values()))
+        if self.known is None:
+            self.known = {}
+        if expert not in self.known:
+            self.known[expert] = self.matrix(self._entry(expert).values())
+        return self.known[expert]
 
     def matrix(self, tensors: Iterable[Any]) -> PackedMatrix:
         """An expert that is made of these tensors, one for each parameter, in their order."""
         return PackedMatrix(self, dict(zip(self._names, tensors, strict=True)))
 
-    def gathered(self, experts: Any) -> Iterator[PackedMatrix]:
-        """The matrices of experts whose numbers ``[n]`` are on the device, which the host does not ask for."""
-        stacks = [self._parameters[name] for name in self._names.values()]
+    def chosen(self, experts: Any) -> Iterator[PackedMatrix]:
+        """The matrices of experts with these numbers ``[n]``.
+
+        A GPU copies them to where they are computed, so that the host need not wait for the numbers.
+        """
+        if experts.device.type == "cpu":
+            yield from (self[expert] for expert in experts.tolist())
+            return
+        stacks: list[Any] = [self._parameters[name] for name in self._names.values()]
         size = sum(stack.nbytes for stack in stacks) // self.experts
         for some in experts.split(max(1, _GATHERED_BYTES // size)):
             for tensors in zip(*(stack.index_select(0, some) for stack in stacks), strict=True):
                 yield self.matrix(tensors)
 
     def _entry(self, expert: int) -> packing.Parts:
-        return {part: self._parameters[name][expert] for part, name in self._names.items()}
+        held: Mapping[str, Any] = self._parameters
+        return {part: held[name][expert] for part, name in self._names.items()}
 
 
 class PackedMatrix:
@@ -119,7 +133,7 @@ class PackedMatrix:
 
     def __init__(self, stack: PackedStack, parts: Mapping[str, Any]) -> None:
         assert stack.template is not None
-        self._weight = packing.weight(stack.template, parts)
+        self._weight = stack.template.weight(parts)
 
     def __call__(self, tokens: Any) -> Any:
         return packing.multiplied(tokens, self._weight)
@@ -145,20 +159,19 @@ def packed_experts(module: Any, hidden_states: Any, top_k_index: Any, top_k_weig
         ``[tokens, width]``.
     """
     tokens, of_each = top_k_index.shape
-    alone = hidden_states.device.type != "cpu" and tokens <= _ALONE_TOKENS
-    compute = _gathered if alone and isinstance(module.down_proj, PackedStack) else _one_by_one
+    alone = tokens <= (1 if hidden_states.device.type == "cpu" else _ALONE_TOKENS)
+    compute = _side_by_side if alone and isinstance(module.down_proj, PackedStack) else _one_by_one
     outputs = compute(module, hidden_states, top_k_index.flatten(), alone=alone)
     weighted = outputs.view(tokens, of_each, -1) * top_k_weights.unsqueeze(-1)
     return weighted.sum(dim=1).to(hidden_states.dtype)
 
 
-def _gathered(module: Any, tokens: Any, experts: Any, *, alone: bool) -> Any:  # noqa: ARG001
-    """Each token with each of its experts ``[tokens * k]``; the host does not learn which they are."""
+def _side_by_side(module: Any, tokens: Any, experts: Any, *, alone: bool) -> Any:  # noqa: ARG001
+    """Each token with each of its experts ``[tokens * k]``: few kernels, and a GPU's host does not ask which."""
     of_each = len(experts) // len(tokens)
 
     def linear(name: str, inputs: Any) -> Any:
-        matrices = getattr(module, name).gathered(experts)
-        rows = zip(inputs.split(1), matrices, strict=True)
+        rows = zip(inputs.split(1), getattr(module, name).chosen(experts), strict=True)
         return _biased(module, name, torch.cat([matrix(row) for row, matrix in rows]), experts)
 
     return _expert(module, linear, tokens.repeat_interleave(of_each, dim=0))

@@ -64,6 +64,10 @@ class Template(ABC):
         The parts must have the shapes and dtypes of ``tensors`` and lie on one device.
         """
 
+    def weight(self, parts: Mapping[str, Any]) -> Any:
+        """What ``parts`` make, without putting it into its module."""
+        return next(value for _, key, value in self.bindings(parts) if key == self.name)
+
     def empty(self) -> list[Assignment]:
         """What to assign so that the module holds no bytes: the same parameter on the meta device."""
         import torch
@@ -103,11 +107,6 @@ def template(module: Any, name: str) -> Template:
         As ``parts``.
     """
     return _kind(module, name).template(module, name)
-
-
-def weight(left: Template, parts: Mapping[str, Any]) -> Any:
-    """The parameter that is made of ``parts`` and of what is ``left`` of it, without putting it into its module."""
-    return next(value for _, key, value in left.bindings(parts) if key == left.name)
 
 
 def multiplied(tokens: Any, packed: Any) -> Any:
@@ -255,9 +254,12 @@ class Stacked(Protocol):
     ----------
     template
         What is left of one of the matrices, as its bytes lie now.
+    known
+        What was made of the parameters; to be forgotten with them.
     """
 
     template: Template | None
+    known: Any
 
     def arrange(self, device: Any) -> None:
         """Put all matrices into the order that the kernels of ``device`` read; nothing when they are."""
@@ -283,6 +285,7 @@ class _StackTemplate(Template):
         return [
             (self.module._parameters, self.name, _parameter(parts[""])),
             (self.module.__dict__, "template", self.matrix),
+            (self.module.__dict__, "known", None),
         ]
 
 
@@ -573,9 +576,12 @@ def _shell(tensor: Any) -> _Shell:
 class _QuantoTemplate(Template):
     shell: _Shell | None = None
 
+    def weight(self, parts: Mapping[str, Any]) -> Any:
+        assert self.shell is not None  # no parameter, which cannot be made of these in inference mode
+        return self.shell.fill(parts)
+
     def bindings(self, parts: Mapping[str, Any]) -> list[Assignment]:
-        assert self.shell is not None
-        return [(self.module._parameters, self.name, _parameter(self.shell.fill(parts)))]
+        return [(self.module._parameters, self.name, _parameter(self.weight(parts)))]
 
 
 @cache

@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from llm_magic.backends.accelerate.placement import adapters, hooks, packing
+from llm_magic.backends.accelerate.placement import adapters, hooks
 from llm_magic.backends.accelerate.placement.blocks import (
     BlockTensors,
     FileStore,

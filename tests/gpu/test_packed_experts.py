@@ -1,0 +1,121 @@
+"""Packed experts on a GPU: captured while they stay there, fetched one by one otherwise, the same tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("bitsandbytes")
+pytest.importorskip("optimum.quanto")
+pytestmark = pytest.mark.gpu
+
+from llm_magic.backends.accelerate.decoding.static_cache import SWEEP_TOKENS  # noqa: E402
+from llm_magic.backends.accelerate.placement import packed_experts  # noqa: E402
+from llm_magic.machine import Device  # noqa: E402
+from llm_magic.model import ModelSpec  # noqa: E402
+from llm_magic.plan import Placement  # noqa: E402
+from llm_magic.units import GIB  # noqa: E402
+from tests import tiny  # noqa: E402
+from tests.engines import BACKEND, ask, plan_for, request  # noqa: E402
+from tests.gpu.test_placed import DEVICE, HYBRID, ON_GPU  # noqa: E402
+
+WIDE = {"hidden_size": 256, "head_dim": 64, "moe_intermediate_size": 128, "num_experts": 8}
+PROMPT = "The capital of France is"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save_mixture(tmp_path_factory.mktemp("packed") / "mixture", layers=4, **WIDE)
+
+
+@pytest.fixture(autouse=True)
+def _own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("LLM_MAGIC_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("LLM_MAGIC_DATA", str(tmp_path / "data"))
+    yield
+    torch.cuda.empty_cache()
+
+
+def loaded(folder: Path, method: str, way: str) -> Any:
+    spec = ModelSpec(str(folder), quantize=method, dtype="bfloat16")
+    _, plan = plan_for(folder, "ram", spec=spec)
+    gpu = Device(DEVICE, "gpu", "GPU", 8 * GIB, 7 * GIB)
+    place = (ON_GPU | HYBRID)[way]
+    placements = tuple(
+        Placement(p.block, *place(number, p.block.label)) for number, p in enumerate(plan.placements)
+    )
+    machine = replace(plan.machine, devices=(gpu, *plan.machine.devices))
+    return BACKEND.load(spec, replace(plan, machine=machine, placements=placements), lambda _event: None)
+
+
+def answers(engine: Any) -> list[str]:
+    """Two of a chat, the second after what was read before."""
+    first = ask(engine, request(PROMPT, chat="c", max_new_tokens=16)).text
+    return [first, ask(engine, request(PROMPT, first, "And of Spain?", chat="c", max_new_tokens=16)).text]
+
+
+@pytest.mark.parametrize("method", ["nf4", "quanto-int8", "float8"])
+def test_the_same_tokens_wherever_the_experts_stay(method: str, folder: Path) -> None:
+    engine = loaded(folder, method, "resident")
+    try:
+        expected = answers(engine)
+        assert engine.status() == ("captured decode",)
+    finally:
+        engine.close()
+    for way in ("streamed", "every second layer streamed", "a bit of each", "everything read"):
+        engine = loaded(folder, method, way)
+        try:
+            assert answers(engine) == expected, way
+        finally:
+            engine.close()
+
+
+def test_the_cpu_computes_some_of_them(folder: Path) -> None:
+    for way in HYBRID:
+        engine = loaded(folder, "nf4", way)
+        try:
+            assert all(answers(engine)), way
+        finally:
+            engine.close()
+
+
+@pytest.mark.parametrize("tokens", SWEEP_TOKENS)
+@pytest.mark.parametrize("method", ["nf4", "int4", "int8", "quanto-int8", "float8"])
+def test_a_few_tokens_need_nothing_of_the_host(method: str, tokens: int, folder: Path) -> None:
+    engine = loaded(folder, method, "resident")
+    try:
+        experts = engine.model.model.layers[0].mlp.experts
+        hidden = torch.randn(tokens, 256, dtype=torch.bfloat16, device=DEVICE)
+        chosen = torch.randint(0, 8, (tokens, 2), device=DEVICE)
+        shares = torch.rand(tokens, 2, dtype=torch.bfloat16, device=DEVICE)
+        with torch.no_grad():
+            experts(hidden, chosen, shares)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                found = experts(hidden, chosen, shares)
+            chosen.copy_((chosen + 3) % 8)
+            graph.replay()
+            torch.cuda.synchronize()
+            assert torch.equal(found, experts(hidden, chosen, shares))
+    finally:
+        engine.close()
+
+
+def test_experts_are_copied_in_parts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = loaded(folder, "nf4", "resident")
+    try:
+        experts = engine.model.model.layers[0].mlp.experts
+        hidden = torch.randn(4, 256, dtype=torch.bfloat16, device=DEVICE)
+        chosen = torch.randint(0, 8, (4, 2), device=DEVICE)
+        shares = torch.rand(4, 2, dtype=torch.bfloat16, device=DEVICE)
+        with torch.no_grad():
+            expected = experts(hidden, chosen, shares)
+            monkeypatch.setattr(packed_experts, "_GATHERED_BYTES", 1)
+            assert torch.equal(experts(hidden, chosen, shares), expected)
+    finally:
+        engine.close()

@@ -1,0 +1,223 @@
+"""Packed experts compute what their unpacked matrices would, wherever these are and however tokens are routed."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+from llm_magic.backends.accelerate.placement import packing
+from llm_magic.backends.accelerate.placement.blocks import BlockTensors
+from llm_magic.backends.accelerate.placement.expert_cache import ExpertCache
+from llm_magic.backends.accelerate.placement.expert_stores import RamExperts
+from llm_magic.backends.accelerate.placement.experts import RoutedExperts, can_route, find_stacks
+from llm_magic.backends.accelerate.placement.packed_experts import PackedStack
+from llm_magic.backends.accelerate.placement.quantize import METHODS, import_library, pack_block, prepare
+from llm_magic.backends.accelerate.placement.stream import HostStreams
+
+EXPERTS, WIDTH, INSIDE = 6, 256, 256  # wide enough for every kernel
+TOKENS = (1, 5, 40)
+"""One by itself; some that share experts; many."""
+
+
+def _experts(kind: str) -> Any:
+    """The experts of one layer, with random weights, and what transformers sets for them in a model."""
+    import importlib
+
+    module, name, own = {
+        "gated": ("qwen3_moe", "Qwen3Moe", {"num_experts": EXPERTS, "moe_intermediate_size": INSIDE}),
+        "transposed, with biases": (
+            "gpt_oss",
+            "GptOss",
+            {"num_local_experts": EXPERTS, "intermediate_size": INSIDE},
+        ),
+        "without a gate": (
+            "nemotron_h",
+            "NemotronH",
+            {"n_routed_experts": EXPERTS, "moe_intermediate_size": INSIDE, "moe_latent_size": None},
+        ),
+    }[kind]
+    library = importlib.import_module(f"transformers.models.{module}.modeling_{module}")
+    configs = importlib.import_module(f"transformers.models.{module}.configuration_{module}")
+    config = getattr(configs, f"{name}Config")(hidden_size=WIDTH, **own)
+    config._experts_implementation = "eager"
+    torch.manual_seed(5)
+    experts = getattr(library, f"{name}Experts")(config)
+    for parameter in experts.parameters():
+        parameter.data = torch.randn_like(parameter) * 0.1
+    return experts.eval().requires_grad_(False)
+
+
+KINDS = ("gated", "transposed, with biases", "without a gate")
+
+
+class Model(torch.nn.Module):
+    """As little of a model as can be prepared."""
+
+    _keep_in_fp32_modules = None
+
+    def __init__(self, experts: Any, linear: Any = None) -> None:
+        super().__init__()
+        self.all_tied_weights_keys: dict[str, str] = {}
+        self.mlp = torch.nn.ModuleDict({"linear": linear or torch.nn.Identity(), "experts": experts})
+        self.config = experts.config
+
+    def get_output_embeddings(self) -> None:
+        return None
+
+    get_input_embeddings = get_output_embeddings
+
+
+def packed(experts: Any, method: str) -> Any:
+    weights = {name: parameter.data for name, parameter in experts.named_parameters()}
+    model = Model(copy.deepcopy(experts).to("meta"))
+    names = prepare(model, method, next(experts.parameters()).dtype)
+    assert set(names) == {f"mlp.experts.{name}" for name, value in weights.items() if value.dim() == 3}
+    found = model.mlp["experts"]
+    pack_block(found, weights, "cpu")
+    return found
+
+
+def unpacked(experts: Any, module: Any) -> Any:
+    """Plain experts with what the packed matrices say."""
+    plain = copy.deepcopy(experts)
+    for name, stack in module.named_children():
+        if isinstance(stack, PackedStack):
+            like = torch.eye(stack.linear.in_features, dtype=plain.down_proj.dtype)
+            matrices = [stack[expert](like) for expert in range(EXPERTS)]  # (in, out)
+            values = torch.stack([m if module.is_transposed else m.T for m in matrices])
+            plain._parameters[name] = torch.nn.Parameter(values.contiguous(), requires_grad=False)
+    return plain
+
+
+def routed_to(tokens: int, *, of_each: int = 2, last: int = EXPERTS) -> tuple[Any, Any, Any]:
+    random = torch.Generator().manual_seed(tokens)
+    chosen = torch.stack([torch.randperm(last, generator=random)[:of_each] for _ in range(tokens)])
+    hidden = torch.randn(tokens, WIDTH, generator=random)
+    return hidden, chosen, torch.rand(tokens, of_each, generator=random)
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", METHODS)
+def test_they_compute_what_transformers_would_with_their_matrices(
+    method: str, kind: str, tokens: int
+) -> None:
+    experts = _experts(kind)
+    module = packed(experts, method)
+    plain, inputs = unpacked(experts, module), routed_to(tokens)
+    assert are_alike(module(*inputs), plain(*inputs))
+
+
+def are_alike(found: Any, expected: Any) -> bool:
+    """But for the rounding of kernels that compute in fewer bits."""
+    return bool(
+        torch.nn.functional.cosine_similarity(found.float().flatten(), expected.float().flatten(), dim=0)
+        > 0.9999
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", METHODS)
+def test_each_matrix_is_packed_as_a_linear_layer_of_the_same_weight(method: str, kind: str) -> None:
+    experts = _experts(kind)
+    module = packed(experts, method)
+    for name, stack in module.named_children():
+        if not isinstance(stack, PackedStack):
+            continue
+        matrix = experts._parameters[name][EXPERTS - 1]
+        weight = matrix.T if experts.is_transposed else matrix
+        alone = layer(*reversed(weight.shape), method)
+        pack_block(alone, {"weight": weight}, "cpu")
+        parts = list(packing.parts(alone, "weight").values())
+        assert len(parts) == len(list(stack.parameters()))
+        for part, held in zip(parts, stack.parameters(), strict=True):
+            assert torch.equal(held[EXPERTS - 1].view(torch.uint8), part.view(torch.uint8))
+
+
+def layer(inputs: int, outputs: int, method: str) -> Any:
+    """A packed linear layer without bytes."""
+    with torch.device("meta"):
+        model = Model(_experts("gated"), torch.nn.Linear(inputs, outputs, bias=False))
+    prepare(model, method, torch.float32)
+    return model.mlp["linear"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_numbers_beyond_the_last_expert_mean_none(method: str) -> None:
+    module = packed(_experts("gated"), method)
+    hidden, chosen, shares = routed_to(7, last=EXPERTS)
+    without = chosen.clone()
+    without[3, 1] = EXPERTS
+    expected = module(hidden, chosen, shares.index_put((torch.tensor(3), torch.tensor(1)), torch.tensor(0.0)))
+    torch.testing.assert_close(module(hidden, without, shares), expected)
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", METHODS)
+def test_routed_ones_compute_the_same_bits(method: str, kind: str, tokens: int) -> None:
+    """One by one in slots of a cache."""
+    module = packed(_experts(kind), method)
+    inputs = routed_to(tokens)
+    expected = module(*inputs)
+    stacks = find_stacks(module)
+    assert len({stack.name for stack in stacks}) == len(list(module.parameters()))
+    tensors = [dict(module.named_parameters())[stack.name].data for stack in stacks]
+    store = RamExperts(stacks, tensors, HostStreams())
+    cache = ExpertCache(
+        torch.full((2 * store.slot_bytes,), 255, dtype=torch.uint8), store.slot_bytes, HostStreams()
+    )
+    held = BlockTensors(module)
+    held.clear()
+    routed = RoutedExperts(module, store, cache)
+    assert torch.equal(module(*inputs), expected)
+    assert cache.fetched_bytes
+    routed.detach()
+    held.bind(tensors)
+    assert torch.equal(module(*inputs), expected)
+
+
+def test_what_is_packed_can_be_routed() -> None:
+    assert can_route(packed(_experts("gated"), "nf4"))
+
+
+@pytest.mark.parametrize("method", ["nf4", "int4"])
+def test_their_order_follows_the_device(method: str) -> None:
+    """To the order of GPUs and back; quanto's kernel has none here, so its integers stay as they are then."""
+    module = packed(_experts("gated").bfloat16(), method)
+    inputs = tuple(each.bfloat16() if each.is_floating_point() else each for each in routed_to(5))
+    expected, before = module(*inputs), [parameter.clone() for parameter in module.parameters()]
+    tensors = BlockTensors(module)
+    tensors.arrange("cuda")
+    assert all(stack.known is None for stack in module.children() if isinstance(stack, PackedStack))
+    tensors = tensors.packed_anew()
+    tensors.arrange("cpu")
+    if method == "nf4":
+        assert all(map(torch.equal, module.parameters(), before))
+    assert are_alike(module(*inputs), expected)
+    held = list(module.parameters())
+    tensors.packed_anew().arrange("cpu")  # nothing to do
+    assert [parameter.data_ptr() for parameter in module.parameters()] == [h.data_ptr() for h in held]
+
+
+def test_what_was_made_of_experts_goes_when_others_are_bound() -> None:
+    """Or their memory would not be given back."""
+    module = packed(_experts("gated"), "nf4")
+    tensors = BlockTensors(module)
+    module(*routed_to(1))
+    stacks: list[Any] = [stack for stack in module.children() if isinstance(stack, PackedStack)]
+    assert all(stack.known for stack in stacks)
+    held = [tensor.clone() for tensor in tensors.current()]
+    tensors.clear()
+    assert not any(stack.known for stack in stacks)
+    tensors.bind(held)
+    assert module(*routed_to(1)).isfinite().all()
+
+
+@pytest.fixture(autouse=True)
+def _libraries() -> None:
+    for library in ("bitsandbytes", "optimum.quanto"):
+        import_library(library)
