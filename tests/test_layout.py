@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from llm_magic.backends.accelerate.placement.packed_experts import PackedStack
 from llm_magic.backends.accelerate.placement.packing import parameters, template
 from llm_magic.backends.accelerate.placement.quantize import pack_block, prepare
 from llm_magic.backends.accelerate.source.layout import build_skeleton, draft_spec, read_layout, with_draft
@@ -529,7 +531,12 @@ def test_the_bytes_of_packed_blocks_are_those_that_they_will_take(
         module = model.get_submodule(block.name)
         weights = {n: p.detach() for n, p in full.get_submodule(block.name).named_parameters()}
         pack_block(module, weights, "cpu")
-        held = {f"{block.name}.{n}": template(m, leaf).bytes for n, m, leaf in parameters(module)}
+        held: Counter[str] = Counter()
+        for path, owner, leaf in parameters(module):
+            stack = path.removesuffix(f".{leaf}")  # its parts are parameters
+            held[f"{block.name}.{stack if isinstance(owner, PackedStack) else path}"] += template(
+                owner, leaf
+            ).bytes
         assert {tensor.name: tensor.bytes for tensor in block.tensors} == held
         assert block.cache == before.cache
         assert block.bytes < before.bytes
@@ -553,13 +560,28 @@ def test_packed_bytes_by_hand(tiny_model: Callable[[str], Path]) -> None:
     assert layout.details["unpacked_bytes"] == 0
 
 
-def test_stacked_experts_are_counted_as_what_stays_unpacked(tiny_model: Callable[[str], Path]) -> None:
-    layout, plain = packed_layout(tiny_model("qwen3-moe"), "nf4"), layout_of(tiny_model("qwen3-moe"))
-    for block, before in zip(layout.layers, plain.layers, strict=True):
+def test_stacked_experts_are_counted_packed(tiny_model: Callable[[str], Path]) -> None:
+    layout = packed_layout(tiny_model("qwen3-moe"), "nf4")
+    for block in layout.layers:
         assert (block.experts, block.active_experts) == (4, 2)
-        assert block.expert_bytes == before.expert_bytes == 4 * 3 * 32 * 64 * 4
-    # 4 layers: the experts, and a router of 4 x 64
-    assert layout.details["unpacked_bytes"] == 4 * (4 * 3 * 32 * 64 + 4 * 64) * 4
+        weights = 4 * 3 * 32 * 64
+        assert block.expert_bytes == weights // 2 + weights // 64 * 4
+    assert layout.details["unpacked_bytes"] == 4 * (4 * 64) * 4  # of 4 layers, a router of 4 x 64
+
+
+def test_stacks_that_are_computed_with_as_a_whole_are_counted_as_what_stays_unpacked(tmp_path: Path) -> None:
+    from transformers import Llama4TextConfig
+
+    config = Llama4TextConfig(
+        vocab_size=96, hidden_size=64, head_dim=16, intermediate_size=32, intermediate_size_mlp=32,
+        num_hidden_layers=2, num_attention_heads=4, num_local_experts=4, interleave_moe_layer_step=1,
+        dtype="float32",
+    )  # fmt: skip
+    config.save_pretrained(tmp_path)
+    layout = packed_layout(tmp_path, "nf4")
+    experts, router = 4 * 3 * 32 * 64, 4 * 64
+    assert layout.details["unpacked_bytes"] == 2 * (experts + router) * 4
+    assert {block.expert_bytes for block in layout.layers} == {experts * 4}
 
 
 def test_experts_that_are_linear_layers_are_counted_packed(tmp_path: Path) -> None:
