@@ -6,7 +6,7 @@ import re
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,23 +16,22 @@ from llm_magic.backends.accelerate.memory_errors import (
     is_out_of_memory,
     refuse_overflow,
     release_memory,
-    trim,
 )
-from llm_magic.backends.accelerate.placement.hooks import strip, weights_loader
+from llm_magic.backends.accelerate.packed_load import PackedLoad
 from llm_magic.backends.accelerate.placement.offload_folder import (
     OffloadFolder,
     check_tensor_names,
     disk_error,
 )
 from llm_magic.backends.accelerate.placement.placed import Fill, PlacedModel, accelerate_device_map
-from llm_magic.backends.accelerate.placement.quantize import pack_block, prepare, refuse_devices
+from llm_magic.backends.accelerate.placement.quantize import refuse_devices
 from llm_magic.backends.accelerate.quiet import bars_into, quiet
 from llm_magic.errors import EngineError, LLMMagicError, PlanError, SourceError
 from llm_magic.events import PhaseEvent, Progress
 from llm_magic.harmless.paths import without_paths
 from llm_magic.host.memory import host_memory
 from llm_magic.model import ModelLayout, ModelSpec
-from llm_magic.plan import Placement, Plan
+from llm_magic.plan import Plan
 from llm_magic.planning.planner import refusal
 from llm_magic.units import format_bytes
 
@@ -78,10 +77,9 @@ def load(files: ModelFiles, spec: ModelSpec, plan: Plan, progress: Progress) -> 
     try:
         with quiet():
             tokenizer = _read_tokenizer(files)
-            model = _read_model(files, spec, plan, folder, progress)
+            model, fill = _read_model(files, spec, plan, folder, progress)
             if folder:
                 folder.protect()
-            fill = _packer(model, spec, plan, progress)
             placed = PlacedModel(model, plan, () if fill else files.weight_files, folder, fill=fill)
             draft, name = _read_draft(spec, plan, tokenizer, progress)
         return LoadedWeights(placed, tokenizer, draft, name)
@@ -147,42 +145,6 @@ def _read_tokenizer(files: ModelFiles) -> Any:
     return tokenizer
 
 
-def _packer(model: Any, spec: ModelSpec, plan: Plan, progress: Progress) -> Fill | None:
-    """What gives each block its weights, packed; ``None`` when they are as the files have them."""
-    if not spec.quantize:
-        return None
-    import torch
-
-    loader = weights_loader(model)
-    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    strip(model)
-    tied = dict(model.all_tied_weights_keys or {})
-    shared = set(tied.values())
-    prepare(model, spec.quantize, getattr(torch, plan.layout.dtype))
-    for place in plan.placements:
-        if place.block.name in names:  # a parameter outside of modules
-            path, _, leaf = place.block.name.rpartition(".")
-            value = loader[place.block.name].to(place.modules_on)
-            model.get_submodule(path)._parameters[leaf] = torch.nn.Parameter(value, requires_grad=False)
-    done = 0
-
-    def fill(place: Placement, block: Any) -> None:
-        nonlocal done
-        progress(PhaseEvent("quantizing", done, len(plan.placements), "blocks", place.block.label))
-        done += 1
-        prefix = f"{place.block.name}."
-        wanted = [name for name in names if name.startswith(prefix) and name not in tied]
-        device = "cpu" if place.is_looked_up else place.modules_on
-        weights = {name.removeprefix(prefix): loader[name] for name in wanted}
-        with torch.no_grad():
-            pack_block(block, weights, device, device)
-        if any(name in shared for name in wanted):
-            model.tie_weights()
-        trim()  # else the weights that were packed stay in malloc's hands, block after block
-
-    return fill
-
-
 def _read_draft(spec: ModelSpec, plan: Plan, tokenizer: Any, progress: Progress) -> tuple[Any, str]:
     """The draft model, whole where the model computes first, and its name; ``None`` and nothing without."""
     if not spec.draft:
@@ -232,14 +194,17 @@ def _reporter(progress: Progress, label: Callable[[str], str]) -> Callable[[str,
 
 def _read_model(
     files: ModelFiles, spec: ModelSpec, plan: Plan, folder: OffloadFolder | None, progress: Progress
-) -> Any:
+) -> tuple[Any, Fill | None]:
+    """The model, and what packs its weights where it is to be packed."""
     import torch
 
     from llm_magic.backends.accelerate.source.architecture import auto_class
     from llm_magic.backends.accelerate.source.layout import load_config
 
     config = load_config(files)
+    packed = PackedLoad(config, spec, plan, progress) if spec.quantize else None
     with (
+        packed.packs_stacks() if packed else nullcontext(),
         bars_into(_reporter(progress, block_labels(plan.layout))),
         default_dtype_kept(),
         _memory_for_each_weight(),
@@ -263,7 +228,8 @@ def _read_model(
     _refuse_untied(files, model, plan)
     _check_coverage(model, plan)
     _place_loose_buffers(model, plan)
-    return model.eval().requires_grad_(False)
+    model.eval().requires_grad_(False)
+    return model, packed.fill(model) if packed else None
 
 
 @contextmanager

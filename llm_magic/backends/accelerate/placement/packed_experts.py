@@ -82,6 +82,19 @@ class PackedStack(torch.nn.Module):
         for part, name in self._names.items():
             self._parameters[name] = torch.nn.Parameter(stacks[part], requires_grad=False)
 
+    def clear(self) -> None:
+        """Hold no bytes; which they are is still known."""
+        for name, parameter in list(self.named_parameters()):
+            self._parameters[name] = torch.nn.Parameter(parameter.to("meta"), requires_grad=False)
+        self.known = None
+
+    def hold(self, read: Callable[[str], Any], device: Any) -> None:
+        """Hold bytes (uint8) again, which ``read`` gives for each parameter by its name."""
+        for name, parameter in list(self.named_parameters()):
+            held = torch.empty_like(parameter, device=device)
+            held.flatten().view(torch.uint8).copy_(read(name))
+            self._parameters[name] = torch.nn.Parameter(held, requires_grad=False)
+
     def arrange(self, device: Any) -> None:
         """Put every expert into the order that the kernels of ``device`` read; see `packing.arrange`."""
         arranged = self._arranged(device)

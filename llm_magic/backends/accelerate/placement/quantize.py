@@ -358,7 +358,7 @@ def pack_block(block: Any, weights: Mapping[str, Any], device: Any, compute: Any
         path, _, leaf = name.rpartition(".")
         module = block.get_submodule(path)
         if leaf in module._modules:
-            _pack_stack(module._modules[leaf], value, device, device if compute is None else compute)
+            pack_stack(module._modules[leaf], value, device, device if compute is None else compute)
             continue
         meta = module._parameters[leaf]
         if leaf == "weight" and _packer(module) is not None:
@@ -374,8 +374,8 @@ def _pack(module: Any, value: Any) -> None:
     bind(template(module, "weight").bindings(parts(module, "weight")))
 
 
-def _pack_stack(stack: Any, values: Any, device: Any, compute: Any) -> None:
-    """Pack the experts of a stack, one after the other."""
+def pack_stack(stack: Any, values: Any, device: Any, compute: Any) -> None:
+    """Give a `PackedStack` its experts, one after the other; the arguments are as for `pack_block`."""
     linear = stack.linear
     dtype = linear.weight.dtype
 

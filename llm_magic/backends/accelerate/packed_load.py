@@ -1,0 +1,145 @@
+"""Weights that are packed while they are loaded: a block at a time, on its way to its place.
+
+Stacks of experts are in no file as they are needed: transformers makes them of the experts while it
+reads, and writes each to the offload folder, in which a model would be as large as its files. So a
+stack is packed before it is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from llm_magic.backends.accelerate.memory_errors import trim
+from llm_magic.backends.accelerate.placement.blocks import raw
+from llm_magic.backends.accelerate.placement.hooks import strip, weights_loader
+from llm_magic.backends.accelerate.placement.packed_experts import PackedStack
+from llm_magic.backends.accelerate.placement.placed import Fill
+from llm_magic.backends.accelerate.placement.quantize import pack_block, pack_stack, prepare
+from llm_magic.backends.accelerate.source.layout import build_skeleton
+from llm_magic.events import PhaseEvent, Progress
+from llm_magic.model import ModelSpec
+from llm_magic.plan import Placement, Plan
+
+
+class PackedLoad:
+    """What packs the weights of one model.
+
+    Parameters
+    ----------
+    config
+        Transformers' configuration of the model.
+    spec, plan
+        How to pack, and where everything goes.
+    progress
+        Is told of every block.
+    """
+
+    def __init__(self, config: Any, spec: ModelSpec, plan: Plan, progress: Progress) -> None:
+        import torch
+
+        self._method, self._dtype = spec.quantize, getattr(torch, plan.layout.dtype)
+        self._plan, self._progress = plan, progress
+        self._stacks = dict(self._prepared_stacks(config)) if plan.layout.is_mixture_of_experts else {}
+        self._written: set[str] = set()
+
+    @contextmanager
+    def packs_stacks(self) -> Iterator[None]:
+        """While transformers loads the model: what it writes of a stack is packed."""
+        from transformers import core_model_loading
+
+        usual = getattr(core_model_loading, "offload_weight", None)
+        if usual is None:  # then they are written as they are, and packed with their blocks
+            yield
+            return
+
+        def offload(weight: Any, name: str, folder: str, index: dict[str, Any]) -> Any:
+            for part, tensor in self._packed(name, weight):
+                index = usual(tensor, part, folder, index)
+            return index
+
+        core_model_loading.offload_weight = offload
+        try:
+            yield
+        finally:
+            core_model_loading.offload_weight = usual
+
+    def fill(self, model: Any) -> Fill:
+        """Prepare the loaded model: what it returns gives each of its blocks the weights."""
+        import torch
+
+        loader = weights_loader(model)
+        names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        strip(model)
+        tied = dict(model.all_tied_weights_keys or {})
+        shared = set(tied.values())
+        prepare(model, self._method, self._dtype)
+        self._fill_loose_parameters(model, loader, names)
+        done = 0
+
+        def fill(place: Placement, block: Any) -> None:
+            nonlocal done
+            count = len(self._plan.placements)
+            self._progress(PhaseEvent("quantizing", done, count, "blocks", place.block.label))
+            done += 1
+            prefix = f"{place.block.name}."
+            wanted = [name for name in names if name.startswith(prefix) and name not in tied]
+            device = "cpu" if place.is_looked_up else place.modules_on
+            plain = [name for name in wanted if name not in self._written]
+            weights = {name.removeprefix(prefix): loader[name] for name in plain}
+            with torch.no_grad():
+                pack_block(block, weights, device, device)
+                for name in self._written.intersection(wanted):
+                    self._take(name, model, loader, device)
+            if any(name in shared for name in wanted):
+                model.tie_weights()
+            trim()  # else the weights that were packed stay in malloc's hands, block after block
+
+        return fill
+
+    def _prepared_stacks(self, config: Any) -> Iterator[tuple[str, PackedStack]]:
+        model = build_skeleton(config, self._dtype)
+        prepare(model, self._method, self._dtype)
+        return ((name, m) for name, m in model.named_modules() if isinstance(m, PackedStack))
+
+    def _packed(self, name: str, weight: Any) -> Iterator[tuple[str, Any]]:
+        """What is written of a weight, by name."""
+        import torch
+
+        if name not in self._stacks:
+            yield name, weight
+            return
+        stack = self._stacks[name]
+        device = self._device_of(name)
+        with torch.no_grad():
+            pack_stack(stack, weight, device, device)
+        for part, tensor in stack.named_parameters():
+            yield f"{name}.{part}", raw(tensor).cpu()
+        stack.clear()
+        self._written.add(name)
+
+    def _take(self, name: str, model: Any, loader: Any, device: str) -> None:
+        """Put a stack into its place, from the files that it was written to; they go."""
+        stack = self._stacks.pop(name)
+        owner, _, leaf = name.rpartition(".")
+        model.get_submodule(owner)._modules[leaf] = stack
+        stack.hold(lambda part: loader[f"{name}.{part}"], device)
+        for part, _ in stack.named_parameters():
+            Path(loader.index.pop(f"{name}.{part}")["safetensors_file"]).unlink()
+
+    def _device_of(self, name: str) -> str:
+        return next(
+            place.modules_on for place in self._plan.placements if name.startswith(f"{place.block.name}.")
+        )
+
+    def _fill_loose_parameters(self, model: Any, loader: Any, names: set[str]) -> None:
+        """Give parameters outside of modules their weights, which no block has."""
+        import torch
+
+        for place in self._plan.placements:
+            if place.block.name in names:
+                path, _, leaf = place.block.name.rpartition(".")
+                value = loader[place.block.name].to(place.modules_on)
+                model.get_submodule(path)._parameters[leaf] = torch.nn.Parameter(value, requires_grad=False)
