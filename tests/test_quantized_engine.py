@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,14 +11,18 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from llm_magic.backends.accelerate.quiet import quiet
 from llm_magic.errors import OptionError
+from llm_magic.events import PhaseEvent
 from llm_magic.machine import Machine
 from llm_magic.model import ModelSpec
 from llm_magic.planning.planner import make_plan
 from llm_magic.planning.select import edited
+from tests import tiny
 from tests.engines import BACKEND, ask, load, plan_for, request
+from tests.packed_checkpoints import save_fp8, save_mxfp4
 
 TinyModel = Callable[[str], Path]
 METHODS = ("nf4", "fp4", "int8", "int4", "int2", "float8", "quanto-int8")
@@ -31,16 +37,25 @@ def load_packed(folder: Path, method: str, placement: str, **options: Any) -> An
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama wide enough for every method's groups."""
-    from tests import tiny
-
     return tiny.save_llama(
         tmp_path_factory.mktemp("packed") / "model", hidden_size=128, intermediate_size=256
     )
 
 
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As wide, with experts."""
+    return tiny.save_mixture(
+        tmp_path_factory.mktemp("packed") / "mixture", hidden_size=128, moe_intermediate_size=128
+    )
+
+
+@pytest.mark.parametrize("kind", ["folder", "mixture"])
 @pytest.mark.parametrize("method", METHODS)
-def test_the_same_tokens_wherever_packed_blocks_are(method: str, folder: Path, tmp_path: Path) -> None:
-    texts = {}
+def test_the_same_tokens_wherever_packed_blocks_are(
+    method: str, kind: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    folder, texts = request.getfixturevalue(kind), {}
     for placement in ("ram", "half", "disk", "mapped"):
         engine = load_packed(folder, method, placement, options={"offload_folder": str(tmp_path)})
         try:
@@ -54,6 +69,61 @@ def test_the_same_tokens_wherever_packed_blocks_are(method: str, folder: Path, t
             engine.close()
         assert list(tmp_path.iterdir()) == []
     assert len(set(texts.values())) == 1
+
+
+def test_experts_are_packed_before_they_are_written_to_the_disk(mixture: Path, tmp_path: Path) -> None:
+    """transformers joins them while it loads, and what it joins has no file; none is left when all is loaded."""
+    written = []
+
+    def look(event: PhaseEvent) -> None:
+        files = list(tmp_path.rglob("*.safetensors"))
+        if event.phase == "quantizing":
+            written.append(sum(file.stat().st_size for file in files))
+
+    spec = ModelSpec(str(mixture), quantize="nf4")
+    engine = load(mixture, "ram", look, spec=spec, options={"offload_folder": str(tmp_path)})
+    try:
+        packed = sum(block.expert_bytes for block in engine.plan.layout.blocks)
+        headers = 1024 * 4 * len(engine.plan.layout.layers)
+        assert packed <= written[0] <= packed + headers
+        assert written == sorted(written, reverse=True)
+        assert not list(tmp_path.rglob("*.safetensors"))
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize("save", [save_fp8, save_mxfp4])
+@pytest.mark.parametrize("placement", ["ram", "half"])
+def test_weights_that_are_packed_in_their_files_are_packed_again(
+    save: Callable[[Path], Path], placement: str, tmp_path: Path
+) -> None:
+    """As those are that they are unpacked to."""
+    folder = save(tmp_path / "packed")
+    unpacked = load(folder, "ram")
+    try:
+        assert any("--quantize nf4" in warning for warning in unpacked.plan.warnings)
+        weights = {name: value.clone() for name, value in unpacked.model.named_parameters()}
+    finally:
+        unpacked.close()
+    expected = load_packed(with_weights(folder, tmp_path / "plain", weights), "nf4", "ram")
+    engine = load_packed(folder, "nf4", placement, options={"offload_folder": str(tmp_path / "offload")})
+    try:
+        assert ask(engine, PROMPT).text == ask(expected, PROMPT).text
+        assert not list((tmp_path / "offload").rglob("*.safetensors"))
+        assert not any("larger than in the files" in warning for warning in engine.plan.warnings)
+    finally:
+        engine.close()
+        expected.close()
+
+
+def with_weights(folder: Path, target: Path, weights: dict[str, Any]) -> Path:
+    """The model with these in its file."""
+    shutil.copytree(folder, target)
+    config = json.loads((target / "config.json").read_text())
+    del config["quantization_config"]
+    (target / "config.json").write_text(json.dumps(config))
+    save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
+    return target
 
 
 def test_nf4_gives_the_tokens_of_transformers_own_loading(folder: Path) -> None:
@@ -122,8 +192,6 @@ def test_a_plan_names_a_method_that_the_cpu_computes_quicker(method: str, folder
 
 @pytest.mark.parametrize("placement", ["ram", "half", "mapped", "everything on disk"])
 def test_a_tied_head_of_a_packed_model_is_held_once(placement: str, tmp_path: Path) -> None:
-    from tests import tiny
-
     folder = tiny.save_llama(tmp_path / "model", tied=True, hidden_size=128, intermediate_size=256)
     spec = ModelSpec(str(folder), quantize="nf4")
     if placement == "everything on disk":
@@ -181,8 +249,6 @@ def test_an_adapter_on_a_packed_model_is_saved(folder: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize("method", ["nf4", "int4"])
 def test_packing_holds_no_more_than_a_few_blocks_unpacked(method: str, tmp_path: Path) -> None:
     """Weights of 8 MiB: smaller than what malloc asks the system for one by one, once it has seen larger ones."""
-    from tests import tiny
-
     wide, same = (
         tiny.save_llama(tmp_path / name, layers=layers, hidden_size=1024, intermediate_size=2048)
         for name, layers in (("wide", 12), ("same", 1))

@@ -194,7 +194,10 @@ def _unpacked(plan: Plan) -> Iterator[str]:
     layout = plan.layout
     method = layout.details.get("quantization")
     if method and not layout.quantization:
-        yield f"Its {method} weights are loaded as {layout.dtype}, larger than in the files."
+        yield (
+            f"Its {method} weights are loaded as {layout.dtype}, larger than in the files. "
+            "--quantize nf4 packs them again."
+        )
     plain = layout.details.get("unpacked_bytes", 0)
     if layout.quantization and plain > layout.bytes * _MUCH_UNPACKED:
         yield f"{format_bytes(plain)} of it stay {layout.dtype}: {layout.quantization} packs linear layers only."

@@ -202,7 +202,7 @@ def _read_model(
     from llm_magic.backends.accelerate.source.layout import load_config
 
     config = load_config(files)
-    packed = PackedLoad(config, spec, plan, progress) if spec.quantize else None
+    packed = PackedLoad(config, spec, plan, folder.path, progress) if spec.quantize and folder else None
     with (
         packed.packs_stacks() if packed else nullcontext(),
         bars_into(_reporter(progress, block_labels(plan.layout))),

@@ -33,13 +33,16 @@ class PackedLoad:
         Transformers' configuration of the model.
     spec, plan
         How to pack, and where everything goes.
+    folder
+        Where transformers writes what is in no file as it is needed.
     progress
         Is told of every block.
     """
 
-    def __init__(self, config: Any, spec: ModelSpec, plan: Plan, progress: Progress) -> None:
+    def __init__(self, config: Any, spec: ModelSpec, plan: Plan, folder: Path, progress: Progress) -> None:
         import torch
 
+        self._folder = folder
         self._method, self._dtype = spec.quantize, getattr(torch, plan.layout.dtype)
         self._plan, self._progress = plan, progress
         self._stacks = dict(self._prepared_stacks(config)) if plan.layout.is_mixture_of_experts else {}
@@ -93,6 +96,7 @@ class PackedLoad:
                 pack_block(block, weights, device, device)
                 for name in self._written.intersection(wanted):
                     self._take(name, model, loader, device)
+            _remove_written(loader, self._folder, prefix)
             if any(name in shared for name in wanted):
                 model.tie_weights()
             trim()  # else the weights that were packed stay in malloc's hands, block after block
@@ -126,8 +130,6 @@ class PackedLoad:
         owner, _, leaf = name.rpartition(".")
         model.get_submodule(owner)._modules[leaf] = stack
         stack.hold(lambda part: loader[f"{name}.{part}"], device)
-        for part, _ in stack.named_parameters():
-            Path(loader.index.pop(f"{name}.{part}")["safetensors_file"]).unlink()
 
     def _device_of(self, name: str) -> str:
         return next(
@@ -143,3 +145,12 @@ class PackedLoad:
                 path, _, leaf = place.block.name.rpartition(".")
                 value = loader[place.block.name].to(place.modules_on)
                 model.get_submodule(path)._parameters[leaf] = torch.nn.Parameter(value, requires_grad=False)
+
+
+def _remove_written(loader: Any, folder: Path, prefix: str) -> None:
+    """Delete what was written to the folder of a block that has its weights."""
+    for name in [name for name in loader.index if name.startswith(prefix)]:
+        path = Path(loader.index[name].get("safetensors_file", ""))
+        if path.parent == folder:
+            path.unlink()
+            del loader.index[name]

@@ -61,7 +61,7 @@ def read_layout(spec: ModelSpec, files: ModelFiles) -> ModelLayout:
     """
     header = read_gguf_header(files.gguf) if files.gguf and not files.weight_files else None
     config = gguf_model.gguf_config(files.gguf, header) if files.gguf and header else load_config(files)
-    method, dtype = _method(spec, config), _dtype(spec, files, config, header)
+    method, dtype = find_method(spec.quantize) if spec.quantize else None, _dtype(spec, files, config, header)
     model = build_skeleton(config, dtype)
     blocks = _read_blocks(model, dtype)
     details = _details(config, files, header) | {
@@ -484,17 +484,6 @@ def _unpacked_bytes(blocks: tuple[Block, ...], method: Method) -> int:
     layers = [block for block in blocks if block.kind in ("encoder", "decoder")]
     tensors = [tensor for block in layers for tensor in block.tensors if len(tensor.shape) > 1]
     return sum(tensor.bytes for tensor in tensors if tensor.dtype != method.name)
-
-
-def _method(spec: ModelSpec, config: Any) -> Method | None:
-    if not spec.quantize:
-        return None
-    if getattr(config, "quantization_config", None):
-        raise OptionError(
-            "The weights are packed already, and would be unpacked to be packed again.",
-            "Leave out --quantize, or load the model that they were made from.",
-        )
-    return find_method(spec.quantize)
 
 
 def _with_experts(block: Block, config: Any) -> Block:
