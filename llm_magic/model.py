@@ -32,7 +32,7 @@ class ModelSpec:
     allow_pickle
         Whether ``.bin`` checkpoints may be read (with ``weights_only=True``).
     quantize
-        Method by which the linear layers are packed while loading (``"nf4"``, ``"int8"``, …); empty:
+        Method by which linear layers and experts are packed while loading (``"nf4"``, ``"int8"``, …); empty:
         as the checkpoint is.
     draft
         Source of a small model that proposes tokens; empty: none.
@@ -164,7 +164,7 @@ class ModelLayout:
     hidden_size, intermediate_size, vocab_size
         Widths, for the activation and logits peaks.
     quantization
-        Method by which linear layers are packed (``"nf4"``, …); the blocks' tensors then have the
+        Method by which linear layers and experts are packed (``"nf4"``, …); the blocks' tensors then have the
         packed bytes. Empty: none.
     draft
         A small model beside this one that proposes tokens; it stays whole where this one computes.

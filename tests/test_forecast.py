@@ -188,6 +188,10 @@ def test_only_routed_experts_are_read_and_moved():
     total = resident.forecast.bytes_per_token["cuda:0", "cuda:0"]
     head, norm, row, cache = 2 * 151936 * 2048, 4096, 4096, 48 * 512 * 2048
     assert total == 48 * token + head + norm + row + cache
+    # a GPU copies those of a token to one place first: it reads and writes them
+    seconds = (total + 2 * 48 * (experts * 8 // 128)) / 1e12 + 48 * 0.14e-3
+    assert resident.forecast.decode_tps == pytest.approx(1 / seconds)
+    assert resident.forecast.limit_tps == pytest.approx(1e12 / total)
     streamed = plan_for(moe30b(), slow_cpu())
     count = ways(streamed).count("s")
     assert count

@@ -30,7 +30,7 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
         type=str.lower,
         choices=QUANTIZE,
         metavar="METHOD",
-        help=f"pack the linear layers: {', '.join(QUANTIZE)}",
+        help=f"pack the linear layers and experts: {', '.join(QUANTIZE)}",
     )
     completes(
         add(

@@ -200,7 +200,10 @@ def _unpacked(plan: Plan) -> Iterator[str]:
         )
     plain = layout.details.get("unpacked_bytes", 0)
     if layout.quantization and plain > layout.bytes * _MUCH_UNPACKED:
-        yield f"{format_bytes(plain)} of it stay {layout.dtype}: {layout.quantization} packs linear layers only."
+        yield (
+            f"{format_bytes(plain)} of it stay {layout.dtype}: {layout.quantization} packs linear layers, "
+            "and experts that are computed one by one."
+        )
     by_cpu = any(place.compute == "cpu" for place in plan.placements)
     if by_cpu and (other := quicker_method(layout, plan.machine.device("cpu"))):
         yield f"{layout.quantization} is slow on the CPU: --quantize {other} has about as many bytes and a quicker kernel."

@@ -60,7 +60,8 @@ class Sweep:
     """Amounts of one pass, which add up over the blocks.
 
     ``reads``: device -> bytes of weights and caches that it computes with, of which ``mapped`` lie in
-    the page cache and ``packed`` must be unpacked; ``moves``: (where from, computing device) -> bytes,
+    the page cache and ``packed`` must be unpacked; ``copied``: device -> bytes that it reads and writes before
+    that; ``moves``: (where from, computing device) -> bytes,
     of which ``routed`` are known to be needed only when the block runs; ``layers``: device -> layers;
     ``flops``: device -> operations.
     """
@@ -68,6 +69,7 @@ class Sweep:
     reads: Counter[str] = field(default_factory=Counter)
     mapped: Counter[str] = field(default_factory=Counter)
     packed: Counter[str] = field(default_factory=Counter)
+    copied: Counter[str] = field(default_factory=Counter)
     moves: Counter[Way] = field(default_factory=Counter)
     routed: Counter[Way] = field(default_factory=Counter)
     layers: Counter[str] = field(default_factory=Counter)
@@ -123,6 +125,8 @@ def block_sweep(layout: ModelLayout, workload: Workload, place: Placement, *, to
         part.packed[device] = read
     elif source == "disk" and device == "cpu":
         part.mapped[device] = read
+    if source == device != "cpu":
+        part.copied[device] = _gathered_bytes(block, workload, tokens)
     part.layers[device] = int(is_layer)
     part.flops[device] = _flops(block, tokens) * workload.batch
     if source != device:
@@ -207,7 +211,7 @@ def _reading(device: str, sweep: Sweep, engine: Engine) -> Leg:
     share = "cpu_beside_bus" if device == "cpu" and _copies(sweep) else f"{family}_share"
     packed_name, packed_share = engine.packed_share(device)
     spent = {
-        share: float(plain),
+        share: float(plain + sweep.copied[device]),
         "page_cache_share": mapped / constants.page_cache_share,
         packed_name: packed / packed_share,
     }
@@ -331,6 +335,13 @@ def _routed_bytes(block: Block, workload: Workload, tokens: int) -> int:
         1 - block.active_experts / block.experts
     ) ** workload.batch  # share of experts that no sequence takes
     return round(block.expert_bytes * (1 - idle))
+
+
+def _gathered_bytes(block: Block, workload: Workload, tokens: int) -> int:
+    """What is read and written so that the experts of each token lie where a GPU's host need not know them."""
+    if tokens > 1 or not block.experts:
+        return 0
+    return 2 * workload.batch * block.expert_bytes * block.active_experts // block.experts
 
 
 def _cache_read(block: Block, workload: Workload) -> int:

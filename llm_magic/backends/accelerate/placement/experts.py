@@ -7,7 +7,8 @@ The module itself keeps its parameters where other libraries look for them, with
 
 Whether a module can be treated so is not decided by its name: `can_route` lets it run once on tensors
 without bytes and looks at what it asks for. Architectures that compute with whole stacks (Llama 4,
-JetMoE, DBRX) cannot, and experts that are quantized do not have plain stacks: such layers move whole.
+JetMoE, DBRX) cannot: their layers move whole. Where the matrices are packed, an expert is an entry of
+every part of them (see `packed_experts`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Packing a model's linear layers into 8, 4 or 2 bits, block by block.
+"""Packing a model's linear layers and experts into 8, 4 or 2 bits, block by block.
 
 The library's own loaders pack while they load and refuse any placement that is not all on one
 device. Here a model is prepared on the meta device, where every linear layer becomes the library's
