@@ -119,3 +119,19 @@ def test_experts_are_copied_in_parts(folder: Path, monkeypatch: pytest.MonkeyPat
             assert torch.equal(experts(hidden, chosen, shares), expected)
     finally:
         engine.close()
+
+
+@pytest.mark.parametrize("method", ["nf4", "int4"])
+def test_steps_are_captured_of_experts_that_the_cpu_had(method: str, folder: Path) -> None:
+    engine = loaded(folder, method, "resident")
+    try:
+        resident = engine.plan
+        expected = answers(engine)
+        by_cpu = tuple(replace(p, home="cpu", compute="cpu") for p in resident.placements)
+        engine.apply(replace(resident, placements=by_cpu), lambda _event: None)
+        assert all(answers(engine))
+        engine.apply(resident, lambda _event: None)
+        assert answers(engine) == expected
+        assert engine.status() == ("captured decode",)
+    finally:
+        engine.close()

@@ -64,6 +64,10 @@ class Template(ABC):
         The parts must have the shapes and dtypes of ``tensors`` and lie on one device.
         """
 
+    def on(self, device: Any) -> Template:  # noqa: ARG002
+        """The same with what else it holds on ``device``: nothing is copied when a weight is made there then."""
+        return self
+
     def weight(self, parts: Mapping[str, Any]) -> Any:
         """What ``parts`` make, without putting it into its module."""
         return next(value for _, key, value in self.bindings(parts) if key == self.name)
@@ -279,12 +283,12 @@ class _StackKind(_Ordered):
 
 @dataclass(frozen=True)
 class _StackTemplate(Template):
-    matrix: Template | None = None
+    matrix: Template
 
     def bindings(self, parts: Mapping[str, Any]) -> list[Assignment]:
         return [
             (self.module._parameters, self.name, _parameter(parts[""])),
-            (self.module.__dict__, "template", self.matrix),
+            (self.module.__dict__, "template", self.matrix.on(parts[""].device)),
             (self.module.__dict__, "known", None),
         ]
 
@@ -372,6 +376,14 @@ def _rows_at_a_time(columns: int) -> int:
 class _FourBitTemplate(Template):
     state: Any = None
     options: Mapping[str, Any] = field(default_factory=dict)
+
+    def on(self, device: Any) -> Template:
+        state = copy.copy(self.state)
+        state.code = _constant(state.code, device)
+        if state.nested:
+            state.state2 = copy.copy(state.state2)
+            state.state2.code = _constant(state.state2.code, device)
+        return replace(self, state=state)
 
     def bindings(self, parts: Mapping[str, Any]) -> list[Assignment]:
         from bitsandbytes.nn import Params4bit
