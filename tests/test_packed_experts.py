@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from llm_magic.backends.accelerate.placement import packing
+from llm_magic.backends.accelerate.placement import packed_experts, packing
 from llm_magic.backends.accelerate.placement.blocks import BlockTensors
 from llm_magic.backends.accelerate.placement.expert_cache import ExpertCache
 from llm_magic.backends.accelerate.placement.expert_stores import RamExperts
@@ -178,6 +178,32 @@ def test_routed_ones_compute_the_same_bits(method: str, kind: str, tokens: int) 
     routed.detach()
     held.bind(tensors)
     assert torch.equal(module(*inputs), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", METHODS)
+def test_many_tokens_of_a_gpu_multiply_with_the_numbers(
+    method: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some experts at a time, of which one has no tokens; the same bits as one by one, as routed ones do."""
+    module = packed(_experts(kind), method)
+    BlockTensors(module).arrange("cuda")
+    hidden, chosen, _ = routed_to(40)
+    chosen[chosen == 4] = 3
+    experts = chosen.flatten()
+    found = packed_experts._unpacked(module, hidden, experts)
+    assert torch.equal(found, packed_experts._one_by_one(module, hidden, experts, packed_experts._plain))
+    assert are_alike(found, packed_experts._one_by_one(module, hidden, experts, packed_experts._packed))
+    for size in (1, 2 * 4 * 2 * INSIDE * WIDTH):
+        monkeypatch.setattr(packed_experts, "_UNPACKED_BYTES", size)
+        assert torch.equal(packed_experts._unpacked(module, hidden, experts), found)
+
+
+def test_experts_without_tokens_are_not_unpacked() -> None:
+    module = packed(_experts("gated"), "quanto-int8")
+    stack = module.down_proj
+    assert [m is None for m in stack.unpacked([0, 0, 0, 0, 0, 0], torch.float32)] == [True] * EXPERTS
+    assert all(m is not None for m in stack.unpacked([0, 2, 0, 0, 0, 0], torch.float32))
 
 
 def test_what_is_packed_can_be_routed() -> None:

@@ -55,8 +55,8 @@ def loaded(folder: Path, method: str, way: str) -> Any:
 
 def answers(engine: Any) -> list[str]:
     """Two of a chat, the second after what was read before."""
-    first = ask(engine, request(PROMPT, chat="c", max_new_tokens=16)).text
-    return [first, ask(engine, request(PROMPT, first, "And of Spain?", chat="c", max_new_tokens=16)).text]
+    first = ask(engine, request(PROMPT * 3, chat="c", max_new_tokens=16)).text
+    return [first, ask(engine, request(PROMPT * 3, first, "And of Spain?", chat="c", max_new_tokens=16)).text]
 
 
 @pytest.mark.parametrize("method", ["nf4", "quanto-int8", "float8"])

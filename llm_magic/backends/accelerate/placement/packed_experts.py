@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -25,11 +26,14 @@ from llm_magic.units import MIB
 IMPLEMENTATION = "llm_magic_packed"
 """Name of `packed_experts` among transformers' implementations of experts."""
 
-_ALONE_TOKENS = 16
+_FEW_TOKENS = 16
 """Up to so many tokens, a GPU computes each of them by itself with each of its experts."""
 
 _GATHERED_BYTES = 32 * MIB
 """Of packed matrices that a GPU copies at a time."""
+
+_UNPACKED_BYTES = 64 * MIB
+"""Of matrices that a GPU unpacks at a time, for many tokens."""
 
 
 class PackedStack(torch.nn.Module):
@@ -51,6 +55,8 @@ class PackedStack(torch.nn.Module):
     known
         Experts that were asked for, as long as the module is bound to the same tensors.
     """
+
+    linear: Any
 
     def __init__(self, linear: Any, shape: tuple[int, ...], *, is_transposed: bool) -> None:
         super().__init__()
@@ -120,7 +126,8 @@ class PackedStack(torch.nn.Module):
 
     def matrix(self, tensors: Iterable[Any]) -> PackedMatrix:
         """An expert that is made of these tensors, one for each parameter, in their order."""
-        return PackedMatrix(self, dict(zip(self._names, tensors, strict=True)))
+        assert self.template is not None
+        return PackedMatrix(self.template, dict(zip(self._names, tensors, strict=True)))
 
     def chosen(self, experts: Any) -> Iterator[PackedMatrix]:
         """The matrices of experts with these numbers ``[n]``.
@@ -136,6 +143,21 @@ class PackedStack(torch.nn.Module):
             for tensors in zip(*(stack.index_select(0, some) for stack in stacks), strict=True):
                 yield self.matrix(tensors)
 
+    def unpacked(self, uses: Sequence[int], dtype: Any) -> Iterator[Any]:
+        """The numbers of every expert ``[out, in]``; ``None`` for some that are not used."""
+        assert self.template is not None
+        step = max(
+            1, _UNPACKED_BYTES // (dtype.itemsize * self.linear.out_features * self.linear.in_features)
+        )
+        held: Mapping[str, Any] = self._parameters
+        for start in range(0, self.experts, step):
+            some = slice(start, min(start + step, self.experts))
+            if any(uses[some]):
+                stacks = {part: held[name][some] for part, name in self._names.items()}
+                yield from self.template.unpacked(stacks, dtype)
+            else:
+                yield from [None] * (some.stop - some.start)
+
     def _entry(self, expert: int) -> packing.Parts:
         held: Mapping[str, Any] = self._parameters
         return {part: held[name][expert] for part, name in self._names.items()}
@@ -144,12 +166,19 @@ class PackedStack(torch.nn.Module):
 class PackedMatrix:
     """The packed matrix of one expert: called with ``[tokens, in]``, it answers ``[tokens, out]``."""
 
-    def __init__(self, stack: PackedStack, parts: Mapping[str, Any]) -> None:
-        assert stack.template is not None
-        self._weight = stack.template.weight(parts)
+    def __init__(self, template: packing.Template, parts: packing.Parts) -> None:
+        self._template, self._parts = template, parts
 
     def __call__(self, tokens: Any) -> Any:
         return packing.multiplied(tokens, self._weight)
+
+    def unpacked(self, dtype: Any) -> Any:
+        """Its numbers ``[out, in]``."""
+        return self._template.unpacked({part: held[None] for part, held in self._parts.items()}, dtype)[0]
+
+    @cached_property
+    def _weight(self) -> Any:
+        return self._template.weight(self._parts)
 
 
 def packed_experts(module: Any, hidden_states: Any, top_k_index: Any, top_k_weights: Any) -> Any:
@@ -172,14 +201,20 @@ def packed_experts(module: Any, hidden_states: Any, top_k_index: Any, top_k_weig
         ``[tokens, width]``.
     """
     tokens, of_each = top_k_index.shape
-    alone = tokens <= (1 if hidden_states.device.type == "cpu" else _ALONE_TOKENS)
-    compute = _side_by_side if alone and isinstance(module.down_proj, PackedStack) else _one_by_one
-    outputs = compute(module, hidden_states, top_k_index.flatten(), alone=alone)
+    on_cpu, is_here = hidden_states.device.type == "cpu", isinstance(module.down_proj, PackedStack)
+    is_few = tokens <= (1 if on_cpu else _FEW_TOKENS)
+    if is_here and is_few:
+        compute = _side_by_side
+    elif is_here and not on_cpu:
+        compute = _unpacked
+    else:
+        compute = partial(_one_by_one, product=_packed if on_cpu else _each if is_few else _plain)
+    outputs = compute(module, hidden_states, top_k_index.flatten())
     weighted = outputs.view(tokens, of_each, -1) * top_k_weights.unsqueeze(-1)
     return weighted.sum(dim=1).to(hidden_states.dtype)
 
 
-def _side_by_side(module: Any, tokens: Any, experts: Any, *, alone: bool) -> Any:  # noqa: ARG001
+def _side_by_side(module: Any, tokens: Any, experts: Any) -> Any:
     """Each token with each of its experts ``[tokens * k]``: few kernels, and a GPU's host does not ask which."""
     of_each = len(experts) // len(tokens)
 
@@ -190,26 +225,63 @@ def _side_by_side(module: Any, tokens: Any, experts: Any, *, alone: bool) -> Any
     return _expert(module, linear, tokens.repeat_interleave(of_each, dim=0))
 
 
-def _one_by_one(module: Any, tokens: Any, experts: Any, *, alone: bool) -> Any:
-    """Every expert that there are tokens for, in ascending order, with all of these; or with each ``alone``."""
-    count = module.num_experts
-    order = experts.argsort(stable=True)
-    uses = torch.bincount(experts, minlength=count)[:count].tolist()
+def _unpacked(module: Any, tokens: Any, experts: Any) -> Any:
+    """Many tokens, in the order of the experts, some of which are unpacked at a time."""
+    order, uses = _in_order(module, experts)
+
+    def linear(name: str, inputs: Any) -> Any:
+        stack = getattr(module, name)
+        outputs = inputs.new_empty(len(inputs), stack.linear.out_features)
+        matrices = stack.unpacked(uses, inputs.dtype)
+        for some, result in zip(inputs.split(uses), outputs.split(uses), strict=True):
+            matrix = next(matrices)
+            if len(some):
+                torch.mm(some, matrix.T, out=result)
+        return _biased(module, name, outputs, experts[order])
+
     outputs = tokens.new_zeros(len(experts), tokens.shape[-1])
-    for expert, places in enumerate(order[: sum(uses)].split(uses)):
+    outputs[order] = _expert(module, linear, tokens[order // (len(experts) // len(tokens))])
+    return outputs
+
+
+def _one_by_one(module: Any, tokens: Any, experts: Any, product: Callable[[PackedMatrix, Any], Any]) -> Any:
+    """Every expert that there are tokens for, in ascending order, with all of these."""
+    order, uses = _in_order(module, experts)
+    outputs = tokens.new_zeros(len(experts), tokens.shape[-1])
+    for expert, places in enumerate(order.split(uses)):
         if len(places):
-            linear = _linear(module, expert, alone=alone)
+            linear = _linear(module, expert, product)
             outputs[places] = _expert(module, linear, tokens[places // (len(experts) // len(tokens))])
     return outputs
 
 
-def _linear(module: Any, expert: int, *, alone: bool) -> Callable[[str, Any], Any]:
+def _in_order(module: Any, experts: Any) -> tuple[Any, list[int]]:
+    """Places of ``experts`` in ascending order, without those beyond the last one, and how often each is used."""
+    uses = torch.bincount(experts, minlength=module.num_experts)[: module.num_experts].tolist()
+    return experts.argsort(stable=True)[: sum(uses)], uses
+
+
+def _linear(
+    module: Any, expert: int, product: Callable[[PackedMatrix, Any], Any]
+) -> Callable[[str, Any], Any]:
     def linear(name: str, inputs: Any) -> Any:
-        matrix = getattr(module, name)[expert]
-        outputs = torch.cat([matrix(row) for row in inputs.split(1)]) if alone else matrix(inputs)
-        return _biased(module, name, outputs, expert)
+        return _biased(module, name, product(getattr(module, name)[expert], inputs), expert)
 
     return linear
+
+
+def _packed(matrix: PackedMatrix, tokens: Any) -> Any:
+    return matrix(tokens)
+
+
+def _each(matrix: PackedMatrix, tokens: Any) -> Any:
+    """As `_side_by_side`: the bits must not depend on where an expert stays."""
+    return torch.cat([matrix(token) for token in tokens.split(1)])
+
+
+def _plain(matrix: PackedMatrix, tokens: Any) -> Any:
+    """As `_unpacked`."""
+    return torch.mm(tokens, matrix.unpacked(tokens.dtype).T)
 
 
 def _biased(module: Any, name: str, outputs: Any, experts: Any) -> Any:

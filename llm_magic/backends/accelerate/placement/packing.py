@@ -72,6 +72,17 @@ class Template(ABC):
         """What ``parts`` make, without putting it into its module."""
         return next(value for _, key, value in self.bindings(parts) if key == self.name)
 
+    def unpacked(self, stacks: Mapping[str, Any], dtype: Any) -> Any:
+        """Several weights as numbers of ``dtype`` ``[n, out, in]``; ``stacks`` are their parts ``[n, ...]``.
+
+        Their bytes must lie in the order that GPUs read.
+        """
+        import torch
+
+        count = len(next(iter(stacks.values())))
+        alone = ({part: stack[i] for part, stack in stacks.items()} for i in range(count))
+        return torch.stack([_numbers(self.weight(parts)).to(dtype) for parts in alone])
+
     def empty(self) -> list[Assignment]:
         """What to assign so that the module holds no bytes: the same parameter on the meta device."""
         import torch
@@ -127,8 +138,17 @@ def multiplied(tokens: Any, packed: Any) -> Any:
 
         return matmul_4bit(tokens, packed, quant_state=state)
     if type(packed).__name__ == "Int8Params":
-        packed = packed.data.to(tokens.dtype) * (packed.SCB / 127).to(tokens.dtype).unsqueeze(-1)
+        packed = _floats(packed.data, packed.SCB, tokens.dtype)
     return torch.nn.functional.linear(tokens, packed)
+
+
+def _numbers(packed: Any) -> Any:
+    state = getattr(packed, "quant_state", None)
+    if state is None:
+        return packed.dequantize()
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(packed.data, state)
 
 
 def bind(assignments: list[Assignment]) -> None:
@@ -385,6 +405,22 @@ class _FourBitTemplate(Template):
             state.state2.code = _constant(state.state2.code, device)
         return replace(self, state=state)
 
+    def unpacked(self, stacks: Mapping[str, Any], dtype: Any) -> Any:
+        import torch
+
+        count, (rows, columns) = len(stacks[""]), self.state.shape
+        if self.state.nested or rows * columns % self.state.blocksize:
+            return super().unpacked(stacks, dtype)
+        numbers = torch.ops.bitsandbytes.dequantize_4bit.default(  # as if they were one
+            stacks[""].reshape(-1, 1),
+            stacks["absmax"].flatten(),
+            self.state.blocksize,
+            self.state.quant_type,
+            (count * rows, columns),
+            dtype,
+        )
+        return numbers.view(count, rows, columns)
+
     def bindings(self, parts: Mapping[str, Any]) -> list[Assignment]:
         from bitsandbytes.nn import Params4bit
 
@@ -434,6 +470,9 @@ class _EightBitKind(_Kind):
 
 @dataclass(frozen=True)
 class _EightBitTemplate(Template):
+    def unpacked(self, stacks: Mapping[str, Any], dtype: Any) -> Any:
+        return _floats(stacks[""], stacks["SCB"], dtype)
+
     def bindings(self, parts: Mapping[str, Any]) -> list[Assignment]:
         from bitsandbytes.nn import Int8Params
 
@@ -445,6 +484,11 @@ class _EightBitTemplate(Template):
             (state, "CB", parts[""]),
             (state, "SCB", parts["SCB"]),
         ]
+
+
+def _floats(integers: Any, scales: Any, dtype: Any) -> Any:
+    """What 8-bit rows stand for, whose largest numbers are the ``scales``."""
+    return integers.to(dtype) * (scales / 127).to(dtype).unsqueeze(-1)
 
 
 # ----------------------------------------------------------------------------------- optimum.quanto
@@ -587,6 +631,11 @@ def _shell(tensor: Any) -> _Shell:
 @dataclass(frozen=True)
 class _QuantoTemplate(Template):
     shell: _Shell | None = None
+
+    def unpacked(self, stacks: Mapping[str, Any], dtype: Any) -> Any:
+        if set(stacks) != {"_data", "_scale"}:
+            return super().unpacked(stacks, dtype)
+        return stacks["_data"].to(dtype) * stacks["_scale"]
 
     def weight(self, parts: Mapping[str, Any]) -> Any:
         assert self.shell is not None  # no parameter, which cannot be made of these in inference mode
