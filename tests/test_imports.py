@@ -72,16 +72,17 @@ def test_imports_point_down() -> None:
 def test_backend_libraries_are_imported_inside_functions_of_backends_only() -> None:
     """No module of llm_magic names one at its top level, and none outside ``backends`` names one at all.
 
-    Only subclasses of Accelerate's hook cannot wait: their modules are imported by those that need them.
+    Only subclasses of Accelerate's hook and torch's modules cannot wait: their modules are imported by those that
+    need them.
     """
-    found = []
+    found, subclassing = [], ("hooks.py", "visits.py", "packed_experts.py")
     for path in sorted((REPOSITORY / "llm_magic").rglob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         inside = {id(n) for f in ast.walk(tree) if isinstance(f, _FUNCTIONS) for n in ast.walk(f)}
         guarded = {id(n) for i in ast.walk(tree) if isinstance(i, ast.If) for n in ast.walk(i)}
         for node in ast.walk(tree):
             names = _imported(node) & {"torch", "transformers", "accelerate", "huggingface_hub"}
-            is_late = id(node) in inside or id(node) in guarded or path.name in ("hooks.py", "visits.py")
+            is_late = id(node) in inside or id(node) in guarded or path.name in subclassing
             if names and not (is_late and "backends" in path.parts):
                 found.append(f"{path.relative_to(REPOSITORY)}:{getattr(node, 'lineno', 0)} {sorted(names)}")
     assert not found

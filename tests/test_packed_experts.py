@@ -137,11 +137,11 @@ def test_each_matrix_is_packed_as_a_linear_layer_of_the_same_weight(method: str,
             assert torch.equal(held[EXPERTS - 1].view(torch.uint8), part.view(torch.uint8))
 
 
-def layer(inputs: int, outputs: int, method: str) -> Any:
+def layer(inputs: int, outputs: int, method: str, dtype: Any = torch.float32) -> Any:
     """A packed linear layer without bytes."""
     with torch.device("meta"):
-        model = Model(_experts("gated"), torch.nn.Linear(inputs, outputs, bias=False))
-    prepare(model, method, torch.float32)
+        model = Model(_experts("gated"), torch.nn.Linear(inputs, outputs, bias=False, dtype=dtype))
+    prepare(model, method, dtype)
     return model.mlp["linear"]
 
 
@@ -197,6 +197,21 @@ def test_many_tokens_of_a_gpu_multiply_with_the_numbers(
     for size in (1, 2 * 4 * 2 * INSIDE * WIDTH):
         monkeypatch.setattr(packed_experts, "_UNPACKED_BYTES", size)
         assert torch.equal(packed_experts._unpacked(module, hidden, experts), found)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_numbers_are_what_the_kernels_multiply_with(method: str) -> None:
+    """Those of torch's 4-bit kernel too, whose weights this machine's order is for."""
+    linear = layer(WIDTH, INSIDE, method, torch.bfloat16)
+    pack_block(linear, {"weight": torch.randn(INSIDE, WIDTH, dtype=torch.bfloat16)}, "cpu", "mps")
+    for order in ("mps", "cpu")[: 1 + (method == "int4")]:
+        packing.arrange(linear, order, fresh=True)
+        parts = packing.parts(linear, "weight")
+        stacks = {part: torch.stack([tensor, tensor]) for part, tensor in parts.items()}
+        first, second = packing.template(linear, "weight").unpacked(stacks, torch.bfloat16)
+        assert torch.equal(first, second)
+        tokens = torch.randn(3, WIDTH, dtype=torch.bfloat16)
+        assert are_alike(tokens @ first.T, packing.multiplied(tokens, linear.weight))
 
 
 def test_experts_without_tokens_are_not_unpacked() -> None:

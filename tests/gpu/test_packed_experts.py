@@ -41,8 +41,8 @@ def _own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
     torch.cuda.empty_cache()
 
 
-def loaded(folder: Path, method: str, way: str) -> Any:
-    spec = ModelSpec(str(folder), quantize=method, dtype="bfloat16")
+def loaded(folder: Path, method: str, way: str, dtype: str = "bfloat16") -> Any:
+    spec = ModelSpec(str(folder), quantize=method, dtype=dtype)
     _, plan = plan_for(folder, "ram", spec=spec)
     gpu = Device(DEVICE, "gpu", "GPU", 8 * GIB, 7 * GIB)
     place = (ON_GPU | HYBRID)[way]
@@ -61,14 +61,14 @@ def answers(engine: Any) -> list[str]:
 
 @pytest.mark.parametrize("method", ["nf4", "quanto-int8", "float8"])
 def test_the_same_tokens_wherever_the_experts_stay(method: str, folder: Path) -> None:
-    engine = loaded(folder, method, "resident")
+    engine = loaded(folder, method, "resident", "float32")  # captured steps round in another way
     try:
         expected = answers(engine)
         assert engine.status() == ("captured decode",)
     finally:
         engine.close()
     for way in ("streamed", "every second layer streamed", "a bit of each", "everything read"):
-        engine = loaded(folder, method, way)
+        engine = loaded(folder, method, way, "float32")
         try:
             assert answers(engine) == expected, way
         finally:

@@ -145,7 +145,7 @@ def multiplied(tokens: Any, packed: Any) -> Any:
 def _numbers(packed: Any) -> Any:
     state = getattr(packed, "quant_state", None)
     if state is None:
-        return packed.dequantize()
+        return _tinygemm_numbers(packed) if hasattr(packed, "_scale_shift") else packed.dequantize()
     from bitsandbytes.functional import dequantize_4bit
 
     return dequantize_4bit(packed.data, state)
@@ -567,6 +567,14 @@ def _as_integers(weight: Any) -> Any:
     plain = int4_orders.integers(packed._data, weight.shape[1])
     packed.unpack = lambda: plain
     return _tinygemm(weight, packed, weight._scale_shift).weight_qbits_tensor()
+
+
+def _tinygemm_numbers(weight: Any) -> Any:
+    """What a weight of torch's kernel stands for; quanto would compile an extension to tell."""
+    rows, columns = weight.shape
+    integers = int4_orders.integers(weight._data._data, columns).view(rows, -1, weight._group_size)
+    scales, middles = weight._scale_shift.transpose(0, 1).unsqueeze(-2).unbind(-1)  # [rows, groups, 1]
+    return ((integers.to(scales.dtype) - 8) * scales + middles).view(rows, columns)
 
 
 def _tinygemm(weight: Any, data: Any, statistics: Any, size: tuple[int, int] | None = None) -> Any:
