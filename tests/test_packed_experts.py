@@ -195,7 +195,7 @@ def test_many_tokens_of_a_gpu_multiply_with_the_numbers(
     assert torch.equal(found, packed_experts._one_by_one(module, hidden, experts, packed_experts._plain))
     assert are_alike(found, packed_experts._one_by_one(module, hidden, experts, packed_experts._packed))
     for size in (1, 2 * 4 * 2 * INSIDE * WIDTH):
-        monkeypatch.setattr(packed_experts, "_UNPACKED_BYTES", size)
+        monkeypatch.setattr(packed_experts, "UNPACKED_EXPERTS_BYTES", size)
         assert torch.equal(packed_experts._unpacked(module, hidden, experts), found)
 
 

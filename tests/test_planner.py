@@ -14,7 +14,7 @@ from llm_magic.errors import PlanError
 from llm_magic.hookspecs import Planner
 from llm_magic.host.probe import read_machine
 from llm_magic.machine import Machine
-from llm_magic.model import Block, CacheCost, ModelLayout
+from llm_magic.model import Block, CacheCost, ModelLayout, TensorInfo
 from llm_magic.plan import Plan, Workload
 from llm_magic.planning.constants import Constants
 from llm_magic.planning.costs import activation_bytes, logits_bytes, longest_pass
@@ -316,6 +316,25 @@ def test_a_prefill_unpacks_the_largest_packed_matrix():
     assert activation_bytes(layout, Workload(1024)) == ACTIVATIONS + 1422 * 4096 * 2
     each = sum(round(n * 4.5 / 8) for n in [50 * MIB // 9] * 8 + [50 * MIB - 8 * (50 * MIB // 9)])
     assert plan_for(layout, laptop()).use("cpu").weights == 4 * each + 80 * MIB + 128
+
+
+@pytest.mark.parametrize(
+    ("experts", "unpacked"),
+    [
+        (4, 4 * 1024 * 512 * 2),  # all of them
+        (128, 64 * MIB),  # some at a time
+        (2, 2 * 1024 * 512 * 2),
+    ],
+)
+def test_a_prefill_unpacks_some_experts_at_a_time(experts: int, unpacked: int):
+    whole = toy(experts=experts, active=2)
+    stack = TensorInfo(
+        "model.layers.0.mlp.experts.down_proj", (experts, 1024, 512), "nf4", experts * 1024 * 288
+    )
+    first = replace(whole.blocks[1], tensors=(stack,), expert_bytes=stack.bytes)
+    layout = replace(whole, quantization="nf4", blocks=(whole.blocks[0], first, *whole.blocks[2:]))
+    without = replace(layout, quantization="")
+    assert activation_bytes(layout, Workload(1024)) == activation_bytes(without, Workload(1024)) + unpacked
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from math import prod
 from llm_magic.machine import Device, Machine
 from llm_magic.model import Block, ModelLayout
 from llm_magic.plan import DeviceUse, MemoryBudget, Placement, Plan, Workload
+from llm_magic.planning.packed import UNPACKED_EXPERTS_BYTES
 
 SCAN_CHUNK_TOKENS = 64
 """Tokens for which a chunked recurrent scan keeps one state (the chunk size of transformers' kernels)."""
@@ -316,24 +317,28 @@ def _mlp_bytes(layout: ModelLayout) -> int:
 
 
 def _unpacked_bytes(layout: ModelLayout) -> int:
-    """The largest packed matrix as it is while a prefill multiplies with it.
+    """The largest packed matrix as it is while a prefill multiplies with it, or the experts that are unpacked at once.
 
     quanto has floats a second time before their scale, and integers of less than a byte as bytes.
     """
     width = dtype_bytes(layout.dtype)
     before = {"float8": width, "int4": 1, "int2": 1}.get(layout.quantization, 0)
-    return max((prod(shape) * (width + before) for shape in _packed_shapes(layout)), default=0)
+
+    def most(shape: tuple[int, ...]) -> int:
+        return max(prod(shape[-2:]) * (width + before), min(prod(shape) * width, UNPACKED_EXPERTS_BYTES))
+
+    return max(map(most, _packed_shapes(layout)), default=0)
 
 
 def _packed_shapes(layout: ModelLayout) -> Iterator[tuple[int, ...]]:
-    """Logical shapes of the matrices that take fewer bytes than in the dtype that computes."""
+    """Logical shapes of the weights that take fewer bytes than in the dtype that computes."""
     if not layout.quantization:
         return
     width = dtype_bytes(layout.dtype)
     for block in layout.blocks:
         for tensor in block.tensors:
             if len(tensor.shape) >= 2 and tensor.bytes < prod(tensor.shape) * width:
-                yield tensor.shape[-2:]  # experts are unpacked one by one
+                yield tensor.shape
 
 
 def _tokens(workload: Workload) -> int:

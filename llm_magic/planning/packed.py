@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from llm_magic.machine import Device
 from llm_magic.model import ModelLayout
+from llm_magic.units import MIB
 
 ON_CPU = {
     "nf4": (0.55, 0.07, 0.035),
@@ -46,6 +47,9 @@ integers (integers, their products with the scales, these again), 1 of 9 for flo
 4-bit integers. The other numbers are those of the kernel that is most like it.
 """
 _SOMEHOW = 0.1
+
+UNPACKED_EXPERTS_BYTES = 64 * MIB
+"""Of packed experts that a GPU unpacks at a time for many tokens, or one of them if it is larger."""
 
 _AS_LARGE = {"float8": "quanto-int8", "int8": "quanto-int8", "nf4": "int4", "fp4": "int4"}
 _MUCH_QUICKER = 4

@@ -21,6 +21,7 @@ import torch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from llm_magic.backends.accelerate.placement import packing
+from llm_magic.planning.packed import UNPACKED_EXPERTS_BYTES
 from llm_magic.units import MIB
 
 IMPLEMENTATION = "llm_magic_packed"
@@ -31,9 +32,6 @@ _FEW_TOKENS = 16
 
 _GATHERED_BYTES = 32 * MIB
 """Of packed matrices that a GPU copies at a time."""
-
-_UNPACKED_BYTES = 64 * MIB
-"""Of matrices that a GPU unpacks at a time, for many tokens."""
 
 
 class PackedStack(torch.nn.Module):
@@ -147,7 +145,7 @@ class PackedStack(torch.nn.Module):
         """The numbers of every expert ``[out, in]``; ``None`` for some that are not used."""
         assert self.template is not None
         step = max(
-            1, _UNPACKED_BYTES // (dtype.itemsize * self.linear.out_features * self.linear.in_features)
+            1, UNPACKED_EXPERTS_BYTES // (dtype.itemsize * self.linear.out_features * self.linear.in_features)
         )
         held: Mapping[str, Any] = self._parameters
         for start in range(0, self.experts, step):
