@@ -20,6 +20,7 @@ from llm_magic.machine import Machine
 from llm_magic.model import ModelSpec
 from llm_magic.planning.planner import make_plan
 from llm_magic.planning.select import edited
+from llm_magic.views.python import python_of
 from tests import tiny
 from tests.engines import BACKEND, ask, load, plan_for, request
 from tests.packed_checkpoints import save_fp8, save_mxfp4
@@ -114,6 +115,16 @@ def test_weights_that_are_packed_in_their_files_are_packed_again(
     finally:
         engine.close()
         expected.close()
+
+
+def test_the_python_to_copy_says_what_transformers_does_not_pack(mixture: Path, tmp_path: Path) -> None:
+    _, plan = plan_for(mixture, "ram", spec=ModelSpec(str(mixture), quantize="nf4"))
+    assert "leaves a mixture's experts as they are" in python_of(plan)
+    _, plain = plan_for(mixture, "ram")
+    assert "leaves a mixture's experts" not in python_of(plain)
+    again = save_fp8(tmp_path / "packed")
+    _, plan = plan_for(again, "ram", spec=ModelSpec(str(again), quantize="nf4"))
+    assert "takes no other quantization for fp8 weights" in python_of(plan)
 
 
 def with_weights(folder: Path, target: Path, weights: dict[str, Any]) -> Path:

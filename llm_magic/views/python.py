@@ -68,14 +68,26 @@ def _differences(plan: Plan) -> list[str]:
     """What Accelerate does otherwise with the same map."""
     on_gpu = any(place.compute != "cpu" for place in plan.placements)
     ways = {place.way for place in plan.placements}
-    if plan.layout.quantization and ways & {"streamed", "read", "kept", "looked-up"}:
-        return ["# Plain transformers refuses to offload packed weights, or unpacks them."]
     lines = []
+    if plan.layout.quantization and plan.layout.details.get("quantization"):
+        method = plan.layout.details["quantization"]
+        lines += [f"# Plain transformers takes no other quantization for {method} weights."]
+    if _packs_experts(plan):
+        lines += ["# Plain transformers leaves a mixture's experts as they are; here they are packed."]
+    if plan.layout.quantization and ways & {"streamed", "read", "kept", "looked-up"}:
+        return [*lines, "# Plain transformers refuses to offload packed weights, or unpacks them."]
     if on_gpu and any(place.compute == "cpu" for place in plan.placements):
         lines += ['# Accelerate moves every block on "cpu" to a GPU; here the CPU computes some of them.']
     if any(place.way == "looked-up" and place.compute != "cpu" for place in plan.placements):
         lines += ["# Accelerate moves a whole table to a GPU for every token; here only rows of it go there."]
     return lines
+
+
+def _packs_experts(plan: Plan) -> bool:
+    """Whether any packed weight is a stack of experts."""
+    tensors = (tensor for block in plan.layout.blocks if block.experts for tensor in block.tensors)
+    method = plan.layout.quantization
+    return bool(method) and any(len(t.shape) == 3 and t.dtype == method for t in tensors)
 
 
 def _call(name: str, auto_class: str, arguments: list[str]) -> list[str]:
