@@ -192,8 +192,12 @@ def test_many_tokens_of_a_gpu_multiply_with_the_numbers(
     chosen[chosen == 4] = 3
     experts = chosen.flatten()
     found = packed_experts._unpacked(module, hidden, experts)
-    assert torch.equal(found, packed_experts._one_by_one(module, hidden, experts, packed_experts._plain))
-    assert are_alike(found, packed_experts._one_by_one(module, hidden, experts, packed_experts._packed))
+    assert torch.equal(
+        found, packed_experts._one_by_one(module, hidden, experts, packed_experts._unpacked_product)
+    )
+    assert are_alike(
+        found, packed_experts._one_by_one(module, hidden, experts, packed_experts._packed_product)
+    )
     for size in (1, 2 * 4 * 2 * INSIDE * WIDTH):
         monkeypatch.setattr(packed_experts, "UNPACKED_EXPERTS_BYTES", size)
         assert torch.equal(packed_experts._unpacked(module, hidden, experts), found)

@@ -48,7 +48,7 @@ def activation_bytes(layout: ModelLayout, workload: Workload) -> int:
         2·T·H·e                                     residual stream and its normed copy
       + max(6·T·H·e,                                q, k, v, rotated q and k, attention output (sdpa)
             8·T·H,                                  the norm's fp32 copy and its square
-            3·T·k·I·e + [k > 1]·T·k·H·e)            act(gate), up, their product; gathered tokens
+            3·T·k·I·e + [k > 1]·T·k·(I + H)·e)      act(gate), up, their product; experts: gate, tokens
                                                     (int8: 10·T·k·I, see ``_mlp_bytes``)
       + half of the largest layer's KV cache        ``torch.cat`` holds old and new keys at once
       + what attention over a prefix adds           see ``_attention_bytes``
@@ -67,8 +67,8 @@ def activation_bytes(layout: ModelLayout, workload: Workload) -> int:
     tokens = _tokens(workload)
     row = tokens * layout.hidden_size * dtype_bytes(layout.dtype)
     experts = layout.active_experts or 1
-    gathered = experts * row if experts > 1 else 0
     width = layout.intermediate_size or 4 * layout.hidden_size
+    gathered = experts * (row + tokens * width * dtype_bytes(layout.dtype)) if experts > 1 else 0
     mlp = tokens * experts * width * _mlp_bytes(layout) + gathered
     largest_cache = workload.largest_cache_bytes(layout)
     peak = 2 * row + max(6 * row, 8 * tokens * layout.hidden_size, mlp)

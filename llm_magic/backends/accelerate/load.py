@@ -204,7 +204,7 @@ def _read_model(
     config = load_config(files)
     packed = PackedLoad(config, spec, plan, folder.path, progress) if spec.quantize and folder else None
     with (
-        packed.packs_stacks() if packed else nullcontext(),
+        packed.packs_what_is_written() if packed else nullcontext(),
         bars_into(_reporter(progress, block_labels(plan.layout))),
         default_dtype_kept(),
         _memory_for_each_weight(),

@@ -1,8 +1,8 @@
 """Weights that are packed while they are loaded: a block at a time, on its way to its place.
 
-Stacks of experts are in no file as they are needed: transformers makes them of the experts while it
-reads, and writes each to the offload folder, in which a model would be as large as its files. So a
-stack is packed before it is written.
+Some weights are in no file as they are needed: stacks of experts, which transformers makes while it
+reads, and all that a checkpoint has in fp8 or mxfp4. It writes them to the offload folder, where a model
+would be as large as it is unpacked. So they are packed before they are written.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_magic.backends.accelerate.memory_errors import trim
+from llm_magic.backends.accelerate.placement import packing
 from llm_magic.backends.accelerate.placement.blocks import raw
 from llm_magic.backends.accelerate.placement.hooks import strip, weights_loader
 from llm_magic.backends.accelerate.placement.packed_experts import PackedStack
@@ -45,12 +46,13 @@ class PackedLoad:
         self._folder = folder
         self._method, self._dtype = spec.quantize, getattr(torch, plan.layout.dtype)
         self._plan, self._progress = plan, progress
-        self._stacks = dict(self._prepared_stacks(config)) if plan.layout.is_mixture_of_experts else {}
+        is_made = plan.layout.is_mixture_of_experts or plan.layout.details.get("quantization")
+        self._modules = self._prepared(config) if is_made else {}
         self._written: set[str] = set()
 
     @contextmanager
-    def packs_stacks(self) -> Iterator[None]:
-        """While transformers loads the model: what it writes of a stack is packed."""
+    def packs_what_is_written(self) -> Iterator[None]:
+        """While transformers loads the model: what it writes is packed, if it is to be."""
         from transformers import core_model_loading
 
         usual = getattr(core_model_loading, "offload_weight", None)
@@ -59,6 +61,8 @@ class PackedLoad:
             return
 
         def offload(weight: Any, name: str, folder: str, index: dict[str, Any]) -> Any:
+            if folder is None or Path(folder) != self._folder:  # of another model, in another thread
+                return usual(weight, name, folder, index)
             for part, tensor in self._packed(name, weight):
                 index = usual(tensor, part, folder, index)
             return index
@@ -93,9 +97,9 @@ class PackedLoad:
             plain = [name for name in wanted if name not in self._written]
             weights = {name.removeprefix(prefix): loader[name] for name in plain}
             with torch.no_grad():
-                pack_block(block, weights, device, device)
                 for name in self._written.intersection(wanted):
                     self._take(name, model, loader, device)
+                pack_block(block, weights, device, device)
             _remove_written(loader, self._folder, prefix)
             if any(name in shared for name in wanted):
                 model.tie_weights()
@@ -103,33 +107,45 @@ class PackedLoad:
 
         return fill
 
-    def _prepared_stacks(self, config: Any) -> Iterator[tuple[str, PackedStack]]:
+    def _prepared(self, config: Any) -> dict[str, Any]:
+        """The modules that hold packed weights, by the weights' names, without bytes."""
         model = build_skeleton(config, self._dtype)
-        prepare(model, self._method, self._dtype)
-        return ((name, m) for name, m in model.named_modules() if isinstance(m, PackedStack))
+        names = prepare(model, self._method, self._dtype)
+        return {name: model.get_submodule(name.removesuffix(".weight")) for name in names}
 
     def _packed(self, name: str, weight: Any) -> Iterator[tuple[str, Any]]:
         """What is written of a weight, by name."""
         import torch
 
-        if name not in self._stacks:
+        if name not in self._modules:
             yield name, weight
             return
-        stack = self._stacks[name]
-        device = self._device_of(name)
+        module, device = self._modules[name], self._device_of(name)
         with torch.no_grad():
-            pack_stack(stack, weight, device, device)
-        for part, tensor in stack.named_parameters():
-            yield f"{name}.{part}", raw(tensor).cpu()
-        stack.clear()
+            if isinstance(module, PackedStack):
+                pack_stack(module, weight, device, device)
+            else:
+                pack_block(module, {"weight": weight}, device, device)
+        for number, (owner, leaf) in enumerate(_parameters(module)):
+            for part, tensor in packing.parts(owner, leaf).items():
+                yield f"{name}.{number}.{part}", raw(tensor).cpu()
+            packing.bind(packing.template(owner, leaf).empty())
         self._written.add(name)
 
     def _take(self, name: str, model: Any, loader: Any, device: str) -> None:
-        """Put a stack into its place, from the files that it was written to; they go."""
-        stack = self._stacks.pop(name)
-        owner, _, leaf = name.rpartition(".")
-        model.get_submodule(owner)._modules[leaf] = stack
-        stack.hold(lambda part: loader[f"{name}.{part}"], device)
+        """Put a packed weight into its place, from what was written of it."""
+        import torch
+
+        module = self._modules.pop(name)
+        owner, _, leaf = name.removesuffix(".weight").rpartition(".")
+        model.get_submodule(owner)._modules[leaf] = module
+        for number, place in enumerate(_parameters(module)):
+            template = packing.template(*place)
+            held = {}
+            for part, (shape, dtype) in template.tensors.items():
+                held[part] = torch.empty(shape, dtype=dtype, device=device)
+                raw(held[part]).copy_(loader[f"{name}.{number}.{part}"])
+            packing.bind(template.bindings(held))
 
     def _device_of(self, name: str) -> str:
         return next(
@@ -145,6 +161,12 @@ class PackedLoad:
                 path, _, leaf = place.block.name.rpartition(".")
                 value = loader[place.block.name].to(place.modules_on)
                 model.get_submodule(path)._parameters[leaf] = torch.nn.Parameter(value, requires_grad=False)
+
+
+def _parameters(module: Any) -> list[tuple[Any, str]]:
+    """The packed ones of a module, each with its owner."""
+    names = list(module._parameters) if isinstance(module, PackedStack) else ["weight"]
+    return [(module, name) for name in names]
 
 
 def _remove_written(loader: Any, folder: Path, prefix: str) -> None:

@@ -15,6 +15,7 @@ from functools import wraps
 from types import SimpleNamespace
 from typing import Any
 
+from llm_magic.backends.accelerate.decoding.capturable import attention_of
 from llm_magic.backends.accelerate.decoding.joined import FEW_TOKENS
 
 _NAME = "eager_attention_forward"
@@ -25,6 +26,8 @@ _SHARED, _WIDTH = 3, 8  # of the trial: query heads for each of two of keys, and
 
 def use(model: Any) -> None:
     """Let masked sweeps of few tokens through layers that attend step by step run as this file has it."""
+    if attention_of(model) != "eager":
+        return
     for module in model.modules():
         if hasattr(module, "is_causal") and _is_served(module):
             setattr(module, _MARK, True)
@@ -72,7 +75,7 @@ def attend(
     batch, heads, tokens, _ = query.shape
     shared = heads // key.shape[1]
     rows = query.unflatten(1, (-1, shared)).flatten(2, 3)  # [batch, key heads, shared * tokens, width]
-    scores = torch.matmul(rows, key.transpose(2, 3)) * scale
+    scores: Any = torch.matmul(rows, key.transpose(2, 3)) * scale
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     scores = (scores.unflatten(2, (shared, tokens)) + mask[:, :, None]).float()
@@ -80,7 +83,8 @@ def attend(
         further = sinks.view(1, -1, shared, 1, 1).expand(batch, -1, -1, tokens, 1)
         scores = torch.cat([scores, further.to(scores.dtype)], dim=-1)
     shares = scores.softmax(dim=-1)[..., : key.shape[2]].to(value.dtype).flatten(2, 3)
-    out = torch.matmul(shares, value).unflatten(2, (shared, tokens))
+    found: Any = torch.matmul(shares, value)
+    out = found.unflatten(2, (shared, tokens))
     return out.permute(0, 3, 1, 2, 4).flatten(2, 3).contiguous()
 
 
@@ -144,7 +148,5 @@ def _computes_the_same(usual: Any, module: Any) -> bool:
             theirs = usual(like, query, key, value, mask, dropout=0.0, **options)[0]
         except Exception:  # it wants what this trial does not have
             return False
-        ours = attend(
-            query, key, value, mask, scale=0.4, softcap=options.get("softcap"), sinks=sinks
-        )
+        ours = attend(query, key, value, mask, scale=0.4, softcap=options.get("softcap"), sinks=sinks)
         return bool(theirs.shape == ours.shape and torch.allclose(theirs, ours, atol=1e-5, rtol=1e-4))

@@ -50,10 +50,37 @@ def _with_weights(
     @functools.wraps(usual)
     def put_on(*args: Any, **options: Any) -> Any:
         shown = weights_shown() or nullcontext  # once unloaded, there are none
+        before = set(_configs(held()))
         with shown():
-            return usual(held(), *args, **options)
+            result = usual(held(), *args, **options)
+        _refuse_for_packed_experts(held(), before)
+        return result
 
     return put_on
+
+
+def _configs(model: Any) -> dict[str, Any]:
+    return dict(getattr(model, "peft_config", None) or {})
+
+
+def _refuse_for_packed_experts(model: Any, before: set[str]) -> None:
+    """Take a new adapter off again that is for parameters which packed experts do not have: PEFT only warns.
+
+    Raises
+    ------
+    EngineError
+        When that was so.
+    """
+    from llm_magic.backends.accelerate.placement.packed_experts import PackedStack
+
+    stacks = [f".{name}" for name, module in model.named_modules() if isinstance(module, PackedStack)]
+    for name, config in _configs(model).items():
+        targets = [f".{target}" for target in getattr(config, "target_parameters", None) or ()]
+        if name not in before and any(stack.endswith(tuple(targets)) for stack in stacks):
+            model.delete_adapter(name)
+            raise EngineError(
+                "The adapter changes experts, which are packed here.", "Load the model without --quantize."
+            )
 
 
 def fingerprint(model: Any) -> Fingerprint:

@@ -84,7 +84,6 @@ class BlockTensors:
 
     def __init__(self, module: Any, without: Collection[str] = ()) -> None:
         self.module = module
-        self._without = frozenset(without)
         self._lent: list[tuple[dict[str, Any], str, Any, Any]] = []
         owners = {name: _owner(module, name) for name, _ in module.named_parameters()}
         self._known = {(id(owner), leaf) for owner, leaf in owners.values()}
@@ -96,7 +95,7 @@ class BlockTensors:
 
     @property
     def is_plain(self) -> bool:
-        """Whether every parameter is its own only tensor: nothing is packed."""
+        """Whether every parameter is its own only tensor, as it is in files."""
         return all(not piece.part for piece in self.pieces)
 
     @property
@@ -106,8 +105,9 @@ class BlockTensors:
 
     def arrange(self, device: Any) -> None:
         """Put what is in the module into the order that ``device`` reads; see `packing.arrange`."""
-        for owner in self._owners.values():
-            packing.arrange_one(*owner, device)
+        for module, leaf in self._owners.values():
+            if leaf in module._parameters:  # parts of a stack may have changed with the first of them
+                packing.arrange_one(module, leaf, device)
 
     @property
     def offsets(self) -> tuple[int, ...]:
@@ -204,9 +204,14 @@ class BlockTensors:
 
     def packed_anew(self) -> BlockTensors:
         """The same parameters, once their modules hold them in another form."""
-        added = [name for name, _ in self.module.named_parameters() if not self._is_known(name)]
-        fresh = BlockTensors(self.module, without=self._without | set(added))
-        fresh._known -= {(id(owner), leaf) for owner, leaf in (_owner(self.module, name) for name in added)}
+        owners = {name: _owner(self.module, name) for name, _ in self.module.named_parameters()}
+        mine = {(id(owner), leaf) for owner, leaf in self._owners.values()}
+        stacks = {id(owner) for owner, _ in self._owners.values() if isinstance(owner, packing.Stacked)}
+        others = {n for n, (o, leaf) in owners.items() if (id(o), leaf) not in mine and id(o) not in stacks}
+        fresh = BlockTensors(self.module, without=others)
+        fresh._known -= {
+            (id(owners[name][0]), owners[name][1]) for name in others if not self._is_known(name)
+        }
         return fresh
 
     def _buffers(self) -> list[tuple[dict[str, Any], str, Any]]:
@@ -226,7 +231,7 @@ class BlockTensors:
 
     def _is_known(self, name: str) -> bool:
         owner, leaf = _owner(self.module, name)
-        return (id(owner), leaf) in self._known
+        return (id(owner), leaf) in self._known or isinstance(owner, packing.Stacked)
 
     def _laid_out(self) -> Iterator[Piece]:
         at = 0

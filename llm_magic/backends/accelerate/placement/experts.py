@@ -100,7 +100,7 @@ class RoutedExperts:
             self._twin.__dict__[stack.parameter_name] = _RoutedStack(self, number, stack, cache.device)
         for name, packed in _packed_stacks(module):
             numbers = [n for n, stack in enumerate(stacks) if stack.parameter_name.startswith(f"{name}.")]
-            self._twin.__dict__[name] = _RoutedPackedStack(self, numbers, packed)
+            self._twin.__dict__[name] = _RoutedPackedStack(self, numbers, packed.made_on(cache.device))
         self._usual = module.__dict__.get("forward")
         module.__dict__["forward"] = self.forward
 
@@ -180,11 +180,13 @@ class _RoutedStack:
 class _RoutedPackedStack:
     """Stands for a stack of packed matrices: ``stack[index]`` is that of one expert."""
 
-    def __init__(self, experts: RoutedExperts, numbers: Sequence[int], packed: PackedStack) -> None:
-        self._experts, self._numbers, self._packed = experts, numbers, packed
+    def __init__(
+        self, experts: RoutedExperts, numbers: Sequence[int], matrix: Callable[[list[Any]], Any]
+    ) -> None:
+        self._experts, self._numbers, self._matrix = experts, numbers, matrix
 
     def __getitem__(self, index: Any) -> Any:
-        return self._packed.matrix([self._experts.piece(index, number) for number in self._numbers])
+        return self._matrix([self._experts.piece(index, number) for number in self._numbers])
 
 
 def advise_routed(

@@ -60,6 +60,7 @@ class PackedStack(torch.nn.Module):
         super().__init__()
         self.__dict__["linear"] = linear  # no submodule: its weight is not among the model's
         self.shape, self.is_transposed = tuple(shape), is_transposed
+        self._names: dict[str, str] = {}  # of a part -> of its parameter
         self.template: packing.Template | None = None
         self.known: dict[int, PackedMatrix] | None = None
 
@@ -83,27 +84,15 @@ class PackedStack(torch.nn.Module):
         self.template, self.known = packing.template(self.linear, "weight"), None
         packing.bind(self.template.empty())
         self._names = {part: part.replace(".", "_").strip("_") or "weight" for part in stacks}
+        self._parameters.clear()  # another order may have other parts
         for part, name in self._names.items():
             self._parameters[name] = torch.nn.Parameter(stacks[part], requires_grad=False)
-
-    def clear(self) -> None:
-        """Hold no bytes; which they are is still known."""
-        for name, parameter in list(self.named_parameters()):
-            self._parameters[name] = torch.nn.Parameter(parameter.to("meta"), requires_grad=False)
-        self.known = None
-
-    def hold(self, read: Callable[[str], Any], device: Any) -> None:
-        """Hold bytes (uint8) again, which ``read`` gives for each parameter by its name."""
-        for name, parameter in list(self.named_parameters()):
-            held = torch.empty_like(parameter, device=device)
-            held.flatten().view(torch.uint8).copy_(read(name))
-            self._parameters[name] = torch.nn.Parameter(held, requires_grad=False)
 
     def arrange(self, device: Any) -> None:
         """Put every expert into the order that the kernels of ``device`` read; see `packing.arrange`."""
         arranged = self._arranged(device)
-        first = next(arranged)
-        if any(tensor.data_ptr() != first[part].data_ptr() for part, tensor in self._entry(0).items()):
+        first, now = next(arranged), self._entry(0)
+        if first.keys() != now.keys() or any(first[p].data_ptr() != now[p].data_ptr() for p in now):
             self.fill(itertools.chain([first], arranged))
         else:
             packing.bind(packing.template(self.linear, "weight").empty())
@@ -119,13 +108,15 @@ class PackedStack(torch.nn.Module):
         if self.known is None:
             self.known = {}
         if expert not in self.known:
-            self.known[expert] = self.matrix(self._entry(expert).values())
+            assert self.template is not None
+            self.known[expert] = PackedMatrix(self.template, self._entry(expert))
         return self.known[expert]
 
-    def matrix(self, tensors: Iterable[Any]) -> PackedMatrix:
-        """An expert that is made of these tensors, one for each parameter, in their order."""
+    def made_on(self, device: Any) -> Callable[[Iterable[Any]], PackedMatrix]:
+        """What makes an expert of tensors on ``device``, one for each parameter, in their order."""
         assert self.template is not None
-        return PackedMatrix(self.template, dict(zip(self._names, tensors, strict=True)))
+        template, parts = self.template.on(device), tuple(self._names)
+        return lambda tensors: PackedMatrix(template, dict(zip(parts, tensors, strict=True)))
 
     def chosen(self, experts: Any) -> Iterator[PackedMatrix]:
         """The matrices of experts with these numbers ``[n]``.
@@ -136,10 +127,10 @@ class PackedStack(torch.nn.Module):
             yield from (self[expert] for expert in experts.tolist())
             return
         stacks: list[Any] = [self._parameters[name] for name in self._names.values()]
-        size = sum(stack.nbytes for stack in stacks) // self.experts
+        size, matrix = sum(stack.nbytes for stack in stacks) // self.experts, self.made_on(experts.device)
         for some in experts.split(max(1, _GATHERED_BYTES // size)):
             for tensors in zip(*(stack.index_select(0, some) for stack in stacks), strict=True):
-                yield self.matrix(tensors)
+                yield matrix(tensors)
 
     def unpacked(self, uses: Sequence[int], dtype: Any) -> Iterator[Any]:
         """The numbers of every expert ``[out, in]``; ``None`` for some that are not used."""
@@ -176,7 +167,8 @@ class PackedMatrix:
 
     @cached_property
     def _weight(self) -> Any:
-        return self._template.weight(self._parts)
+        with torch.inference_mode(False):  # it is kept, for passes with gradients too
+            return self._template.weight(self._parts)
 
 
 def packed_experts(module: Any, hidden_states: Any, top_k_index: Any, top_k_weights: Any) -> Any:
@@ -199,6 +191,8 @@ def packed_experts(module: Any, hidden_states: Any, top_k_index: Any, top_k_weig
         ``[tokens, width]``.
     """
     tokens, of_each = top_k_index.shape
+    if not tokens:
+        return torch.empty_like(hidden_states)
     on_cpu, is_here = hidden_states.device.type == "cpu", isinstance(module.down_proj, PackedStack)
     is_few = tokens <= (1 if on_cpu else _FEW_TOKENS)
     if is_here and is_few:
@@ -206,15 +200,17 @@ def packed_experts(module: Any, hidden_states: Any, top_k_index: Any, top_k_weig
     elif is_here and not on_cpu:
         compute = _unpacked
     else:
-        compute = partial(_one_by_one, product=_packed if on_cpu else _each if is_few else _plain)
+        product = _packed_product if on_cpu else _product_of_each if is_few else _unpacked_product
+        compute = partial(_one_by_one, product=product)
     outputs = compute(module, hidden_states, top_k_index.flatten())
-    weighted = outputs.view(tokens, of_each, -1) * top_k_weights.unsqueeze(-1)
+    shares = top_k_weights.masked_fill(top_k_index >= module.num_experts, 0)
+    weighted = outputs.view(tokens, of_each, -1) * shares.unsqueeze(-1)
     return weighted.sum(dim=1).to(hidden_states.dtype)
 
 
 def _side_by_side(module: Any, tokens: Any, experts: Any) -> Any:
     """Each token with each of its experts ``[tokens * k]``: few kernels, and a GPU's host does not ask which."""
-    of_each = len(experts) // len(tokens)
+    of_each, experts = len(experts) // len(tokens), experts.clamp(max=module.num_experts - 1)
 
     def linear(name: str, inputs: Any) -> Any:
         rows = zip(inputs.split(1), getattr(module, name).chosen(experts), strict=True)
@@ -229,16 +225,26 @@ def _unpacked(module: Any, tokens: Any, experts: Any) -> Any:
 
     def linear(name: str, inputs: Any) -> Any:
         stack = getattr(module, name)
-        outputs = inputs.new_empty(len(inputs), stack.linear.out_features)
-        matrices = stack.unpacked(uses, inputs.dtype)
-        for some, result in zip(inputs.split(uses), outputs.split(uses), strict=True):
-            matrix = next(matrices)
-            if len(some):
-                torch.mm(some, matrix.T, out=result)
+        pairs = zip(inputs.split(uses), stack.unpacked(uses, inputs.dtype), strict=True)
+        outputs = _products(pairs, (len(inputs), stack.linear.out_features), inputs)
         return _biased(module, name, outputs, experts[order])
 
+    found = _expert(module, linear, tokens[order // (len(experts) // len(tokens))])
     outputs = tokens.new_zeros(len(experts), tokens.shape[-1])
-    outputs[order] = _expert(module, linear, tokens[order // (len(experts) // len(tokens))])
+    outputs[order] = found.to(outputs.dtype)
+    return outputs
+
+
+def _products(pairs: Iterable[tuple[Any, Any]], shape: tuple[int, int], like: Any) -> Any:
+    """Tokens times matrices ``(out, in)``, one below the other: with gradients each by itself, else where they belong."""
+    if torch.is_grad_enabled() and like.requires_grad:
+        return torch.cat([some @ matrix.T for some, matrix in pairs if len(some)])
+    outputs = like.new_empty(shape)
+    start = 0
+    for some, matrix in pairs:
+        if len(some):
+            torch.mm(some, matrix.T, out=outputs[start : start + len(some)])
+            start += len(some)
     return outputs
 
 
@@ -249,7 +255,8 @@ def _one_by_one(module: Any, tokens: Any, experts: Any, product: Callable[[Packe
     for expert, places in enumerate(order.split(uses)):
         if len(places):
             linear = _linear(module, expert, product)
-            outputs[places] = _expert(module, linear, tokens[places // (len(experts) // len(tokens))])
+            found = _expert(module, linear, tokens[places // (len(experts) // len(tokens))])
+            outputs[places] = found.to(outputs.dtype)
     return outputs
 
 
@@ -268,16 +275,16 @@ def _linear(
     return linear
 
 
-def _packed(matrix: PackedMatrix, tokens: Any) -> Any:
+def _packed_product(matrix: PackedMatrix, tokens: Any) -> Any:
     return matrix(tokens)
 
 
-def _each(matrix: PackedMatrix, tokens: Any) -> Any:
+def _product_of_each(matrix: PackedMatrix, tokens: Any) -> Any:
     """As `_side_by_side`: the bits must not depend on where an expert stays."""
     return torch.cat([matrix(token) for token in tokens.split(1)])
 
 
-def _plain(matrix: PackedMatrix, tokens: Any) -> Any:
+def _unpacked_product(matrix: PackedMatrix, tokens: Any) -> Any:
     """As `_unpacked`."""
     return torch.mm(tokens, matrix.unpacked(tokens.dtype).T)
 
@@ -293,7 +300,8 @@ def _expert(module: Any, linear: Callable[[str, Any], Any], tokens: Any) -> Any:
     else:
         hidden = module.act_fn(linear("up_proj", tokens))
     outputs = linear("down_proj", hidden)
-    return module.post_expert_norm(outputs) if module.has_post_expert_norm else outputs
+    has_norm = getattr(module, "has_post_expert_norm", False)  # not yet in transformers 5.17
+    return module.post_expert_norm(outputs) if has_norm else outputs
 
 
 def replace_stacks(module: Any, make_linear: Callable[[int, int], Any]) -> tuple[str, ...]:

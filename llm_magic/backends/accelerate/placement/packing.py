@@ -185,7 +185,8 @@ def arrange(block: Any, device: Any, *, fresh: bool = False) -> None:
         are rounded once more for it.
     """
     for _, module, leaf in list(parameters(block)):
-        arrange_one(module, leaf, device, fresh=fresh)
+        if leaf in module._parameters:  # parts of a stack may have changed with the first of them
+            arrange_one(module, leaf, device, fresh=fresh)
 
 
 def arrange_one(module: Any, name: str, device: Any, *, fresh: bool = False) -> None:
@@ -199,7 +200,8 @@ def arrange_one(module: Any, name: str, device: Any, *, fresh: bool = False) -> 
 
 def has_order(module: Any, name: str) -> bool:
     """Whether some devices want the bytes of ``module.name`` in an order of their own."""
-    return isinstance(_kind(module, name), _Ordered)
+    kind = _kind(module, name)
+    return isinstance(kind, _Ordered) and kind.is_needed(module, name)
 
 
 # ------------------------------------------------------------------------------- kinds of parameters
@@ -217,6 +219,10 @@ class _Kind(ABC):
 
 class _Ordered(_Kind):
     """A kind whose bytes some devices want in an order of their own."""
+
+    @abstractmethod
+    def is_needed(self, module: Any, name: str) -> bool:
+        """Whether this parameter is of that sort, on this computer."""
 
     @abstractmethod
     def arrange(self, module: Any, name: str, device: Any, fresh: bool) -> None: ...
@@ -276,12 +282,15 @@ class Stacked(Protocol):
 
     Attributes
     ----------
+    linear
+        A packed layer of such a matrix, without bytes.
     template
         What is left of one of the matrices, as its bytes lie now.
     known
         What was made of the parameters; to be forgotten with them.
     """
 
+    linear: Any
     template: Template | None
     known: Any
 
@@ -290,6 +299,9 @@ class Stacked(Protocol):
 
 
 class _StackKind(_Ordered):
+    def is_needed(self, module: Any, name: str) -> bool:  # noqa: ARG002
+        return has_order(module.linear, "weight")
+
     def parts(self, module: Any, name: str) -> Parts:
         return {"": module._parameters[name]}
 
@@ -323,6 +335,9 @@ def _parameter(data: Any) -> Any:
 
 
 class _FourBitKind(_Ordered):
+    def is_needed(self, module: Any, name: str) -> bool:  # noqa: ARG002
+        return cpu_kernels.has_order()
+
     def parts(self, module: Any, name: str) -> Parts:
         parameter = module._parameters[name]
         state = _state(module, parameter)
@@ -495,6 +510,9 @@ def _floats(integers: Any, scales: Any, dtype: Any) -> Any:
 
 
 class _QuantoKind(_Ordered):
+    def is_needed(self, module: Any, name: str) -> bool:
+        return bool(module._parameters[name].qtype.name == "qint4")
+
     def parts(self, module: Any, name: str) -> Parts:
         return dict(_leaves(module._parameters[name], ""))
 

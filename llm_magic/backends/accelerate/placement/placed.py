@@ -10,7 +10,7 @@ from __future__ import annotations
 import weakref
 from collections import ChainMap, Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -464,6 +464,7 @@ class PlacedModel:
         block.tensors.bind(held)
         if block.store is not None:
             block.store.close()
+        self._drop_written(block)
         block.store = block.file = None
         try:
             block.tensors.arrange(torch.device(place.modules_on))
@@ -471,6 +472,13 @@ class PlacedModel:
             block.tensors.bind(held)  # no half of it in the other order
             raise
         block.tensors, block.ordered_for = block.tensors.packed_anew(), kind
+
+    def _drop_written(self, block: PlacedBlock) -> None:
+        """Delete a file that was written for the block: it holds another order."""
+        for path in {extent.path for extent in block.file.extents} if block.file is not None else ():
+            if self._folder is not None and path.parent == self._folder.path:
+                with suppress(OSError):  # Windows keeps what somebody has open; it goes with the folder
+                    path.unlink()
 
     def _borrow(self, block: PlacedBlock) -> None:
         """Show another block's parameters, which are in their module by now."""
