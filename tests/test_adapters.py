@@ -15,6 +15,7 @@ from llm_magic.backends.accelerate.placement.adapters import fingerprint
 from llm_magic.backends.accelerate.placement.blocks import BlockTensors
 from llm_magic.backends.accelerate.quiet import quiet
 from llm_magic.errors import EngineError
+from llm_magic.model import ModelSpec
 from tests.engines import ask, load, request
 from tests.placements import HOMES, layers_to, load_placed, logits, placed_plan, stock
 
@@ -151,6 +152,24 @@ def test_an_adapter_that_was_put_on_without_weights_is_refused(tiny_model: TinyM
     wrapped.unload()
     assert ask(engine, PROMPT).text == expected
     engine.close()
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "down_proj"], ["mlp.experts.gate_up_proj"]])
+@pytest.mark.filterwarnings("ignore:target_parameters")
+def test_an_adapter_for_packed_experts_is_refused(targets: list[str], tiny_model: TinyModel) -> None:
+    """PEFT finds none of their parameters, and would leave that part of the adapter out."""
+    folder = tiny_model("qwen3-moe")
+    engine = load(folder, spec=ModelSpec(str(folder), quantize="nf4"))
+    try:
+        kind = "target_parameters" if "." in targets[0] else "target_modules"
+        both = {"target_modules": ["q_proj"]} | {kind: targets}
+        with pytest.raises(EngineError, match="experts, which are packed"):
+            engine.model.add_adapter(peft.LoraConfig(r=2, **both))
+        assert not any("lora" in name for name, _ in engine.model.named_parameters())
+        engine.model.add_adapter(peft.LoraConfig(r=2, target_modules=["q_proj"]))
+        assert any("lora" in name for name, _ in engine.model.named_parameters())
+    finally:
+        engine.close()
 
 
 def test_another_adapter_of_the_same_name_is_another_one(tiny_model: TinyModel) -> None:

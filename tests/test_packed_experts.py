@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from llm_magic.backends.accelerate.placement import packed_experts, packing
+from llm_magic.backends.accelerate.placement import cpu_kernels, packed_experts, packing
 from llm_magic.backends.accelerate.placement.blocks import BlockTensors
 from llm_magic.backends.accelerate.placement.expert_cache import ExpertCache
 from llm_magic.backends.accelerate.placement.expert_stores import RamExperts
-from llm_magic.backends.accelerate.placement.experts import RoutedExperts, can_route, find_stacks
+from llm_magic.backends.accelerate.placement.experts import RoutedExperts, find_stacks
 from llm_magic.backends.accelerate.placement.packed_experts import PackedStack
 from llm_magic.backends.accelerate.placement.quantize import METHODS, import_library, pack_block, prepare
 from llm_magic.backends.accelerate.placement.stream import HostStreams
@@ -145,14 +145,44 @@ def layer(inputs: int, outputs: int, method: str, dtype: Any = torch.float32) ->
     return model.mlp["linear"]
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_numbers_beyond_the_last_expert_mean_none(method: str) -> None:
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_numbers_beyond_the_last_expert_mean_none(kind: str, tokens: int) -> None:
+    module = packed(_experts(kind), "nf4")
+    hidden, chosen, shares = routed_to(tokens)
+    without, none = chosen.clone(), shares.clone()
+    without[-1, 1], none[-1, 1] = EXPERTS, 0
+    torch.testing.assert_close(module(hidden, without, shares), module(hidden, chosen, none))
+    few = packed_experts._side_by_side(module, hidden, without.flatten())
+    assert few.isfinite().all()  # those of the last expert, whose share is nothing
+
+
+def test_no_tokens_make_nothing() -> None:
+    module = packed(_experts("gated"), "nf4")
+    assert module(*(part[:0] for part in routed_to(1))).shape == (0, WIDTH)
+
+
+@pytest.mark.parametrize("method", ["nf4", "int8", "quanto-int8"])
+def test_gradients_come_through_to_the_tokens(method: str) -> None:
     module = packed(_experts("gated"), method)
-    hidden, chosen, shares = routed_to(7, last=EXPERTS)
-    without = chosen.clone()
-    without[3, 1] = EXPERTS
-    expected = module(hidden, chosen, shares.index_put((torch.tensor(3), torch.tensor(1)), torch.tensor(0.0)))
-    torch.testing.assert_close(module(hidden, without, shares), expected)
+    BlockTensors(module).arrange("cuda")
+    hidden, chosen, _ = routed_to(20)
+    with torch.inference_mode():
+        module(hidden, chosen, torch.ones(20, 2))  # what it keeps is of no use for gradients
+    hidden.requires_grad_()
+    found = packed_experts._unpacked(module, hidden, chosen.flatten())
+    assert torch.equal(found, packed_experts._unpacked(module, hidden.detach(), chosen.flatten()))
+    found.sum().backward()
+    assert hidden.grad is not None
+    assert hidden.grad.abs().sum() > 0
+
+
+def test_autocast_computes_in_fewer_bits() -> None:
+    module = packed(_experts("gated"), "int8")
+    inputs = routed_to(5)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = module(*inputs)
+    assert are_alike(found, module(*inputs))
 
 
 @pytest.mark.parametrize("tokens", TOKENS)
@@ -225,10 +255,6 @@ def test_experts_without_tokens_are_not_unpacked() -> None:
     assert all(m is not None for m in stack.unpacked([0, 2, 0, 0, 0, 0], torch.float32))
 
 
-def test_what_is_packed_can_be_routed() -> None:
-    assert can_route(packed(_experts("gated"), "nf4"))
-
-
 @pytest.mark.parametrize("method", ["nf4", "int4"])
 def test_their_order_follows_the_device(method: str) -> None:
     """To the order of GPUs and back; quanto's kernel has none here, so its integers stay as they are then."""
@@ -237,8 +263,12 @@ def test_their_order_follows_the_device(method: str) -> None:
     expected, before = module(*inputs), [parameter.clone() for parameter in module.parameters()]
     tensors = BlockTensors(module)
     tensors.arrange("cuda")
-    assert all(stack.known is None for stack in module.children() if isinstance(stack, PackedStack))
     tensors = tensors.packed_anew()
+    held = dict(module.named_parameters())
+    assert [piece.name for piece in tensors.pieces] == list(held)
+    assert tensors.added() == []
+    assert {stack.name for stack in find_stacks(module)} == set(held)
+    assert all(stack.known is None for stack in module.children() if isinstance(stack, PackedStack))
     tensors.arrange("cpu")
     if method == "nf4":
         assert all(map(torch.equal, module.parameters(), before))
@@ -246,6 +276,30 @@ def test_their_order_follows_the_device(method: str) -> None:
     held = list(module.parameters())
     tensors.packed_anew().arrange("cpu")  # nothing to do
     assert [parameter.data_ptr() for parameter in module.parameters()] == [h.data_ptr() for h in held]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_only_some_methods_have_orders(method: str) -> None:
+    module = packed(_experts("gated").bfloat16(), method)
+    has_order = {"nf4": cpu_kernels.has_order(), "fp4": cpu_kernels.has_order(), "int4": True}
+    assert BlockTensors(module).has_order == has_order.get(method, False)
+
+
+def test_a_layer_and_its_experts_change_their_order_apart() -> None:
+    """Each is a part of its own, and knows which parameters are its."""
+    model = Model(_experts("gated").bfloat16().to("meta"), torch.nn.Linear(WIDTH, INSIDE, bias=False))
+    prepare(model.bfloat16(), "int4", torch.bfloat16)
+    values = dict(_experts("gated").bfloat16().named_parameters(prefix="mlp.experts"))
+    pack_block(model, values | {"mlp.linear.weight": torch.randn(INSIDE, WIDTH)}, "cpu")
+    stacks = {stack.name for stack in find_stacks(model)}
+    rest = BlockTensors(model, without=stacks)
+    experts = BlockTensors(model, without={name for name, _ in model.named_parameters()} - stacks)
+    for part in (experts, rest):
+        part.arrange("cuda")
+    new_rest, new_experts = rest.packed_anew(), experts.packed_anew()
+    assert {piece.name for piece in new_rest.pieces} == {"mlp.linear.weight"}
+    assert {piece.name for piece in new_experts.pieces} == {stack.name for stack in find_stacks(model)}
+    assert new_rest.added() == new_experts.added() == []
 
 
 def test_what_was_made_of_experts_goes_when_others_are_bound() -> None:

@@ -93,6 +93,71 @@ def test_experts_are_packed_before_they_are_written_to_the_disk(mixture: Path, t
         engine.close()
 
 
+def test_weights_in_fp8_are_packed_before_they_are_written_to_the_disk(tmp_path: Path) -> None:
+    folder = save_fp8(tmp_path / "packed", hidden_size=128, intermediate_size=256)
+    offload, written = tmp_path / "offload", []
+
+    def look(event: PhaseEvent) -> None:
+        if event.phase == "quantizing":
+            written.append(sum(file.stat().st_size for file in offload.rglob("*.safetensors")))
+
+    spec = ModelSpec(str(folder), quantize="nf4")
+    engine = load(folder, "ram", look, spec=spec, options={"offload_folder": str(offload)})
+    try:
+        headers = 1024 * sum(len(block.tensors) for block in engine.plan.layout.blocks)
+        assert written[0] <= engine.plan.layout.bytes + 2 * headers
+    finally:
+        engine.close()
+
+
+def test_another_model_that_is_loaded_meanwhile_is_not_packed(mixture: Path, tmp_path: Path) -> None:
+    """transformers' function that writes weights is one for all."""
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path / "other"
+
+    def look(event: PhaseEvent) -> None:
+        if event.phase == "loading" and not folder.exists():
+            folder.mkdir()
+            with quiet():
+                AutoModelForCausalLM.from_pretrained(
+                    mixture, device_map={"": "disk"}, offload_folder=str(folder)
+                )
+
+    spec = ModelSpec(str(mixture), quantize="nf4")
+    engine = load(mixture, "ram", look, spec=spec)
+    try:
+        names = {path.name for path in folder.iterdir()}
+        assert "model.layers.0.mlp.experts.gate_up_proj.safetensors" in names
+        assert ask(engine, PROMPT).text
+    finally:
+        engine.close()
+
+
+def test_parameters_outside_of_modules_are_loaded(tmp_path: Path) -> None:
+    from transformers import ZayaConfig, ZayaForCausalLM
+
+    config = ZayaConfig(
+        **{name: value for name, value in tiny._common(2).items() if name != "intermediate_size"},
+        num_key_value_heads=2,
+        head_dim=16,
+        moe_intermediate_size=32,
+        num_experts=4,
+        num_experts_per_tok=1,
+        layer_types=["hybrid", "hybrid"],
+    )
+    folder = tiny._save(ZayaForCausalLM, config, tmp_path / "zaya")
+    engine = load_packed(folder, "nf4", "half")
+    try:
+        assert ask(engine, PROMPT).text
+        own = load(folder, "ram").model
+        loose = ("model.input_hidden_states_scale", "model.input_hidden_states_bias")
+        for name in loose:
+            assert torch.equal(engine.model.get_parameter(name), own.get_parameter(name))
+    finally:
+        engine.close()
+
+
 @pytest.mark.parametrize("save", [save_fp8, save_mxfp4])
 @pytest.mark.parametrize("placement", ["ram", "half"])
 def test_weights_that_are_packed_in_their_files_are_packed_again(
