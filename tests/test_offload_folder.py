@@ -152,3 +152,16 @@ def test_what_a_killed_process_left_is_removed_and_what_lives_is_not(tmp_path: P
         mine.remove()
         living.communicate("", 60)
     assert list(tmp_path.iterdir()) == [other]
+
+
+def test_a_file_has_a_name_that_none_had_before(tmp_path: Path) -> None:
+    """Or whoever remembers the one before by its path reads that."""
+    folder = OffloadFolder(str(tmp_path))
+    names = []
+    for _ in range(3):
+        path = folder.new_file("model.layers.0")
+        path.touch()
+        path.unlink()
+        names.append(path.name)
+    assert names == ["model.layers.0.bin", "model.layers.0.1.bin", "model.layers.0.2.bin"]
+    folder.remove()

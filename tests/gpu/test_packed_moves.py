@@ -70,7 +70,9 @@ def logits(engine: Any) -> Any:
 
 
 @pytest.mark.parametrize("method", ORDERED)
-def test_blocks_move_to_the_cpu_from_wherever_a_gpu_computes_them(method: str, folder: Path) -> None:
+def test_blocks_move_to_the_cpu_from_wherever_a_gpu_computes_them(
+    method: str, folder: Path, tmp_path: Path
+) -> None:
     engine = loaded(folder, method, RESIDENT)
     try:
         expected = logits(engine)
@@ -84,6 +86,9 @@ def test_blocks_move_to_the_cpu_from_wherever_a_gpu_computes_them(method: str, f
                     assert torch.nn.functional.cosine_similarity(
                         found.flatten().float(), expected.flatten().float(), dim=0
                     ) > (0.99)
+        # one file for each of three layers, and one for its experts; none in the order of before
+        parts = 2 if folder.name == "mixture" else 1
+        assert len(list((tmp_path / "cache").rglob("model.layers.*.bin"))) == 3 * parts
     finally:
         engine.close()
 

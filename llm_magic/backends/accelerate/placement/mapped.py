@@ -117,6 +117,12 @@ class MappedFiles:
                 mapped.file.close()
             self._maps.clear()  # each mapping ends with the last tensor that views it
 
+    def forget(self, path: Path) -> None:
+        """Let go of a file; tensors that view it keep it mapped."""
+        with self._lock:
+            if (mapped := self._maps.pop(path, None)) is not None:
+                mapped.file.close()
+
     def _map(self, path: Path) -> _Map:
         with self._lock:
             if self._closed:

@@ -15,6 +15,7 @@ import stat
 import tempfile
 import time
 import weakref
+from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
@@ -42,16 +43,19 @@ class OffloadFolder:
     def __init__(self, parent: str = "") -> None:
         base = Path(parent).expanduser() if parent else cache_folder() / "offload"
         self.path = _make_private(base)
+        self._given: Counter[str] = Counter()
         lock = _locked(self.path)
         self._remove = weakref.finalize(self, _remove_tree, self.path, _identity(self.path), lock)
         _remove_orphans(base)
 
     def new_file(self, name: str) -> Path:
-        """A path in it that does not exist yet, for the bytes of the block ``name``."""
-        path, number = self.path / f"{name}.bin", 1
-        while path.exists():
-            path, number = self.path / f"{name}.{number}.bin", number + 1
-        return path
+        """A path in it for the bytes of the block ``name``, which was never given before.
+
+        Who has read a file there may remember it by its path.
+        """
+        number = f".{self._given[name]}" if self._given[name] else ""
+        self._given[name] += 1
+        return self.path / f"{name}{number}.bin"
 
     def protect(self) -> None:
         """Give the files in it mode 0600 (the folder's own mode kept others out until now)."""

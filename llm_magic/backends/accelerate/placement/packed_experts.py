@@ -165,10 +165,17 @@ class PackedMatrix:
         """Its numbers ``[out, in]``."""
         return self._template.unpacked({part: held[None] for part, held in self._parts.items()}, dtype)[0]
 
-    @cached_property
+    @property
     def _weight(self) -> Any:
-        with torch.inference_mode(False):  # it is kept, for passes with gradients too
+        if (
+            torch.is_inference_mode_enabled()
+        ):  # what is made in it is of no use outside, nor the other way round
             return self._template.weight(self._parts)
+        return self._kept
+
+    @cached_property
+    def _kept(self) -> Any:
+        return self._template.weight(self._parts)
 
 
 def packed_experts(module: Any, hidden_states: Any, top_k_index: Any, top_k_weights: Any) -> Any:

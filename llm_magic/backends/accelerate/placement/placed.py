@@ -477,6 +477,8 @@ class PlacedModel:
         """Delete a file that was written for the block: it holds another order."""
         for path in {extent.path for extent in block.file.extents} if block.file is not None else ():
             if self._folder is not None and path.parent == self._folder.path:
+                self._reader.forget(path)
+                self._mapped.forget(path)
                 with suppress(OSError):  # Windows keeps what somebody has open; it goes with the folder
                     path.unlink()
 

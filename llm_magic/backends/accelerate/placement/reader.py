@@ -131,6 +131,12 @@ class FileReader:
                 file.close()
             self._files.clear()
 
+    def forget(self, path: Path) -> None:
+        """Close a file that is read no more."""
+        with self._lock:
+            if (file := self._files.pop(path, None)) is not None:
+                file.close()
+
     def _check_buffer(self, image: FileImage, buffer: torch.Tensor) -> memoryview:
         if str(buffer.dtype) != "torch.uint8" or not buffer.is_contiguous() or buffer.numel() < image.bytes:
             raise ValueError(f"an image of {image.bytes} bytes needs a contiguous uint8 buffer of that size")
