@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +22,8 @@ from transformers.models.gpt_oss import modeling_gpt_oss
 from llm_magic.backends.accelerate.decoding import attention, step_by_step
 from llm_magic.backends.accelerate.decoding.joined import FEW_TOKENS
 from llm_magic.backends.accelerate.quiet import quiet
+from tests.engines import ask, load
+from tests.packed_checkpoints import save_mxfp4
 
 SIZES = {
     "vocab_size": 64,
@@ -53,14 +55,13 @@ MODELS = {"gpt-oss": gpt_oss, "gemma2": gemma2, "granite": granite}
 
 
 @pytest.fixture(params=MODELS)
-def model(request: pytest.FixtureRequest) -> Iterator[Any]:
+def model(request: pytest.FixtureRequest) -> Any:
     torch.manual_seed(2)
     with quiet():
         made = MODELS[request.param]().eval().requires_grad_(False)
     for parameter in made.parameters():
         torch.nn.init.normal_(parameter, std=0.4)
-    yield made
-    step_by_step.leave(made)
+    return made
 
 
 def sweep(model: Any, tokens: int, places: int = 40) -> Any:
@@ -84,9 +85,6 @@ def test_sweeps_compute_what_transformers_does(
     usual = step_by_step.attend
     monkeypatch.setattr(step_by_step, "attend", lambda *a, **o: calls.append(1) or usual(*a, **o))
     torch.testing.assert_close(sweep(model, tokens), expected, atol=1e-4, rtol=1e-4)
-    assert len(calls) == 2
-    step_by_step.leave(model)
-    assert torch.equal(sweep(model, tokens), expected)
     assert len(calls) == 2
 
 
@@ -126,3 +124,19 @@ def test_models_of_torchs_kernels_have_no_need_of_it() -> None:
     made = LlamaForCausalLM(LlamaConfig(**SIZES))
     step_by_step.use(made)
     assert not any(hasattr(module, step_by_step._MARK) for module in made.modules())
+
+
+def test_an_engine_uses_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also on a CPU, in every sweep after the prompt."""
+    folder = save_mxfp4(tmp_path / "model")
+    calls = []
+    usual = step_by_step.attend
+    monkeypatch.setattr(step_by_step, "attend", lambda *a, **o: calls.append(a[0].shape) or usual(*a, **o))
+    engine = load(folder, "ram")
+    try:
+        finish = ask(engine, "The capital of France is the city that is in the middle of it").finish
+    finally:
+        engine.close()
+    sweeps = [shape for shape in calls if shape[0] == 1]  # the trial has a batch
+    assert {shape[2] for shape in sweeps} <= set(range(1, FEW_TOKENS + 1))
+    assert len(sweeps) == 2 * finish.sweeps

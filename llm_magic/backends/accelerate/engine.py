@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from llm_magic.backends.accelerate.decoding import step_by_step
 from llm_magic.backends.accelerate.decoding.attention import without_plans
 from llm_magic.backends.accelerate.decoding.decode import Decoding
 from llm_magic.backends.accelerate.decoding.detokenize import Detokenizer
@@ -71,6 +72,8 @@ class TransformersEngine:
         self.model: Any = loaded.placed.model
         self.tokenizer: Any = loaded.tokenizer
         lay_out_head_input(self.model)
+        for model in filter(None, (self.model, loaded.draft)):
+            step_by_step.use(model)
         self._placed = loaded.placed
         self._context = _context_length(plan)
         self._caches = ChatCaches(self.model, plan.workload.context_length)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 from weakref import WeakSet
 
-from llm_magic.backends.accelerate.decoding import attention, step_by_step
+from llm_magic.backends.accelerate.decoding import attention
 from llm_magic.backends.accelerate.decoding.capturable import attention_of, kinds_of, windows_of
 from llm_magic.backends.accelerate.decoding.static_cache import SWEEP_TOKENS, StaticCache, places_of, round_up
 from llm_magic.backends.accelerate.decoding.warmup import COMPILING, WarmUp, short
@@ -225,7 +225,6 @@ class CapturedSteps:
         self._room = context
         self._has_room = True
         attention.use(model)
-        step_by_step.use(model)
 
     def prepare(self, room: int, attention_mask: Any = None) -> None:
         """Before each answer.
@@ -317,7 +316,6 @@ class CapturedSteps:
         self._leave(self._written)  # how many of them are right is known to the loop
         self._drop_static()
         attention.leave(self._model)
-        step_by_step.leave(self._model)
         if self._warm_up is not None:
             self._warm_up.close()
             self._warm_up = None

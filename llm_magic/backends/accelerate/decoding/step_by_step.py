@@ -11,7 +11,7 @@ same is tried with random numbers, not read from its name.
 from __future__ import annotations
 
 import inspect
-from functools import wraps
+from functools import cache, wraps
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,18 +25,15 @@ _SHARED, _WIDTH = 3, 8  # of the trial: query heads for each of two of keys, and
 
 
 def use(model: Any) -> None:
-    """Let masked sweeps of few tokens through layers that attend step by step run as this file has it."""
+    """Let sweeps of few tokens through layers of ``model`` that attend step by step run as this file has it.
+
+    Other models of its architecture do not see a difference.
+    """
     if attention_of(model) != "eager":
         return
     for module in model.modules():
         if hasattr(module, "is_causal") and _is_served(module):
             setattr(module, _MARK, True)
-
-
-def leave(model: Any) -> None:
-    """Undo ``use``; what else uses the architecture never saw a difference."""
-    for module in model.modules():
-        vars(module).pop(_MARK, None)
 
 
 def attend(
@@ -95,7 +92,7 @@ def _is_served(module: Any) -> bool:
     if usual is None or not set(inspect.signature(usual).parameters) <= _KNOWN:
         return False
     theirs = inspect.unwrap(usual)
-    if not _computes_the_same(theirs, module):
+    if not _computes_the_same(theirs, getattr(module, "sinks", None) is not None):
         return False
     if theirs is usual:
         scope[_NAME] = _replaced(usual)
@@ -128,16 +125,18 @@ def _is_sweep(query: Any, key: Any, mask: Any) -> bool:
     )
 
 
-def _computes_the_same(usual: Any, module: Any) -> bool:
-    """Try a layer's function on a module that has what this one has, of small random tensors."""
+@cache
+def _computes_the_same(usual: Any, has_sinks: bool) -> bool:
+    """Try a layer's function on a module that has what it needs, of small random tensors."""
     import torch
 
     with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
         torch.manual_seed(0)
-        query = torch.randn(2, 2 * _SHARED, 3, _WIDTH)
-        key, value = torch.randn(2, 2, 2, 20, _WIDTH).unbind()
-        mask = torch.randn(2, 1, 3, 20)
-        sinks = None if getattr(module, "sinks", None) is None else torch.randn(2 * _SHARED)
+        single = torch.float32
+        query = torch.randn(2, 2 * _SHARED, 3, _WIDTH, dtype=single)
+        key, value = torch.randn(2, 2, 2, 20, _WIDTH, dtype=single).unbind()
+        mask = torch.randn(2, 1, 3, 20, dtype=single)
+        sinks = torch.randn(2 * _SHARED, dtype=single) if has_sinks else None
         like = SimpleNamespace(
             num_key_value_groups=_SHARED, head_dim=_WIDTH, training=False, sinks=sinks, is_causal=True
         )
