@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from llm_magic.backends.accelerate.placement import cpu_kernels, packed_experts, packing
+from llm_magic.backends.accelerate.placement import cpu_kernels, packed_experts, packed_stack, packing
 from llm_magic.backends.accelerate.placement.blocks import BlockTensors
 from llm_magic.backends.accelerate.placement.expert_cache import ExpertCache
 from llm_magic.backends.accelerate.placement.expert_stores import RamExperts
 from llm_magic.backends.accelerate.placement.experts import RoutedExperts, find_stacks
-from llm_magic.backends.accelerate.placement.packed_experts import PackedStack
+from llm_magic.backends.accelerate.placement.packed_stack import PackedStack
 from llm_magic.backends.accelerate.placement.quantize import METHODS, import_library, pack_block, prepare
 from llm_magic.backends.accelerate.placement.stream import HostStreams
 
@@ -229,7 +229,7 @@ def test_many_tokens_of_a_gpu_multiply_with_the_numbers(
         found, packed_experts._one_by_one(module, hidden, experts, packed_experts._packed_product)
     )
     for size in (1, 2 * 4 * 2 * INSIDE * WIDTH):
-        monkeypatch.setattr(packed_experts, "UNPACKED_EXPERTS_BYTES", size)
+        monkeypatch.setattr(packed_stack, "UNPACKED_EXPERTS_BYTES", size)
         assert torch.equal(packed_experts._unpacked(module, hidden, experts), found)
 
 

@@ -15,7 +15,7 @@ pytest.importorskip("optimum.quanto")
 pytestmark = pytest.mark.gpu
 
 from llm_magic.backends.accelerate.decoding.static_cache import SWEEP_TOKENS  # noqa: E402
-from llm_magic.backends.accelerate.placement import packed_experts  # noqa: E402
+from llm_magic.backends.accelerate.placement import packed_stack  # noqa: E402
 from llm_magic.machine import Device  # noqa: E402
 from llm_magic.model import ModelSpec  # noqa: E402
 from llm_magic.plan import Placement  # noqa: E402
@@ -115,7 +115,7 @@ def test_experts_are_copied_in_parts(folder: Path, monkeypatch: pytest.MonkeyPat
         shares = torch.rand(4, 2, dtype=torch.bfloat16, device=DEVICE)
         with torch.no_grad():
             expected = experts(hidden, chosen, shares)
-            monkeypatch.setattr(packed_experts, "_GATHERED_BYTES", 1)
+            monkeypatch.setattr(packed_stack, "_GATHERED_BYTES", 1)
             assert torch.equal(experts(hidden, chosen, shares), expected)
     finally:
         engine.close()

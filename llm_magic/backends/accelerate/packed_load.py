@@ -16,7 +16,7 @@ from llm_magic.backends.accelerate.memory_errors import trim
 from llm_magic.backends.accelerate.placement import packing
 from llm_magic.backends.accelerate.placement.blocks import raw
 from llm_magic.backends.accelerate.placement.hooks import strip, weights_loader
-from llm_magic.backends.accelerate.placement.packed_experts import PackedStack
+from llm_magic.backends.accelerate.placement.packed_stack import PackedStack
 from llm_magic.backends.accelerate.placement.placed import Fill
 from llm_magic.backends.accelerate.placement.quantize import pack_block, pack_stack, prepare
 from llm_magic.backends.accelerate.source.layout import build_skeleton

@@ -20,6 +20,7 @@ from typing import Any
 from llm_magic.backends.accelerate.decoding.capturable import kinds_of
 from llm_magic.backends.accelerate.decoding.capture import FAILURES, CapturedSteps, Inputs, Recorder, Shape
 from llm_magic.backends.accelerate.decoding.rollback import Rollback
+from llm_magic.backends.accelerate.decoding.running import running
 from llm_magic.backends.accelerate.decoding.static_cache import SWEEP_TOKENS, StaticCache
 from llm_magic.backends.accelerate.decoding.warmup import COMPILING, WarmUp, short
 from llm_magic.backends.accelerate.memory_errors import TokensLostError, is_out_of_memory
@@ -307,9 +308,9 @@ class CapturedLayers(CapturedSteps):
     def _recorded_layers(self) -> Iterator[None]:
         """Let recorded layers run in the place of the model's own, and move no argument to where it starts."""
         with ExitStack() as stack:
-            stack.enter_context(_running(self._model, _below_its_hook(self._model)))
+            stack.enter_context(running(self._model, _below_its_hook(self._model)))
             for index, (layer, device) in self._layers.items():
-                stack.enter_context(_running(layer, self._forward_of(index, layer, device)))
+                stack.enter_context(running(layer, self._forward_of(index, layer, device)))
             yield
 
     def _forward_of(self, index: int, layer: Any, device: Any) -> Callable[..., Any]:
@@ -396,19 +397,6 @@ def _below_its_hook(module: Any) -> Callable[..., Any]:
     """What a module computes with, without Accelerate's hook around it."""
     forward: Callable[..., Any] = vars(module).get("_old_forward", module.forward)
     return forward
-
-
-@contextmanager
-def _running(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
-    """Let a module run this in place of its forward."""
-    before = vars(module).get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        del module.forward
-        if before is not None:
-            module.forward = before
 
 
 def _renew(fixed: dict[Any, Any], key: Any, value: Any) -> None:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from llm_magic.backends.accelerate.decoding.attention import without_plans
 from llm_magic.backends.accelerate.decoding.joined import JoinedProjections
+from llm_magic.backends.accelerate.decoding.running import running
 from llm_magic.backends.accelerate.decoding.static_cache import OneLayer
 from llm_magic.backends.accelerate.default_dtype import default_dtype_kept
 from llm_magic.backends.accelerate.process_wide import ProcessWide
@@ -305,22 +306,14 @@ def with_cache(
     return changed, {name: one if value is cache else value for name, value in kwargs.items()}
 
 
-@contextmanager
-def _replaced(layer: Any, function: Callable[..., Any], cache: Any, one: OneLayer) -> Iterator[None]:
-    """Let a layer run a compiled function in place of its forward, whatever is in its place now."""
+def _replaced(layer: Any, function: Callable[..., Any], cache: Any, one: OneLayer) -> Any:
+    """Let a layer run a compiled function in place of its forward."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         args, kwargs = with_cache(args, kwargs, cache, one)
         return function(layer, *args, **kwargs)
 
-    before = vars(layer).get("forward")
-    layer.forward = forward
-    try:
-        yield
-    finally:
-        del layer.forward
-        if before is not None:
-            layer.forward = before
+    return running(layer, forward)
 
 
 @contextmanager

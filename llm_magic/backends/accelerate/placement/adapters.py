@@ -71,7 +71,7 @@ def _refuse_for_packed_experts(model: Any, before: set[str]) -> None:
     EngineError
         When that was so.
     """
-    from llm_magic.backends.accelerate.placement.packed_experts import PackedStack
+    from llm_magic.backends.accelerate.placement.packed_stack import PackedStack
 
     stacks = [f".{name}" for name, module in model.named_modules() if isinstance(module, PackedStack)]
     for name, config in _configs(model).items():

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from llm_magic.backends.accelerate.placement.expert_cache import ExpertCache, ExpertLayer
 from llm_magic.backends.accelerate.placement.expert_stores import ExpertStore, Stack, expert_extents
-from llm_magic.backends.accelerate.placement.packed_experts import PackedStack
+from llm_magic.backends.accelerate.placement.packed_stack import PackedStack
 
 if TYPE_CHECKING:
     from llm_magic.backends.accelerate.placement.extents import Extent
