@@ -260,6 +260,31 @@ def experts(setup: Setup) -> None:
     )
 
 
+def packed_experts(setup: Setup) -> None:
+    """A mixture whose experts are packed too; stock loading leaves them as they are."""
+    folder = setup.made("wide-mixture")
+    case = {"prompt": words(256, 32000), "tokens": setup.tokens}
+    in_ram, on_disk = (placement(folder, "cpu", "disk", share) for share in (0.0, 1.0))
+    plain = Contender("bf16, all in RAM", "engine", _ours(folder, in_ram, 512), case)
+    contenders = [plain]
+    for library, method in (("bitsandbytes", "nf4"), ("optimum.quanto", "int4")):
+        if find_spec(library.partition(".")[0]) is None:
+            setup.report.skip(f"{method} experts ({library} is not installed)")
+            continue
+        for where, device_map in (("all in RAM", in_ram), ("all layers on disk", on_disk)):
+            options = _ours(folder, device_map, 512) | {"quantize": method}
+            contenders.append(Contender(f"{method}, {where}", "engine", options, case))
+    if find_spec("bitsandbytes") is not None:
+        stock = {"folder": folder, "device_map": {"": "cpu"}, "quantize": "nf4"}
+        contenders.append(Contender("stock nf4, all in RAM", "accelerate", stock, case))
+    group = setup.run("packed experts", contenders)
+    title = "Random Qwen3-MoE, 2 layers of 2,048, 8 of 64 experts a token, 1.4 GB in bf16, files warm"
+    setup.report.add(group, title, [DECODE, PREFILL], reference=plain.name)
+    for each in contenders[1:]:
+        ratio = group.ratio(each.name, plain.name)
+        setup.report.note(Figure(f"CPU, experts, {each.name}: of bf16 in RAM", ratio))
+
+
 def tables(setup: Setup) -> None:
     """An untied embedding on disk, where its rows are looked up, beside all in RAM."""
     folder = setup.made("wide-vocabulary")
@@ -342,6 +367,7 @@ GROUPS: dict[str, Callable[[Setup], None]] = {
     "screens": screens,
     "moves": moves,
     "experts": experts,
+    "packed-experts": packed_experts,
     "tables": tables,
     "disk": disk,
 }

@@ -250,6 +250,26 @@ def streamed_nf4(setup: Setup) -> None:
     setup.report.note(Figure("GPU, nf4, half in RAM: times bf16", group.ratio(some.name, plain.name), 3.3))
 
 
+def gpu_experts(setup: Setup) -> None:
+    """A mixture in nf4, its experts too: all on the device, and fetched from RAM one by one."""
+    if not _has_bitsandbytes(setup, "gpu-experts"):
+        return
+    folder = setup.made("wide-mixture", num_hidden_layers=8, num_experts=128)
+    model = Large(folder, words(PROMPT_TOKENS, 32000), setup)
+    plain = model.ours("bf16")
+    ours = model.ours("nf4", quantize="nf4")
+    fetched = model.ours("nf4, all layers in RAM", "cpu", 1.0, hybrid=False, quantize="nf4")
+    plain_fetched = model.ours("bf16, all layers in RAM", "cpu", 1.0, hybrid=False)
+    stock = model.stock(quantize="nf4")
+    group = setup.run("gpu experts", [BUS, plain, ours, plain_fetched, fetched, stock])
+    title = "Random Qwen3-MoE, 8 layers of 2,048, 8 of 128 experts a token"
+    setup.report.add(group, title, [DECODE, PREFILL, FIRST, MOVED], plain.name)
+    note = setup.report.note
+    note(Figure("GPU, nf4 experts: times stock nf4", group.ratio(ours.name, stock.name), 3.5))
+    ratio = group.ratio(fetched.name, plain_fetched.name)
+    note(Figure("GPU, nf4 experts fetched from RAM: times bf16", ratio))
+
+
 def from_disk(setup: Setup) -> None:
     """Four layers on the disk, cold, with no RAM to keep them."""
     model = large(setup)
@@ -339,6 +359,7 @@ GROUPS: dict[str, Callable[[Setup], None]] = {
     "half": half,
     "everything": everything,
     "streamed-nf4": streamed_nf4,
+    "gpu-experts": gpu_experts,
     "from-disk": from_disk,
     "gpu-lookup": gpu_lookup,
 }

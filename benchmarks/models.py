@@ -43,6 +43,22 @@ MIXTURE = {
     "max_position_embeddings": 4096,
     "tie_word_embeddings": True,
 }
+WIDE_MIXTURE = {
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "num_experts": 64,
+    "num_experts_per_tok": 8,
+    "vocab_size": 32000,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": True,
+}
+"""Layers as those of Qwen3-30B-A3B, but with half of the experts."""
+
 WIDE_VOCABULARY = {
     "hidden_size": 1024,
     "intermediate_size": 2816,
@@ -57,6 +73,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-8b": ("Llama", LLAMA_8B),
     "llama-1b": ("Llama", LLAMA_1B),
     "mixture": ("Qwen3Moe", MIXTURE),
+    "wide-mixture": ("Qwen3Moe", WIDE_MIXTURE),
     "wide-vocabulary": ("Llama", WIDE_VOCABULARY),
 }
 
