@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from playwright.sync_api import expect
 
 from tests.ui.conftest import OpenNotebook
 from tests.ui.jupyter import App
@@ -14,8 +15,8 @@ pytestmark = pytest.mark.browser
 def test_cells_run_and_their_outputs_appear(open_notebook: OpenNotebook, app: App) -> None:
     notebook = open_notebook(["6 * 7", "print('done')"], app)
     notebook.run_all()
-    assert "42" in notebook.output(0).inner_text()
-    assert "done" in notebook.output(1).inner_text()
+    expect(notebook.output(0)).to_contain_text("42")
+    expect(notebook.output(1)).to_contain_text("done")
     saved = notebook.save()
     assert saved.cells[0].outputs[0].data["text/plain"] == "42"
 

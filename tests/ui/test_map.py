@@ -47,7 +47,7 @@ def test_a_block_is_dragged_applied_and_the_answer_is_the_same(
     picture(view, screenshots / f"map-{app}.png")
     expect(view).to_contain_text("Last sweep")  # where the time of the blocks went
     notebook.run_cell(5)
-    assert "same answer: True tokens: True" in notebook.output(5).inner_text()
+    expect(notebook.output(5)).to_contain_text("same answer: True tokens: True")
     notebook.run_cell(6)
     machine = live(notebook, 6)
     expect(machine).to_contain_text("Path of one token")
@@ -93,6 +93,6 @@ def test_a_plan_is_edited_before_it_is_loaded(open_notebook: OpenNotebook, start
     load.click()
     expect(view.get_by_role("button", name="Apply")).to_be_visible(timeout=60_000)
     notebook.run_cell(1)
-    assert "starter" in notebook.output(1).inner_text()
+    expect(notebook.output(1)).to_contain_text("starter")
     notebook.run_cell(2)
-    assert "Paris" in notebook.output(2).inner_text()
+    expect(notebook.output(2)).to_contain_text("Paris")
