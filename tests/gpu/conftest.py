@@ -41,6 +41,18 @@ def not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llm_magic.backends.accelerate.quick.regional", None)
 
 
+@pytest.fixture
+def own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What is written goes with the test, and so does what the GPU held."""
+    import torch
+
+    monkeypatch.setenv("LLM_MAGIC_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("LLM_MAGIC_DATA", str(tmp_path / "data"))
+    yield
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
 def pytest_collection_finish() -> None:
     """Every capture collects garbage, thousands of times here: what is imported for good need not be looked at."""
     if IS_SIMULATED:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("bitsandbytes")
 pytest.importorskip("optimum.quanto")
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("own_folders")]
 
 from llm_magic.backends.accelerate.decoding.static_cache import SWEEP_TOKENS  # noqa: E402
 from llm_magic.backends.accelerate.placement import packed_stack  # noqa: E402
@@ -31,14 +30,6 @@ PROMPT = "The capital of France is"
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.save_mixture(tmp_path_factory.mktemp("packed") / "mixture", layers=4, **WIDE)
-
-
-@pytest.fixture(autouse=True)
-def _own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("LLM_MAGIC_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("LLM_MAGIC_DATA", str(tmp_path / "data"))
-    yield
-    torch.cuda.empty_cache()
 
 
 def loaded(folder: Path, method: str, way: str, dtype: str = "bfloat16") -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("bitsandbytes")
 pytest.importorskip("optimum.quanto")
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("own_folders")]
 
 from llm_magic.backends.accelerate.placement import int4_orders, packing  # noqa: E402
 from llm_magic.errors import EngineError  # noqa: E402
@@ -37,14 +36,6 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     if request.param == "mixture":
         return tiny.save_mixture(path, layers=3, hidden_size=256, head_dim=64, moe_intermediate_size=128)
     return tiny.save_llama(path, layers=3, hidden_size=256, intermediate_size=512)
-
-
-@pytest.fixture(autouse=True)
-def _own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("LLM_MAGIC_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("LLM_MAGIC_DATA", str(tmp_path / "data"))
-    yield
-    torch.cuda.empty_cache()
 
 
 def loaded(folder: Path, method: str, where: tuple[str, str, bool]) -> Any:

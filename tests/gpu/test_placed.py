@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 torch = pytest.importorskip("torch")
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("own_folders")]
 
 from llm_magic.backends.accelerate.placement.blocks import RamStore, pin, unpin  # noqa: E402
 from llm_magic.backends.accelerate.placement.placed import PlacedModel  # noqa: E402
@@ -113,15 +113,6 @@ def late(**options: Any) -> Callable[[str], Any]:
 def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """``folder_of("llama")``: the folder of a tiny model."""
     return cache(lambda name: tiny.MODELS[name](tmp_path_factory.mktemp("tiny") / name))
-
-
-@pytest.fixture(autouse=True)
-def _own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("LLM_MAGIC_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("LLM_MAGIC_DATA", str(tmp_path / "data"))
-    yield
-    gc.collect()
-    torch.cuda.empty_cache()
 
 
 def in_turn(model: Any) -> Any:
