@@ -41,7 +41,7 @@ def not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llm_magic.backends.accelerate.quick.regional", None)
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What is written goes with the test, and so does what the GPU held."""
     import torch

@@ -24,7 +24,7 @@ from tests import tiny  # noqa: E402
 from tests.engines import BACKEND, ask, plan_for, request  # noqa: E402
 from tests.families import FAMILIES, save  # noqa: E402
 from tests.gpu.test_families import EAGER  # noqa: E402
-from tests.gpu.test_placed import DEVICE, HYBRID, ON_CPU, RESIDENT, STREAMED, _own_folders, layers  # noqa: E402, F401
+from tests.gpu.test_placed import DEVICE, HYBRID, ON_CPU, RESIDENT, STREAMED, layers  # noqa: E402
 from tests.placements import Place, placed_plan  # noqa: E402
 
 NAMES = ("llama", "gemma", "gpt2")

@@ -18,7 +18,7 @@ from llm_magic.backends.accelerate.quick import _steps_of  # noqa: E402
 from llm_magic.model import ModelSpec  # noqa: E402
 from tests import tiny  # noqa: E402
 from tests.engines import BACKEND, ask, plan_for, request  # noqa: E402
-from tests.gpu.test_placed import DEVICE, STREAMED, _own_folders, layers  # noqa: E402, F401
+from tests.gpu.test_placed import DEVICE, STREAMED, layers  # noqa: E402
 from tests.placements import placed_plan, stock  # noqa: E402
 
 CONTEXT = 200

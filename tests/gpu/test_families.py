@@ -14,7 +14,7 @@ pytestmark = pytest.mark.gpu
 
 from tests.engines import BACKEND, ask, plan_for, request  # noqa: E402
 from tests.families import FAMILIES, save  # noqa: E402
-from tests.gpu.test_placed import HYBRID, ON_GPU, _own_folders  # noqa: E402, F401
+from tests.gpu.test_placed import HYBRID, ON_GPU  # noqa: E402
 from tests.placements import placed_plan  # noqa: E402
 
 WAYS = {**ON_GPU, **HYBRID}

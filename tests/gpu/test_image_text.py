@@ -14,7 +14,7 @@ pytestmark = pytest.mark.gpu
 
 from tests import tiny  # noqa: E402
 from tests.engines import BACKEND, ask, plan_for, request  # noqa: E402
-from tests.gpu.test_placed import (  # noqa: E402, F401
+from tests.gpu.test_placed import (  # noqa: E402
     DEVICE,
     HYBRID,
     ON_CPU,
@@ -22,7 +22,6 @@ from tests.gpu.test_placed import (  # noqa: E402, F401
     RESIDENT,
     STREAMED,
     VISITING,
-    _own_folders,
     layers,
 )
 from tests.placements import Place, Where, placed_plan  # noqa: E402

@@ -24,7 +24,7 @@ from llm_magic.planning.setting import Setting  # noqa: E402
 from llm_magic.units import GIB, MIB  # noqa: E402
 from tests import tiny  # noqa: E402
 from tests.engines import BACKEND, MACHINE, ask, plan_for, request  # noqa: E402
-from tests.gpu.test_placed import DEVICE, HYBRID, ON_GPU, _own_folders  # noqa: E402, F401
+from tests.gpu.test_placed import DEVICE, HYBRID, ON_GPU  # noqa: E402
 from tests.placements import placed_plan  # noqa: E402
 from tests.simulated_cuda import fail_allocation_in, set_total_memory  # noqa: E402
 

@@ -11,7 +11,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("bitsandbytes")
 pytest.importorskip("optimum.quanto")
-pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("own_folders")]
+pytestmark = pytest.mark.gpu
 
 from llm_magic.backends.accelerate.decoding.static_cache import SWEEP_TOKENS  # noqa: E402
 from llm_magic.backends.accelerate.placement import packed_stack  # noqa: E402

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 torch = pytest.importorskip("torch")
-pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("own_folders")]
+pytestmark = pytest.mark.gpu
 
 from llm_magic.backends.accelerate.placement.blocks import RamStore, pin, unpin  # noqa: E402
 from llm_magic.backends.accelerate.placement.placed import PlacedModel  # noqa: E402

@@ -21,7 +21,6 @@ from tests.gpu.test_placed import (  # noqa: E402
     RESIDENT,
     STREAMED,
     VISITING,
-    _own_folders,  # noqa: F401
     folder_of,  # noqa: F401
     layers,
     logits,

@@ -20,7 +20,6 @@ from tests.gpu.test_placed import (  # noqa: E402
     DEVICE,
     HYBRID,
     ON_GPU,
-    _own_folders,  # noqa: F401 - a fixture for every test here
     folder_of,  # noqa: F401
     late,
     logits,
