@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
@@ -52,15 +51,3 @@ def test_nothing_and_what_is_no_number(kind: str) -> None:
     values = torch.zeros(3, 64)
     values[1, 5], values[2, 7] = torch.nan, torch.inf
     same(values, kind)
-
-
-@pytest.mark.parametrize("at_a_time", [1, 1 << 18])
-@pytest.mark.parametrize("shape", [(32, 64), (96, 128), (2048, 192)])
-def test_the_order_for_cpus_and_back(shape: Any, at_a_time: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from bitsandbytes.functional import _convert_weight_packed_for_cpu
-
-    monkeypatch.setattr(four_bits, "_AT_A_TIME", at_a_time)
-    data, state = functional.quantize_4bit(torch.randn(shape), blocksize=64, quant_type="nf4")
-    ordered = four_bits.for_cpus(data, shape[0])
-    assert torch.equal(ordered, _convert_weight_packed_for_cpu(data, copy.copy(state))[0])
-    assert torch.equal(four_bits.for_others(ordered, shape[0]).view(data.shape), data)

@@ -1,4 +1,4 @@
-"""bitsandbytes' 4-bit formats on the CPU: the bits and the orders that the library makes, several times as fast.
+"""bitsandbytes' 4-bit formats on the CPU: the bits that the library makes, several times as fast.
 
 Packing means to find, for every weight, the nearest of 16 values. The library searches between the
 15 bounds; here a table says it, by the leading bits of the weight, which leaves one bound at most.
@@ -71,57 +71,3 @@ def _tables(kind: str) -> tuple[Any, Any, Any]:
     bounds[((middles.double() + 1) * (_BINS / 2)).long()] = middles
     in_order = torch.equal(order, torch.arange(16))
     return below, bounds, None if in_order else order.to(torch.uint8)
-
-
-_ROWS = 32
-"""Of a block in the order for CPUs: its byte ``2 r + c`` has weight ``c`` of a pair of rows ``r`` and ``r + 16``."""
-
-
-def for_cpus(data: Any, rows: int) -> Any:
-    """The order that the kernels for AVX-512 bfloat16 read, of a weight in the plain order.
-
-    As the library's ``_convert_weight_packed_for_cpu``.
-
-    Parameters
-    ----------
-    data
-        uint8, two weights of a row in a byte; of any shape.
-    rows
-        Of the weight: a multiple of 32. Several weights may follow each other.
-
-    Returns
-    -------
-    Tensor
-        uint8 ``[rows, bytes of a row]``, in RAM.
-    """
-    import torch
-
-    blocks = data.view(rows // _ROWS, 2, _ROWS // 2, -1)
-    # In RAM, wherever it comes from: a GPU that is left may be full.
-    result = torch.empty(rows, blocks.shape[-1], dtype=torch.uint8)
-    inside = result.view(rows // _ROWS, blocks.shape[-1], _ROWS // 2, 2)
-    for some, ordered in zip(*_in_parts(blocks, inside), strict=True):
-        first, second = some.cpu().transpose(-2, -1).unbind(1)
-        ordered[..., 0] = (first >> 4) | (second & 0xF0)
-        ordered[..., 1] = (first & 0x0F) | (second << 4)
-    return result
-
-
-def for_others(data: Any, rows: int) -> Any:
-    """The plain order again, of what `for_cpus` has made; where ``data`` is."""
-    import torch
-
-    inside = data.view(rows // _ROWS, -1, _ROWS // 2, 2)
-    result = torch.empty(rows, inside.shape[1], dtype=torch.uint8, device=data.device)
-    blocks = result.view(rows // _ROWS, 2, _ROWS // 2, -1)
-    for ordered, some in zip(*_in_parts(inside, blocks), strict=True):
-        even, odd = ordered.transpose(1, 2).unbind(-1)
-        some[:, 0] = (even << 4) | (odd & 0x0F)
-        some[:, 1] = (even & 0xF0) | (odd >> 4)
-    return result
-
-
-def _in_parts(*tensors: Any) -> list[Any]:
-    """Some blocks of each at a time: the temporary tensors of a few stay small."""
-    step = max(1, _AT_A_TIME // tensors[0][0].numel())
-    return [tensor.split(step) for tensor in tensors]

@@ -66,8 +66,7 @@ def _side_by_side(module: Any, tokens: Any, experts: Any) -> Any:
     of_each, experts = len(experts) // len(tokens), experts.clamp(max=module.num_experts - 1)
 
     def linear(name: str, inputs: Any) -> Any:
-        rows = zip(inputs.split(1), getattr(module, name).chosen(experts), strict=True)
-        return _biased(module, name, torch.cat([matrix(row) for row, matrix in rows]), experts)
+        return _biased(module, name, getattr(module, name).multiplied(inputs, experts), experts)
 
     return _expert(module, linear, tokens.repeat_interleave(of_each, dim=0))
 

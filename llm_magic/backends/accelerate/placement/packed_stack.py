@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from llm_magic.backends.accelerate.placement import packing
+from llm_magic.backends.accelerate.placement import cpu_products, packing
+from llm_magic.backends.accelerate.placement.cpu_products import PackedWeights
 from llm_magic.planning.packed import UNPACKED_EXPERTS_BYTES
 from llm_magic.units import MIB
 
@@ -106,6 +107,16 @@ class PackedStack(torch.nn.Module):
         template, parts = self.template.on(device), tuple(self._names)
         return lambda tensors: PackedMatrix(template, dict(zip(parts, tensors, strict=True)))
 
+    def multiplied(self, tokens: Any, experts: Any) -> Any:
+        """Each token ``[n, in]`` times the matrix of one of the experts, whose numbers are ``[n]``: ``[n, out]``."""
+        if tokens.device.type == "cpu" and (weights := self[0].in_ram) is not None:
+            # The first of the stack: the others follow it.
+            outputs = cpu_products.multiplied_each(tokens, weights, experts)
+            if outputs is not None:
+                return outputs
+        rows = zip(tokens.split(1), self.chosen(experts), strict=True)
+        return torch.cat([matrix(row) for row, matrix in rows])
+
     def chosen(self, experts: Any) -> Iterator[PackedMatrix]:
         """The matrices of experts with these numbers ``[n]``.
 
@@ -147,7 +158,16 @@ class PackedMatrix:
         self._template, self._parts = template, parts
 
     def __call__(self, tokens: Any) -> Any:
+        if tokens.device.type == "cpu" and (weights := self.in_ram) is not None:
+            outputs = cpu_products.multiplied(tokens, weights)
+            if outputs is not None:
+                return outputs
         return packing.multiplied(tokens, self._weight)
+
+    @cached_property
+    def in_ram(self) -> PackedWeights | None:
+        """The matrix as kernels for the CPU take it, if they know its kind."""
+        return packing.packed_weights(self._weight)
 
     def unpacked(self, dtype: Any) -> Any:
         """Its numbers ``[out, in]``."""

@@ -18,7 +18,8 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, Protocol, runtime_checkable
 
-from llm_magic.backends.accelerate.placement import cpu_kernels, four_bits, int4_orders
+from llm_magic.backends.accelerate.placement import int4_orders
+from llm_magic.backends.accelerate.placement.cpu_products import PackedWeights
 
 Parts = dict[str, Any]
 """Plain contiguous tensors by the name of what they are in their parameter; ``""`` is the data."""
@@ -142,6 +143,28 @@ def multiplied(tokens: Any, packed: Any) -> Any:
     return torch.nn.functional.linear(tokens, packed)
 
 
+def packed_weights(packed: Any) -> PackedWeights | None:
+    """A packed weight in RAM as our kernels for the CPU take it; ``None`` where they do not know its kind."""
+    if (state := getattr(packed, "quant_state", None)) is not None:
+        rows, columns = state.shape
+        if state.nested:
+            return None
+        return PackedWeights(state.quant_type, packed, state.absmax, None, rows, columns, state.blocksize)
+    rows, columns = packed.shape
+    if type(packed).__name__ == "Int8Params":
+        return PackedWeights("int8", packed, packed.SCB, None, rows, columns, factor=1 / 127)
+    kind = _QUANTO_KINDS.get(packed.qtype.name)
+    if kind is None or packed.axis != 0 or hasattr(packed, "_scale_shift"):
+        return None
+    if kind in ("int8", "float8"):
+        return PackedWeights(kind, packed._data, packed._scale, None, rows, columns)
+    group = packed._group_size or columns
+    return PackedWeights(kind, packed._data._data, packed._scale, packed._shift, rows, columns, group)
+
+
+_QUANTO_KINDS = {"qint8": "int8", "qfloat8_e4m3fn": "float8", "qint4": "int4", "qint2": "int2"}
+
+
 def _numbers(packed: Any) -> Any:
     state = getattr(packed, "quant_state", None)
     if state is None:
@@ -170,11 +193,10 @@ def parameters(block: Any) -> Iterator[tuple[str, Any, str]]:
 def arrange(block: Any, device: Any, *, fresh: bool = False) -> None:
     """Put the packed parameters of ``block`` into the order that the kernels of ``device`` read.
 
-    Values and number of bytes stay the same. Two kernels want an order of their own: 4-bit
-    bitsandbytes on CPUs with AVX-512 bfloat16, and 4-bit quanto in bfloat16, whose CPU and CUDA
-    orders differ. Do it when another kind of device is to compute the block, never in a sweep. The
+    Values and number of bytes stay the same. One kernel wants an order of its own: torch's for 4-bit
+    quanto in bfloat16, whose CPU and CUDA orders differ. Do it when another kind of device is to compute the block, never in a sweep. The
     parameters must hold their bytes; new tensors replace those whose order changes. They are in RAM
-    when a GPU's kernel reads one of the two orders, and on ``device`` when the weights are fresh.
+    when a GPU's kernel reads one of the orders, and on ``device`` when the weights are fresh.
 
     Parameters
     ----------
@@ -334,10 +356,7 @@ def _parameter(data: Any) -> Any:
 # ------------------------------------------------------------------------------- bitsandbytes, 4 bits
 
 
-class _FourBitKind(_Ordered):
-    def is_needed(self, module: Any, name: str) -> bool:  # noqa: ARG002
-        return cpu_kernels.has_order()
-
+class _FourBitKind(_Kind):
     def parts(self, module: Any, name: str) -> Parts:
         parameter = module._parameters[name]
         state = _state(module, parameter)
@@ -360,30 +379,6 @@ class _FourBitKind(_Ordered):
         }
         return _FourBitTemplate(module, name, tensors, state, options)
 
-    def arrange(self, module: Any, name: str, device: Any, fresh: bool) -> None:  # noqa: ARG002
-        state = _state(module, module._parameters[name])
-        for_cpu = device.type == "cpu" and _has_cpu_order(module, state)
-        if for_cpu == getattr(state, "packing_format_for_cpu", False):
-            return
-        import torch
-
-        found, shape = parts(module, name), state.shape
-        reordered = four_bits.for_cpus if for_cpu else four_bits.for_others
-        found[""] = reordered(found[""].view(torch.uint8), shape[0])
-        if not for_cpu:
-            storage = module._parameters[name].quant_storage
-            found[""] = found[""].view(-1, storage.itemsize).view(storage)
-        # In float32 both ways, where the library rounds to bfloat16: its kernel rounds what it reads,
-        # so the results are the same, and the way back loses nothing.
-        rows, groups = shape[0], shape[1] // state.blocksize
-        scales = found["absmax"].view(rows, groups).to(found[""].device) if for_cpu else found["absmax"]
-        found["absmax"] = scales.T.contiguous() if for_cpu else scales.T.reshape(-1)
-        left = template(module, name)
-        assert isinstance(left, _FourBitTemplate)
-        state = copy.copy(left.state)
-        state.packing_format_for_cpu = for_cpu
-        bind(replace(left, tensors=_shapes(found), state=state).bindings(found))
-
 
 def _state(module: Any, parameter: Any) -> Any:
     # The library keeps it in both places, and looks in the module when the parameter has lost it.
@@ -393,18 +388,6 @@ def _state(module: Any, parameter: Any) -> Any:
     if state is None:
         raise ValueError("This 4-bit weight was not packed yet.")
     return state
-
-
-def _has_cpu_order(module: Any, state: Any) -> bool:
-    from bitsandbytes.nn import Linear4bit
-
-    rows, columns = state.shape
-    whole = rows % 32 == 0 and columns % state.blocksize == 0
-    return cpu_kernels.has_order() and whole and not state.nested and isinstance(module, Linear4bit)
-
-
-def _rows_at_a_time(columns: int) -> int:
-    return 64 * max(1, _AT_A_TIME // (64 * columns))  # every order has its blocks of rows end there
 
 
 @dataclass(frozen=True)
@@ -553,6 +536,10 @@ def _has_tinygemm(device: Any) -> bool:
     if device.type != "cuda":
         return bool(device.type == "cpu")
     return bool(torch.version.cuda) and bool(torch.cuda.get_device_capability(device) >= (8, 0))
+
+
+def _rows_at_a_time(columns: int) -> int:
+    return 64 * max(1, _AT_A_TIME // (64 * columns))  # every order has its blocks of rows end there
 
 
 def _for_tinygemm(weight: Any, device: Any) -> Any:

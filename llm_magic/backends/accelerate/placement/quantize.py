@@ -22,7 +22,8 @@ from typing import Any
 from weakref import ref
 
 from llm_magic.backends.accelerate.default_dtype import default_dtype_kept
-from llm_magic.backends.accelerate.placement import cpu_kernels, four_bits
+from llm_magic.backends.accelerate.placement import four_bits
+from llm_magic.backends.accelerate.placement.packed_linear import served_by_kernels
 from llm_magic.backends.accelerate.placement.packing import Parts, arrange, bind, parts, template
 from llm_magic.backends.accelerate.quiet import quiet
 from llm_magic.errors import OptionError, PlanError
@@ -137,10 +138,7 @@ def import_library(name: str) -> Any:
         if not any(isinstance(known, _Silenced) for known in found.filters):
             found.addFilter(_Silenced(start))
     with _no_kernels_from_the_hub():
-        library = importlib.import_module(name)
-        if name == "bitsandbytes":
-            cpu_kernels.serve_the_cpu()
-    return library
+        return importlib.import_module(name)
 
 
 class _Silenced(logging.Filter):
@@ -204,8 +202,11 @@ def prepare(model: Any, name: str, dtype: Any) -> tuple[str, ...]:
         torch.set_default_dtype(dtype)
         try:
             _replace(model, method, dtype, skipped)
-            linear = [f"{path}.weight" for path, m in model.named_modules() if before.get(path) is not m]
-            packed = (*linear, *_replace_experts(model, method, dtype, skipped))
+            linear = {path: m for path, m in model.named_modules() if before.get(path) is not m}
+            packed = (
+                *(f"{path}.weight" for path in linear),
+                *_replace_experts(model, method, dtype, skipped),
+            )
         finally:
             torch.set_default_dtype(outer)
     if not packed:
@@ -214,6 +215,8 @@ def prepare(model: Any, name: str, dtype: Any) -> tuple[str, ...]:
             f"{name} finds no linear layer to pack in {type(model).__name__}.",
             f"Use --quantize {' or '.join(able)}." if able else "Leave out --quantize.",
         )
+    for layer in linear.values():
+        served_by_kernels(layer)
     model.eval().requires_grad_(False)
     _refuse_saving(model, name)
     return packed

@@ -18,7 +18,7 @@ from llm_magic.backends.accelerate.decoding.capturable import (
 )
 from llm_magic.backends.accelerate.decoding.kv_cache import can_take_back
 from llm_magic.backends.accelerate.default_dtype import default_dtype_kept
-from llm_magic.backends.accelerate.placement import cpu_kernels
+from llm_magic.backends.accelerate.placement import cpu_products
 from llm_magic.backends.accelerate.placement.quantize import Method, find_method, packed_bytes, prepare
 from llm_magic.backends.accelerate.source import gguf_model, hub
 from llm_magic.backends.accelerate.source.architecture import (
@@ -77,8 +77,8 @@ def read_layout(spec: ModelSpec, files: ModelFiles) -> ModelLayout:
     if method is not None:
         blocks = _with_packed(model, blocks, method, dtype)
         details |= {"unpacked_bytes": _unpacked_bytes(blocks, method)}
-        if method.library == "bitsandbytes" and not cpu_kernels.are_loaded():
-            details |= {"unpacked_by_one_thread": True}
+        if not cpu_products.is_there():
+            details |= {"no_cpu_kernels": True}
     return ModelLayout(
         name=files.name,
         architecture=type(model).__name__,

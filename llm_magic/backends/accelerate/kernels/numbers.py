@@ -1,0 +1,220 @@
+"""How packed weights become numbers: some bytes at a time, in the processor's vectors.
+
+A way to read may leave the numbers in an order of its own, where that takes fewer instructions.
+"""
+
+from __future__ import annotations
+
+import struct
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
+
+from llvmlite import ir
+
+from llm_magic.backends.accelerate.kernels.code import (
+    F32,
+    I8,
+    constants,
+    intrinsic,
+    same,
+    shuffled,
+    spread,
+    vector,
+)
+from llm_magic.backends.accelerate.kernels.compiler import I32, I64, instructions
+
+_WIDTHS = (
+    ("avx512bw", 64, "llvm.x86.avx512.pshuf.b.512"),
+    ("avx2", 32, "llvm.x86.avx2.pshuf.b"),
+    ("neon", 16, "llvm.aarch64.neon.tbl1.v16i8"),
+)
+"""What a processor must have, the bytes of its vectors, and its instruction that looks up 16 values for each of them."""
+
+
+@dataclass(frozen=True)
+class Reader(ABC):
+    """A way to read packed weights.
+
+    Attributes
+    ----------
+    bytes
+        That are read at a time.
+    weights
+        How many that are.
+    group
+        Weights that share a scale; 0 for a whole row.
+    rows
+        How many rows of a matrix the same bytes hold: one of its first part, one of the next, …
+    has_shift
+        Whether something is subtracted from what a number and its scale make.
+    factor
+        On the scales as they are stored.
+    """
+
+    bytes: int
+    weights: int
+    group: int
+    rows: int = field(default=1, kw_only=True)
+    has_shift: bool = field(default=False, kw_only=True)
+    factor: float = field(default=1.0, kw_only=True)
+
+    @property
+    @abstractmethod
+    def columns(self) -> list[list[int]]:
+        """For each vector of numbers, which of the weights its elements are; fours of them come from the same 16."""
+
+    @abstractmethod
+    def numbers(self, module: ir.Module, builder: ir.IRBuilder, packed: Any, part: Any) -> list[Any]:
+        """The vectors of float32 that ``bytes`` hold of the row in one part of the matrix, before their scale."""
+
+    @property
+    def floats(self) -> int:
+        """Numbers in a vector."""
+        return self.bytes // 4
+
+
+@dataclass(frozen=True)
+class Codes(Reader):
+    """Two codes in a byte, the first in the high half, for numbers in a table.
+
+    Processors look up 16 bytes fastest. Two tables give the two bytes of each number in bfloat16, whose halves
+    of vectors are paired then; a pair is two numbers, the even one to be shifted, the odd one to be masked.
+
+    Attributes
+    ----------
+    lookup
+        The instruction.
+    table
+        The 16 numbers.
+    """
+
+    lookup: str
+    table: tuple[float, ...]
+
+    @property
+    def columns(self) -> list[list[int]]:
+        return [
+            [2 * at + low for at in self._lanes(half, range(odd, 8, 2))]
+            for low, half, odd in product((0, 1), (0, 8), (0, 1))
+        ]
+
+    def numbers(self, module: ir.Module, builder: ir.IRBuilder, packed: Any, part: Any) -> list[Any]:  # noqa: ARG002
+        high, low = builder.lshr(packed, same(packed.type, 4)), builder.and_(packed, same(packed.type, 15))
+        return [number for codes in (high, low) for number in self._looked_up(module, builder, codes)]
+
+    def _looked_up(self, module: ir.Module, builder: ir.IRBuilder, codes: Any) -> Iterator[Any]:
+        kind = codes.type
+        lookup = intrinsic(module, self.lookup, kind, kind, kind)
+        halves = [_bfloat16(number) for number in self.table]
+        tables = [[half >> shift & 255 for half in halves] * (self.bytes // 16) for shift in (0, 8)]
+        low, high = (builder.call(lookup, [constants(I8, table), codes]) for table in tables)
+        words, floats = vector(I32, self.floats), vector(F32, self.floats)
+        for half in (0, 8):
+            places = [at + self.bytes * part for at in self._lanes(half, range(8)) for part in (0, 1)]
+            two = builder.bitcast(shuffled(builder, low, high, places), words)
+            yield builder.bitcast(builder.shl(two, same(words, 16)), floats)
+            yield builder.bitcast(builder.and_(two, same(words, 0xFFFF0000)), floats)
+
+    def _lanes(self, start: int, places: Sequence[int]) -> list[int]:
+        return [lane + start + place for lane in range(0, self.bytes, 16) for place in places]
+
+
+def _bfloat16(number: float) -> int:
+    (bits,) = struct.unpack("<I", struct.pack("<f", number))
+    return int(bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+
+
+@dataclass(frozen=True)
+class _Bytes(Reader):
+    """One weight in a byte."""
+
+    @property
+    def columns(self) -> list[list[int]]:
+        return [list(range(start, start + self.floats)) for start in range(0, self.bytes, self.floats)]
+
+    def numbers(self, module: ir.Module, builder: ir.IRBuilder, packed: Any, part: Any) -> list[Any]:  # noqa: ARG002
+        parts = (shuffled(builder, packed, packed, places) for places in self.columns)
+        return [self._floats(builder, part) for part in parts]
+
+    @abstractmethod
+    def _floats(self, builder: ir.IRBuilder, packed: Any) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Integers(_Bytes):
+    """8-bit integers."""
+
+    def _floats(self, builder: ir.IRBuilder, packed: Any) -> Any:
+        return builder.sitofp(builder.sext(packed, vector(I32, self.floats)), vector(F32, self.floats))
+
+
+@dataclass(frozen=True)
+class Fractions(_Bytes):
+    """Integers of ``bits`` bits; those of a row in the first part of a matrix are the lowest of their bytes."""
+
+    bits: int
+
+    def numbers(self, module: ir.Module, builder: ir.IRBuilder, packed: Any, part: Any) -> list[Any]:
+        by = builder.trunc(builder.mul(part, I64(self.bits)), I8)
+        packed = builder.lshr(packed, spread(builder, [by], self.bytes))
+        packed = builder.and_(packed, same(packed.type, (1 << self.bits) - 1))
+        return super().numbers(module, builder, packed, part)
+
+    def _floats(self, builder: ir.IRBuilder, packed: Any) -> Any:
+        return builder.uitofp(builder.zext(packed, vector(I32, self.floats)), vector(F32, self.floats))
+
+
+@dataclass(frozen=True)
+class Floats(_Bytes):
+    """8-bit floats with 4 bits of exponent, whose bias is 7, and no infinity (``float8_e4m3fn``); not for NaNs."""
+
+    def _floats(self, builder: ir.IRBuilder, packed: Any) -> Any:
+        words, floats = vector(I32, self.floats), vector(F32, self.floats)
+        wide = builder.zext(packed, words)
+        size = builder.shl(builder.and_(wide, same(words, 0x7F)), same(words, 20))
+        number = builder.bitcast(builder.add(size, same(words, 120 << 23)), floats)
+        # Without an exponent there is no leading one either: twice what is beyond 2 ** -7.
+        small = builder.fsub(builder.fadd(number, number), same(floats, 2.0**-6))
+        is_small = builder.icmp_unsigned("<", size, same(words, 8 << 20))
+        bits = builder.bitcast(builder.select(is_small, small, number), words)
+        sign = builder.shl(builder.and_(wide, same(words, 0x80)), same(words, 24))
+        return builder.bitcast(builder.or_(bits, sign), floats)
+
+
+def codes(table: Sequence[float], group: int, columns: int) -> Reader | None:
+    """What reads 4-bit codes with this processor's widest vectors that rows of ``columns`` weights consist of.
+
+    ``None`` where there is none. ``group`` weights share a scale, a multiple of 64.
+    """
+    for width, lookup in _widths():
+        if columns % max(group, 2 * width) == 0:
+            return Codes(width, 2 * width, group, lookup, tuple(table))
+    return None
+
+
+def integers(columns: int, factor: float) -> Reader | None:
+    """What reads 8-bit integers, as `codes`; their scales are to be taken times ``factor``."""
+    return next(
+        (Integers(width, width, 0, factor=factor) for width, _ in _widths() if columns % width == 0), None
+    )
+
+
+def fractions(bits: int, group: int, columns: int) -> Reader | None:
+    """What reads integers of 2 or 4 bits that have a scale and a shift for each group, as `codes`."""
+    for width, _ in _widths():
+        if group % width == 0 and columns % group == 0:
+            return Fractions(width, width, group, bits, rows=8 // bits, has_shift=True)
+    return None
+
+
+def floats(columns: int) -> Reader | None:
+    """What reads 8-bit floats, as `codes`."""
+    return next((Floats(width, width, 0) for width, _ in _widths() if columns % width == 0), None)
+
+
+def _widths() -> Iterator[tuple[int, str]]:
+    known = instructions()
+    return ((width, lookup) for needed, width, lookup in _WIDTHS if needed in known)

@@ -1,0 +1,275 @@
+"""What the CPU makes of packed weights: few tokens times the bytes as they lie, many times numbers.
+
+bitsandbytes and quanto unpack a whole weight for every token, on most CPUs by slow code, where they
+have no kernel for its format. Compiled ones (see `kernels`) take the formats of both, at about the speed of the RAM.
+They need llvmlite; without it, or on a processor that they are not made for, the libraries compute.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+FEW_TOKENS = 8
+"""Up to so many are multiplied with the bytes; each four of them take as long as all numbers did."""
+
+_TOGETHER = 4
+_UNPACKED_WEIGHTS = 1 << 22
+"""That are numbers at a time, while many tokens are multiplied with them: they stay in the caches."""
+_ALONE = 1 << 15
+"""Weights for which one thread is quicker than several."""
+
+
+@dataclass(frozen=True)
+class PackedWeights:
+    """One packed matrix, or several in a stack.
+
+    Attributes
+    ----------
+    kind
+        ``"nf4"``, ``"fp4"``, ``"int8"``, ``"float8"``, ``"int4"`` or ``"int2"``.
+    data, scales, shifts
+        Contiguous tensors on the CPU; shifts of the last two kinds alone.
+    rows, columns
+        Of a matrix: ``(out, in)``.
+    group
+        Weights that share a scale; 0 for a row.
+    factor
+        On the scales as they are.
+    """
+
+    kind: str
+    data: Any
+    scales: Any
+    shifts: Any
+    rows: int
+    columns: int
+    group: int = 0
+    factor: float = 1.0
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """What a kernel must know of packed weights; as in `PackedWeights`, with the dtype of the scales."""
+
+    kind: str
+    columns: int
+    group: int = 0
+    factor: float = 1.0
+    scales: str = "float32"
+
+
+def is_there() -> bool:
+    """Whether there are kernels for this processor."""
+    return _kernel(_Layout("int8", 64), "float32", 1) is not None
+
+
+def multiplied(tokens: Any, weights: PackedWeights) -> Any:
+    """Tokens ``[..., in]`` times a matrix, ``[..., out]``; ``None`` where no kernel takes it."""
+    if not _serves(tokens, weights):
+        return None
+    flat = tokens.reshape(-1, weights.columns).contiguous()
+    is_few = len(flat) <= FEW_TOKENS
+    result = _by_bytes(flat, weights, 1, _only()) if is_few else _by_numbers(flat, weights)
+    return result.view(*tokens.shape[:-1], weights.rows)
+
+
+def multiplied_each(tokens: Any, weights: PackedWeights, matrices: Any) -> Any:
+    """Each token ``[n, in]`` times one matrix of a stack, whose numbers are ``matrices`` (int64 ``[n]``); as `multiplied`."""
+    if not _serves(tokens, weights):
+        return None
+    return _by_bytes(tokens.contiguous(), weights, len(tokens), matrices)
+
+
+def _serves(tokens: Any, weights: PackedWeights) -> bool:
+    import torch
+
+    if torch.is_grad_enabled() and tokens.requires_grad:
+        return False
+    return tokens.numel() > 0 and _kernel(_layout(weights), _name(tokens.dtype), 1) is not None
+
+
+def _by_bytes(tokens: Any, weights: PackedWeights, pairs: int, matrices: Any) -> Any:
+    """Tokens times the matrix of each of ``pairs``, which have equally many."""
+    import torch
+
+    of_a_pair = len(tokens) // pairs
+    blocks = -(-of_a_pair // _TOGETHER)
+    together = -(-of_a_pair // blocks)
+    places = pairs * blocks * together  # the last of them may be empty
+    arranged = torch.empty(places, weights.columns)
+    results = tokens.new_empty(places, weights.rows)
+    kernel = _kernel(_layout(weights), _name(tokens.dtype), together)
+    assert kernel is not None
+    inputs = (tokens, arranged)
+    _run(
+        kernel,
+        weights,
+        results,
+        inputs=inputs,
+        count=len(tokens),
+        pairs=pairs,
+        matrices=matrices,
+        blocks=blocks,
+    )
+    return results[: len(tokens)]
+
+
+def _by_numbers(tokens: Any, weights: PackedWeights) -> Any:
+    """Tokens times numbers of some rows at a time, in a dtype that this CPU multiplies fast."""
+    import torch
+
+    dtype = _quick_dtype(tokens.dtype)
+    inputs, results = tokens.to(dtype), tokens.new_empty(len(tokens), weights.rows)
+    step = weights.rows if weights.shifts is not None else max(1, _UNPACKED_WEIGHTS // weights.columns)
+    numbers = torch.empty(min(step, weights.rows), weights.columns, dtype=dtype)
+    for start in range(0, weights.rows, step):
+        some = numbers[: min(step, weights.rows - start)]
+        _unpack(weights, start, some)
+        results[:, start : start + len(some)] = torch.mm(inputs, some.T)
+    return results
+
+
+def unpacked(weights: PackedWeights, dtype: Any) -> Any:
+    """The numbers of a matrix ``[out, in]``; ``None`` where no kernel takes it."""
+    import torch
+
+    if _kernel(_layout(weights), _name(dtype), 0) is None:
+        return None
+    result = torch.empty(weights.rows, weights.columns, dtype=dtype)
+    _unpack(weights, 0, result)
+    return result
+
+
+def _unpack(weights: PackedWeights, start: int, numbers: Any) -> None:
+    """The numbers of the rows from ``start`` on."""
+    import torch
+
+    of_a_row = weights.data.numel() // weights.rows
+    data = weights.data.detach().as_subclass(torch.Tensor).view(-1)[start * of_a_row :]
+    scales = weights.scales.view(-1)[start * (weights.scales.numel() // weights.rows) :]
+    part = PackedWeights(
+        weights.kind,
+        data,
+        scales,
+        weights.shifts,
+        len(numbers),
+        weights.columns,
+        weights.group,
+        weights.factor,
+    )
+    kernel = _kernel(_layout(weights), _name(numbers.dtype), 0)
+    assert kernel is not None
+    _run(kernel, part, numbers)
+
+
+def _run(
+    kernel: Callable[[Any], None],
+    weights: PackedWeights,
+    results: Any,
+    *,
+    inputs: tuple[Any, Any] = (None, None),
+    count: int = 0,
+    pairs: int = 1,
+    matrices: Any = None,
+    blocks: int = 0,
+) -> None:
+    """Call a kernel; see `kernels.products.products` for its arguments."""
+    import torch
+
+    size = pairs * weights.rows * weights.columns
+    tensors = (*inputs, weights.data, weights.scales, weights.shifts, results)
+    addresses = (0 if tensor is None else tensor.data_ptr() for tensor in tensors)
+    chosen = 0 if matrices is None else matrices.data_ptr()
+    threads = torch.get_num_threads()  # ask always: that is when a new thread learns of torch's setting
+    numbers = (count, weights.columns, weights.rows, pairs, chosen, blocks, 1 if size < _ALONE else threads)
+    kernel((ctypes.c_int64 * 13)(*addresses, *numbers))
+
+
+@cache
+def _only() -> Any:
+    """The number of the only matrix."""
+    import torch
+
+    return torch.zeros(1, dtype=torch.int64)
+
+
+def _name(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _layout(weights: PackedWeights) -> _Layout:
+    return _Layout(weights.kind, weights.columns, weights.group, weights.factor, _name(weights.scales.dtype))
+
+
+@cache
+def _kernel(layout: _Layout, dtype: str, together: int) -> Callable[[Any], None] | None:
+    """The compiled kernel for so many tokens together; of none: what unpacks."""
+    reader = _reader(layout)
+    known = ("float32", "float16", "bfloat16")
+    is_known = reader is not None and layout.scales in known and dtype in known
+    return _compiled(reader, layout.scales, dtype, together) if is_known else None
+
+
+@cache
+def _compiled(reader: Any, scales: str, dtype: str, together: int) -> Callable[[Any], None] | None:
+    # Not for every number of columns: those that are read alike share it.
+    from llm_magic.backends.accelerate.kernels import products
+
+    try:
+        if together:
+            return products.products(reader, together, dtype, scales)
+        return products.unpacking(reader, dtype, scales)
+    except RuntimeError:  # LLVM's: it has no such instruction after all
+        return None
+
+
+@cache
+def _reader(layout: _Layout) -> Any:
+    readers = _readers()
+    if readers is None:
+        return None
+    if layout.kind in ("nf4", "fp4"):
+        return readers.codes(_table(layout.kind), layout.group, layout.columns)
+    if layout.kind in ("int4", "int2"):
+        return readers.fractions(int(layout.kind[-1]), layout.group, layout.columns)
+    return (
+        readers.integers(layout.columns, layout.factor)
+        if layout.kind == "int8"
+        else readers.floats(layout.columns)
+    )
+
+
+@cache
+def _readers() -> Any:
+    """The module with ways to read packed weights; ``None`` without llvmlite, or with one that does not work."""
+    if importlib.util.find_spec("llvmlite") is None:
+        return None
+    try:
+        from llm_magic.backends.accelerate.kernels import numbers
+    except (ImportError, OSError):
+        return None
+    return numbers
+
+
+@cache
+def _table(kind: str) -> tuple[float, ...]:
+    from bitsandbytes.functional import get_4bit_type
+
+    return tuple(get_4bit_type(kind, device="cpu").tolist())
+
+
+@cache
+def _quick_dtype(dtype: Any) -> Any:
+    """In which this CPU multiplies matrices fast: that of 16 bits only if it has instructions for it."""
+    import torch
+
+    from llm_magic.backends.accelerate.kernels.compiler import instructions
+
+    needed = {torch.bfloat16: ("avx512bf16", "amx-bf16", "bf16"), torch.float16: ("avx512fp16", "amx-fp16")}
+    has_it = dtype not in needed or not instructions().isdisjoint(needed[dtype])
+    return dtype if has_it else torch.float32

@@ -1,0 +1,283 @@
+"""Kernels for packed weights on the CPU: what they compute, with every format, shape and dtype."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("llvmlite")
+
+from llm_magic.backends.accelerate.kernels import compiler, numbers  # noqa: E402
+from llm_magic.backends.accelerate.placement import cpu_products  # noqa: E402
+from llm_magic.backends.accelerate.placement.cpu_products import (  # noqa: E402
+    FEW_TOKENS,
+    PackedWeights,
+    multiplied,
+    multiplied_each,
+    unpacked,
+)
+from llm_magic.backends.accelerate.placement.packed_linear import served_by_kernels  # noqa: E402
+from llm_magic.backends.accelerate.placement.quantize import import_library  # noqa: E402
+from tests.packed import without_extension  # noqa: E402
+from tests.test_packing import METHODS, bind, forward, inputs, network_of, parameters, parts, template  # noqa: E402
+
+KINDS = ("nf4", "fp4", "int8", "float8", "int4", "int2")
+DTYPES = ("bfloat16", "float16", "float32")
+SHAPES = ((8, 64), (12, 192), (36, 320), (512, 1024))
+HERE = [needed for needed, _, _ in numbers._WIDTHS if needed in compiler.instructions()]
+
+
+@pytest.fixture(params=HERE)
+def _vectors(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a processor whose vectors are no wider."""
+    known = compiler.instructions() - set(HERE[: HERE.index(request.param)])
+    monkeypatch.setattr(numbers, "instructions", lambda: known)
+    for name in ("_kernel", "_compiled", "_reader"):
+        monkeypatch.setattr(cpu_products, name, cache(getattr(cpu_products, name).__wrapped__))
+
+
+def packed(
+    kind: str, shape: tuple[int, int], dtype: str = "bfloat16", seed: int = 0
+) -> tuple[PackedWeights, Any]:
+    """Random bytes, and what they stand for (float64)."""
+    chance = torch.Generator().manual_seed(seed)
+    rows, columns = shape
+
+    def integers(bits: int, *size: int) -> Any:
+        return torch.randint(1 << bits, size, generator=chance, dtype=torch.uint8)
+
+    def scales(*size: int) -> Any:
+        return (torch.rand(size, generator=chance) / 50).to(getattr(torch, dtype))
+
+    if kind in ("nf4", "fp4"):
+        codes, absmax = integers(4, rows, columns), torch.rand(rows * columns // 64, generator=chance)
+        table = (
+            import_library("bitsandbytes").functional.get_4bit_type(kind, device="cpu").bfloat16().double()
+        )
+        values = table[codes.long()].view(rows, -1, 64) * absmax.view(rows, -1, 1).double()
+        data = codes[:, ::2] << 4 | codes[:, 1::2]
+        return PackedWeights(kind, data, absmax, None, rows, columns, 64), values.view(shape)
+    if kind in ("int8", "float8"):
+        data, scale = integers(8, rows, columns), scales(rows, 1)
+        data = data.view(torch.int8) if kind == "int8" else data.view(torch.float8_e4m3fn)
+        data = (
+            data
+            if kind == "int8"
+            else torch.where(data.float().isnan(), torch.zeros(()), data.float()).to(data.dtype)
+        )
+        return PackedWeights(kind, data, scale, None, rows, columns), data.double() * scale.double()
+    bits, group = int(kind[-1]), next(group for group in (128, 96, 64) if columns % group == 0)
+    plain, count = integers(bits, rows, columns), rows * columns // group
+    scale, shift = scales(count, 1), scales(count, 1)
+    each = plain.view(8 // bits, -1)
+    data = torch.zeros_like(each[0])
+    for place, some in enumerate(each):
+        data |= some << (bits * place)
+    values = plain.view(-1, group).double() * scale.double() - shift.double()
+    return PackedWeights(kind, data, scale, shift, rows, columns, group), values.view(shape)
+
+
+def tokens(count: int, columns: int, dtype: str = "bfloat16") -> Any:
+    return torch.randn(count, columns, generator=torch.Generator().manual_seed(count)).to(
+        getattr(torch, dtype)
+    )
+
+
+def are_close(found: Any, expected: Any, dtype: str) -> bool:
+    nearly = {"float32": 2e-5, "float16": 2e-3, "bfloat16": 1e-2}[dtype]
+    return bool((found.double() - expected).abs().max() <= nearly * expected.abs().max())
+
+
+@pytest.mark.usefixtures("_vectors")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_products_with_few_tokens_and_with_many(kind: str, shape: tuple[int, int], dtype: str) -> None:
+    weights, values = packed(kind, shape, dtype)
+    for count in (1, 2, 3, 4, 5, FEW_TOKENS, FEW_TOKENS + 1, 40):
+        some = tokens(count, shape[1], dtype)
+        found = multiplied(some, weights)
+        assert (found.dtype, found.shape) == (some.dtype, (count, shape[0]))
+        assert are_close(found, some.double() @ values.T, dtype)
+
+
+@pytest.mark.usefixtures("_vectors")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_numbers_are_those_that_the_bytes_stand_for(kind: str, dtype: str) -> None:
+    weights, values = packed(kind, (24, 384), dtype)
+    assert torch.equal(unpacked(weights, torch.float32), values.float())
+    rounded = unpacked(weights, getattr(torch, dtype)).double()
+    assert are_close(rounded, values, dtype)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_8_bits_are_read(kind: str) -> None:
+    weights, _ = packed(kind, (16, 256))
+    weights.data.view(torch.uint8).view(-1)[:256] = torch.arange(256, dtype=torch.uint8)
+    if kind == "float8":
+        is_number = ~weights.data.float().isnan()
+        expected = weights.data.double() * weights.scales.double()
+        assert torch.equal(unpacked(weights, torch.float32)[is_number], expected.float()[is_number])
+    found = unpacked(weights, torch.float32)
+    one = torch.eye(256)[[0, 77, 255]]  # a column each
+    assert torch.equal(multiplied(one, weights), found.T[[0, 77, 255]]) or kind == "float8"
+
+
+@pytest.mark.usefixtures("_vectors")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_token_has_the_same_bits_whatever_comes_with_it(kind: str) -> None:
+    """Or proposals would be refused for their rounding, and experts would depend on their place."""
+    weights, _ = packed(kind, (48, 384))
+    some = tokens(FEW_TOKENS, 384)
+    together = multiplied(some, weights)
+    for count in (1, 2, 3, 5):
+        assert torch.equal(multiplied(some[:count], weights), together[:count])
+
+
+@pytest.mark.usefixtures("_vectors")
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_token_with_a_matrix_of_its_own(kind: str) -> None:
+    several = [packed(kind, (32, 256), seed=seed)[0] for seed in range(5)]
+    first = several[0]
+    stack = replace(
+        first,
+        data=torch.stack([one.data.view(torch.uint8) for one in several]).view(first.data.dtype),
+        scales=torch.stack([one.scales for one in several]),
+        shifts=None if first.shifts is None else torch.stack([one.shifts for one in several]),
+    )
+    chosen, some = torch.tensor([4, 0, 0, 3, 1, 2, 4]), tokens(7, 256)
+    found = multiplied_each(some, stack, chosen)
+    expected = [multiplied(some[i : i + 1], several[number]) for i, number in enumerate(chosen)]
+    assert torch.equal(found, torch.cat(expected))
+
+
+@pytest.mark.parametrize("count", [3, 30])
+def test_tokens_of_any_layout(count: int) -> None:
+    weights, values = packed("nf4", (32, 256))
+    some = tokens(256, count).T
+    assert not some.is_contiguous()
+    assert are_close(multiplied(some, weights), some.double() @ values.T, "bfloat16")
+    batch = tokens(2 * count, 256).view(2, count, 256)
+    assert multiplied(batch, weights).shape == (2, count, 32)
+
+
+def test_all_threads_or_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights, _ = packed("nf4", (67, 512))
+    some, before = tokens(3, 512), torch.get_num_threads()
+    alone = multiplied(some, weights)
+    monkeypatch.setattr(cpu_products, "_ALONE", 0)
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            assert torch.equal(multiplied(some, weights), alone)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_several_of_pythons_threads_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_products, "_ALONE", 0)
+    weights, _ = packed("nf4", (96, 512))
+    some = [tokens(count, 512) for count in (1, 4, 20)]
+    expected, wrong = [multiplied(each, weights) for each in some], []
+
+    def work() -> None:
+        for _ in range(50):
+            wrong.extend(
+                1 for x, y in zip(some, expected, strict=True) if not torch.equal(multiplied(x, weights), y)
+            )
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_what_no_kernel_takes() -> None:
+    weights, _ = packed("nf4", (32, 256))
+    some = tokens(1, 256)
+    assert (
+        multiplied(some, replace(weights, rows=16, columns=96)) is None
+    )  # groups that go on in the next row
+    assert multiplied(some.double(), weights) is None
+    assert multiplied(some[:0], weights) is None
+    assert multiplied(some.requires_grad_(), weights) is None
+    with torch.no_grad():
+        assert multiplied(some, weights) is not None
+    assert unpacked(weights, torch.float64) is None
+
+
+# ------------------------------------------------------------------------------------- layers
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("method", METHODS[1:])
+def test_a_layer_computes_by_kernels_what_its_library_does(method: str, dtype: str, used: list[int]) -> None:
+    by_library, network = network_of(method, dtype), network_of(method, dtype)
+    for each in (by_library, network):
+        bound(each)
+    for layer in (network[0], network[2]):
+        name, bias = type(layer).__name__, layer.bias
+        served_by_kernels(layer)
+        assert (type(layer).__name__, layer.bias) == (name, bias)
+    assert isinstance(network[0], type(by_library[0]))
+    for rows in (1, 5, 40):
+        x = inputs(dtype, rows)
+        found, expected = forward(network, x), forward(without_extension(by_library), x)
+        # LLM.int8() rounds the activations as well.
+        nearly = 0.03 if method == "int8" else 0.01
+        assert (found - expected).abs().max() <= nearly * expected.abs().max()
+    assert bool(used) == (method != "nf4-nested")
+
+
+def bound(network: Any) -> None:
+    """As a sweep binds it."""
+    for _, module, leaf in list(parameters(network)):
+        bind(template(module, leaf).bindings(parts(module, leaf)))
+
+
+@pytest.fixture
+def used(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows with every product that a kernel makes."""
+    products: list[int] = []
+    ours = cpu_products.multiplied
+
+    def counted(some: Any, weights: PackedWeights) -> Any:
+        result = ours(some, weights)
+        products.extend([] if result is None else [len(some)])
+        return result
+
+    monkeypatch.setattr(cpu_products, "multiplied", counted)
+    return products
+
+
+@pytest.mark.parametrize("method", METHODS[1:])
+def test_without_kernels_the_libraries_compute(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = network_of(method)
+    bound(network)
+    expected = forward(without_extension(network), inputs())
+    monkeypatch.setattr(cpu_products, "_readers", lambda: None)
+    monkeypatch.setattr(cpu_products, "_kernel", cache(cpu_products._kernel.__wrapped__))
+    monkeypatch.setattr(cpu_products, "_reader", cpu_products._reader.__wrapped__)
+    assert not cpu_products.is_there()
+    for layer in (network[0], network[2]):
+        served_by_kernels(layer)
+    assert torch.equal(forward(network, inputs()), expected)
+
+
+def test_a_layer_that_is_trained_is_its_librarys() -> None:
+    """Gradients go through what the library computes."""
+    network = network_of("nf4")
+    bound(network)
+    for layer in (network[0], network[2]):
+        served_by_kernels(layer)
+    x = inputs().requires_grad_()
+    network(x).sum().backward()
+    assert x.grad is not None
