@@ -46,6 +46,8 @@ class Device:
         What kernels ask for before they run: of an NVIDIA GPU the compute capability (``"8.6"``), of a
         CPU the widest of its vector instructions (``"avx512_bf16"``, ``"avx512"``, ``"avx2"``). Empty
         when unknown.
+    threads
+        With which the CPU computes; 0 when unknown.
     uuid
         The hardware's own identity, by which the driver's tools know it. Never shown or saved
         in a notebook.
@@ -66,6 +68,7 @@ class Device:
     assumed: tuple[str, ...] = ()
     method: str = ""
     capability: str = ""
+    threads: int = 0
     uuid: str = field(default="", compare=False, repr=False)
 
     @property

@@ -306,7 +306,9 @@ def with_flops(*, cpu: float, gpu: float = 6e14) -> Machine:
 
 def test_a_cpu_that_gains_little_stays_idle():
     assert "c" not in ways(plan_for(llama8b(), without_cpu(), HALF))
-    assert "c" not in ways(plan_for(packed(llama8b()), h100(), HALF))  # it would unpack every weight
+    by_libraries = replace(packed(llama8b()), details={"no_cpu_kernels": True})
+    assert "c" not in ways(plan_for(by_libraries, h100(), HALF))  # it would unpack every weight
+    assert "c" in ways(plan_for(packed(llama8b()), h100(), HALF))
 
 
 # --- Prompts, for which the CPU's blocks stream too
@@ -516,7 +518,10 @@ def test_a_plan_that_does_not_fit_says_nothing_of_layers_that_the_cpu_decodes():
 def test_packed_layers_are_decoded_where_they_are_too():
     plan = make_plan(packed(llama8b()), small_gpus(), Workload(2 * LONG), placement=ALL_LAYERS, policy="test")
     assert plan.fits
-    assert {place.prefill for place in decoded_by_cpu(plan)} == {""}  # packed in another order there
+    assert {place.prefill for place in decoded_by_cpu(plan)} <= {"cuda:0", "cuda:1", "cuda:2", "cuda:3"}
+    layout = packed(llama8b(), "int4")  # in another order there
+    plan = make_plan(layout, small_gpus(), Workload(2 * LONG), placement=ALL_LAYERS, policy="test")
+    assert {place.prefill for place in decoded_by_cpu(plan)} == {""}
 
 
 # --- Several GPUs

@@ -61,7 +61,7 @@ def test_what_is_said_is_not_assumed():
     gpu = {
         "id": "cuda:0", "name": "Card", "total": "24GiB", "free": 23 * GIB, "other": "1GiB",
         "read": "1008 GB/s", "flops": "165 TFLOPS", "layer_s": 0.0004, "beside": "7 GB/s",
-        "measured_on": "2026-11-22", "capability": "8.9",
+        "measured_on": "2026-11-22", "capability": "8.9", "threads": 3,
     }  # fmt: skip
     link = {"from": "cpu", "to": "cuda:0", "bandwidth": 12e9, "beside": 9e9, "name": "PCIe 3 x16"}
     machine = described(gpu, links=[link])
@@ -78,6 +78,7 @@ def test_what_is_said_is_not_assumed():
         measured_on="2026-11-22",
         other_bytes=GIB,
         capability="8.9",
+        threads=3,
     )
     assert machine.links[0] == Link("cpu", "cuda:0", 12e9, "PCIe 3 x16", beside_bytes_per_s=9e9)
     assert machine_from_json(machine_to_json(machine)) == machine

@@ -34,27 +34,36 @@ def computed_by_cpu(plan: Plan) -> int:
     return sum(place.compute == "cpu" for place in plan.placements if place.block.kind == "decoder")
 
 
-@pytest.mark.parametrize("capability", ["avx512", "avx2", ""])
+def by_libraries(layout: ModelLayout) -> ModelLayout:
+    return replace(layout, details={**layout.details, "no_cpu_kernels": True})
+
+
+@pytest.mark.parametrize("capability", ["avx512_bf16", "avx512", "avx2", ""])
 def test_4_bit_layers_stream_where_the_cpu_would_unpack_them_first(capability: str) -> None:
-    layout = packed(qwen32b())
-    quick = planned(layout, cpu=replace(RAM, capability="avx512_bf16"))
-    slow = planned(layout, cpu=replace(RAM, capability=capability))
-    assert computed_by_cpu(quick) > 0
-    assert computed_by_cpu(slow) == 0
+    layout, cpu = packed(qwen32b()), replace(RAM, capability=capability)
+    quick, slow = planned(layout, cpu=cpu), planned(by_libraries(layout), cpu=cpu)
+    assert computed_by_cpu(quick) > 2 * computed_by_cpu(slow)
     assert slow.forecast.decode_tps < quick.forecast.decode_tps
 
 
-def test_4_bit_layers_stream_where_the_library_for_cpus_is_missing() -> None:
-    layout = packed(qwen32b())
-    slow = replace(layout, details={**layout.details, "unpacked_by_one_thread": True})
-    assert computed_by_cpu(planned(slow, cpu=replace(RAM, capability="avx512_bf16"))) == 0
+def test_more_threads_get_through_more_until_ram_gives_no_more() -> None:
+    kernel = kernel_of(packed(llama8b()))
+    one, two, many = (share_of(kernel, replace(RAM, threads=count)) for count in (1, 2, 16))
+    assert 2 * one == pytest.approx(two)
+    assert two < many < 1
+    uncounted = share_of(kernel, replace(RAM, threads=0))
+    assert one < uncounted <= many
+    assert share_of(kernel, replace(RAM, read_bytes_per_s=0)) > 0
 
 
-def test_one_thread_is_not_quicker_where_ram_is() -> None:
-    kernel = kernel_of(replace(packed(llama8b()), details={"unpacked_by_one_thread": True}))
-    for speed in (20e9, 400e9):
-        cpu = replace(RAM, read_bytes_per_s=speed)
-        assert speed * share_of(kernel, cpu) == pytest.approx(0.45e9)
+def test_a_plan_says_what_is_missing_where_the_cpu_computes() -> None:
+    tiny = replace(RTX3060, total_bytes=GIB, free_bytes=GIB // 2)
+    for method in METHODS:
+        layout = packed(llama8b(), method)
+        assert not any("llvmlite" in warning for warning in planned(layout, gpu=tiny).warnings)
+        plan = planned(by_libraries(layout), gpu=tiny)
+        is_slow = computed_by_cpu(plan) and method not in ("int4", "quanto-int8")
+        assert any("pip install llvmlite" in warning for warning in plan.warnings) == bool(is_slow)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -65,6 +74,8 @@ def test_every_method_has_its_kernels(method: str) -> None:
         by_cpu = [share_of(kernel, replace(RAM, capability=c)) for c in ("avx512_bf16", "avx512", "avx2")]
         assert all(0 < share < 1 for share in by_cpu)
         assert by_cpu[0] >= by_cpu[-1]
+        slow = share_of(replace(kernel, is_compiled=False), RAM)
+        assert slow <= by_cpu[-1] or method == "quanto-int8"
 
 
 def test_torchs_4_bit_kernel_takes_bfloat16_in_groups_of_128() -> None:

@@ -16,7 +16,6 @@ from safetensors.torch import save_file
 from llm_magic.backends.accelerate.quiet import quiet
 from llm_magic.errors import OptionError
 from llm_magic.events import PhaseEvent
-from llm_magic.machine import Machine
 from llm_magic.model import ModelSpec
 from llm_magic.planning.planner import make_plan
 from llm_magic.planning.select import edited
@@ -252,18 +251,6 @@ def test_a_plan_counts_packed_bytes(folder: Path) -> None:
 def test_a_plan_knows_which_methods_are_decoded_eagerly(method: str, folder: Path) -> None:
     _, plan = plan_for(folder, "ram", spec=ModelSpec(str(folder), quantize=method))
     assert ("outliers" in plan.layout.details.get("eager", "")) == (method == "int8")
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_a_plan_names_a_method_that_the_cpu_computes_quicker(method: str, folder: Path) -> None:
-    spec = ModelSpec(str(folder), quantize=method, dtype="bfloat16")
-    _, plan = plan_for(folder, "ram", spec=spec)
-    quicker = {"float8": "quanto-int8", "int8": "quanto-int8"}.get(method)
-    said = [warning for warning in plan.warnings if "quicker kernel" in warning]
-    assert [f"--quantize {quicker}" in warning for warning in said] == [True] * bool(quicker)
-    few = Machine("old PC", tuple(replace(d, capability="avx2") for d in plan.machine.devices))
-    again = make_plan(plan.layout, few, plan.workload, placement=plan.device_map, policy="again")
-    assert any("--quantize int4" in warning for warning in again.warnings) == (method in ("nf4", "fp4"))
 
 
 @pytest.mark.parametrize("placement", ["ram", "half", "mapped", "everything on disk"])

@@ -7,8 +7,8 @@ as one. ``examples/machines`` has some. The smallest::
 
 A device has ``id`` (``cuda:0``, ``mps``, ``xpu:0``, ``npu:0``, ``cpu``, ``disk``), ``name``, ``total``,
 ``free``, ``other`` (held by other programs), ``read`` (``"1008 GB/s"``), ``flops`` (``"165 TFLOPS"``), ``layer_s``,
-``beside`` (read while copies to GPUs run), ``unified``, ``measured_on``, ``method``, ``capability`` and ``assumed``. A
-link has ``from``, ``to``, ``bandwidth``, ``beside`` (while the CPU reads), ``name``, ``measured_on`` and ``assumed``;
+``beside`` (read while copies to GPUs run), ``unified``, ``measured_on``, ``method``, ``capability``, ``threads`` (of a CPU)
+and ``assumed``. A link has ``from``, ``to``, ``bandwidth``, ``beside`` (while the CPU reads), ``name``, ``measured_on`` and ``assumed``;
 its ends may be all of a family, ``cuda:*``. Sizes and speeds are texts with a unit, or plain numbers in
 bytes, bytes per second and operations per second.
 
@@ -50,12 +50,13 @@ GPU_RESERVE_BYTES = GIB // 2
 MACHINE_KEYS = ("name", "devices", "links")
 DEVICE_KEYS = (
     "id", "name", "total", "free", "other", "read", "flops", "layer_s", "beside", "unified", "measured_on",
-    "method", "capability", "assumed",
+    "method", "capability", "threads", "assumed",
 )  # fmt: skip
 LINK_KEYS = ("from", "to", "bandwidth", "beside", "name", "measured_on", "assumed")
 
 _FILE_LIMIT_BYTES = 4 * MIB
 _MOST = {"devices": 64, "links": 1024}  # every pair of devices gets a link
+_MANY = 1 << 16
 _LARGEST = 1 << 60  # 1 EiB: more is a typing error, and overflows somebody's integer
 _ID = re.compile(r"cpu|disk|mps|(?:cuda|xpu|npu):\d{1,3}")
 _RATE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGTP]?)FLOPS?(?:/s)?\s*", re.IGNORECASE)
@@ -261,6 +262,7 @@ def _device(
         assumed=_marks(entry, device_id) if "assumed" in entry else assumed,
         method=_text(entry, "method"),
         capability=_text(entry, "capability").lower(),
+        threads=_count(entry, "threads", device_id),
     )
 
 
@@ -355,6 +357,7 @@ def _device_to_json(device: Device) -> dict[str, Any]:
         "measured_on": device.measured_on,
         "method": device.method,
         "capability": device.capability,
+        "threads": device.threads,
     }
     entry |= {key: value for key, value in optional.items() if value}
     return entry | {"unified": device.unified, "assumed": list(device.assumed)}
@@ -507,6 +510,14 @@ def _seconds(entry: Mapping[str, Any], key: str, device_id: str) -> float:
     if not 0 <= seconds <= 1:
         raise OptionError(f"{key} of {device_id} is {_short(value)}.", "Write seconds, like 0.0003.")
     return float(seconds)
+
+
+def _count(entry: Mapping[str, Any], key: str, device_id: str) -> int:
+    value = entry.get(key, 0)
+    number = _number(value)
+    if not isinstance(number, int) or not 0 <= number <= _MANY:
+        raise OptionError(f"{key} of {device_id} is {_short(value)}.", "Write a number, like 8.")
+    return number
 
 
 def _number(value: object) -> int | float:

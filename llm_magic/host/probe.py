@@ -197,6 +197,7 @@ def _cpu(memory: Memory, speed: Device | None) -> Device:
         measured_on=speed.measured_on,
         method=speed.method,
         capability=speed.capability,
+        threads=speed.threads,
     )
 
 

@@ -9,7 +9,7 @@ from llm_magic.plan import DeviceUse, Plan, Workload
 from llm_magic.planning.budget import reserve_bytes, usable_bytes
 from llm_magic.planning.constants import Constants
 from llm_magic.planning.costs import activation_bytes, can_prefill_in_parts, streamed_bytes, unified_pool
-from llm_magic.planning.packed import quicker_method
+from llm_magic.planning.packed import slow_on_cpu
 from llm_magic.planning.policies import POLICIES
 from llm_magic.planning.setting import Setting
 from llm_magic.planning.ways import computing_places, lacking
@@ -205,8 +205,8 @@ def _unpacked(plan: Plan) -> Iterator[str]:
             "and experts that are computed one by one."
         )
     by_cpu = any(place.compute == "cpu" for place in plan.placements)
-    if by_cpu and (other := quicker_method(layout, plan.machine.device("cpu"))):
-        yield f"{layout.quantization} is slow on the CPU: --quantize {other} has about as many bytes and a quicker kernel."
+    if layout.quantization and by_cpu and slow_on_cpu(layout, plan.machine.device("cpu")):
+        yield f"{layout.quantization} is slow on the CPU without kernels for it: pip install llvmlite"
 
 
 def _long_prompt(plan: Plan) -> Iterator[str]:

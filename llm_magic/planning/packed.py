@@ -2,31 +2,44 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from llm_magic.machine import Device
 from llm_magic.model import ModelLayout
 from llm_magic.units import MIB
 
 ON_CPU = {
-    "nf4": (0.55, 0.07, 0.035),
-    "fp4": (0.55, 0.07, 0.035),
-    "int8": (0.2, 0.17, 0.09),
-    "quanto-int8": (0.9, 0.8, 0.8),
-    "quanto-int8 unpacked": (0.06, 0.06, 0.06),
-    "int4": (0.6, 0.5, 0.5),
-    "int4 unpacked": (0.05, 0.04, 0.04),
-    "int2": (0.012, 0.012, 0.012),
-    "float8": (0.013, 0.013, 0.013),
+    "nf4": (8.0e9, 8.0e9, 7.3e9),
+    "fp4": (8.0e9, 8.0e9, 7.3e9),
+    "int8": (9.6e9, 9.6e9, 9.6e9),
+    "quanto-int8": (9.6e9, 9.6e9, 9.6e9),
+    "float8": (8.0e9, 8.0e9, 5.5e9),
+    "int4": (7.8e9, 6.5e9, 6.5e9),
+    "int4 unpacked": (6.4e9, 6.4e9, 4.4e9),
+    "int2": (3.6e9, 3.6e9, 2.2e9),
 }
-"""Packed bytes per second of a CPU's matrix-vector product, as a share of what it reads in 16 bits.
+"""Packed bytes per second that one thread of a CPU multiplies with a token, by compiled kernels; int4 by torch's.
 
-With AVX-512 for bfloat16, with AVX-512, with less: measured with one thread of a Xeon that has AMX, its
-libraries held to the fewer instructions, on layers of 2,048 by 5,632. More threads share the bandwidth
-of the RAM, which limits those that unpack first, too: they write 2 bytes a weight and read them again.
+With AVX-512 for bfloat16, with AVX-512, with less: measured on a Xeon whose threads read 13 GB/s each in 16
+bits, held to the fewer instructions, on layers of 2,048 by 5,632. What limits them is mostly how long RAM
+takes to answer; several threads reach what it gives, see `_OF_READ`.
 """
-_BY_ONE_THREAD_BYTES_PER_S = 0.45e9
-"""What bitsandbytes' 4-bit formats reach without its library for CPUs, however many cores there are."""
+BY_LIBRARIES = {
+    "nf4": (0.45e9, 0.45e9, 0.45e9),
+    "fp4": (0.45e9, 0.45e9, 0.45e9),
+    "int8": (2.6e9, 2.2e9, 1.2e9),
+    "quanto-int8": (11.7e9, 10.4e9, 10.4e9),
+    "quanto-int8 unpacked": (0.8e9, 0.8e9, 0.8e9),
+    "float8": (0.17e9, 0.17e9, 0.17e9),
+    "int4": (7.8e9, 6.5e9, 6.5e9),
+    "int4 unpacked": (0.65e9, 0.5e9, 0.5e9),
+    "int2": (0.16e9, 0.16e9, 0.16e9),
+}
+"""The same where there are no compiled kernels: weights become numbers first, for every token."""
+_BY_A_THREAD = 13e9
+"""Bytes per second that a thread of that Xeon reads; a CPU whose threads nobody counted has so many."""
+_OF_READ = 0.9
+"""Of what a CPU reads in 16 bits, what it reaches with packed weights at most."""
 
 ON_GPU = {
     "nf4": 0.42,
@@ -51,49 +64,64 @@ _SOMEHOW = 0.1
 UNPACKED_EXPERTS_BYTES = 64 * MIB
 """Of packed experts that a GPU unpacks at a time for many tokens, or one of them if it is larger."""
 
-_AS_LARGE = {"float8": "quanto-int8", "int8": "quanto-int8", "nf4": "int4", "fp4": "int4"}
 _MUCH_QUICKER = 4
 
 
-def kernel_of(layout: ModelLayout) -> str:
-    """The method that packs the layers, and in a word what is particular about how they are computed.
+@dataclass(frozen=True)
+class Kernel:
+    """What computes with packed weights.
+
+    Attributes
+    ----------
+    name
+        The method that packs, and in a word what is particular about how they are computed.
+    is_compiled
+        Whether there are compiled kernels for CPUs.
+    """
+
+    name: str = ""
+    is_compiled: bool = True
+
+
+def kernel_of(layout: ModelLayout) -> Kernel:
+    """What computes the layers.
 
     torch's kernels for quanto's integers take bfloat16 alone, and that for 4 bits groups of 128 weights.
     """
-    method = layout.quantization
+    method, is_compiled = layout.quantization, not layout.details.get("no_cpu_kernels")
     if method in ("quanto-int8", "int4") and layout.dtype != "bfloat16":
-        return f"{method} unpacked"
+        method = f"{method} unpacked"
     if method == "int4" and layout.hidden_size % 128:
-        return "int4 unpacked"
-    if method in ("nf4", "fp4") and layout.details.get("unpacked_by_one_thread"):
-        return f"{method} by one thread"
-    return method
+        method = "int4 unpacked"
+    return Kernel(method, is_compiled)
 
 
-def share_of(kernel: str, device: Device) -> float:
+def share_of(kernel: Kernel, device: Device) -> float:
     """Packed bytes that a device gets through in a second, as a share of what it reads."""
+    name = kernel.name
     if device.kind == "cpu":
-        if kernel.endswith("by one thread") and device.read_bytes_per_s:
-            return min(1.0, _BY_ONE_THREAD_BYTES_PER_S / device.read_bytes_per_s)
-        shares = ON_CPU.get(kernel.removesuffix(" by one thread"))
-        return shares[_instructions(device)] if shares else _SOMEHOW
-    if kernel == "int4" and not _has_tensor_cores_for_it(device):
-        kernel = "int4 unpacked"
-    return ON_GPU.get(kernel.removesuffix(" by one thread"), _SOMEHOW)
+        table = ON_CPU if kernel.is_compiled else BY_LIBRARIES
+        speeds = table.get(name) or table.get(name.removesuffix(" unpacked"))
+        return _share_of_cpu(speeds[_instructions(device)], device) if speeds else _SOMEHOW
+    if name == "int4" and not _has_tensor_cores_for_it(device):
+        name = "int4 unpacked"
+    return ON_GPU.get(name, _SOMEHOW)
 
 
-def quicker_method(layout: ModelLayout, cpu: Device) -> str:
-    """A method that packs into as many bytes and that this CPU computes several times as fast; empty: none."""
-    other = _AS_LARGE.get(layout.quantization)
-    if other is None:
-        return ""
-    known = cpu if cpu.capability else replace(cpu, capability="avx512_bf16")
-    share, its = (share_of(kernel_of(each), known) for each in (layout, replace(layout, quantization=other)))
-    return other if its > _MUCH_QUICKER * share else ""
+def _share_of_cpu(by_a_thread: float, cpu: Device) -> float:
+    read = cpu.read_bytes_per_s
+    threads = cpu.threads or read / _BY_A_THREAD
+    return min(_OF_READ, by_a_thread * threads / read) if read else by_a_thread / _BY_A_THREAD
+
+
+def slow_on_cpu(layout: ModelLayout, cpu: Device) -> bool:
+    """Whether the CPU computes these packed weights many times as slowly as it would with compiled kernels."""
+    kernel = kernel_of(layout)
+    return share_of(replace(kernel, is_compiled=True), cpu) > _MUCH_QUICKER * share_of(kernel, cpu)
 
 
 def _instructions(cpu: Device) -> int:
-    """Column of `ON_CPU`; the last where nobody knows, because most computers have no AVX-512."""
+    """Column of the tables; the last where nobody knows, because most computers have no AVX-512."""
     return {"avx512_bf16": 0, "avx512": 1}.get(cpu.capability, 2)
 
 

@@ -14,13 +14,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from math import prod
 
 from llm_magic.machine import Machine
 from llm_magic.model import Block, ModelLayout
 from llm_magic.plan import Placement, Workload
 from llm_magic.planning.constants import Constants
 from llm_magic.planning.costs import dtype_bytes, streamed_bytes
-from llm_magic.planning.packed import share_of
+from llm_magic.planning.packed import Kernel, share_of
 from llm_magic.units import format_bandwidth
 
 RECORDED_SHARE = 0.15
@@ -46,7 +47,7 @@ class Engine:
     is_mapped: bool = False
     is_captured: bool = False
     records_layers: bool = False
-    kernel: str = ""
+    kernel: Kernel = field(default_factory=Kernel)
 
     def packed_share(self, device: str) -> tuple[str, float]:
         """The constant, and what a device reaches of its read speed on packed weights."""
@@ -148,7 +149,15 @@ def can_capture(layout: ModelLayout, machine: Machine, placed: Sequence[Placemen
 def can_record_layers(layout: ModelLayout, placed: Iterable[Placement]) -> bool:
     """Whether each layer of a GPU can be a CUDA graph, where other devices compute some of them."""
     is_known = not (layout.details.get("eager") or layout.details.get("keeps_states"))
-    return is_known and not any((p.is_offloaded or p.prefill) and p.block.experts for p in placed)
+    return is_known and not any(_asks_the_host(p, layout) for p in placed if p.block.experts)
+
+
+def _asks_the_host(place: Placement, layout: ModelLayout) -> bool:
+    """Whether the experts of a GPU are taken one after the other: where some of them come to it, all that are plain."""
+    width = dtype_bytes(layout.dtype)
+    are_plain = any(len(t.shape) == 3 and t.bytes >= prod(t.shape) * width for t in place.block.tensors)
+    comes = place.is_offloaded and place.compute != "cpu"
+    return comes or bool(place.prefill and are_plain)
 
 
 def seconds(sweep: Sweep, engine: Engine, *, is_prefill: bool = False) -> float | None:

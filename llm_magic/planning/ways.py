@@ -337,10 +337,10 @@ class _Shares:
 def _can_visit(setting: Setting) -> bool:
     """Whether blocks of the CPU may compute in a prefill where they would compute without it.
 
-    Their keys and values must be able to go along and come back, and packed weights lie in another
+    Their keys and values must be able to go along and come back, and quanto's 4 bits lie in another
     order on a GPU. There is room for the KV cache of one block at a time: all of these gave theirs away.
     """
-    return not setting.layout.quantization and can_prefill_in_parts(setting.layout)
+    return setting.layout.quantization != "int4" and can_prefill_in_parts(setting.layout)
 
 
 def _could_be_computed_by_cpu(place: Placement) -> bool:

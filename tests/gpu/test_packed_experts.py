@@ -21,10 +21,13 @@ from llm_magic.plan import Placement  # noqa: E402
 from llm_magic.units import GIB  # noqa: E402
 from tests import tiny  # noqa: E402
 from tests.engines import BACKEND, ask, plan_for, request  # noqa: E402
-from tests.gpu.test_placed import DEVICE, HYBRID, ON_GPU  # noqa: E402
+from tests.gpu.test_placed import DEVICE, HYBRID, ON_GPU, RESIDENT, VISITING, layers  # noqa: E402
+from tests.placements import LONG  # noqa: E402
 
 WIDE = {"hidden_size": 256, "head_dim": 64, "moe_intermediate_size": 128, "num_experts": 8}
 PROMPT = "The capital of France is"
+RESTING = "resident, and visiting in prompts"
+WAYS = {**ON_GPU, **HYBRID, RESTING: layers(RESIDENT, VISITING)}
 
 
 @pytest.fixture(scope="module")
@@ -36,12 +39,13 @@ def loaded(folder: Path, method: str, way: str, dtype: str = "bfloat16") -> Any:
     spec = ModelSpec(str(folder), quantize=method, dtype=dtype)
     _, plan = plan_for(folder, "ram", spec=spec)
     gpu = Device(DEVICE, "gpu", "GPU", 8 * GIB, 7 * GIB)
-    place = (ON_GPU | HYBRID)[way]
+    place = WAYS[way]
     placements = tuple(
         Placement(p.block, *place(number, p.block.label)) for number, p in enumerate(plan.placements)
     )
     machine = replace(plan.machine, devices=(gpu, *plan.machine.devices))
-    return BACKEND.load(spec, replace(plan, machine=machine, placements=placements), lambda _event: None)
+    plan = replace(plan, machine=machine, placements=placements, long_sweep=LONG)
+    return BACKEND.load(spec, plan, lambda _event: None)
 
 
 def answers(engine: Any) -> list[str]:
@@ -67,12 +71,30 @@ def test_the_same_tokens_wherever_the_experts_stay(method: str, folder: Path) ->
 
 
 def test_the_cpu_computes_some_of_them(folder: Path) -> None:
-    for way in HYBRID:
+    """What the GPU keeps is recorded, layer by layer, unless experts come to it when they are asked for."""
+    for way in (*HYBRID, RESTING):
         engine = loaded(folder, "nf4", way)
         try:
             assert all(answers(engine)), way
+            is_recorded = any("captured layers" in said for said in engine.status())
+            assert is_recorded == (way.startswith("resident")), way
         finally:
             engine.close()
+
+
+@pytest.mark.parametrize("method", ["nf4", "fp4", "int8", "quanto-int8", "float8", "int2"])
+def test_packed_layers_of_the_cpu_visit_the_gpu_for_prompts(method: str, folder: Path) -> None:
+    """Their bytes lie as the GPU's do: a prompt is read as if they streamed, to the last bit."""
+    prompt, found = torch.arange(7, 40, device=DEVICE)[None], {}
+    for way in ("streamed", "visiting in prompts", "streamed, and visiting in prompts", RESTING):
+        engine = loaded(folder, method, way)
+        try:
+            with torch.no_grad():
+                found[way] = engine.model(prompt).logits
+            assert all(answers(engine))
+        finally:
+            engine.close()
+    assert all(torch.equal(each, found["streamed"]) for each in found.values())
 
 
 @pytest.mark.parametrize("tokens", SWEEP_TOKENS)

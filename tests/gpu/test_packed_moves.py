@@ -27,7 +27,7 @@ DEVICE = "cuda:0"
 PROMPT = [[7, 11, 13, 17, 19, 23]]
 RESIDENT, STREAMED, READ = ("cuda:0", DEVICE, False), ("cpu", DEVICE, False), ("disk", DEVICE, False)
 ON_CPU, KEPT_BY_CPU, READ_BY_CPU = ("cpu", "cpu", False), ("disk", "cpu", True), ("disk", "cpu", False)
-ORDERED = ("int4", "nf4")  # whose bytes lie in another order for a CPU
+METHODS = ("int4", "nf4")  # one whose bytes lie in another order for a CPU, and one whose do not
 
 
 @pytest.fixture(scope="module", params=["llama", "mixture"])
@@ -60,7 +60,7 @@ def logits(engine: Any) -> Any:
         return engine.model(torch.tensor(PROMPT, device=DEVICE)).logits
 
 
-@pytest.mark.parametrize("method", ORDERED)
+@pytest.mark.parametrize("method", METHODS)
 def test_blocks_move_to_the_cpu_from_wherever_a_gpu_computes_them(
     method: str, folder: Path, tmp_path: Path
 ) -> None:
@@ -85,7 +85,7 @@ def test_blocks_move_to_the_cpu_from_wherever_a_gpu_computes_them(
 
 
 @pytest.mark.skipif(not IS_SIMULATED, reason="a real GPU's memory does not run out when it is told to")
-@pytest.mark.parametrize("method", ORDERED)
+@pytest.mark.parametrize("method", METHODS)
 def test_memory_that_runs_out_leaves_every_weight_in_its_order(method: str, folder: Path) -> None:
     from tests.simulated_cuda import fail_allocation_in
 
@@ -118,7 +118,7 @@ def test_int8_is_decoded_eagerly_without_a_capture_that_fails(folder: Path) -> N
         engine.close()
 
 
-@pytest.mark.parametrize("method", ORDERED)
+@pytest.mark.parametrize("method", METHODS)
 def test_a_block_needs_no_room_on_the_gpu_that_it_leaves(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

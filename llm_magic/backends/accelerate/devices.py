@@ -61,6 +61,7 @@ def accelerators(measure: bool) -> tuple[tuple[Device, ...], tuple[Link, ...]]:
         links = tuple(_links(torch, [d.id for d in devices if not d.unified]))
         measured = tuple(_read_again(torch, device, _GPU_BUDGET_S) for device in measured)
         cpu = Device("cpu", "cpu", cpu_name(), 0, host_memory().free, capability=_cpu_capability(torch))
+        cpu = replace(cpu, threads=torch.get_num_threads())
         cpu, links = _together(torch, _measured(torch, cpu, _CPU_BUDGET_S), links)
         _give_back(torch, devices)
         return (*measured, cpu), links

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from llm_magic.backends.accelerate.decoding.layer_kinds import has_state, is_plain, is_windowed, with_tokens
+from llm_magic.backends.accelerate.placement.experts import are_packed
 from llm_magic.backends.accelerate.source.architecture import decoder_of
 
 if TYPE_CHECKING:
@@ -82,10 +83,12 @@ def _placement_reason(plan: Plan) -> str:
 
 def _experts_reason(model: Any, plan: Plan) -> str:
     """Which experts there is a token for is asked on the host, where they are taken one after the other."""
-    has_experts = any(placement.block.experts for placement in plan.placements)
+    with_experts = [placement for placement in plan.placements if placement.block.experts]
     config = model.config.get_text_config(decoder=True)
-    in_turn = getattr(config, "_experts_implementation", None) == "eager"
-    return "experts are taken one after the other" if has_experts and in_turn else ""
+    if not with_experts or getattr(config, "_experts_implementation", None) != "eager":
+        return ""
+    come = any(placement.is_offloaded and placement.compute != "cpu" for placement in with_experts)
+    return "experts are taken one after the other" if come or not are_packed(model) else ""
 
 
 def packing_reason(method: str) -> str:

@@ -81,7 +81,8 @@ class Codes(Reader):
     """Two codes in a byte, the first in the high half, for numbers in a table.
 
     Processors look up 16 bytes fastest. Two tables give the two bytes of each number in bfloat16, whose halves
-    of vectors are paired then; a pair is two numbers, the even one to be shifted, the odd one to be masked.
+    of vectors are paired then; a pair is two numbers, the even one to be shifted, the odd one to be masked. A
+    third table has the next byte of float32, in the same way.
 
     Attributes
     ----------
@@ -89,10 +90,13 @@ class Codes(Reader):
         The instruction.
     table
         The 16 numbers.
+    bytes_of_number
+        2 or 3.
     """
 
     lookup: str
     table: tuple[float, ...]
+    bytes_of_number: int
 
     @property
     def columns(self) -> list[list[int]]:
@@ -108,23 +112,36 @@ class Codes(Reader):
     def _looked_up(self, module: ir.Module, builder: ir.IRBuilder, codes: Any) -> Iterator[Any]:
         kind = codes.type
         lookup = intrinsic(module, self.lookup, kind, kind, kind)
-        halves = [_bfloat16(number) for number in self.table]
-        tables = [[half >> shift & 255 for half in halves] * (self.bytes // 16) for shift in (0, 8)]
-        low, high = (builder.call(lookup, [constants(I8, table), codes]) for table in tables)
-        words, floats = vector(I32, self.floats), vector(F32, self.floats)
+        numbers = [_leading_bytes(number, self.bytes_of_number) for number in self.table]
+        tables = [
+            [number[place] for number in numbers] * (self.bytes // 16) for place in range(len(numbers[0]))
+        ]
+        found = [builder.call(lookup, [constants(I8, table), codes]) for table in tables]
+        words, floats, nothing = vector(I32, self.floats), vector(F32, self.floats), same(kind, 0)
         for half in (0, 8):
             places = [at + self.bytes * part for at in self._lanes(half, range(8)) for part in (0, 1)]
-            two = builder.bitcast(shuffled(builder, low, high, places), words)
-            yield builder.bitcast(builder.shl(two, same(words, 16)), floats)
-            yield builder.bitcast(builder.and_(two, same(words, 0xFFFF0000)), floats)
+
+            def pairs(low: Any, high: Any, places: list[int] = places) -> Any:
+                return builder.bitcast(shuffled(builder, low, high, places), words)
+
+            high = pairs(found[1], found[0])
+            even, odd = builder.shl(high, same(words, 16)), builder.and_(high, same(words, 0xFFFF0000))
+            if self.bytes_of_number > 2:
+                low = pairs(nothing, found[2])
+                even = builder.or_(even, builder.and_(low, same(words, 0xFFFF)))
+                odd = builder.or_(odd, builder.lshr(low, same(words, 16)))
+            yield from (builder.bitcast(each, floats) for each in (even, odd))
 
     def _lanes(self, start: int, places: Sequence[int]) -> list[int]:
         return [lane + start + place for lane in range(0, self.bytes, 16) for place in places]
 
 
-def _bfloat16(number: float) -> int:
+def _leading_bytes(number: float, count: int) -> bytes:
+    """Those of a float32, rounded to the nearest number that has no others, to the even one between two."""
     (bits,) = struct.unpack("<I", struct.pack("<f", number))
-    return int(bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+    dropped = 8 * (4 - count)
+    bits += (1 << dropped - 1) - 1 + (bits >> dropped & 1)
+    return struct.pack(">I", bits)[:count]
 
 
 @dataclass(frozen=True)
@@ -184,14 +201,15 @@ class Floats(_Bytes):
         return builder.bitcast(builder.or_(bits, sign), floats)
 
 
-def codes(table: Sequence[float], group: int, columns: int) -> Reader | None:
+def codes(table: Sequence[float], group: int, columns: int, *, is_exact: bool) -> Reader | None:
     """What reads 4-bit codes with this processor's widest vectors that rows of ``columns`` weights consist of.
 
-    ``None`` where there is none. ``group`` weights share a scale, a multiple of 64.
+    ``None`` where there is none. ``group`` weights share a scale, a multiple of 64. Numbers that are not exact are in
+    bfloat16.
     """
     for width, lookup in _widths():
         if columns % max(group, 2 * width) == 0:
-            return Codes(width, 2 * width, group, lookup, tuple(table))
+            return Codes(width, 2 * width, group, lookup, tuple(table), 3 if is_exact else 2)
     return None
 
 

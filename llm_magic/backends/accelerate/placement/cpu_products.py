@@ -209,7 +209,7 @@ def _layout(weights: PackedWeights) -> _Layout:
 @cache
 def _kernel(layout: _Layout, dtype: str, together: int) -> Callable[[Any], None] | None:
     """The compiled kernel for so many tokens together; of none: what unpacks."""
-    reader = _reader(layout)
+    reader = _reader(layout, is_exact=dtype != "bfloat16")
     known = ("float32", "float16", "bfloat16")
     is_known = reader is not None and layout.scales in known and dtype in known
     return _compiled(reader, layout.scales, dtype, together) if is_known else None
@@ -229,12 +229,12 @@ def _compiled(reader: Any, scales: str, dtype: str, together: int) -> Callable[[
 
 
 @cache
-def _reader(layout: _Layout) -> Any:
+def _reader(layout: _Layout, *, is_exact: bool) -> Any:
     readers = _readers()
     if readers is None:
         return None
     if layout.kind in ("nf4", "fp4"):
-        return readers.codes(_table(layout.kind), layout.group, layout.columns)
+        return readers.codes(_table(layout.kind), layout.group, layout.columns, is_exact=is_exact)
     if layout.kind in ("int4", "int2"):
         return readers.fractions(int(layout.kind[-1]), layout.group, layout.columns)
     return (

@@ -26,7 +26,7 @@ from llm_magic.backends.accelerate.placement.packed_stack import PackedStack
 if TYPE_CHECKING:
     from llm_magic.backends.accelerate.placement.extents import Extent
 
-__all__ = ["RoutedExperts", "Stack", "advise_routed", "can_route", "find_stacks"]
+__all__ = ["RoutedExperts", "Stack", "advise_routed", "are_packed", "can_route", "find_stacks"]
 
 _ARGUMENTS = 3  # hidden states [tokens, width], experts of each token [tokens, k], their weights
 
@@ -53,6 +53,15 @@ def can_route(experts: Any) -> bool:
     stacks = _stacks("", experts)
     widths = sorted({size for stack in stacks for size in stack.shape[1:]})
     return any(_takes_one_at_a_time(experts, stacks, width) for width in widths)
+
+
+def are_packed(model: Any) -> bool:
+    """Whether all experts that could be routed to are packed matrices."""
+    modules = list(model.modules())
+    are_some = any(isinstance(module, PackedStack) for module in modules)
+    return are_some and not any(
+        _is_routed(module) for module in modules if not isinstance(module, PackedStack)
+    )
 
 
 class Visitor(Protocol):
