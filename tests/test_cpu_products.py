@@ -14,6 +14,7 @@ pytest.importorskip("llvmlite")
 
 from llm_magic.backends.accelerate.kernels import compiler, numbers  # noqa: E402
 from llm_magic.backends.accelerate.placement import cpu_products  # noqa: E402
+from llm_magic.backends.accelerate.placement.cpu_linear import is_linear, serve, serve_plain_layers  # noqa: E402
 from llm_magic.backends.accelerate.placement.cpu_products import (  # noqa: E402
     FEW_TOKENS,
     PackedWeights,
@@ -21,7 +22,6 @@ from llm_magic.backends.accelerate.placement.cpu_products import (  # noqa: E402
     multiplied_each,
     unpacked,
 )
-from llm_magic.backends.accelerate.placement.packed_linear import served_by_kernels  # noqa: E402
 from llm_magic.backends.accelerate.placement.quantize import import_library  # noqa: E402
 from tests.packed import without_extension  # noqa: E402
 from tests.test_packing import METHODS, bind, forward, inputs, network_of, parameters, parts, template  # noqa: E402
@@ -225,7 +225,7 @@ def test_a_layer_computes_by_kernels_what_its_library_does(method: str, dtype: s
         bound(each)
     for layer in (network[0], network[2]):
         name, bias = type(layer).__name__, layer.bias
-        served_by_kernels(layer)
+        serve(layer)
         assert (type(layer).__name__, layer.bias) == (name, bias)
     assert isinstance(network[0], type(by_library[0]))
     for rows in (1, 5, 40):
@@ -268,8 +268,75 @@ def test_without_kernels_the_libraries_compute(method: str, monkeypatch: pytest.
     monkeypatch.setattr(cpu_products, "_reader", cpu_products._reader.__wrapped__)
     assert not cpu_products.is_there()
     for layer in (network[0], network[2]):
-        served_by_kernels(layer)
+        serve(layer)
     assert torch.equal(forward(network, inputs()), expected)
+
+
+# --------------------------------------------------------------------- plain weights of 16 bits
+
+
+@pytest.fixture
+def _slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU without instructions for products in 16 bits, as most of them are."""
+    halves = (torch.bfloat16, torch.float16)
+    monkeypatch.setattr(
+        cpu_products, "_quick_dtype", lambda dtype: torch.float32 if dtype in halves else dtype
+    )
+
+
+@pytest.mark.usefixtures("_vectors", "_slow")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_plain_layers_of_16_bits_are_served_where_the_cpu_is_slow_with_them(
+    dtype: str, used: list[int]
+) -> None:
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(80, 48), torch.nn.Linear(48, 7, bias=False), torch.nn.Linear(7, 5)]
+    model = torch.nn.Sequential(*layers, torch.nn.Conv1d(3, 3, 3)).to(getattr(torch, dtype))
+    model.eval().requires_grad_(False)
+    serve_plain_layers(model)
+    serve_plain_layers(model)  # once is enough
+    assert [is_linear(layer) for layer in model] == [True, True, True, False]
+    assert [type(layer).__name__ for layer in layers] == ["Linear"] * 3
+    for count in (1, 3, FEW_TOKENS, 33):
+        x = tokens(count, 80, dtype)
+        for layer in layers:  # of 7 columns no vector can be made
+            bias = None if layer.bias is None else layer.bias.double()
+            expected = torch.nn.functional.linear(x.double(), layer.weight.double(), bias)
+            x = layer(x)
+            assert are_close(x, expected, dtype)
+            assert x.dtype == layer.weight.dtype
+    assert len(used) == (0 if dtype == "float32" else 8)
+
+
+@pytest.mark.usefixtures("_slow")
+def test_plain_layers_refuse_what_torch_refuses() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64)).bfloat16().eval().requires_grad_(False)
+    serve_plain_layers(model)
+    with pytest.raises(RuntimeError, match="dtype"):
+        model(torch.zeros(1, 64))
+
+
+def test_plain_layers_stay_torchs_where_the_cpu_is_quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64)).bfloat16()
+    monkeypatch.setattr(cpu_products, "_quick_dtype", lambda dtype: dtype)
+    serve_plain_layers(model)
+    assert type(model[0]) is torch.nn.Linear
+
+
+@pytest.mark.parametrize(
+    ("known", "expected"),
+    [
+        ({"avx2"}, ("float32", "float32", "float32")),
+        ({"avx2", "avx512bf16"}, ("bfloat16", "float32", "float32")),
+        ({"avx512fp16", "amx-bf16"}, ("bfloat16", "float16", "float32")),
+    ],
+)
+def test_products_are_in_a_dtype_that_the_cpu_has_instructions_for(
+    known: set[str], expected: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiler, "instructions", lambda: known)
+    ask = cpu_products._quick_dtype.__wrapped__
+    assert tuple(str(ask(getattr(torch, dtype))).removeprefix("torch.") for dtype in DTYPES) == expected
 
 
 def test_a_layer_that_is_trained_is_its_librarys() -> None:
@@ -277,7 +344,7 @@ def test_a_layer_that_is_trained_is_its_librarys() -> None:
     network = network_of("nf4")
     bound(network)
     for layer in (network[0], network[2]):
-        served_by_kernels(layer)
+        serve(layer)
     x = inputs().requires_grad_()
     network(x).sum().backward()
     assert x.grad is not None

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from llm_magic.backends.accelerate.beside import rates_together
 from llm_magic.backends.accelerate.layer_time import layer_overhead_s
 from llm_magic.backends.accelerate.memory_errors import release_memory
+from llm_magic.backends.accelerate.placement.cpu_linear import serve_plain_layers
 from llm_magic.host.memory import host_memory
 from llm_magic.host.processors import cpu_name
 from llm_magic.host.speed import best_of, thread_words
@@ -206,20 +207,26 @@ def _cache_bytes(torch: Any, device_id: str) -> int:
 
 def _product(torch: Any, device_id: str, size: int) -> tuple[Callable[[], object], int]:
     """A matrix-vector product, and the bytes of its matrix. Ones: pages of zeros may all be the same page."""
-    rows = size // (2 * _COLUMNS)
-    weight = torch.ones(rows, _COLUMNS, dtype=torch.bfloat16, device=device_id)
+    layer = _layer(torch, device_id, size // (2 * _COLUMNS), _COLUMNS)
     vector = torch.ones(1, _COLUMNS, dtype=torch.bfloat16, device=device_id)
-    return lambda: torch.nn.functional.linear(vector, weight), int(weight.nbytes)
+    return lambda: layer(vector), int(layer.weight.nbytes)
+
+
+def _layer(torch: Any, device_id: str, rows: int, columns: int) -> Any:
+    """A linear layer of ones, computed as those of a loaded model."""
+    layer = torch.nn.Linear(columns, rows, bias=False, device="meta").eval().requires_grad_(False)
+    weight = torch.ones(rows, columns, dtype=torch.bfloat16, device=device_id)
+    layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+    serve_plain_layers(layer)
+    return layer
 
 
 def _flops(torch: Any, device_id: str, budget_s: float) -> float:
     """Operations per second of a matrix product over the tokens of one prefill pass."""
     tokens, width = (_PREFILL_TOKENS, 2048) if device_id == "cpu" else (2048, 4096)
-    weight = torch.ones(width, width, dtype=torch.bfloat16, device=device_id)
+    layer = _layer(torch, device_id, width, width)
     states = torch.ones(tokens, width, dtype=torch.bfloat16, device=device_id)
-    seconds = best_of(
-        _finished(torch, device_id, lambda: torch.nn.functional.linear(states, weight)), budget_s
-    )
+    seconds = best_of(_finished(torch, device_id, lambda: layer(states)), budget_s)
     return 2 * tokens * width * width / seconds
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from llm_magic.backends.accelerate.decoding.attention import without_plans
+from llm_magic.backends.accelerate.placement.cpu_linear import serve_plain_layers
 from llm_magic.host.speed import median_of
 
 LAYERS = 20
@@ -80,6 +81,7 @@ def _narrow_model(device_id: str) -> Any:
     model = model.to_empty(device=device_id).eval()
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data.fill_(0.01)
+    serve_plain_layers(model)
     return model
 
 

@@ -18,6 +18,7 @@ from llm_magic.backends.accelerate.memory_errors import (
     release_memory,
 )
 from llm_magic.backends.accelerate.packed_load import PackedLoad
+from llm_magic.backends.accelerate.placement.cpu_linear import serve_plain_layers
 from llm_magic.backends.accelerate.placement.offload_folder import (
     OffloadFolder,
     check_tensor_names,
@@ -229,7 +230,9 @@ def _read_model(
     _check_coverage(model, plan)
     _place_loose_buffers(model, plan)
     model.eval().requires_grad_(False)
-    return model, packed.fill(model) if packed else None
+    fill = packed.fill(model) if packed else None
+    serve_plain_layers(model)  # the others are packed layers now
+    return model, fill
 
 
 @contextmanager

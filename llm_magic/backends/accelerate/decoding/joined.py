@@ -15,6 +15,7 @@ from types import MethodType
 from typing import Any
 
 from llm_magic.backends.accelerate.memory_errors import is_out_of_memory
+from llm_magic.backends.accelerate.placement.cpu_linear import is_linear
 
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 FEW_TOKENS = 16
@@ -122,10 +123,8 @@ def _groups(block: Any) -> Iterator[list[Any]]:
 
 
 def _is_plain(module: Any) -> bool:
-    import torch
-
     return (
-        type(module) is torch.nn.Linear
+        is_linear(module)
         and "forward" not in vars(module)
         and not module._forward_pre_hooks
         and not module._forward_hooks

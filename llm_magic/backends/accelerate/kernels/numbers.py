@@ -17,11 +17,13 @@ from llvmlite import ir
 from llm_magic.backends.accelerate.kernels.code import (
     F32,
     I8,
+    as_floats,
     constants,
     intrinsic,
     same,
     shuffled,
     spread,
+    stored_kind,
     vector,
 )
 from llm_magic.backends.accelerate.kernels.compiler import I32, I64, instructions
@@ -48,6 +50,8 @@ class Reader(ABC):
         Weights that share a scale; 0 for a whole row.
     rows
         How many rows of a matrix the same bytes hold: one of its first part, one of the next, …
+    has_scale
+        Whether there are scales at all.
     has_shift
         Whether something is subtracted from what a number and its scale make.
     factor
@@ -58,6 +62,7 @@ class Reader(ABC):
     weights: int
     group: int
     rows: int = field(default=1, kw_only=True)
+    has_scale: bool = field(default=True, kw_only=True)
     has_shift: bool = field(default=False, kw_only=True)
     factor: float = field(default=1.0, kw_only=True)
 
@@ -169,6 +174,28 @@ class Integers(_Bytes):
 
 
 @dataclass(frozen=True)
+class Halves(Reader):
+    """Numbers of 16 bits, which need no scale.
+
+    Attributes
+    ----------
+    dtype
+        ``"bfloat16"`` or ``"float16"``.
+    """
+
+    dtype: str
+
+    @property
+    def columns(self) -> list[list[int]]:
+        return [list(range(start, start + self.floats)) for start in range(0, self.weights, self.floats)]
+
+    def numbers(self, module: ir.Module, builder: ir.IRBuilder, packed: Any, part: Any) -> list[Any]:  # noqa: ARG002
+        halves = builder.bitcast(packed, vector(stored_kind(self.dtype), self.weights))
+        parts = (shuffled(builder, halves, halves, places) for places in self.columns)
+        return [as_floats(builder, part, self.dtype) for part in parts]
+
+
+@dataclass(frozen=True)
 class Fractions(_Bytes):
     """Integers of ``bits`` bits; those of a row in the first part of a matrix are the lowest of their bytes."""
 
@@ -225,6 +252,14 @@ def fractions(bits: int, group: int, columns: int) -> Reader | None:
     for width, _ in _widths():
         if group % width == 0 and columns % group == 0:
             return Fractions(width, width, group, bits, rows=8 // bits, has_shift=True)
+    return None
+
+
+def halves(dtype: str, columns: int) -> Reader | None:
+    """What reads numbers of 16 bits, as `codes`."""
+    for width, _ in _widths():
+        if columns % (width // 2) == 0 and columns % 16 == 0:
+            return Halves(width, width // 2, 0, dtype, has_scale=False)
     return None
 
 

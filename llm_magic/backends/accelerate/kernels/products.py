@@ -219,7 +219,7 @@ def _products(row: _Row, tokens: int, dtype: str) -> None:
             _add_up(row, sums, arranged, builder.mul(first_token, row.columns))
             for token, held in enumerate(sums):
                 value = total(row.module, builder, builder.load(held, typ=kind))
-                if not row.reader.group:
+                if row.reader.has_scale and not row.reader.group:
                     value = builder.fmul(value, row.scale_of_all())
                 place = builder.mul(builder.add(first_token, I64(token)), row.rows)
                 place = builder.add(place, number)
@@ -265,7 +265,7 @@ def _unpacking(row: _Row, dtype: str) -> None:
         number = row.go_to(I64(0), index)
         with loop(builder, I64(0), row.steps) as step:
             numbers = row.numbers(step)
-            if not reader.has_shift:
+            if reader.has_scale and not reader.has_shift:
                 scale = row.scale(step)
                 numbers = [builder.fmul(some, scale) for some in numbers]
             start = builder.add(builder.mul(number, row.columns), builder.mul(step, I64(reader.weights)))

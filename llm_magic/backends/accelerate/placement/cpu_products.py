@@ -1,8 +1,10 @@
-"""What the CPU makes of packed weights: few tokens times the bytes as they lie, many times numbers.
+"""What the CPU makes of weights: few tokens times the bytes as they lie, many times numbers.
 
 bitsandbytes and quanto unpack a whole weight for every token, on most CPUs by slow code, where they
 have no kernel for its format. Compiled ones (see `kernels`) take the formats of both, at about the speed of the RAM.
-They need llvmlite; without it, or on a processor that they are not made for, the libraries compute.
+And most CPUs have no instructions for products in 16 bits: torch multiplies such weights with several
+tokens several times as slowly as with numbers of 32 bits. The kernels
+need llvmlite; without it, or on a processor that they are not made for, the libraries compute.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -31,9 +33,10 @@ class PackedWeights:
     Attributes
     ----------
     kind
-        ``"nf4"``, ``"fp4"``, ``"int8"``, ``"float8"``, ``"int4"`` or ``"int2"``.
+        ``"nf4"``, ``"fp4"``, ``"int8"``, ``"float8"``, ``"int4"`` or ``"int2"``; ``"bfloat16"`` and ``"float16"`` are not
+        packed at all.
     data, scales, shifts
-        Contiguous tensors on the CPU; shifts of the last two kinds alone.
+        Contiguous tensors on the CPU; shifts of integers of 4 and 2 bits alone, scales of all that is packed.
     rows, columns
         Of a matrix: ``(out, in)``.
     group
@@ -66,6 +69,11 @@ class _Layout:
 def is_there() -> bool:
     """Whether there are kernels for this processor."""
     return _kernel(_Layout("int8", 64), "float32", 1) is not None
+
+
+def multiplies_slowly(dtype: Any) -> bool:
+    """Whether this CPU has no instructions for matrix products in a dtype of 16 bits, but kernels of ours."""
+    return is_there() and _quick_dtype(dtype) != dtype
 
 
 def multiplied(tokens: Any, weights: PackedWeights) -> Any:
@@ -151,17 +159,10 @@ def _unpack(weights: PackedWeights, start: int, numbers: Any) -> None:
 
     of_a_row = weights.data.numel() // weights.rows
     data = weights.data.detach().as_subclass(torch.Tensor).view(-1)[start * of_a_row :]
-    scales = weights.scales.view(-1)[start * (weights.scales.numel() // weights.rows) :]
-    part = PackedWeights(
-        weights.kind,
-        data,
-        scales,
-        weights.shifts,
-        len(numbers),
-        weights.columns,
-        weights.group,
-        weights.factor,
-    )
+    scales = weights.scales
+    if scales is not None:
+        scales = scales.view(-1)[start * (scales.numel() // weights.rows) :]
+    part = replace(weights, data=data, scales=scales, rows=len(numbers))
     kernel = _kernel(_layout(weights), _name(numbers.dtype), 0)
     assert kernel is not None
     _run(kernel, part, numbers)
@@ -203,7 +204,8 @@ def _name(dtype: Any) -> str:
 
 
 def _layout(weights: PackedWeights) -> _Layout:
-    return _Layout(weights.kind, weights.columns, weights.group, weights.factor, _name(weights.scales.dtype))
+    scales = "float32" if weights.scales is None else _name(weights.scales.dtype)
+    return _Layout(weights.kind, weights.columns, weights.group, weights.factor, scales)
 
 
 @cache
@@ -235,6 +237,8 @@ def _reader(layout: _Layout, *, is_exact: bool) -> Any:
         return None
     if layout.kind in ("nf4", "fp4"):
         return readers.codes(_table(layout.kind), layout.group, layout.columns, is_exact=is_exact)
+    if layout.kind in ("bfloat16", "float16"):
+        return readers.halves(layout.kind, layout.columns)
     if layout.kind in ("int4", "int2"):
         return readers.fractions(int(layout.kind[-1]), layout.group, layout.columns)
     return (

@@ -23,7 +23,7 @@ from weakref import ref
 
 from llm_magic.backends.accelerate.default_dtype import default_dtype_kept
 from llm_magic.backends.accelerate.placement import four_bits
-from llm_magic.backends.accelerate.placement.packed_linear import served_by_kernels
+from llm_magic.backends.accelerate.placement.cpu_linear import serve
 from llm_magic.backends.accelerate.placement.packing import Parts, arrange, bind, parts, template
 from llm_magic.backends.accelerate.quiet import quiet
 from llm_magic.errors import OptionError, PlanError
@@ -216,7 +216,7 @@ def prepare(model: Any, name: str, dtype: Any) -> tuple[str, ...]:
             f"Use --quantize {' or '.join(able)}." if able else "Leave out --quantize.",
         )
     for layer in linear.values():
-        served_by_kernels(layer)
+        serve(layer)
     model.eval().requires_grad_(False)
     _refuse_saving(model, name)
     return packed

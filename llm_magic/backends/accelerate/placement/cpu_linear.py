@@ -1,0 +1,69 @@
+"""Linear layers that the CPU computes by kernels of ours: packed ones, and on most CPUs those of 16 bits.
+
+They stay what they are for everybody else: of a subclass, with the same name.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from llm_magic.backends.accelerate.placement import cpu_products
+from llm_magic.backends.accelerate.placement.cpu_products import PackedWeights
+from llm_magic.backends.accelerate.placement.packing import packed_weights
+
+
+def serve_plain_layers(model: Any) -> None:
+    """Let linear layers of 16 bits compute by our kernels on a CPU that has no instructions for them."""
+    import torch
+
+    for module in model.modules():
+        if type(module) is torch.nn.Linear and cpu_products.multiplies_slowly(module.weight.dtype):
+            serve(module)
+
+
+def serve(layer: Any) -> None:
+    """Let a linear layer compute by our kernels on the CPU, where there is one for its weight."""
+    layer.__class__ = _with_kernels(layer.__class__)
+
+
+def is_linear(layer: Any) -> bool:
+    """Whether a module is torch's linear layer, served by kernels or not."""
+    import torch
+
+    return type(layer) is torch.nn.Linear or type(layer) is _with_kernels(torch.nn.Linear)
+
+
+@cache
+def _with_kernels(usual_class: Any) -> Any:
+    def forward(self: Any, states: Any, *args: Any, **options: Any) -> Any:
+        outputs = _by_kernel(self, states)
+        return usual_class.forward(self, states, *args, **options) if outputs is None else outputs
+
+    return type(
+        usual_class.__name__, (usual_class,), {"forward": forward, "__module__": usual_class.__module__}
+    )
+
+
+def _by_kernel(layer: Any, states: Any) -> Any:
+    """What the layer makes of ``states``; ``None`` where it is to do that itself."""
+    if states.device.type != "cpu" or layer.training:
+        return None
+    if (weights := _weights(layer._parameters["weight"], states.dtype)) is None:
+        return None
+    dtype = getattr(layer, "compute_dtype", None) or states.dtype  # bitsandbytes' 4-bit layers have one
+    if (outputs := cpu_products.multiplied(states.to(dtype), weights)) is None:
+        return None
+    if layer.bias is not None:
+        outputs += layer.bias.to(dtype)
+    return outputs.to(states.dtype)
+
+
+def _weights(weight: Any, dtype: Any) -> PackedWeights | None:
+    import torch
+
+    if type(weight) is not torch.nn.Parameter:
+        return packed_weights(weight)
+    if weight.dtype != dtype or weight.device.type != "cpu" or not weight.is_contiguous():
+        return None
+    return PackedWeights(str(weight.dtype).removeprefix("torch."), weight, None, None, *weight.shape)
