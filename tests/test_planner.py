@@ -339,7 +339,7 @@ def test_a_prefill_unpacks_some_experts_at_a_time(experts: int, unpacked: int):
 
 
 @pytest.mark.parametrize(
-    ("method", "each"), [("quanto-int8", 2), ("float8", 2 + 2), ("int4", 2 + 1), ("int2", 2 + 1)]
+    ("method", "each"), [("quanto-int8", 2), ("float8", 2 + 2), ("int4", 4), ("int2", 4)]
 )
 def test_what_quanto_unpacks_is_there_twice_before_its_scale(method, each):
     layout = packed(toy(), method)

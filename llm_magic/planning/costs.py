@@ -319,10 +319,11 @@ def _mlp_bytes(layout: ModelLayout) -> int:
 def _unpacked_bytes(layout: ModelLayout) -> int:
     """The largest packed matrix as it is while a prefill multiplies with it, or the experts that are unpacked at once.
 
-    quanto has floats a second time before their scale, and integers of less than a byte as bytes.
+    quanto has floats a second time before their scale, and integers of less than a byte as bytes; a CPU has those
+    in float32, where it is slow with 16 bits.
     """
     width = dtype_bytes(layout.dtype)
-    before = {"float8": width, "int4": 1, "int2": 1}.get(layout.quantization, 0)
+    before = {"float8": width, "int4": 2, "int2": 2}.get(layout.quantization, 0)
 
     def most(shape: tuple[int, ...]) -> int:
         return max(prod(shape[-2:]) * (width + before), min(prod(shape) * width, UNPACKED_EXPERTS_BYTES))

@@ -73,7 +73,7 @@ def is_there() -> bool:
 
 def multiplies_slowly(dtype: Any) -> bool:
     """Whether this CPU has no instructions for matrix products in a dtype of 16 bits, but kernels of ours."""
-    return is_there() and _quick_dtype(dtype) != dtype
+    return _readers() is not None and _quick_dtype(dtype) != dtype and is_there()
 
 
 def multiplied(tokens: Any, weights: PackedWeights) -> Any:

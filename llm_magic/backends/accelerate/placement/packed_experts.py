@@ -47,7 +47,8 @@ def packed_experts(module: Any, hidden_states: Any, top_k_index: Any, top_k_weig
     if not tokens:
         return torch.empty_like(hidden_states)
     on_cpu, is_here = hidden_states.device.type == "cpu", isinstance(module.down_proj, PackedStack)
-    is_few = tokens <= (1 if on_cpu else _FEW_TOKENS)
+    # A CPU reads an expert once for each of its tokens then: no more of them than there hardly ever are several.
+    is_few = tokens == 1 or (2 * tokens * of_each <= module.num_experts if on_cpu else tokens <= _FEW_TOKENS)
     if is_here and is_few:
         compute = _side_by_side
     elif is_here and not on_cpu:
