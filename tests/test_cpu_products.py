@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import threading
 from dataclasses import replace
 from functools import cache
@@ -22,6 +24,7 @@ from llm_magic.backends.accelerate.placement.cpu_products import (  # noqa: E402
     multiplied_each,
     unpacked,
 )
+from llm_magic.backends.accelerate.placement.packing import packed_weights  # noqa: E402
 from llm_magic.backends.accelerate.placement.quantize import import_library  # noqa: E402
 from tests.packed import without_extension  # noqa: E402
 from tests.test_packing import METHODS, bind, forward, inputs, network_of, parameters, parts, template  # noqa: E402
@@ -339,12 +342,104 @@ def test_products_are_in_a_dtype_that_the_cpu_has_instructions_for(
     assert tuple(str(ask(getattr(torch, dtype))).removeprefix("torch.") for dtype in DTYPES) == expected
 
 
-def test_a_layer_that_is_trained_is_its_librarys() -> None:
-    """Gradients go through what the library computes."""
-    network = network_of("nf4")
+def served(method: str = "nf4", dtype: str = "bfloat16") -> Any:
+    network = network_of(method, dtype)
     bound(network)
     for layer in (network[0], network[2]):
         serve(layer)
+    return network
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 6, 7, 8])
+@pytest.mark.parametrize("method", ["int4", "int2"])
+def test_rows_that_do_not_share_bytes_evenly_are_quantos(method: str, rows: int) -> None:
+    """A gate of one row (Qwen2-MoE): its groups share bytes with each other."""
+    from optimum.quanto import QLinear, qint2, qint4
+
+    linear = (
+        torch.nn.Linear(256, rows, bias=False).half().requires_grad_(False).eval()
+    )  # torch's kernel takes bfloat16
+    layer = QLinear.from_module(linear, weights=qint4 if method == "int4" else qint2)
+    layer.freeze()
+    network = torch.nn.Sequential(layer.eval())
+    bound(network)
+    x = tokens(3, 256, "float16")
+    expected = network(x)
+    serve(layer)
+    assert are_close(network(x), expected.double(), "bfloat16")
+
+
+@pytest.mark.parametrize("method", ["nf4", "int8", "quanto-int8", "int2"])
+def test_a_layer_without_bytes_is_not_read(method: str) -> None:
+    network = served(method)
+    for _, module, leaf in list(parameters(network)):
+        bind(template(module, leaf).empty())
+    weights = [packed_weights(layer.weight) for layer in (network[0], network[2])]
+    assert all(multiplied(tokens(1, each.columns), each) is None for each in weights if each is not None)
+
+
+def test_scales_that_are_elsewhere_are_not_read() -> None:
+    """bitsandbytes keeps those of 8-bit integers in the layer, after it has computed once."""
+    network = served("int8")
+    expected = forward(network, inputs())
+    network[0].weight.SCB = None
+    assert are_close(forward(network, inputs()), expected.double(), "bfloat16")
+
+
+@pytest.mark.usefixtures("_slow")
+def test_a_plain_layer_may_become_wider_again() -> None:
+    layer = torch.nn.Linear(64, 64).bfloat16().eval()
+    serve_plain_layers(layer)
+    x = tokens(2, 64, "float32")
+    layer.float()
+    assert torch.equal(layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias))
+
+
+@pytest.mark.usefixtures("_slow")
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_plain_layer_learns(bias: bool) -> None:
+    layer = torch.nn.Linear(64, 64, bias=bias).bfloat16().eval()
+    serve_plain_layers(layer)
+    layer(tokens(2, 64)).sum().backward()
+    assert all(parameter.grad is not None for parameter in layer.parameters())
+
+
+@pytest.mark.usefixtures("_slow")
+def test_a_plain_layer_is_cast_traced_called_with_others_and_pickled() -> None:
+    layer = torch.nn.Linear(64, 64).bfloat16().eval().requires_grad_(False)
+    serve_plain_layers(layer)
+    x = tokens(2, 64)
+    expected = layer(x)
+    with torch.autocast("cpu", torch.float16):
+        assert layer(x).dtype == torch.float16
+    zeros = {name: torch.zeros_like(parameter) for name, parameter in layer.named_parameters()}
+    assert not torch.func.functional_call(layer, zeros, (x,)).any()
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert is_linear(other)
+        assert torch.equal(other(x), expected)
+    traced = torch.compile(layer, backend="eager", fullgraph=True)
+    assert are_close(traced(x), expected.double(), "bfloat16")
+
+
+def test_a_processor_without_conversions_has_no_kernels_for_float16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(numbers, "instructions", lambda: frozenset({"avx2"}))
+    kernel = cpu_products._kernel.__wrapped__
+    weights, _ = packed("nf4", (32, 256))
+    assert kernel(cpu_products._layout(weights), "float16", 1) is None
+    assert kernel(cpu_products._layout(weights), "bfloat16", 1) is not None
+
+
+def test_an_llvmlite_that_is_broken_is_as_good_as_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> frozenset[str]:
+        raise AttributeError
+
+    monkeypatch.setattr(numbers, "instructions", broken)
+    assert cpu_products._readers.__wrapped__() is None
+
+
+def test_a_layer_that_is_trained_is_its_librarys() -> None:
+    """Gradients go through what the library computes."""
+    network = served("nf4")
     x = inputs().requires_grad_()
     network(x).sum().backward()
     assert x.grad is not None

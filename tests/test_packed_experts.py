@@ -17,8 +17,8 @@ from llm_magic.backends.accelerate.placement.packed_stack import PackedStack
 from llm_magic.backends.accelerate.placement.quantize import METHODS, import_library, pack_block, prepare
 from llm_magic.backends.accelerate.placement.stream import HostStreams
 
-EXPERTS, WIDTH, INSIDE = 6, 256, 256  # wide enough for every kernel
-TOKENS = (1, 5, 40)
+EXPERTS, WIDTH, INSIDE = 8, 256, 256  # wide enough for every kernel
+TOKENS = (1, 2, 5, 40)
 """One by itself; some that share experts; many."""
 
 
@@ -251,8 +251,15 @@ def test_numbers_are_what_the_kernels_multiply_with(method: str) -> None:
 def test_experts_without_tokens_are_not_unpacked() -> None:
     module = packed(_experts("gated"), "quanto-int8")
     stack = module.down_proj
-    assert [m is None for m in stack.unpacked([0, 0, 0, 0, 0, 0], torch.float32)] == [True] * EXPERTS
-    assert all(m is not None for m in stack.unpacked([0, 2, 0, 0, 0, 0], torch.float32))
+    assert [m is None for m in stack.unpacked([0] * EXPERTS, torch.float32)] == [True] * EXPERTS
+    assert all(m is not None for m in stack.unpacked([0, 2, *[0] * (EXPERTS - 2)], torch.float32))
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_numbers_of_experts_may_be_of_32_bits(tokens: int) -> None:
+    module = packed(_experts("gated"), "nf4")
+    states, chosen, shares = routed_to(tokens)
+    assert torch.equal(module(states, chosen.int(), shares), module(states, chosen, shares))
 
 
 def test_their_order_follows_the_device() -> None:

@@ -31,7 +31,7 @@ from llm_magic.host.processors import cpu_cores, cpu_name
 from llm_magic.machine import Machine
 
 ROOT = Path("/")
-VERSION = 2
+VERSION = 3
 _MACHINES_KEPT = 16
 _FITS_KEPT = 64
 _VISIBILITY = (

@@ -206,7 +206,7 @@ def _unpacked(plan: Plan) -> Iterator[str]:
         )
     by_cpu = any(place.compute == "cpu" for place in plan.placements)
     if layout.quantization and by_cpu and slow_on_cpu(layout, plan.machine.device("cpu")):
-        yield f"{layout.quantization} is slow on the CPU without kernels for it: pip install llvmlite"
+        yield f"{layout.quantization} is slow on the CPU without the kernels that llvmlite compiles for AVX2, AVX-512 and NEON."
 
 
 def _long_prompt(plan: Plan) -> Iterator[str]:

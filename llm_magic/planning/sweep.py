@@ -156,7 +156,7 @@ def _asks_the_host(place: Placement, layout: ModelLayout) -> bool:
     """Whether the experts of a GPU are taken one after the other: where some of them come to it, all that are plain."""
     width = dtype_bytes(layout.dtype)
     are_plain = any(len(t.shape) == 3 and t.bytes >= prod(t.shape) * width for t in place.block.tensors)
-    comes = place.is_offloaded and place.compute != "cpu"
+    comes = place.is_offloaded and (place.compute != "cpu" or (are_plain and not place.kept))
     return comes or bool(place.prefill and are_plain)
 
 

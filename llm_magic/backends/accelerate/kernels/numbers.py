@@ -228,6 +228,11 @@ class Floats(_Bytes):
         return builder.bitcast(builder.or_(bits, sign), floats)
 
 
+def has_float16() -> bool:
+    """Whether the processor has instructions between float16 and float32."""
+    return not instructions().isdisjoint({"f16c", "neon"})
+
+
 def codes(table: Sequence[float], group: int, columns: int, *, is_exact: bool) -> Reader | None:
     """What reads 4-bit codes with this processor's widest vectors that rows of ``columns`` weights consist of.
 

@@ -40,30 +40,40 @@ def _with_kernels(usual_class: Any) -> Any:
         outputs = _by_kernel(self, states)
         return usual_class.forward(self, states, *args, **options) if outputs is None else outputs
 
-    return type(
-        usual_class.__name__, (usual_class,), {"forward": forward, "__module__": usual_class.__module__}
-    )
+    def reduced(self: Any, _protocol: Any) -> Any:  # to be pickled: no module has this class
+        return _new, (usual_class,), self.__dict__
+
+    members = {"forward": forward, "__reduce_ex__": reduced, "__module__": usual_class.__module__}
+    return type(usual_class.__name__, (usual_class,), members)
+
+
+def _new(usual_class: Any) -> Any:
+    served = _with_kernels(usual_class)
+    return served.__new__(served)
 
 
 def _by_kernel(layer: Any, states: Any) -> Any:
     """What the layer makes of ``states``; ``None`` where it is to do that itself."""
-    if states.device.type != "cpu" or layer.training:
+    weight, bias = (layer._parameters.get(name) for name in ("weight", "bias"))
+    if states.device.type != "cpu" or layer.training or weight is None:
         return None
-    if (weights := _weights(layer._parameters["weight"], states.dtype)) is None:
+    if bias is not None and bias.requires_grad:
+        return None
+    if (weights := _weights(weight, states.dtype)) is None:
         return None
     dtype = getattr(layer, "compute_dtype", None) or states.dtype  # bitsandbytes' 4-bit layers have one
     if (outputs := cpu_products.multiplied(states.to(dtype), weights)) is None:
         return None
-    if layer.bias is not None:
-        outputs += layer.bias.to(dtype)
+    if bias is not None:
+        outputs += bias.to(dtype)
     return outputs.to(states.dtype)
 
 
 def _weights(weight: Any, dtype: Any) -> PackedWeights | None:
     import torch
 
-    if type(weight) is not torch.nn.Parameter:
-        return packed_weights(weight)
-    if weight.dtype != dtype or weight.device.type != "cpu" or not weight.is_contiguous():
-        return None
-    return PackedWeights(str(weight.dtype).removeprefix("torch."), weight, None, None, *weight.shape)
+    if type(weight) is torch.nn.Parameter:
+        name = str(weight.dtype).removeprefix("torch.")
+        is_taken = name in cpu_products.PLAIN and weight.dtype == dtype and weight.is_contiguous()
+        return PackedWeights(name, weight, None, None, *weight.shape) if is_taken else None
+    return None if type(weight) is torch.Tensor else packed_weights(weight)

@@ -16,6 +16,9 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
+PLAIN = ("bfloat16", "float16")
+"""Kinds of weights that are not packed."""
+
 FEW_TOKENS = 8
 """Up to so many are multiplied with the bytes; each four of them take as long as all numbers did."""
 
@@ -94,9 +97,18 @@ def multiplied_each(tokens: Any, weights: PackedWeights, matrices: Any) -> Any:
 
 
 def _serves(tokens: Any, weights: PackedWeights) -> bool:
+    """Whether there is a kernel for these tensors, all of which are in RAM, and nobody looks on (to differentiate, to trace)."""
     import torch
 
-    if torch.is_grad_enabled() and tokens.requires_grad:
+    parts = [part for part in (tokens, weights.data, weights.scales, weights.shifts) if part is not None]
+    is_watched = torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")
+    if is_watched or type(tokens) not in (torch.Tensor, torch.nn.Parameter):
+        return False
+    if torch.is_grad_enabled() and any(part.requires_grad for part in parts):
+        return False
+    if any(part.device.type != "cpu" for part in parts) or (weights.scales is None) != (
+        weights.kind in PLAIN
+    ):
         return False
     return tokens.numel() > 0 and _kernel(_layout(weights), _name(tokens.dtype), 1) is not None
 
@@ -212,8 +224,10 @@ def _layout(weights: PackedWeights) -> _Layout:
 def _kernel(layout: _Layout, dtype: str, together: int) -> Callable[[Any], None] | None:
     """The compiled kernel for so many tokens together; of none: what unpacks."""
     reader = _reader(layout, is_exact=dtype != "bfloat16")
-    known = ("float32", "float16", "bfloat16")
-    is_known = reader is not None and layout.scales in known and dtype in known
+    used = {layout.kind, layout.scales, dtype}
+    is_known = reader is not None and {layout.scales, dtype} <= {"float32", "float16", "bfloat16"}
+    if "float16" in used and not _readers().has_float16():
+        return None
     return _compiled(reader, layout.scales, dtype, together) if is_known else None
 
 
@@ -237,15 +251,13 @@ def _reader(layout: _Layout, *, is_exact: bool) -> Any:
         return None
     if layout.kind in ("nf4", "fp4"):
         return readers.codes(_table(layout.kind), layout.group, layout.columns, is_exact=is_exact)
-    if layout.kind in ("bfloat16", "float16"):
+    if layout.kind in PLAIN:
         return readers.halves(layout.kind, layout.columns)
     if layout.kind in ("int4", "int2"):
         return readers.fractions(int(layout.kind[-1]), layout.group, layout.columns)
-    return (
-        readers.integers(layout.columns, layout.factor)
-        if layout.kind == "int8"
-        else readers.floats(layout.columns)
-    )
+    if layout.kind == "int8":
+        return readers.integers(layout.columns, layout.factor)
+    return readers.floats(layout.columns) if layout.kind == "float8" else None
 
 
 @cache
@@ -255,7 +267,9 @@ def _readers() -> Any:
         return None
     try:
         from llm_magic.backends.accelerate.kernels import numbers
-    except (ImportError, OSError):
+
+        numbers.has_float16()  # asks LLVM for the first time
+    except Exception:  # another llvmlite, or a part of it
         return None
     return numbers
 

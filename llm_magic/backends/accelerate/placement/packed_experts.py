@@ -64,7 +64,7 @@ def packed_experts(module: Any, hidden_states: Any, top_k_index: Any, top_k_weig
 
 def _side_by_side(module: Any, tokens: Any, experts: Any) -> Any:
     """Each token with each of its experts ``[tokens * k]``: few kernels, and a GPU's host does not ask which."""
-    of_each, experts = len(experts) // len(tokens), experts.clamp(max=module.num_experts - 1)
+    of_each, experts = len(experts) // len(tokens), experts.long().clamp(0, module.num_experts - 1)
 
     def linear(name: str, inputs: Any) -> Any:
         return _biased(module, name, getattr(module, name).multiplied(inputs, experts), experts)

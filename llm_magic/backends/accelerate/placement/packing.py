@@ -144,22 +144,28 @@ def multiplied(tokens: Any, packed: Any) -> Any:
 
 
 def packed_weights(packed: Any) -> PackedWeights | None:
-    """A packed weight in RAM as our kernels for the CPU take it; ``None`` where they do not know its kind."""
+    """A packed weight as our kernels for the CPU take it; ``None`` where they do not know its kind."""
     if (state := getattr(packed, "quant_state", None)) is not None:
         rows, columns = state.shape
         if state.nested:
             return None
         return PackedWeights(state.quant_type, packed, state.absmax, None, rows, columns, state.blocksize)
-    rows, columns = packed.shape
     if type(packed).__name__ == "Int8Params":
+        rows, columns = packed.shape
         return PackedWeights("int8", packed, packed.SCB, None, rows, columns, factor=1 / 127)
-    kind = _QUANTO_KINDS.get(packed.qtype.name)
+    return _packed_by_quanto(packed) if hasattr(packed, "qtype") else None
+
+
+def _packed_by_quanto(packed: Any) -> PackedWeights | None:
+    kind, (rows, columns) = _QUANTO_KINDS.get(packed.qtype.name), packed.shape
     if kind is None or packed.axis != 0 or hasattr(packed, "_scale_shift"):
         return None
     if kind in ("int8", "float8"):
         return PackedWeights(kind, packed._data, packed._scale, None, rows, columns)
-    group = packed._group_size or columns
-    return PackedWeights(kind, packed._data._data, packed._scale, packed._shift, rows, columns, group)
+    if rows % (8 // packed.qtype.bits):  # then the parts that share bytes begin within a row
+        return None
+    data, group = getattr(packed._data, "_data", packed._data), packed._group_size or columns
+    return PackedWeights(kind, data, packed._scale, packed._shift, rows, columns, group)
 
 
 _QUANTO_KINDS = {"qint8": "int8", "qfloat8_e4m3fn": "float8", "qint4": "int4", "qint2": "int2"}
