@@ -53,7 +53,7 @@ def run_by_a_team(
 ) -> None:
     """Have every thread that torch computes with call ``work(argument)``, and wait for all of them.
 
-    As a parallel region of C does. Where there is one, or no OpenMP, the calling thread works alone.
+    As a parallel region of C does. Where ``threads`` is one, or without OpenMP, the calling thread works alone.
     """
     with builder.if_else(builder.icmp_signed("<", threads, I64(2))) as (alone, together):
         with alone:

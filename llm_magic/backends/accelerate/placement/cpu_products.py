@@ -81,69 +81,58 @@ def multiplies_slowly(dtype: Any) -> bool:
 
 def multiplied(tokens: Any, weights: PackedWeights) -> Any:
     """Tokens ``[..., in]`` times a matrix, ``[..., out]``; ``None`` where no kernel takes it."""
-    if not _serves(tokens, weights):
+    if not _may_read(tokens, weights):
         return None
     flat = tokens.reshape(-1, weights.columns).contiguous()
-    is_few = len(flat) <= FEW_TOKENS
-    result = _by_bytes(flat, weights, 1, _only()) if is_few else _by_numbers(flat, weights)
-    return result.view(*tokens.shape[:-1], weights.rows)
+    multiply = _by_bytes if len(flat) <= FEW_TOKENS else _by_numbers
+    result = multiply(flat, weights)
+    return None if result is None else result.view(*tokens.shape[:-1], weights.rows)
 
 
 def multiplied_each(tokens: Any, weights: PackedWeights, matrices: Any) -> Any:
     """Each token ``[n, in]`` times one matrix of a stack, whose numbers are ``matrices`` (int64 ``[n]``); as `multiplied`."""
-    if not _serves(tokens, weights):
-        return None
-    return _by_bytes(tokens.contiguous(), weights, len(tokens), matrices)
+    return _by_bytes(tokens.contiguous(), weights, matrices) if _may_read(tokens, weights) else None
 
 
-def _serves(tokens: Any, weights: PackedWeights) -> bool:
-    """Whether there is a kernel for these tensors, all of which are in RAM, and nobody looks on (to differentiate, to trace)."""
+def _may_read(tokens: Any, weights: PackedWeights) -> bool:
+    """Whether all is there, in RAM, and nobody looks on: to differentiate, to trace."""
     import torch
 
-    parts = [part for part in (tokens, weights.data, weights.scales, weights.shifts) if part is not None]
     is_watched = torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")
     if is_watched or type(tokens) not in (torch.Tensor, torch.nn.Parameter):
         return False
+    parts = [part for part in (tokens, weights.data, weights.scales, weights.shifts) if part is not None]
     if torch.is_grad_enabled() and any(part.requires_grad for part in parts):
         return False
-    if any(part.device.type != "cpu" for part in parts) or (weights.scales is None) != (
-        weights.kind in PLAIN
-    ):
-        return False
-    return tokens.numel() > 0 and _kernel(_layout(weights), _name(tokens.dtype), 1) is not None
+    is_whole = (weights.scales is None) == (weights.kind in PLAIN)
+    return is_whole and tokens.numel() > 0 and all(part.device.type == "cpu" for part in parts)
 
 
-def _by_bytes(tokens: Any, weights: PackedWeights, pairs: int, matrices: Any) -> Any:
-    """Tokens times the matrix of each of ``pairs``, which have equally many."""
+def _by_bytes(tokens: Any, weights: PackedWeights, matrices: Any = None) -> Any:
+    """Tokens times a matrix, or each of them times one of ``matrices``; ``None`` where no kernel takes it."""
     import torch
 
-    of_a_pair = len(tokens) // pairs
-    blocks = -(-of_a_pair // _TOGETHER)
-    together = -(-of_a_pair // blocks)
-    places = pairs * blocks * together  # the last of them may be empty
-    arranged = torch.empty(places, weights.columns)
-    results = tokens.new_empty(places, weights.rows)
+    pairs = 1 if matrices is None else len(tokens)
+    blocks = -(-len(tokens) // pairs // _TOGETHER)
+    together = -(-len(tokens) // pairs // blocks)
     kernel = _kernel(_layout(weights), _name(tokens.dtype), together)
-    assert kernel is not None
-    inputs = (tokens, arranged)
-    _run(
-        kernel,
-        weights,
-        results,
-        inputs=inputs,
-        count=len(tokens),
-        pairs=pairs,
-        matrices=matrices,
-        blocks=blocks,
-    )
+    if kernel is None:
+        return None
+    places = pairs * blocks * together  # the last of them may be empty
+    results = tokens.new_empty(places, weights.rows)
+    inputs = (tokens, torch.empty(places, weights.columns))
+    matrices = _only() if matrices is None else matrices
+    _run(kernel, weights, results, inputs=inputs, pairs=pairs, matrices=matrices, blocks=blocks)
     return results[: len(tokens)]
 
 
 def _by_numbers(tokens: Any, weights: PackedWeights) -> Any:
-    """Tokens times numbers of some rows at a time, in a dtype that this CPU multiplies fast."""
+    """Tokens times numbers of some rows at a time, in a dtype that this CPU multiplies fast; as `_by_bytes`."""
     import torch
 
     dtype = _quick_dtype(tokens.dtype)
+    if _kernel(_layout(weights), _name(dtype), 0) is None:
+        return None
     inputs, results = tokens.to(dtype), tokens.new_empty(len(tokens), weights.rows)
     step = weights.rows if weights.shifts is not None else max(1, _UNPACKED_WEIGHTS // weights.columns)
     numbers = torch.empty(min(step, weights.rows), weights.columns, dtype=dtype)
@@ -186,7 +175,6 @@ def _run(
     results: Any,
     *,
     inputs: tuple[Any, Any] = (None, None),
-    count: int = 0,
     pairs: int = 1,
     matrices: Any = None,
     blocks: int = 0,
@@ -199,6 +187,7 @@ def _run(
     addresses = (0 if tensor is None else tensor.data_ptr() for tensor in tensors)
     chosen = 0 if matrices is None else matrices.data_ptr()
     threads = torch.get_num_threads()  # ask always: that is when a new thread learns of torch's setting
+    count = 0 if inputs[0] is None else len(inputs[0])
     numbers = (count, weights.columns, weights.rows, pairs, chosen, blocks, 1 if size < _ALONE else threads)
     kernel((ctypes.c_int64 * 13)(*addresses, *numbers))
 
