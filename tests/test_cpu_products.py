@@ -15,7 +15,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("llvmlite")
 
 from llm_magic.backends.accelerate.kernels import compiler, numbers  # noqa: E402
-from llm_magic.backends.accelerate.placement import cpu_products  # noqa: E402
+from llm_magic.backends.accelerate.placement import cpu_products, four_bits  # noqa: E402
 from llm_magic.backends.accelerate.placement.cpu_linear import is_linear, serve, serve_plain_layers  # noqa: E402
 from llm_magic.backends.accelerate.placement.cpu_products import (  # noqa: E402
     FEW_TOKENS,
@@ -160,6 +160,23 @@ def test_each_token_with_a_matrix_of_its_own(kind: str) -> None:
     assert torch.equal(found, torch.cat(expected))
 
 
+@pytest.mark.usefixtures("_vectors")
+@pytest.mark.parametrize("block", [16, 32, 64, 128, 256])
+def test_codes_with_blocks_of_any_size(block: int) -> None:
+    functional = import_library("bitsandbytes").functional
+    values = torch.randn(24, 512, generator=torch.Generator().manual_seed(block))
+    data, scales = four_bits.packed(values, "nf4", block)
+    found = multiplied(tokens(2, 512, "float32"), PackedWeights("nf4", data, scales, None, 24, 512, block))
+    if block < 32:
+        assert found is None
+        return
+    state = functional.QuantState(
+        scales, values.shape, functional.get_4bit_type("nf4", "cpu"), block, "nf4", torch.float32
+    )
+    numbers_of_library = functional.dequantize_4bit(data, state)
+    assert are_close(found, (tokens(2, 512, "float32") @ numbers_of_library.T).double(), "float32")
+
+
 @pytest.mark.parametrize("count", [3, 30])
 def test_tokens_of_any_layout(count: int) -> None:
     weights, values = packed("nf4", (32, 256))
@@ -206,9 +223,8 @@ def test_several_of_pythons_threads_at_once(monkeypatch: pytest.MonkeyPatch) -> 
 def test_what_no_kernel_takes() -> None:
     weights, _ = packed("nf4", (32, 256))
     some = tokens(1, 256)
-    assert (
-        multiplied(tokens(1, 96), replace(weights, rows=16, columns=96)) is None
-    )  # groups that go on in the next row
+    going_on = replace(weights, rows=16, columns=96)  # groups that do so in the next row
+    assert multiplied(tokens(1, 96), going_on) is None
     assert multiplied(some.double(), weights) is None
     assert multiplied(some[:0], weights) is None
     assert multiplied(some.requires_grad_(), weights) is None

@@ -162,9 +162,7 @@ def reference(method: str, dtype: str = "bfloat16", seed: int = 0) -> Any:
     """What the libraries' own modules answer; quanto's without the extension that it would compile."""
     network = without_extension(network_of(method, dtype, seed))
     for layer in (network[0], network[2]):
-        layer.support_avx512bf16_for_cpu = (
-            False  # an order of the bytes that packed statistics do not survive
-        )
+        layer.support_avx512bf16_for_cpu = False  # an order that packed statistics do not survive
     return forward(network, inputs(dtype))
 
 

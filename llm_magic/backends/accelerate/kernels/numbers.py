@@ -236,11 +236,11 @@ def has_float16() -> bool:
 def codes(table: Sequence[float], group: int, columns: int, *, is_exact: bool) -> Reader | None:
     """What reads 4-bit codes with this processor's widest vectors that rows of ``columns`` weights consist of.
 
-    ``None`` where there is none. ``group`` weights share a scale, a multiple of 64. Numbers that are not exact are in
+    ``None`` where there is none. ``group`` weights share a scale, a multiple of 32. Numbers that are not exact are in
     bfloat16.
     """
     for width, lookup in _widths():
-        if columns % max(group, 2 * width) == 0:
+        if group % 32 == 0 and columns % max(group, 2 * width) == 0:
             return Codes(width, 2 * width, group, lookup, tuple(table), 3 if is_exact else 2)
     return None
 

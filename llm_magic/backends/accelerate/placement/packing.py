@@ -200,9 +200,10 @@ def arrange(block: Any, device: Any, *, fresh: bool = False) -> None:
     """Put the packed parameters of ``block`` into the order that the kernels of ``device`` read.
 
     Values and number of bytes stay the same. One kernel wants an order of its own: torch's for 4-bit
-    quanto in bfloat16, whose CPU and CUDA orders differ. Do it when another kind of device is to compute the block, never in a sweep. The
-    parameters must hold their bytes; new tensors replace those whose order changes. They are in RAM
-    when a GPU's kernel reads one of the orders, and on ``device`` when the weights are fresh.
+    quanto in bfloat16, whose CPU and CUDA orders differ. Do it when another kind of device is to
+    compute the block, never in a sweep. The parameters must hold their bytes; new tensors replace
+    those whose order changes. They are in RAM when a GPU's kernel reads one of the orders, and on
+    ``device`` when the weights are fresh.
 
     Parameters
     ----------
