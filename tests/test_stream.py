@@ -430,6 +430,9 @@ def test_whoever_waits_for_a_copy_leaves_its_core_to_others(
     """CUDA's own way to wait for an event takes all of a core, which the CPU's blocks need."""
 
     class Stream:
+        def __init__(self, **_options: int) -> None:
+            """Of any priority."""
+
         def wait_event(self, event: Any) -> None:
             """It is not used."""
 

@@ -81,6 +81,14 @@ HYBRID: Mapping[str, Place] = {
 }
 
 
+def test_copies_never_share_a_stream_with_what_computes() -> None:
+    """torch has 32 streams and begins anew: one in 32 loads would wait for every copy before it computes."""
+    computing = {torch.cuda.Stream(DEVICE).cuda_stream for _ in range(64)}
+    copying = {AcceleratorStreams(DEVICE)._copies.cuda_stream for _ in range(64)}
+    assert len(computing) == len(copying) == 32
+    assert not computing & copying
+
+
 class LateStreams(AcceleratorStreams):
     """Streams that are held up at random; slots hold NaNs until a copy has ended; copies are from pinned memory."""
 

@@ -140,12 +140,12 @@ def _copies_from_pageable_memory(_here: Any, there: Any) -> None:
 
 
 def _waits_for_uncaptured_work(_here: Any, _there: Any) -> None:
-    stream = torch.cuda.Stream()
+    stream = torch.cuda.Stream(priority=-1)  # any other may be the one that captures
     torch.cuda.current_stream().wait_event(stream.record_event())
 
 
 def _leaves_a_stream_behind(here: Any, there: Any) -> None:
-    stream = torch.cuda.Stream()
+    stream = torch.cuda.Stream(priority=-1)
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         there.copy_(here, non_blocking=True)

@@ -18,7 +18,7 @@ using c10::DeviceType;
 
 // --- Streams and events of torch
 
-static constexpr int64_t STREAMS = 32;  // of a device: torch hands them out in turn, again and again
+static constexpr int64_t STREAMS = 32;  // of a priority: torch hands them out in turn, again and again
 
 struct Guard final : c10::impl::DeviceGuardImplInterface {
   DeviceType type() const override { return DeviceType::CUDA; }
@@ -38,9 +38,9 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
 
   c10::Stream getStream(c10::Device on) const override { return known(on, current_stream(named(on).index()).id); }
   c10::Stream getDefaultStream(c10::Device on) const override { return known(on, 0); }
-  c10::Stream getNewStream(c10::Device on, int) const override {
+  c10::Stream getNewStream(c10::Device on, int priority) const override {
     Lock lock;
-    return known(on, 1 + device().next_stream++ % STREAMS);
+    return known(on, 1 + (priority < 0 ? STREAMS : 0) + device().next_stream++ % STREAMS);
   }
   c10::Stream getStreamFromGlobalPool(c10::Device on, bool) const override { return getNewStream(on, 0); }
   c10::Stream exchangeStream(c10::Stream next) const override {

@@ -375,8 +375,10 @@ class AcceleratorStreams:
         self._module: Any = torch.get_device_module(self._device)
         # Threads wait for the ends of copies: so they sleep meanwhile, and leave their cores to blocks of the CPU.
         self._waiting = {"blocking": True} if self._device.type == "cuda" else {}
+        # torch hands out 32 streams of a priority in turn: one of another priority is never that which computes.
+        apart = {"priority": -1} if self._device.type == "cuda" else {}
         with self._module.device(self._device):
-            self._copies = self._module.Stream()
+            self._copies = self._module.Stream(**apart)
 
     def mark(self) -> Mark:
         """An event on the stream that computes now."""
