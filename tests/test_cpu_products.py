@@ -18,8 +18,8 @@ from llm_magic.backends.accelerate.kernels import compiler, numbers  # noqa: E40
 from llm_magic.backends.accelerate.placement import cpu_products, four_bits  # noqa: E402
 from llm_magic.backends.accelerate.placement.cpu_linear import is_linear, serve, serve_plain_layers  # noqa: E402
 from llm_magic.backends.accelerate.placement.cpu_products import (  # noqa: E402
-    FEW_TOKENS,
     PackedWeights,
+    few_tokens,
     multiplied,
     multiplied_each,
     unpacked,
@@ -101,7 +101,8 @@ def are_close(found: Any, expected: Any, dtype: str) -> bool:
 @pytest.mark.parametrize("kind", KINDS)
 def test_products_with_few_tokens_and_with_many(kind: str, shape: tuple[int, int], dtype: str) -> None:
     weights, values = packed(kind, shape, dtype)
-    for count in (1, 2, 3, 4, 5, FEW_TOKENS, FEW_TOKENS + 1, 40):
+    few = few_tokens(getattr(torch, dtype))
+    for count in (1, 2, 3, 4, 5, few, few + 1, 40):
         some = tokens(count, shape[1], dtype)
         found = multiplied(some, weights)
         assert (found.dtype, found.shape) == (some.dtype, (count, shape[0]))
@@ -137,7 +138,7 @@ def test_every_8_bits_are_read(kind: str) -> None:
 def test_a_token_has_the_same_bits_whatever_comes_with_it(kind: str) -> None:
     """Or proposals would be refused for their rounding, and experts would depend on their place."""
     weights, _ = packed(kind, (48, 384))
-    some = tokens(FEW_TOKENS, 384)
+    some = tokens(few_tokens(torch.bfloat16), 384)
     together = multiplied(some, weights)
     for count in (1, 2, 3, 5):
         assert torch.equal(multiplied(some[:count], weights), together[:count])
@@ -316,7 +317,7 @@ def test_plain_layers_of_16_bits_are_served_where_the_cpu_is_slow_with_them(
     serve_plain_layers(model)  # once is enough
     assert [is_linear(layer) for layer in model] == [True, True, True, False]
     assert [type(layer).__name__ for layer in layers] == ["Linear"] * 3
-    for count in (1, 3, FEW_TOKENS, 33):
+    for count in (1, 3, few_tokens(getattr(torch, dtype)), 33):
         x = tokens(count, 80, dtype)
         for layer in layers:  # of 7 columns no vector can be made
             bias = None if layer.bias is None else layer.bias.double()

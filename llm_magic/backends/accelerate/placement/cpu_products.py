@@ -19,10 +19,10 @@ from typing import Any
 PLAIN = ("bfloat16", "float16")
 """Kinds of weights that are not packed."""
 
-FEW_TOKENS = 8
-"""Up to so many are multiplied with the bytes; each four of them take as long as all numbers did."""
-
 _TOGETHER = 4
+"""Tokens that are multiplied with a weight at a time: about as long as one of them takes."""
+_FEW, _FEW_WITH_WIDE = 12, 24
+"""Up to so many are multiplied with the bytes; the second where numbers are of 32 bits. Measured with AMX, and with AVX2."""
 _UNPACKED_WEIGHTS = 1 << 22
 """That are numbers at a time, while many tokens are multiplied with them: they stay in the caches."""
 _ALONE = 1 << 15
@@ -79,12 +79,17 @@ def multiplies_slowly(dtype: Any) -> bool:
     return _readers() is not None and _quick_dtype(dtype) != dtype and is_there()
 
 
+def few_tokens(dtype: Any) -> int:
+    """Up to how many tokens bytes are quicker than numbers, which are made for all of them once."""
+    return _FEW if _quick_dtype(dtype).itemsize == 2 else _FEW_WITH_WIDE  # bytes of a number
+
+
 def multiplied(tokens: Any, weights: PackedWeights) -> Any:
     """Tokens ``[..., in]`` times a matrix, ``[..., out]``; ``None`` where no kernel takes it."""
     if not _may_read(tokens, weights):
         return None
     flat = tokens.reshape(-1, weights.columns).contiguous()
-    multiply = _by_bytes if len(flat) <= FEW_TOKENS else _by_numbers
+    multiply = _by_bytes if len(flat) <= few_tokens(tokens.dtype) else _by_numbers
     result = multiply(flat, weights)
     return None if result is None else result.view(*tokens.shape[:-1], weights.rows)
 
