@@ -22,7 +22,6 @@ from llm_magic.backends.accelerate.placement.cpu_products import (  # noqa: E402
     few_tokens,
     multiplied,
     multiplied_each,
-    unpacked,
 )
 from llm_magic.backends.accelerate.placement.packing import packed_weights  # noqa: E402
 from llm_magic.backends.accelerate.placement.quantize import import_library  # noqa: E402
@@ -88,6 +87,13 @@ def tokens(count: int, columns: int, dtype: str = "bfloat16") -> Any:
     return torch.randn(count, columns, generator=torch.Generator().manual_seed(count)).to(
         getattr(torch, dtype)
     )
+
+
+def unpacked(weights: PackedWeights, dtype: Any) -> Any:
+    """The numbers of a matrix, as products with many tokens take them."""
+    numbers = torch.empty(weights.rows, weights.columns, dtype=dtype)
+    cpu_products._unpack(weights, 0, numbers)
+    return numbers
 
 
 def are_close(found: Any, expected: Any, dtype: str) -> bool:
@@ -231,7 +237,7 @@ def test_what_no_kernel_takes() -> None:
     assert multiplied(some.requires_grad_(), weights) is None
     with torch.no_grad():
         assert multiplied(some, weights) is not None
-    assert unpacked(weights, torch.float64) is None
+    assert multiplied(tokens(40, 256).double(), weights) is None
 
 
 # ------------------------------------------------------------------------------------- layers

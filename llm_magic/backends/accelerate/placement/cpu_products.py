@@ -148,17 +148,6 @@ def _by_numbers(tokens: Any, weights: PackedWeights) -> Any:
     return results
 
 
-def unpacked(weights: PackedWeights, dtype: Any) -> Any:
-    """The numbers of a matrix ``[out, in]``; ``None`` where no kernel takes it."""
-    import torch
-
-    if _kernel(_layout(weights), _name(dtype), 0) is None:
-        return None
-    result = torch.empty(weights.rows, weights.columns, dtype=dtype)
-    _unpack(weights, 0, result)
-    return result
-
-
 def _unpack(weights: PackedWeights, start: int, numbers: Any) -> None:
     """The numbers of the rows from ``start`` on."""
     import torch
