@@ -21,6 +21,7 @@ Target = str | Mapping[str, str] | Plan
 _WAYS = {
     "resident": "stay on {place.compute}",
     "streamed": "streamed to {place.compute} now",
+    "split": "experts computed by the CPU now, the rest by {place.compute}",
     "cpu": "computed by the CPU now",
     "read": "read from the disk in every sweep now",
     "kept": "kept in RAM as well now",
@@ -116,10 +117,10 @@ def refusal_to_move(plan: Plan) -> PlanError:
     )
 
 
-def _how(placement: Placement) -> tuple[str, str, bool, str]:
+def _how(placement: Placement) -> tuple[str, str, bool, str, bool]:
     if placement.block.is_idle:
-        return placement.home, "", False, ""
-    return placement.home, placement.compute, placement.kept, placement.prefill
+        return placement.home, "", False, "", False
+    return placement.home, placement.compute, placement.kept, placement.prefill, placement.is_split
 
 
 def _homes_in_words(before: Plan, after: Plan) -> Iterator[str]:

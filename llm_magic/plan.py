@@ -14,7 +14,7 @@ from llm_magic.events import PhaseEvent
 from llm_magic.machine import Machine
 from llm_magic.model import Block, ModelLayout
 
-Way = Literal["resident", "streamed", "cpu", "read", "kept", "looked-up", "idle"]
+Way = Literal["resident", "streamed", "split", "cpu", "read", "kept", "looked-up", "idle"]
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,8 @@ class Placement:
     says that a copy of a block on disk stays in RAM, so that it is read once only. ``prefill``
     names the GPU that computes such a block in long sweeps (`Plan.long_sweep`), to which its weights
     stream then: a CPU decodes as fast as it reads, but it multiplies slowly. Empty: always ``compute``.
+    ``is_split`` says that the CPU computes a block's routed experts, in RAM, and the GPU that ``compute`` names
+    everything else of it, which stays there: attention, router, shared experts. Its ``prefill`` is for the experts.
     An idle block (`Block.is_idle`) computes nowhere; its ``compute`` is a device where others do.
     Of a table that is not where it computes, rows are looked up where it is, and they alone travel.
     """
@@ -77,11 +79,28 @@ class Placement:
     compute: str
     kept: bool = False
     prefill: str = ""
+    is_split: bool = False
 
     @property
     def is_offloaded(self) -> bool:
         """Whether the weights travel before they are used."""
-        return self.home != self.compute and not self.block.is_idle and not self.is_looked_up
+        stays = self.block.is_idle or self.is_looked_up or self.is_split
+        return self.home != self.compute and not stays
+
+    @property
+    def computing(self) -> tuple[str, ...]:
+        """The devices that compute it in every sweep."""
+        return (self.compute, "cpu") if self.is_split else (self.compute,)
+
+    @property
+    def rest_bytes(self) -> int:
+        """Of a split block, the weights that stay where the rest of it computes; 0 for others."""
+        return self.block.bytes - self.block.expert_bytes if self.is_split else 0
+
+    @property
+    def home_bytes(self) -> int:
+        """Weights that live at ``home``: all of them, or the experts of a split block."""
+        return self.block.bytes - self.rest_bytes
 
     @property
     def is_looked_up(self) -> bool:
@@ -110,6 +129,7 @@ class Placement:
         """What happens to the block in every sweep.
 
         ``"resident"``: nothing moves; ``"streamed"``: from RAM to the device that computes;
+        ``"split"``: the CPU computes its experts in RAM, a GPU the rest;
         ``"cpu"``: it stays in RAM and the CPU computes it, beside a GPU or alone; ``"read"``: from
         the disk; ``"kept"``: as ``streamed`` or ``cpu``, from the copy in RAM of a block on disk;
         ``"looked-up"``: a table stays where it is, and rows of it go to the device that computes;
@@ -119,6 +139,8 @@ class Placement:
             return "idle"
         if self.is_looked_up:
             return "looked-up"
+        if self.is_split:
+            return "split"
         if self.kept:
             return "kept"
         if self.home == "disk":
@@ -133,8 +155,8 @@ class DeviceUse:
     """Bytes of one device by purpose.
 
     ``slots`` is the room in which offloaded blocks arrive (on a GPU, or in RAM on their way from
-    the disk); ``kept`` the copies in RAM of blocks on disk; ``draft`` a draft model with its KV
-    cache; ``activations`` the peak of hidden states and logits; ``other`` what this and other
+    the disk); ``kept`` the copies in RAM of blocks on disk; ``split`` what a GPU has of blocks whose
+    experts are in RAM; ``draft`` a draft model with its KV cache; ``activations`` the peak of hidden states and logits; ``other`` what this and other
     processes hold already; ``limit`` the budget.
     """
 
@@ -147,6 +169,7 @@ class DeviceUse:
     activations: int = 0
     slots: int = 0
     kept: int = 0
+    split: int = 0
     draft: int = 0
     reserve: int = 0
     other: int = 0
@@ -154,7 +177,7 @@ class DeviceUse:
     @property
     def planned(self) -> int:
         """Bytes that this plan will take, to hold against ``limit``."""
-        held = self.weights + self.kept + self.draft
+        held = self.weights + self.split + self.kept + self.draft
         return held + self.buffers + self.kv_cache + self.activations + self.slots
 
     @property

@@ -169,6 +169,7 @@ def _block(plan: Plan, place: Placement) -> BlockState:
         active_experts=block.active_experts,
         prefill=place.prefill,
         looks_up=block.looks_up,
+        rest_bytes=place.rest_bytes,
     )
 
 
@@ -187,6 +188,7 @@ def _tier(plan: Plan, use: DeviceUse, now: Mapping[str, int]) -> TierState:
         is_whole=is_drawn_whole(plan, use),
         can_hold=use.device in holding,
         weights=use.weights,
+        split=use.split,
         kept=use.kept,
         draft=use.draft,
         slots=use.slots,

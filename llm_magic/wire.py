@@ -24,7 +24,7 @@ Label = Annotated[str, Meta(min_length=1, max_length=200)]
 DeviceId = Annotated[str, Meta(min_length=1, max_length=40)]
 ViewId = Annotated[str, Meta(max_length=64, pattern="^[0-9a-f]*$")]
 Size = Annotated[int, Meta(ge=0, le=BYTES_AT_MOST)]
-Way = Literal["resident", "streamed", "cpu", "read", "kept", "looked-up", "idle"]
+Way = Literal["resident", "streamed", "split", "cpu", "read", "kept", "looked-up", "idle"]
 Status = Literal["planned", "loaded", "unloaded"]
 
 
@@ -35,7 +35,8 @@ class BlockState(Struct, frozen=True, kw_only=True):
     """One block and what happens to it in every sweep; ``label`` is what a person reads and types.
 
     ``prefill`` is the device that computes it in sweeps of ``PlanState.long_sweep`` tokens and more, if another;
-    ``looks_up`` says that it is a table whose rows can be looked up where it is.
+    ``looks_up`` says that it is a table whose rows can be looked up where it is; ``rest_bytes`` of a split block are
+    where it computes, and only the other ones at home.
     """
 
     label: str
@@ -51,6 +52,7 @@ class BlockState(Struct, frozen=True, kw_only=True):
     active_experts: int = 0
     prefill: str = ""
     looks_up: bool = False
+    rest_bytes: int = 0
 
 
 class TierState(Struct, frozen=True, kw_only=True):
@@ -71,6 +73,7 @@ class TierState(Struct, frozen=True, kw_only=True):
     is_whole: bool
     can_hold: bool
     weights: int
+    split: int
     kept: int
     draft: int
     slots: int

@@ -8,7 +8,7 @@
 
 /** What a filled area stands for; its class is `fill-NAME`. */
 export const FILLS = [
-  'gpu', 'ram', 'ram-streamed', 'looked-up', 'disk', 'kept', 'idle', 'draft', 'kv_cache', 'activations', 'slots',
+  'gpu', 'split', 'ram', 'ram-streamed', 'looked-up', 'disk', 'kept', 'idle', 'draft', 'kv_cache', 'activations', 'slots',
   'buffers', 'reserve', 'other', 'free',
 ] as const
 export type Fill = (typeof FILLS)[number]
@@ -82,6 +82,7 @@ export const BASE_CSS = `
 .llm .pb.unknown .pb-done { width: 28%; animation: pb-wander 1.8s ease-in-out infinite alternate; }
 @keyframes pb-wander { from { margin-left: 0; } to { margin-left: 72%; } }
 .fill-gpu { background: #1a7f5a; }
+.fill-split { background: ${DIAGONAL}, #1a7f5a; }
 .fill-ram { background: #2f6fd6; }
 .fill-ram-streamed { background: ${DIAGONAL}, #2f6fd6; }
 .fill-looked-up { background: ${GRID}, #2f6fd6; }

@@ -8,13 +8,14 @@ export interface BlockState {
   dtype: string
   home: string
   compute: string
-  way: 'cpu' | 'idle' | 'kept' | 'looked-up' | 'read' | 'resident' | 'streamed'
+  way: 'cpu' | 'idle' | 'kept' | 'looked-up' | 'read' | 'resident' | 'split' | 'streamed'
   cache_bytes: number
   tied_to: string[]
   experts: number
   active_experts: number
   prefill: string
   looks_up: boolean
+  rest_bytes: number
 }
 
 /** One device with its bytes by purpose, and how much of it is drawn. */
@@ -30,6 +31,7 @@ export interface TierState {
   is_whole: boolean
   can_hold: boolean
   weights: number
+  split: number
   kept: number
   draft: number
   slots: number

@@ -17,6 +17,7 @@ from llm_magic.units import format_bandwidth, format_bytes
 
 _PURPOSES = (
     ("weights", "weights"),
+    ("split", "layers without their experts"),
     ("kv_cache", "KV cache"),
     ("activations", "activations"),
     ("slots", "room for blocks that arrive"),

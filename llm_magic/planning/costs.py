@@ -1,8 +1,8 @@
 """What a placement costs on every device, by purpose: weights, buffers, KV cache, activations, slots.
 
 A block in RAM or on disk that a GPU computes arrives in one of a few slots there; from the disk it
-passes a ring of pinned buffers in RAM. A block that the CPU computes has its KV cache in RAM. On a
-map without a GPU, blocks on disk are used where the system's page cache holds them when there is
+passes a ring of pinned buffers in RAM. A block that the CPU computes has its KV cache in RAM. Of a block
+that is split its experts are in RAM, and everything else, with its KV cache, is on the GPU. On a map without a GPU, blocks on disk are used where the system's page cache holds them when there is
 room for all of them, and arrive in a ring of buffers in RAM when there is not.
 """
 
@@ -21,6 +21,9 @@ from llm_magic.planning.packed import UNPACKED_EXPERTS_BYTES
 
 SCAN_CHUNK_TOKENS = 64
 """Tokens for which a chunked recurrent scan keeps one state (the chunk size of transformers' kernels)."""
+
+_EXPERTS_ON_THE_WAY = 4
+"""One of so many experts of a layer has room where those of the CPU compute in a long sweep, one after the other."""
 
 _DTYPE_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "uint8": 1}
 
@@ -200,8 +203,9 @@ def _bytes_by_purpose(
     """Everything but slots."""
     purposes: defaultdict[str, Counter[str]] = defaultdict(Counter)
     for place in placed:
-        purposes[place.home]["weights"] += place.block.bytes
-        purposes["cpu"]["kept"] += place.block.bytes if place.kept else 0
+        purposes[place.home]["weights"] += place.home_bytes
+        purposes[place.compute]["split"] += place.rest_bytes
+        purposes["cpu"]["kept"] += place.home_bytes if place.kept else 0
         purposes[place.modules_on]["buffers"] += place.block.buffer_bytes
         purposes[place.compute]["kv_cache"] += workload.cache_bytes(place.block)
     for device, visitors in _visitors(placed).items():  # keys and values come along, a block's at a time
@@ -228,7 +232,7 @@ def _visitors(placed: Sequence[Placement]) -> dict[str, list[Block]]:
     """Device -> blocks of the CPU that compute there in long sweeps."""
     visitors: defaultdict[str, list[Block]] = defaultdict(list)
     for place in placed:
-        if place.prefill:
+        if place.prefill and not place.is_split:
             visitors[place.prefill].append(place.block)
     return visitors
 
@@ -237,8 +241,8 @@ def _kinds_by_device(placed: Sequence[Placement]) -> dict[str, set[str]]:
     """Computing device -> kinds of its blocks."""
     kinds: defaultdict[str, set[str]] = defaultdict(set)
     for place in placed:
-        if not place.block.is_idle:
-            kinds[place.compute].add(place.block.kind)
+        for device in place.computing if not place.block.is_idle else ():
+            kinds[device].add(place.block.kind)
     return kinds
 
 
@@ -250,13 +254,16 @@ def _slot_bytes(
     staged: defaultdict[str, list[int]] = defaultdict(list)
     for place in placed:
         target = place.fetched_to
-        if not target or (target == "cpu" and is_mapped):
+        if not target or (target == "cpu" and is_mapped) or place.is_split:
             continue
         size = streamed_bytes(place.block, layout)
         arriving[target].append(size)
         if place.way == "read" and place.compute != "cpu":
             staged[place.compute].append(size)
     slots = Counter[str]()
+    for place in placed:
+        if place.is_split and place.prefill:
+            slots[place.prefill] = max(slots[place.prefill], place.block.expert_bytes // _EXPERTS_ON_THE_WAY)
     for device, sizes in arriving.items():
         slots[device] += _ring_bytes(device, sizes)
     for device, sizes in staged.items():  # of a shared memory there is one only

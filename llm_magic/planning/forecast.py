@@ -76,7 +76,7 @@ def engine_of(setting: Setting, placed: Sequence[Placement], uses: Sequence[Devi
         setting.constants,
         is_mapped=reads_mapped(machine, uses, placed),
         is_captured=can_capture(setting.layout, machine, placed),
-        records_layers=len({place.compute for place in placed}) > 1
+        records_layers=len({device for place in placed for device in place.computing}) > 1
         and can_record_layers(setting.layout, placed),
         kernel=kernel_of(setting.layout),
     )

@@ -53,6 +53,7 @@ class Unit:
     largest: int  # bytes of a slot for it
     is_layer: bool
     looks_up: bool
+    has_experts: bool
     logits: int
 
     @property
@@ -66,7 +67,8 @@ class Task:
     """A model to spread over ``compute`` devices, the rest over ``stores`` (fastest first).
 
     ``beside_cpu`` lets the CPU compute what they have no room for; with ``prefills`` they must take part
-    in every layer all the same, if only in long sweeps. ``least_offloaded`` units are in the stores.
+    in every layer all the same, if only in long sweeps. With ``splits`` each layer of a mixture that is in the
+    stores must have everything but its experts where they compute. ``least_offloaded`` units are in the stores.
     ``keeps_tables`` treats tables as what has to be where it computes.
     """
 
@@ -77,6 +79,7 @@ class Task:
     stores: tuple[str, ...]
     beside_cpu: bool = False
     prefills: bool = False
+    splits: bool = False
     least_offloaded: int = 0
     keeps_tables: bool = False
     _outcomes: dict[tuple[str, ...], tuple[Placements, Uses]] = field(default_factory=dict, compare=False)
@@ -133,7 +136,9 @@ class Task:
 
     def has_room(self, homes: Homes) -> bool:
         """Whether the computing devices can work so."""
-        is_enough = not self.prefills or all(self._has_part(homes))
+        is_enough = (not self.prefills or all(self._has_part(homes))) and (
+            not self.splits or self._is_split(homes)
+        )
         return is_enough and not self.shortage(homes, self.compute)
 
     def has_layers(self, homes: Homes) -> bool:
@@ -145,6 +150,11 @@ class Task:
         placed, _ = self.outcome(homes)
         layers = [place for place in placed if place.block.kind in ("encoder", "decoder")]
         return [bool({place.compute, place.prefill} & set(self.compute)) for place in layers or placed]
+
+    def _is_split(self, homes: Homes) -> bool:
+        """Whether every layer with experts in the stores is split."""
+        placed, _ = self.outcome(homes)
+        return all(p.is_split or p.home in self.compute for p in placed if p.block.experts)
 
     def shortage(self, homes: Homes, devices: tuple[str, ...]) -> int:
         """Bytes that lack on some of the devices."""
@@ -245,6 +255,9 @@ def _spread_units(task: Task, count: int) -> frozenset[int]:
     """``count`` units: tables, then layers evenly spaced, and only then norm, head and what is tied to it."""
     tables, layers = task.tables[:count], [i for i, unit in enumerate(task.units) if unit.is_layer]
     left = count - len(tables)
+    mixtures = [i for i in layers if task.splits and task.units[i].has_experts]
+    if left <= len(mixtures):  # of which most is where the CPU computes it
+        layers = mixtures
     if left <= len(layers):
         return frozenset((*tables, *(evenly(layers, left) if left else ())))
     others = [i for i, unit in enumerate(task.units) if not unit.is_layer and i not in tables]
@@ -260,6 +273,7 @@ def _unit(blocks: tuple[Block, ...], head: Block, layout: ModelLayout, workload:
         largest=max(streamed_bytes(block, layout) for block in blocks),
         is_layer=any(block.kind in ("encoder", "decoder") for block in blocks),
         looks_up=all(block.looks_up for block in blocks),
+        has_experts=any(block.experts for block in blocks),
         logits=logits_bytes(layout, workload) if head in blocks else 0,
     )
 
@@ -295,9 +309,12 @@ def _of_what_runs(setting: Setting, place: Callable[[Task], Homes | None]) -> di
     tasks = [Task(setting, units, activations, *tiers) for tiers in _tiers(machine, budget)]
     streaming = [task for task in tasks if task.compute != ("cpu",)]
     both = [replace(task, beside_cpu=True, _outcomes={}) for task in streaming if not task.is_too_large]
+    splitting = [replace(task, splits=True) for task in both if layout.details.get("routed_experts")]
     prefilling = [replace(task, prefills=True) for task in both]  # they share what comes of which homes
     streamed = _first(streaming, place)
-    if streamed is not None and not _would_room_help(layout, workload, streamed):
+    is_offloaded = streamed is None or any(streamed[block.name] in ("cpu", "disk") for block in layout.layers)
+    split = _first(splitting, place) if is_offloaded else None
+    if streamed is not None and split is None and not _would_room_help(layout, workload, streamed):
         return streamed
     # With keys and values in RAM more layers may stay on the GPUs.
     beside = _first(prefilling, place)
@@ -307,10 +324,11 @@ def _of_what_runs(setting: Setting, place: Callable[[Task], Homes | None]) -> di
         counts = {round(least + (most - least) * part / _STEPS) for part in range(1, _STEPS)}
         tasks_of = ([replace(task, least_offloaded=count) for task in prefilling] for count in sorted(counts))
         between = [_first(some, place) for some in tasks_of] if least < most else []
-        found = [homes for homes in (streamed, beside, *between) if homes is not None]
+        found = [homes for homes in (streamed, split, beside, *between) if homes is not None]
         return min(found, key=lambda homes: _answer_s(setting, homes)) if len(found) > 1 else beside
     return (
         streamed
+        or split
         or _first((*both, *tasks[len(streaming) :]), place)
         or tasks[0].names(_most_offloaded(tasks[0]))
     )

@@ -3,8 +3,9 @@
 Offloaded blocks are shared over the buses of all GPUs that the map names. Of those in RAM, some are
 computed by the CPU where they are, when that answers faster than streaming them: CPU and buses work
 at once. Prompts, which a CPU reads slowly, are another matter: for them these blocks stream too. The
-CPU also takes blocks whose keys and values a GPU has no room for. Of those on disk, copies of as many
-as RAM has room for are kept there.
+CPU also takes blocks whose keys and values a GPU has no room for. Of a mixture's layer nearly all bytes
+are experts, of which a token needs a few: the CPU computes these, and the GPU keeps the rest of as many
+layers as it has room for. Of blocks on disk, copies of as many as RAM has room for are kept there.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from llm_magic.planning.sweep import (
     Sweep,
     block_sweep,
     can_record_layers,
+    in_long_sweep,
     link_bytes_per_s,
     seconds,
     sweep_of,
@@ -58,6 +60,15 @@ def place_blocks(setting: Setting, homes: Mapping[str, str]) -> Placements:
     if not any(place.is_offloaded for place in placed):
         return placed
     kept = _with_kept(setting, placed)
+    whole = _whole(setting, placed, kept)
+    split = _split(setting, kept)
+    if split is None or lacking(setting, split):
+        return whole
+    return whole if _answers_sooner(setting, whole, split) else split
+
+
+def _whole(setting: Setting, placed: Placements, kept: Placements) -> Placements:
+    """With blocks computed by one device each; ``kept`` are ``placed`` with copies in RAM."""
     if not lacking(setting, kept):
         return _with_cpu(setting, kept)
     relieved = _relieved(setting, kept)
@@ -358,6 +369,65 @@ def _on_cpu(placed: Placements, chosen: Sequence[int], *, visits: bool) -> Place
         replace(place, compute="cpu", prefill=place.compute if visits else "") if i in them else place
         for i, place in enumerate(placed)
     )
+
+
+# --- Experts of the CPU in layers of a GPU
+
+
+def _split(setting: Setting, placed: Placements) -> Placements | None:
+    """Split as many blocks in RAM, spread evenly, as the GPUs have room for the rest of; the CPU computes the others.
+
+    ``None`` where there are none to split.
+    """
+    shares = _shares_of(setting, placed)
+    candidates = [
+        i for i, place in enumerate(placed) if _could_be_computed_by_cpu(place) and _has_experts(place)
+    ]
+    if shares is None or not candidates or not setting.layout.details.get("routed_experts"):
+        return None
+    visits = _can_visit(setting)
+    prefill = setting.layout.quantization != "int4"
+    on_cpu = _on_cpu(
+        placed, [i for i, place in enumerate(placed) if _could_be_computed_by_cpu(place)], visits=visits
+    )
+
+    def with_split(count: int) -> Placements:
+        chosen = set(evenly(candidates, count))
+        return tuple(
+            replace(base, is_split=True, prefill=base.compute if prefill else "") if i in chosen else other
+            for i, (base, other) in enumerate(zip(placed, on_cpu, strict=True))
+        )
+
+    everything = with_split(len(candidates))
+    if not lacking(setting, everything):  # which needs no slots for whole blocks
+        return everything
+    counts = range(1, len(candidates))
+    count = bisect_left(counts, True, key=lambda count: bool(lacking(setting, with_split(count))))
+    return with_split(count) if count else None
+
+
+def _has_experts(place: Placement) -> bool:
+    block = place.block
+    return 0 < block.active_experts < block.experts and 0 < block.expert_bytes < block.bytes
+
+
+def _answers_sooner(setting: Setting, one: Placements, other: Placements) -> bool:
+    """Whether an answer comes sooner with these placements than with the others, or nobody knows."""
+    if lacking(setting, one):
+        return False
+    one_s, other_s = _answer_s(setting, one), _answer_s(setting, other)
+    return one_s is None or other_s is None or one_s <= other_s
+
+
+def _answer_s(setting: Setting, placed: Placements) -> float | None:
+    """Seconds of a token with its part of the prompt; ``None`` when nobody knows how long a token takes."""
+    layout, workload = setting.layout, setting.workload
+    engine = engine_of(setting, placed, setting.uses(placed))
+    tokens = min(workload.prefill_tokens, workload.context_length)
+    decode_s = seconds(sweep_of(layout, workload, placed, tokens=1), engine)
+    prompt = sweep_of(layout, workload, in_long_sweep(placed), tokens=tokens)
+    prefill_s = seconds(prompt, engine, is_prefill=True) or 0.0
+    return None if decode_s is None else decode_s + prefill_s / ANSWER_TOKENS
 
 
 class _Times:

@@ -17,9 +17,11 @@ def llama_cpp_options(plan: Plan) -> str:
     """Options that place the layers of a plan, as near as llama.cpp can; the context too.
 
     ``-ngl N`` puts the last ``N`` layers on GPUs, and with one more the head; ``--tensor-split`` gives
-    each GPU a run of them; ``-ot`` names the layers that are elsewhere than these two say.
+    each GPU a run of them; ``-ot`` names the layers that are elsewhere than these two say, and those whose
+    experts alone are. Of several patterns that a name matches the first one counts.
     """
-    homes = [place.home for place in plan.placements if place.block.kind in ("encoder", "decoder")]
+    layers = [place for place in plan.placements if place.block.kind in ("encoder", "decoder")]
+    homes = [place.compute if place.is_split else place.home for place in layers]
     gpus = [gpu.id for gpu in plan.machine.gpus]
     on_gpu = [home for home in homes if home in gpus]
     context = f"-c {plan.workload.context_length}"
@@ -30,6 +32,8 @@ def llama_cpp_options(plan: Plan) -> str:
         words.append(f"--tensor-split {','.join(str(on_gpu.count(gpu)) for gpu in gpus)}")
         if not _is_split_in_order(on_gpu, gpus):
             overrides = _overrides(homes, gpus)
+    if split := [i for i, place in enumerate(layers) if place.is_split]:
+        overrides = ",".join([_override(split, "CPU", "ffn_.*_exps"), *([overrides] if overrides else [])])
     return " ".join([*words, *([f'-ot "{overrides}"'] if overrides else []), context])
 
 
@@ -54,9 +58,9 @@ def _overrides(homes: list[str], gpus: list[str]) -> str:
     )
 
 
-def _override(layers: list[int], place: str) -> str:
+def _override(layers: list[int], place: str, part: str = "") -> str:
     r"""``"blk\.(1|3)\.=CPU"``."""
-    return rf"blk\.({'|'.join(map(str, layers))})\.={place}"
+    return rf"blk\.({'|'.join(map(str, layers))})\.{part}={place}"
 
 
 def _is_split_in_order(on_gpu: list[str], gpus: list[str]) -> bool:

@@ -33,8 +33,9 @@ from llm_magic.views.words import (
 
 __all__ = ["map_report", "placement_bar", "placement_words", "processor_words"]
 
-_PURPOSES = ("kept", "draft", "slots", "kv_cache", "activations", "buffers")
+_PURPOSES = ("split", "kept", "draft", "slots", "kv_cache", "activations", "buffers")
 _NAMES = {
+    "split": "layers without their experts",
     "kept": "kept from the disk",
     "draft": "draft model",
     "slots": "slots",
@@ -48,6 +49,7 @@ _NAMES = {
 }
 _GLYPHS = {
     "weights": "█",
+    "split": "▇",
     "kept": "■",
     "draft": "◆",
     "slots": "░",
@@ -229,12 +231,14 @@ def _strip_rows(plan: Plan) -> list[tuple[Placement, ...]]:
 def _sign(plan: Plan, place: Placement) -> str:
     """One sign for what happens to a block.
 
-    The GPU's number, ``L`` (looked up), ``R``, ``C`` (by the CPU), ``D``, ``K`` (kept), or ``–`` for nothing.
+    The GPU's number, ``L`` (looked up), ``S`` (split), ``R``, ``C`` (by the CPU), ``D``, ``K`` (kept), or ``–`` for nothing.
     """
     if place.way == "idle":
         return "–"
     if place.way == "looked-up":
         return "L"
+    if place.is_split:
+        return "S"
     if place.home == "disk":
         return "K" if place.kept else "D"
     if place.home == "cpu":
@@ -247,8 +251,9 @@ def _signs(plan: Plan) -> dict[str, str]:
     """Sign -> what it stands for, fastest first."""
     streams = any(place.way == "streamed" for place in plan.placements)
     names = {"C": "RAM, by the CPU", "K": "Disk, kept in RAM", "R": "RAM, streamed" if streams else "RAM"}
+    names |= {"S": "experts by the CPU, the rest by a GPU"}
     names |= {"L": _looked_up_words(plan), "–": _idle_words(plan)}
-    order, fast = [use.device for use in plan.uses], {"looked-up": 0, "streamed": 1}
+    order, fast = [use.device for use in plan.uses], {"looked-up": 0, "split": 1, "streamed": 2}
     places = sorted(plan.placements, key=lambda p: (order.index(p.home), fast.get(p.way, len(fast))))
     places.sort(key=lambda place: place.way == "idle")
     return {(sign := _sign(plan, p)): names.get(sign) or device_title(p.home) for p in places}
@@ -411,15 +416,15 @@ def _html_end(tier: _Tier, scale: int) -> str:
 
 def _has_room(place: Placement, scale: int) -> bool:
     """Whether a block is wide enough for its number; a tier shows all numbers or none."""
-    return place.block.bytes / scale * _BAR_PIXELS >= 6 * len(_index(place)) + 3 or not _is_layer(place)
+    return place.home_bytes / scale * _BAR_PIXELS >= 6 * len(_index(place)) + 3 or not _is_layer(place)
 
 
 def _html_block(plan: Plan, place: Placement, whole: int, scale: int, *, labelled: bool) -> str:
-    pixels = place.block.bytes / scale * _BAR_PIXELS
+    pixels = place.home_bytes / scale * _BAR_PIXELS
     label = _index(place) if labelled and pixels >= 6 * len(_index(place)) + 3 else ""
     gap = f";box-shadow:inset -1px 0 0 {theme.PAGE}" if pixels >= 4 else ""
     return _segment(
-        100 * place.block.bytes / whole, theme.fill(kind_of(place)) + gap, _tooltip(plan, place), label
+        100 * place.home_bytes / whole, theme.fill(kind_of(place)) + gap, _tooltip(plan, place), label
     )
 
 
@@ -434,6 +439,7 @@ def _is_layer(place: Placement) -> bool:
 
 def _html_part(tier: _Tier, purpose: str, size: int, whole: int, scale: int) -> str:
     words = {
+        "split": "split",
         "kept": "kept",
         "draft": "draft",
         "kv_cache": "KV",
@@ -489,6 +495,8 @@ def _does(plan: Plan, place: Placement) -> str:
         return "not used for text"
     if place.way == "looked-up":
         return f"rows are looked up for {target}"
+    if place.is_split:
+        return f"experts computed by the CPU, the rest by {target}"
     if place.kept:
         copy = "a copy stays in RAM"
         return f"{copy}, computed by the CPU" if place.compute == "cpu" else f"{copy} and streams to {target}"
@@ -502,7 +510,8 @@ def _does(plan: Plan, place: Placement) -> str:
 def _visits(plan: Plan, place: Placement) -> str:
     if not place.prefill:
         return ""
-    return f"; streams to {place.prefill} for {plan.long_sweep} tokens or more at once"
+    verb = "; experts stream" if place.is_split else "; streams"
+    return f"{verb} to {place.prefill} for {plan.long_sweep} tokens or more at once"
 
 
 def _html_link(plan: Plan, tier: _Tier) -> str:

@@ -20,9 +20,10 @@ from llm_magic.views.words import (
     wrapped,
 )
 
-_PURPOSES = ("weights", "kept", "draft", "kv_cache", "activations", "slots", "buffers")
+_PURPOSES = ("weights", "split", "kept", "draft", "kv_cache", "activations", "slots", "buffers")
 _NAMES = {"weights": "weights", "kv_cache": "KV cache", "activations": "activations", "slots": "slots"}
 _NAMES |= {
+    "split": "split",
     "kept": "kept",
     "draft": "draft",
     "buffers": "buffers",

@@ -74,8 +74,10 @@ def _differences(plan: Plan) -> list[str]:
         lines += [f"# Plain transformers takes no other quantization for {method} weights."]
     if _packs_experts(plan):
         lines += ["# Plain transformers leaves a mixture's experts as they are; here they are packed."]
-    if plan.layout.quantization and ways & {"streamed", "read", "kept", "looked-up"}:
+    if plan.layout.quantization and ways & {"streamed", "split", "read", "kept", "looked-up"}:
         return [*lines, "# Plain transformers refuses to offload packed weights, or unpacks them."]
+    if any(place.is_split for place in plan.placements):
+        lines += ["# Accelerate knows no layer whose experts the CPU computes, and the rest a GPU."]
     if on_gpu and any(place.compute == "cpu" for place in plan.placements):
         lines += ['# Accelerate moves every block on "cpu" to a GPU; here the CPU computes some of them.']
     if any(place.way == "looked-up" and place.compute != "cpu" for place in plan.placements):

@@ -32,6 +32,7 @@ _STRIPES = {
 }
 _FILLS = {
     "gpu": ("#1a7f5a", ""),
+    "split": ("#1a7f5a", "diagonal"),
     "ram": ("#2f6fd6", ""),
     "ram-streamed": ("#2f6fd6", "diagonal"),
     "looked-up": ("#2f6fd6", "grid"),

@@ -23,6 +23,7 @@ _KIND_OF_WAY = {
     "resident": "gpu",
     "looked-up": "looked-up",
     "streamed": "ram-streamed",
+    "split": "ram",
     "cpu": "ram",
     "kept": "kept",
     "read": "disk",
@@ -40,7 +41,8 @@ def tier_bytes(plan: Plan) -> dict[str, int]:
         if place.block.is_idle:
             continue
         device = place.compute if place.is_looked_up else place.home
-        found[plan.machine.device(device).kind] += place.block.bytes
+        found[plan.machine.device(device).kind] += place.home_bytes
+        found["gpu"] += place.rest_bytes
     return {kind: found[kind] for kind in TIERS if found[kind]}
 
 
@@ -48,7 +50,8 @@ def way_bytes(plan: Plan) -> dict[str, int]:
     """What happens to blocks that are used (``kind_of``) -> bytes of weights, fastest first."""
     found = Counter[str]()
     for place in plan.placements:
-        found[kind_of(place)] += place.block.bytes
+        found[kind_of(place)] += place.home_bytes
+        found["gpu"] += place.rest_bytes
     return {kind: found[kind] for kind in _KINDS if found[kind]}
 
 
@@ -56,7 +59,7 @@ def kind_of(place: Placement) -> str:
     """One word for where a block lives and how it is used, the name of its colour.
 
     ``"gpu"``, ``"looked-up"`` (a table in RAM or on disk), ``"ram-streamed"``, ``"ram"`` (the CPU computes
-    it), ``"kept"`` (on disk, with a copy in RAM), ``"disk"`` or ``"idle"`` (not used, wherever it is).
+    it, or its experts), ``"kept"`` (on disk, with a copy in RAM), ``"disk"`` or ``"idle"`` (not used, wherever it is).
     """
     return _KIND_OF_WAY[place.way]
 

@@ -85,6 +85,7 @@ Stream& current_stream(int on) { return stream(on, current_streams[on]); }
 int64_t exchange_stream(int on, int64_t id) { return std::exchange(current_streams[on], id); }
 
 uint64_t begin(Stream& on) {
+  if (!on.capture) forget_ended_capture();
   join(on.clock, device().host);
   if (on.clock.size() <= on.number) on.clock.resize(on.number + 1, 0);
   return ++on.clock[on.number];
@@ -128,6 +129,7 @@ static constexpr size_t GRAIN = 512;
 static Kind kind_of(const Block& block) { return {block.size, block.device, block.stream, block.pool.get()}; }
 
 static void release(Block& block) {
+  forget_ended_capture();
   device().memories[block.device].reserved -= int64_t(block.size);
   std::free(block.base);
   device().blocks.erase(block.base);

@@ -121,6 +121,8 @@ int64_t exchange_stream(int device, int64_t id);
 int current_device();
 int exchange_device(int device);
 
+void forget_ended_capture();
+
 // Something begins on a stream: what the host has done before comes first. Returns its tick.
 uint64_t begin(Stream& stream);
 void end(Stream& stream, double seconds);

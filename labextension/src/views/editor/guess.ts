@@ -1,7 +1,7 @@
 /** Blocks in other homes, before Python has said what that means: they jump at once, numbers follow. */
 
 import type { BlockState, PlanState, TierState } from '../../wire'
-import { computesOnGpu } from '../map/facts'
+import { computesOnGpu, homeBytes } from '../map/facts'
 
 /** These blocks and all that share tensors with them, which can only live in one place. */
 export function withTied(plan: PlanState, labels: Iterable<string>): Set<string> {
@@ -40,7 +40,7 @@ export function guess(plan: PlanState, labels: Set<string>, device: string): Pla
   const move = (block: BlockState): BlockState =>
     !moving.includes(block) ? block
     : block.way === 'idle' ? { ...block, home: device }
-    : { ...block, home: device, ...wayTo(plan, block, device, isOnGpu ? main : 'cpu') }
+    : { ...block, home: device, rest_bytes: 0, ...wayTo(plan, block, device, isOnGpu ? main : 'cpu') }
   return {
     ...plan,
     policy: '',
@@ -61,8 +61,9 @@ function wayTo(plan: PlanState, block: BlockState, device: string, compute: stri
 function change(tier: TierState, moving: BlockState[], device: string): number {
   return moving.reduce((sum, block) => {
     const comes = tier.device === device ? block.bytes : 0
-    const goes = tier.device === block.home ? block.bytes : 0
-    return sum + comes - goes
+    const goes = tier.device === block.home ? homeBytes(block) : 0
+    const rest = tier.device === block.compute ? block.rest_bytes : 0
+    return sum + comes - goes - rest
   }, 0)
 }
 

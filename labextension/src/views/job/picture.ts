@@ -8,7 +8,7 @@ import type { BlockState, PlanState, TierState } from '../../wire'
 import type { BlockProgress } from './blocks'
 
 const FILL_OF_WAY: Record<BlockState['way'], Fill> = {
-  resident: 'gpu', streamed: 'ram-streamed', cpu: 'ram', kept: 'kept', read: 'disk', 'looked-up': 'looked-up',
+  resident: 'gpu', streamed: 'ram-streamed', split: 'ram', cpu: 'ram', kept: 'kept', read: 'disk', 'looked-up': 'looked-up',
   idle: 'idle',
 }
 

@@ -59,7 +59,7 @@ export const MAP_CSS = `
 .map .fill-activations { --plain: #c43d70; }
 .map .fill-slots { --plain: #0b7f97; }
 .map .fill-buffers { --plain: #5f6b78; }
-.map .fill-draft { --plain: #1a7f5a; }
+.map .fill-draft, .map .fill-split { --plain: #1a7f5a; }
 .map .block > :empty { display: none; }
 .map .block:hover { filter: brightness(1.12); }
 .map .block:focus-visible { outline: 2px solid var(--text); outline-offset: -2px; box-shadow: inset 0 0 0 3px var(--page); z-index: 2; }

@@ -8,7 +8,7 @@ import type { Fill } from '../../theme'
 import type { BlockState, MapState, PlanState, TierState } from '../../wire'
 
 /** What else is in a tier than blocks of weights, in the order it is drawn. */
-export const PURPOSES = ['kept', 'draft', 'slots', 'kv_cache', 'activations', 'buffers'] as const
+export const PURPOSES = ['split', 'kept', 'draft', 'slots', 'kv_cache', 'activations', 'buffers'] as const
 export type Purpose = (typeof PURPOSES)[number] | 'spare' | 'beyond' | 'reserve' | 'other'
 export interface Part {
   purpose: Purpose
@@ -19,6 +19,7 @@ const FILL_OF_WAY: Record<string, Fill> = {
   resident: 'gpu',
   'looked-up': 'looked-up',
   streamed: 'ram-streamed',
+  split: 'ram',
   cpu: 'ram',
   kept: 'kept',
   read: 'disk',
@@ -32,6 +33,11 @@ export function fillOfBlock(block: BlockState): Fill {
   return FILL_OF_WAY[block.way] ?? 'buffers'
 }
 
+/** Bytes of a block that are where it lives: of a split one the experts. */
+export function homeBytes(block: BlockState): number {
+  return block.bytes - block.rest_bytes
+}
+
 export function fillOfPart(purpose: Purpose): Fill {
   return purpose === 'spare' || purpose === 'beyond' ? 'free' : purpose
 }
@@ -42,12 +48,13 @@ export function computesOnGpu(plan: PlanState): boolean {
 }
 
 /**
- * One sign for what happens to a block: the GPU's number, `L` (looked up), `R`, `C` (by the CPU), `D`, `K` (kept), `–` for
- * nothing.
+ * One sign for what happens to a block: the GPU's number, `L` (looked up), `S` (split), `R`, `C` (by the CPU), `D`,
+ * `K` (kept), `–` for nothing.
  */
 export function signOf(plan: PlanState, block: BlockState): string {
   if (block.way === 'idle') return '–'
   if (block.way === 'looked-up') return 'L'
+  if (block.way === 'split') return 'S'
   if (block.home === 'disk') return block.way === 'kept' ? 'K' : 'D'
   if (block.home === 'cpu') return block.way === 'cpu' && computesOnGpu(plan) ? 'C' : 'R'
   const processors = plan.tiers.filter(tier => tier.kind !== 'cpu' && tier.kind !== 'disk')
@@ -147,7 +154,8 @@ export function weightShares(plan: PlanState): Map<Fill, number> {
   for (const block of plan.blocks) {
     if (block.way === 'idle') continue
     const fill = fillOfBlock(block)
-    sizes.set(fill, (sizes.get(fill) ?? 0) + block.bytes)
+    sizes.set(fill, (sizes.get(fill) ?? 0) + homeBytes(block))
+    sizes.set('gpu', (sizes.get('gpu') ?? 0) + block.rest_bytes)
   }
   return percents(new Map([...sizes].filter(([, bytes]) => bytes > 0)))
 }

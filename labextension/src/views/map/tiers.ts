@@ -6,7 +6,7 @@ import { formatBytes } from '../../units'
 import type { BlockState, PlanState, TierState } from '../../wire'
 import { type Scene, setAttribute, setClass } from './cells'
 import {
-  blocksIn, endOf, fillOfPart, type Part, partsOf, scaleOf, share, shortLabel, shownBytes, shownTiers, stepOf, trafficFrom,
+  blocksIn, endOf, fillOfPart, homeBytes, type Part, partsOf, scaleOf, share, shortLabel, shownBytes, shownTiers, stepOf, trafficFrom,
 } from './facts'
 import { BlockList } from './list'
 import {
@@ -193,16 +193,16 @@ function showBar(bar: HTMLElement, tier: TierState, scale: number): void {
 
 function showBlocks(list: BlockList, scene: Scene, tier: TierState, scale: number, pixels: number): void {
   const blocks = blocksIn(scene.plan, tier.device)
-  const bytes = blocks.reduce((sum, block) => sum + block.bytes, 0)
+  const bytes = blocks.reduce((sum, block) => sum + homeBytes(block), 0)
   const hasRoom = roomForSigns(list, blocks, scale, pixels)
   list.show(scene, blocks, block => (hasRoom(block) ? shortLabel(block.label) : ''))
   list.element.style.width = share(bytes, shownBytes(tier))
   for (const block of blocks) {
     const cell = list.cell(block.label)
     if (!cell) continue
-    cell.style.width = share(block.bytes, bytes)
-    cell.classList.toggle('thin', (block.bytes / scale) * pixels < 5)
-    cell.classList.toggle('markless', (block.bytes / scale) * pixels < 8)
+    cell.style.width = share(homeBytes(block), bytes)
+    cell.classList.toggle('thin', (homeBytes(block) / scale) * pixels < 5)
+    cell.classList.toggle('markless', (homeBytes(block) / scale) * pixels < 8)
   }
 }
 
@@ -212,7 +212,7 @@ function showBlocks(list: BlockList, scene: Scene, tier: TierState, scale: numbe
  * A tier shows the numbers of all its layers or of none: some alone would look as if others were missing.
  */
 function roomForSigns(list: BlockList, blocks: BlockState[], scale: number, pixels: number): (block: BlockState) => boolean {
-  const width = (block: BlockState) => (block.bytes / scale) * pixels
+  const width = (block: BlockState) => (homeBytes(block) / scale) * pixels
   const lies = (block: BlockState) => width(block) >= PIXELS_OF_SIGN * shortLabel(block.label).length + 3
   const stands = (block: BlockState) => width(block) >= PIXELS_OF_TURNED_SIGN
   const layers = blocks.filter(block => block.kind === 'decoder' || block.kind === 'encoder')

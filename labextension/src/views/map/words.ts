@@ -12,6 +12,7 @@ import {
 export type Times = readonly [number, number, number]
 
 const PURPOSE_WORDS: Record<Purpose, Word> = {
+  split: 'mapSplit',
   kept: 'mapKept',
   draft: 'mapDraft',
   slots: 'mapSlots',
@@ -150,6 +151,8 @@ function doesWords(t: Translate, plan: PlanState, block: BlockState): string {
       return block.compute === 'cpu' ? t('mapDoesKeptCpu') : t('mapDoesKept', { target })
     case 'read':
       return plan.mapped ? t('mapDoesMapped') : t('mapDoesRead', { target })
+    case 'split':
+      return t('mapDoesSplit', { target })
     case 'cpu':
       return t('mapDoesCpu')
     case 'idle':
@@ -170,7 +173,7 @@ export function blockLines(t: Translate, plan: PlanState, block: BlockState, tim
     block.label,
     `${block.bytes ? formatBytes(block.bytes) : t('mapNoBytes')} · ${block.dtype}`,
     `${onDevice(t, block.home)}${separator}${doesWords(t, plan, block)}`,
-    ...(block.prefill ? [t('mapVisits', { target: processor(t, block.prefill), tokens: plan.long_sweep })] : []),
+    ...(block.prefill ? [t(block.way === 'split' ? 'mapExpertsVisit' : 'mapVisits', { target: processor(t, block.prefill), tokens: plan.long_sweep })] : []),
     ...(block.experts ? [t('mapExpertsToken', { experts: block.experts, active: block.active_experts })] : []),
     ...(block.cache_bytes
       ? [t('mapBlockCache', { size: formatBytes(block.cache_bytes), where: onDevice(t, block.compute) })]
@@ -208,6 +211,7 @@ export function signWords(t: Translate, plan: PlanState, signs: Map<string, stri
   const streams = plan.blocks.some(block => block.way === 'streamed')
   const names: Record<string, string> = {
     C: t('mapSignCpu'),
+    S: t('mapSignSplit'),
     K: t('mapSignKept'),
     L: lookedUpWords(t, plan),
     R: streams ? t('mapSignStreamed') : t('ram'),

@@ -22,6 +22,7 @@ from llm_magic.backends.accelerate.decoding.capturable import attention_of, kind
 from llm_magic.backends.accelerate.decoding.static_cache import SWEEP_TOKENS, StaticCache, places_of, round_up
 from llm_magic.backends.accelerate.decoding.warmup import COMPILING, WarmUp, short
 from llm_magic.backends.accelerate.memory_errors import TokensLostError, is_out_of_memory
+from llm_magic.backends.accelerate.placement.cpu_experts import HostWork, host_work_taken_by
 
 _FIRST_VISIBLE = 512
 _FIRST_CAPACITY = 2048  # a usual chat's: its graphs need not be captured again after two turns
@@ -631,6 +632,47 @@ def _captured_sweep(lane: Lane) -> Iterator[None]:
     lane.end_captured_sweep()
 
 
+class Graphs:
+    """What one sweep was recorded to: a graph, or several with work of the host between them.
+
+    To `torch.cuda.graph` it is like one graph.
+    """
+
+    def __init__(self) -> None:
+        self._graphs: list[Any] = []
+        self._works: list[HostWork] = []
+        self._options: tuple[tuple[Any, ...], dict[str, Any]] = (), {}
+
+    def capture_begin(self, *pool: Any, **options: Any) -> None:
+        """Begin the first graph, or the next one."""
+        import torch
+
+        self._options = pool, options
+        self._graphs.append(torch.cuda.CUDAGraph())
+        self._graphs[-1].capture_begin(*pool, **options)
+
+    def capture_end(self) -> None:
+        """End the graph that was begun last."""
+        self._graphs[-1].capture_end()
+
+    def interrupt(self, work: HostWork) -> None:
+        """While a graph is captured: have the host do this between what came before and what comes next."""
+        self.capture_end()
+        self._works.append(work)
+        pool, options = self._options
+        self.capture_begin(*pool, **options)
+
+    def replay(self) -> None:
+        """Run all of it once more, on the current stream."""
+        import torch
+
+        for graph, work in zip(self._graphs, self._works, strict=False):
+            graph.replay()
+            torch.cuda.current_stream().synchronize()
+            work()
+        self._graphs[-1].replay()
+
+
 class CudaGraphs:
     """Captures on one GPU; all graphs share one pool of memory, since only one runs at a time.
 
@@ -654,7 +696,7 @@ class CudaGraphs:
         self._failed: list[Any] = []
 
     def record(self, sweep: Callable[[], None]) -> Callable[[], object]:
-        """Run once on a stream of its own, then capture.
+        """Run once on a stream of its own, then capture; the work of the host comes between the graphs.
 
         Raises
         ------
@@ -681,11 +723,12 @@ class CudaGraphs:
         import torch
 
         for frees_memory in dict.fromkeys((self._frees_memory, True)):
-            graph = torch.cuda.CUDAGraph()
+            graph = Graphs()
             if not self._alive or self._pool is None:  # the pool went with the last graph
                 self._pool = torch.cuda.graph_pool_handle()
             try:
-                self._capture(graph, sweep, current, frees_memory=frees_memory)
+                with host_work_taken_by(graph.interrupt):
+                    self._capture(graph, sweep, current, frees_memory=frees_memory)
             except BaseException as error:
                 self._clean_up(graph, current)
                 if frees_memory or not is_out_of_memory(error):

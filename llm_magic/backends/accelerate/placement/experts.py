@@ -65,9 +65,11 @@ def are_packed(model: Any) -> bool:
 
 
 class Visitor(Protocol):
-    """A block that computes in RAM unless it ``is_away``."""
+    """What computes in RAM, or elsewhere in long sweeps."""
 
-    is_away: bool
+    @property
+    def is_away(self) -> bool:
+        """Whether it is elsewhere now."""
 
 
 class RoutedExperts:
@@ -85,7 +87,8 @@ class RoutedExperts:
     cache
         Where they compute.
     visitor
-        Their block, when they compute in RAM unless it is away; ``None``: they always come to the cache.
+        Their block, or what computes them, when they compute in RAM unless that is away; ``None``: they always
+        come to the cache.
 
     Raises
     ------
@@ -116,6 +119,8 @@ class RoutedExperts:
     def forward(self, *inputs: Any, **named: Any) -> Any:
         """What the module does, with the experts that its input is routed to."""
         if self._visitor is not None and not self._visitor.is_away:
+            if self._usual is not None:
+                return self._usual(*inputs, **named)
             return type(self._module).forward(self._module, *inputs, **named)
         chosen = _chosen(self._module, inputs, named)
         uses = _uses(chosen, self._layer.store.experts)

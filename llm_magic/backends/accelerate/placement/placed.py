@@ -11,7 +11,7 @@ import weakref
 from collections import ChainMap, Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from llm_magic.backends.accelerate.placement.blocks import (
     write_block,
 )
 from llm_magic.backends.accelerate.placement.checkpoint import Checkpoint
+from llm_magic.backends.accelerate.placement.cpu_experts import CpuExperts, Rows
 from llm_magic.backends.accelerate.placement.expert_lanes import DeviceExperts, ExpertTraveller
 from llm_magic.backends.accelerate.placement.experts import advise_routed, find_stacks
 from llm_magic.backends.accelerate.placement.extents import Extent
@@ -64,12 +65,12 @@ _SPARE_PINNED_BYTES = 64 * MIB  # that CUDA's own calls find where there is a qu
 
 @dataclass
 class PlacedBlock:
-    """A block, where it is, and what holds its bytes there.
+    """A block or its experts, where they are, and what holds their bytes there.
 
     Attributes
     ----------
     place
-        Where it is now.
+        Where it is now: of a block that is split, where this part is.
     module, tensors
         Its module, and the module's parameters.
     shared
@@ -81,6 +82,8 @@ class PlacedBlock:
         Where the bytes are in files, as far as that is known.
     ordered_for
         Kind of the device whose kernels read packed weights as they lie.
+    planned
+        Where the plan has the block; `place` but for one that is split.
     """
 
     place: Placement
@@ -90,9 +93,11 @@ class PlacedBlock:
     store: RamStore | FileStore | None = None
     file: FileStore | None = None
     ordered_for: str = ""
+    planned: Placement = field(init=False)
 
     def __post_init__(self) -> None:
         self.ordered_for = self.ordered_for or _kind(self.place)
+        self.planned = self.place
 
     @property
     def name(self) -> str:
@@ -172,6 +177,7 @@ class PlacedModel:
         self._mapped = MappedFiles()
         self._lanes: dict[str, DeviceLane] = {}
         self._expert_lanes: dict[str, DeviceExperts] = {}
+        self._cpu_experts: dict[str, list[CpuExperts]] = {}
         self._stream_hooks: list[hooks.StreamHook] = []
         self._visiting_hooks: dict[str, VisitingHook] = {}
         self.tables = Tables()
@@ -199,9 +205,11 @@ class PlacedModel:
         """Device -> ``"weights"``, ``"kept"`` or ``"slots"`` -> bytes."""
         held: dict[str, Counter[str]] = defaultdict(Counter)
         for block in self.blocks.values():
-            held[block.place.home]["weights"] += block.place.block.bytes
-            if block.place.kept:
-                held["cpu"]["kept"] += block.place.block.bytes
+            place = block.planned
+            held[place.home]["weights"] += place.home_bytes
+            held[place.compute]["weights"] += place.rest_bytes
+            if place.kept:
+                held["cpu"]["kept"] += place.home_bytes
         for device, lane in self._lanes.items():
             held[device]["slots"] += lane.slot_bytes
             held["cpu"]["slots"] += lane.staging_bytes
@@ -227,7 +235,7 @@ class PlacedModel:
         """
         changed = [place for place in plan.placements if self._is_elsewhere(place, plan)]
         changed.sort(key=lambda place: _TIERS.get(place.home, 2))  # to the slowest first: that makes room
-        before = {place.block.name: self.blocks[place.block.name].place for place in changed}
+        before = {place.block.name: self.blocks[place.block.name].planned for place in changed}
         done: list[str] = []
         before_plan = self.plan
         try:
@@ -401,7 +409,7 @@ class PlacedModel:
         block = self.blocks.get(place.block.name)
         if block is None:
             return False
-        now = block.place
+        now = block.planned
         same = replace(now, block=place.block) == place
         return not same or (place.way == "read" and plan.mapped != self.plan.mapped)
 
@@ -411,7 +419,16 @@ class PlacedModel:
 
     def _put_parts(self, name: str, place: Placement, plan: Plan) -> None:
         for part in self._parts(name):
-            self._put(part, place, plan)
+            self._put(part, self._place_of(part, place), plan)
+            part.planned = place
+
+    def _place_of(self, part: PlacedBlock, place: Placement) -> Placement:
+        """Where a part of a block is: those of a split one are like blocks of their own."""
+        if not place.is_split:
+            return place
+        if part is self.experts.get(place.block.name):
+            return replace(place, compute="cpu", is_split=False)
+        return replace(place, home=place.compute, kept=False, prefill="", is_split=False)
 
     def _put(self, block: PlacedBlock, place: Placement, plan: Plan) -> None:
         """Bring a block's bytes to where ``place`` wants them, from wherever they are."""
@@ -596,6 +613,10 @@ class PlacedModel:
         for experts in self._expert_lanes.values():
             experts.close()
         self._expert_lanes.clear()
+        for each in self._cpu_experts.values():
+            while each:
+                each.pop().detach()
+        self._cpu_experts.clear()
         self._settle_hooks()
         self._stream_hooks.clear()
         self._visiting_hooks.clear()
@@ -695,7 +716,7 @@ class PlacedModel:
             if device:
                 show_device(inner, device)
         hooks.detach(self.model)
-        if self._visiting_hooks:
+        if any(part.visits for part in (*self.blocks.values(), *self.experts.values())):
             hooks.attach(self.model, SweepHook(first, self.visits, self._skip_keys))
         elif devices != {"cpu"}:
             hooks.align_both_ways(self.model, first, self._skip_keys)
@@ -746,12 +767,13 @@ class PlacedModel:
     def _attach_experts(self, plan: Plan) -> None:
         """Routed experts come one by one, to the room that the plan has for slots or leaves spare."""
         travellers: dict[str, list[ExpertTraveller]] = defaultdict(list)
+        self._attach_cpu_experts()
         for part in self.experts.values():
             if part.travels and part.store is not None:
                 travellers[part.place.compute].append((part.tensors, part.store, None))
             elif part.visits and part.store is not None:
-                hook = self._visiting_hooks[part.name]
-                travellers[part.place.prefill].append((part.tensors, part.store, hook))
+                visitor = self._visiting_hooks.get(part.name) or self._cpu_experts[part.name][0]
+                travellers[part.place.prefill].append((part.tensors, part.store, visitor))
             elif part.place.way == "read" and part.file is not None:
                 self._advise_experts(part, part.file)
         for device, experts in travellers.items():
@@ -759,6 +781,17 @@ class PlacedModel:
             streams = self._streams(device)
             self._expert_lanes[device] = DeviceExperts(device, experts, room, self._reader, streams)
         self._choose_implementation(travellers)
+
+    def _attach_cpu_experts(self) -> None:
+        """Tokens come to the experts of blocks that are split."""
+        rows: dict[str, Rows] = defaultdict(Rows)
+        for part in self.experts.values():
+            if part.planned.is_split:
+                modules = dict.fromkeys(stack.module_name for stack in find_stacks(part.module))
+                self._cpu_experts[part.name] = [
+                    CpuExperts(part.module.get_submodule(name), self.visits, rows[part.planned.compute])
+                    for name in modules
+                ]
 
     def _choose_implementation(self, travellers: Collection[str]) -> None:
         """As the routed ones compute: then a token does not depend on where its experts are.
@@ -860,7 +893,13 @@ def _copied(tensors: BlockTensors, values: Sequence[Any], buffer: Any) -> list[A
 def _moved(before: Mapping[str, Placement], after: Sequence[Placement]) -> Moved:
     moved: Counter[tuple[str, str]] = Counter()
     for place in after:
-        home = before[place.block.name].home
-        if home != place.home:
-            moved[home, place.home] += place.block.bytes
-    return moved
+        was = before[place.block.name]
+        rest = max(place.rest_bytes, was.rest_bytes)
+        moved[was.home, place.home] += place.block.bytes - rest
+        moved[_rest_on(was), _rest_on(place)] += rest
+    return Counter({way: size for way, size in moved.items() if size and way[0] != way[1]})
+
+
+def _rest_on(place: Placement) -> str:
+    """Where everything of a block is but its experts."""
+    return place.compute if place.is_split else place.home

@@ -7,7 +7,7 @@ tree is cut into the blocks that are placed as a whole.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from llm_magic.backends.accelerate.decoding.capturable import (
 from llm_magic.backends.accelerate.decoding.kv_cache import can_take_back
 from llm_magic.backends.accelerate.default_dtype import default_dtype_kept
 from llm_magic.backends.accelerate.placement import cpu_products
+from llm_magic.backends.accelerate.placement.experts import find_stacks
 from llm_magic.backends.accelerate.placement.quantize import Method, find_method, packed_bytes, prepare
 from llm_magic.backends.accelerate.source import gguf_model, hub
 from llm_magic.backends.accelerate.source.architecture import (
@@ -74,6 +75,8 @@ def read_layout(spec: ModelSpec, files: ModelFiles) -> ModelLayout:
         details |= {"eager": reason}
     elif not has_plain_cache(model):
         details |= {"keeps_states": True}
+    if _are_apart(model, blocks):
+        details |= {"routed_experts": True}
     if method is not None:
         blocks = _with_packed(model, blocks, method, dtype)
         details |= {"unpacked_bytes": _unpacked_bytes(blocks, method)}
@@ -484,6 +487,14 @@ def _unpacked_bytes(blocks: tuple[Block, ...], method: Method) -> int:
     layers = [block for block in blocks if block.kind in ("encoder", "decoder")]
     tensors = [tensor for block in layers for tensor in block.tensors if len(tensor.shape) > 1]
     return sum(tensor.bytes for tensor in tensors if tensor.dtype != method.name)
+
+
+def _are_apart(model: Any, blocks: Sequence[Block]) -> bool:
+    """Whether experts can be elsewhere than the rest of their layers: all that are counted are taken one at a time."""
+    alike = {block.likeness: block for block in blocks if block.experts}
+    found = (find_stacks(model.get_submodule(block.name)) for block in alike.values())
+    sizes = [sum(stack.experts * stack.bytes_per_expert for stack in stacks) for stacks in found]
+    return bool(sizes) and sizes == [block.expert_bytes for block in alike.values()]
 
 
 def _with_experts(block: Block, config: Any) -> Block:
