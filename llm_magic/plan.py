@@ -135,19 +135,16 @@ class Placement:
         ``"looked-up"``: a table stays where it is, and rows of it go to the device that computes;
         ``"idle"``: nothing, wherever it is.
         """
-        if self.block.is_idle:
-            return "idle"
-        if self.is_looked_up:
-            return "looked-up"
-        if self.is_split:
-            return "split"
-        if self.kept:
-            return "kept"
-        if self.home == "disk":
-            return "read"
-        if self.compute == "cpu":
-            return "cpu"
-        return "streamed" if self.is_offloaded else "resident"
+        ways: tuple[tuple[bool, Way], ...] = (
+            (self.block.is_idle, "idle"),
+            (self.is_looked_up, "looked-up"),
+            (self.is_split, "split"),
+            (self.kept, "kept"),
+            (self.home == "disk", "read"),
+            (self.compute == "cpu", "cpu"),
+            (self.is_offloaded, "streamed"),
+        )
+        return next((way for is_it, way in ways if is_it), "resident")
 
 
 @dataclass(frozen=True)

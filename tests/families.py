@@ -110,9 +110,9 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
 """What each model's configuration says beside the usual widths."""
 
 
-def save(name: str, folder: Path) -> Path:
-    """A model of one of the families, in float32, with a tokenizer."""
+def save(name: str, folder: Path, **own: Any) -> Path:
+    """A model of one of the families, or of another with ``own`` settings, in float32, with a tokenizer."""
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-    config = CONFIG_MAPPING[name](**{**_WIDTHS, **FAMILIES[name]}, dtype="float32")
+    config = CONFIG_MAPPING[name](**{**_WIDTHS, **FAMILIES.get(name, {}), **own}, dtype="float32")
     return tiny._save(AutoModelForCausalLM.from_config, config, folder)

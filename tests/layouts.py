@@ -118,10 +118,11 @@ def packed(layout: ModelLayout, method: str = "nf4", bits: float = 4.5, columns:
         shape = (info.shape[0] // columns, columns)
         return replace(info, shape=shape, dtype="uint8", bytes=round(info.shape[0] * bits / 8))
 
-    blocks = tuple(
-        replace(block, tensors=tuple(map(pack, block.tensors))) if block.kind == "decoder" else block
-        for block in layout.blocks
-    )
+    def packed_block(block: Block) -> Block:
+        tensors, experts = tuple(map(pack, block.tensors)), round(block.expert_bytes * bits / 16)
+        return replace(block, tensors=tensors, expert_bytes=experts)
+
+    blocks = tuple(packed_block(b) if b.kind == "decoder" else b for b in layout.blocks)
     return replace(layout, blocks=blocks, quantization=method)
 
 

@@ -23,7 +23,9 @@ from tests.fake_streams import HurriedStreams
 
 GPU = "cpu:0"
 PROMPT = torch.tensor([[7, 11, 13, 17, 19, 23]])
-Where = tuple[str, str, bool, str]  # home, compute, kept, prefill
+Where = (
+    tuple[str, str, bool, str] | tuple[str, str, bool, str, bool]
+)  # home, compute, kept, prefill, is_split
 LONG = 4  # tokens of a long sweep: fewer than the prompt has
 Place = Callable[[int, str], Where]  # of a block's number and label
 

@@ -6,6 +6,7 @@ A test fails while the file is older than what makes it.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from llm_magic.result import Footprint
 from llm_magic.states import machine_state, map_state
 from llm_magic.units import GIB, MIB
 from llm_magic.wire import encode
-from tests.layouts import moe30b, qwen32b, starter
+from tests.layouts import moe30b, packed, qwen32b, starter
 
 REPOSITORY = Path(__file__).parents[1]
 TARGET = REPOSITORY / "labextension" / "tests" / "states.json"
@@ -44,12 +45,15 @@ def states() -> dict[str, Any]:
     halved = plan_of(starter(), machine("laptop-no-gpu"), {"cpu": 190 * MIB})
     refused = plan_of(qwen32b(), machine("laptop-no-gpu"), {"cpu": 8 * GIB, "disk": 8 * GIB})
     mixed = plan_of(moe30b(), machine("two-3090"), {"cuda:0": 6 * GIB, "cuda:1": 5 * GIB})
+    mixture = replace(packed(moe30b()), details={"routed_experts": True})
+    split = plan_of(mixture, machine("rtx4090"), {"cuda:0": 8 * GIB}, context=8192)
     held = {"cpu": {"weights": 150 * MIB, "kv_cache": 3 * MIB}}
     return {
         "streamed": encode(map_state(streamed, model="qwen", status="loaded", last=last, policies=NAMES)),
         "halved": encode(map_state(halved, model="starter", status="loaded", memory=held, policies=NAMES)),
         "refused": encode(map_state(refused, policies=NAMES)),
         "experts": encode(map_state(mixed, policies=NAMES)),
+        "split": encode(map_state(split, model="moe", status="loaded", policies=NAMES)),
         "machine": encode(machine_state(machine("rtx4090"), streamed, "qwen")),
         "laptop": encode(machine_state(machine("laptop-no-gpu"), halved, "starter")),
         "mac": encode(machine_state(machine("mac-unified"))),

@@ -1,6 +1,7 @@
 import { expect, test, vi } from 'vitest'
 import { LANGUAGES } from '../src/i18n'
 import { MAP_CSS } from '../src/views/map/css'
+import { guess } from '../src/views/editor/guess'
 import { percents, scaleOf, shownTiers, signOf, stepOf, stripColumns, weightShares } from '../src/views/map/facts'
 import { mapWords } from '../src/words/map'
 import type { MapState } from '../src/wire'
@@ -89,6 +90,37 @@ test('signs of the strip say where a block is and who computes it', () => {
   expect(sign('halved', 'embed')).toBe('R')
   expect(new Set(realState('refused').plan.blocks.map(block => signOf(realState('refused').plan, block)))).toContain('K')
   expect(new Stage(smallState()).all('.strip .tag').map(tag => tag.textContent).join('')).toBe('00000RRRD0')
+})
+
+test('of a split layer the experts are in RAM, and the rest on the GPU', () => {
+  const { plan } = realState('split')
+  const stage = new Stage(realState('split'))
+  const block = plan.blocks.find(one => one.way === 'split')
+  const [gpu, ram] = plan.tiers
+  if (!block || !gpu || !ram) throw new Error('nothing is split')
+  expect(signOf(plan, block)).toBe('S')
+  expect(stage.cell(block.label).classList).toContain('fill-ram')
+  expect(stage.cell(block.label).getAttribute('aria-label')).toContain('experts computed by the CPU, the rest by cuda:0')
+  expect(stage.cell(block.label).getAttribute('aria-label')).toContain('its experts stream to cuda:0 for')
+  expect(stage.one('.legend').textContent).toContain('layers without their experts')
+  expect(stage.tier('cuda:0').querySelector('.fill-split')).not.toBeNull()
+  const split = plan.blocks.filter(one => one.way === 'split')
+  expect(split.reduce((sum, one) => sum + one.rest_bytes, 0)).toBe(gpu.split)
+  const inRam = plan.blocks.filter(one => one.home === 'cpu').reduce((sum, one) => sum + one.bytes - one.rest_bytes, 0)
+  expect(inRam).toBe(ram.weights)
+  expect([...weightShares(plan).values()].reduce((sum, share) => sum + share, 0)).toBe(100)
+})
+
+test('a split layer that moves takes its rest along', () => {
+  const { plan } = realState('split')
+  const block = plan.blocks.find(one => one.way === 'split')
+  if (!block) throw new Error('nothing is split')
+  const planned = (state: typeof plan, device: string) => state.tiers.find(tier => tier.device === device)?.planned ?? 0
+  const onDisk = guess(plan, new Set([block.label]), 'disk')
+  expect(planned(onDisk, 'cuda:0')).toBe(planned(plan, 'cuda:0') - block.rest_bytes)
+  expect(planned(onDisk, 'cpu')).toBe(planned(plan, 'cpu') - block.bytes + block.rest_bytes)
+  expect(planned(onDisk, 'disk')).toBe(planned(plan, 'disk') + block.bytes)
+  expect(onDisk.blocks.find(one => one.label === block.label)?.rest_bytes).toBe(0)
 })
 
 test('what no text runs through is shown, and said to be unused', () => {
@@ -306,7 +338,7 @@ test('126 blocks are drawn again in a frame', () => {
 })
 
 test.each(LANGUAGES)('every state is shown in %s', language => {
-  for (const name of ['streamed', 'halved', 'refused', 'experts'] as const) {
+  for (const name of ['streamed', 'halved', 'refused', 'experts', 'split'] as const) {
     const stage = new Stage(realState(name), language)
     expect(stage.text).not.toMatch(/undefined|NaN|\{\w+\}/)
     stage.shown.cleanup()

@@ -9,7 +9,7 @@ import states from './states.json'
 const GIB = 1024 ** 3
 
 /** A state of a real plan, by name. */
-export function realState(name: 'streamed' | 'halved' | 'refused' | 'experts'): MapState {
+export function realState(name: 'streamed' | 'halved' | 'refused' | 'experts' | 'split'): MapState {
   return structuredClone(states[name]) as unknown as MapState
 }
 

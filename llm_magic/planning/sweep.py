@@ -146,7 +146,7 @@ def block_sweep(layout: ModelLayout, workload: Workload, place: Placement, *, to
 def _split_sweep(layout: ModelLayout, workload: Workload, place: Placement, *, tokens: int) -> Sweep:
     """The part of a block whose experts the CPU computes; what goes to them and comes back is a few rows."""
     rest, part = place.rest_bytes, Sweep()
-    experts = _read_bytes(place.block, layout, tokens) - rest
+    experts = place.block.expert_bytes - _idle_expert_bytes(place.block, workload, tokens)
     part.reads.update({place.compute: rest + _cache_read(place.block, workload), "cpu": experts})
     if layout.quantization:
         part.packed.update({place.compute: rest, "cpu": experts})
@@ -362,18 +362,22 @@ def _read_bytes(block: Block, layout: ModelLayout, tokens: int) -> int:
 
 def _moved_bytes(block: Block, layout: ModelLayout, workload: Workload, tokens: int) -> int:
     """Bytes that travel: of experts only those that are routed to."""
-    routed = _routed_bytes(block, workload, tokens)
-    return streamed_bytes(block, layout) - (block.expert_bytes - routed if routed else 0)
+    return streamed_bytes(block, layout) - _idle_expert_bytes(block, workload, tokens)
 
 
 def _routed_bytes(block: Block, workload: Workload, tokens: int) -> int:
     """Bytes of the experts that a decoding sweep needs, when not all of them; 0 in a prefill."""
     if tokens > 1 or not block.experts or not block.active_experts:
         return 0
-    idle = (
-        1 - block.active_experts / block.experts
-    ) ** workload.batch  # share of experts that no sequence takes
-    return round(block.expert_bytes * (1 - idle))
+    return block.expert_bytes - _idle_expert_bytes(block, workload, tokens)
+
+
+def _idle_expert_bytes(block: Block, workload: Workload, tokens: int) -> int:
+    """Bytes of the experts that no token of any sequence is routed to, where each takes some at random."""
+    if not block.experts or not block.active_experts:
+        return 0
+    share: float = (1 - block.active_experts / block.experts) ** (tokens * workload.batch)
+    return round(block.expert_bytes * share)
 
 
 def _gathered_bytes(block: Block, workload: Workload, tokens: int) -> int:

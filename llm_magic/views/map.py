@@ -491,20 +491,19 @@ def _tooltip(plan: Plan, place: Placement) -> str:
 def _does(plan: Plan, place: Placement) -> str:
     """What happens to a block in every sweep: ``"streams to cuda:0"``."""
     target = processor(place.compute)
-    if place.way == "idle":
-        return "not used for text"
-    if place.way == "looked-up":
-        return f"rows are looked up for {target}"
-    if place.is_split:
-        return f"experts computed by the CPU, the rest by {target}"
-    if place.kept:
-        copy = "a copy stays in RAM"
-        return f"{copy}, computed by the CPU" if place.compute == "cpu" else f"{copy} and streams to {target}"
-    if place.way == "read":
-        return "used in the page cache by the CPU" if plan.mapped else f"read for {target} every time"
-    if place.way == "cpu":
-        return "computed by the CPU"
-    return f"streams to {target}" if place.is_offloaded else "computes there"
+    kept = "a copy stays in RAM"
+    return {
+        "idle": "not used for text",
+        "looked-up": f"rows are looked up for {target}",
+        "split": f"experts computed by the CPU, the rest by {target}",
+        "kept": f"{kept}, computed by the CPU"
+        if place.compute == "cpu"
+        else f"{kept} and streams to {target}",
+        "read": "used in the page cache by the CPU" if plan.mapped else f"read for {target} every time",
+        "cpu": "computed by the CPU",
+        "streamed": f"streams to {target}",
+        "resident": "computes there",
+    }[place.way]
 
 
 def _visits(plan: Plan, place: Placement) -> str:

@@ -135,7 +135,12 @@ def relieved_plan(plan: Plan, device: str) -> Plan | None:
     that stream, or, without such layers, those that come along in prompts. How many more is the
     planner's choice: as many as answer fastest.
     """
-    layers = [place for place in plan.placements if place.fetched_to == device and place.way != "read"]
+    layers = [
+        place
+        for place in plan.placements
+        if (place.fetched_to == device and place.way != "read")
+        or (place.is_split and place.compute == device)
+    ]
     streamed = [place for place in layers if place.compute == device]
     some = streamed[: max(1, len(streamed) // _SHARE)]
     size = max(1, sum(plan.workload.cache_bytes(place.block) for place in some))

@@ -69,7 +69,9 @@ def _placement_reason(plan: Plan) -> str:
     gpus = {device for device in devices if device.startswith("cuda")}
     if not gpus:
         return "no CUDA device"
-    if "cpu" in devices:
+    # The CPU's experts come between two graphs, where no copy may be on its way.
+    is_split = any(p.is_split for p in plan.placements) and any(p.is_offloaded for p in plan.placements)
+    if "cpu" in devices or is_split:
         return _ON_CPU
     if len(devices) > 1:
         return _SEVERAL

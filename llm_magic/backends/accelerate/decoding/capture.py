@@ -19,6 +19,7 @@ from weakref import WeakSet
 
 from llm_magic.backends.accelerate.decoding import attention
 from llm_magic.backends.accelerate.decoding.capturable import attention_of, kinds_of, windows_of
+from llm_magic.backends.accelerate.decoding.running import below_its_hook, running
 from llm_magic.backends.accelerate.decoding.static_cache import SWEEP_TOKENS, StaticCache, places_of, round_up
 from llm_magic.backends.accelerate.decoding.warmup import COMPILING, WarmUp, short
 from llm_magic.backends.accelerate.memory_errors import TokensLostError, is_out_of_memory
@@ -543,6 +544,8 @@ class CapturedSteps:
         slots = inputs.slots(shape)
         self._static.show(shape.batch, shape.visible, slots)
         with ExitStack() as stack:
+            # Its hook would bring what is here, and experts of the CPU to the GPU for many tokens, one by one.
+            stack.enter_context(running(self._model, below_its_hook(self._model)))
             for lane in self._lanes:
                 stack.enter_context(_captured_sweep(lane))
             for lookup in () if self.reason else self._lookups:

@@ -20,7 +20,7 @@ from typing import Any
 from llm_magic.backends.accelerate.decoding.capturable import kinds_of
 from llm_magic.backends.accelerate.decoding.capture import FAILURES, CapturedSteps, Inputs, Recorder, Shape
 from llm_magic.backends.accelerate.decoding.rollback import Rollback
-from llm_magic.backends.accelerate.decoding.running import running
+from llm_magic.backends.accelerate.decoding.running import below_its_hook, running
 from llm_magic.backends.accelerate.decoding.static_cache import SWEEP_TOKENS, StaticCache
 from llm_magic.backends.accelerate.decoding.warmup import COMPILING, WarmUp, short
 from llm_magic.backends.accelerate.memory_errors import TokensLostError, is_out_of_memory
@@ -308,7 +308,7 @@ class CapturedLayers(CapturedSteps):
     def _recorded_layers(self) -> Iterator[None]:
         """Let recorded layers run in the place of the model's own, and move no argument to where it starts."""
         with ExitStack() as stack:
-            stack.enter_context(running(self._model, _below_its_hook(self._model)))
+            stack.enter_context(running(self._model, below_its_hook(self._model)))
             for index, (layer, device) in self._layers.items():
                 stack.enter_context(running(layer, self._forward_of(index, layer, device)))
             yield
@@ -318,7 +318,7 @@ class CapturedLayers(CapturedSteps):
 
         hook = getattr(layer, "_hf_hook", None)
         brought = hook if isinstance(hook, StreamHook) else None
-        compute = _below_its_hook(layer)
+        compute = below_its_hook(layer)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
@@ -391,12 +391,6 @@ class CapturedLayers(CapturedSteps):
         fixed.show(shape.batch, min(shape.visible, fixed.places), start, slots)
         mask = where.masks[shape, fixed.window]
         return {id(self._dynamic): self._static.cache} | {id(other): mask for other in self._stand_ins}
-
-
-def _below_its_hook(module: Any) -> Callable[..., Any]:
-    """What a module computes with, without Accelerate's hook around it."""
-    forward: Callable[..., Any] = vars(module).get("_old_forward", module.forward)
-    return forward
 
 
 def _renew(fixed: dict[Any, Any], key: Any, value: Any) -> None:

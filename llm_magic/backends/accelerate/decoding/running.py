@@ -18,3 +18,9 @@ def running(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
         del module.forward
         if before is not None:
             module.forward = before
+
+
+def below_its_hook(module: Any) -> Callable[..., Any]:
+    """What a module computes with, without Accelerate's hook around it."""
+    forward: Callable[..., Any] = vars(module).get("_old_forward", module.forward)
+    return forward

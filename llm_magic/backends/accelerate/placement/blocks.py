@@ -13,7 +13,7 @@ import mmap
 import os
 import stat
 import weakref
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from contextlib import suppress
 from dataclasses import dataclass
@@ -165,12 +165,18 @@ class BlockTensors:
         leaf = name.rpartition(".")[2]
         return next(value for _, key, value in self._templates[name].bindings(parts) if key == leaf)
 
-    def move_rest(self, device: Any) -> None:
-        """Put what stays where the block computes there: buffers (rotary tables, counters), adapters."""
-        for mapping, leaf, buffer in self._buffers():
+    def move_rest(self, device: Any, within: str = "") -> None:
+        """Put what stays where the block computes there: buffers (rotary tables, counters), adapters.
+
+        Parameters
+        ----------
+        within
+            Only of what is in this module of the block.
+        """
+        for mapping, leaf, buffer in self._buffers(within):
             if buffer.device != device:
                 mapping[leaf] = buffer.to(device)
-        for _, _, parameter in self._added():
+        for _, _, parameter in self._added(within):
             if parameter.device != device:
                 parameter.data = parameter.data.to(device)
 
@@ -214,16 +220,16 @@ class BlockTensors:
         }
         return fresh
 
-    def _buffers(self) -> list[tuple[dict[str, Any], str, Any]]:
+    def _buffers(self, within: str = "") -> list[tuple[dict[str, Any], str, Any]]:
         found = []
-        for name, buffer in self.module.named_buffers():
+        for name, buffer in _of_module(self.module.named_buffers(), within):
             owner, leaf = _owner(self.module, name)
             found.append((owner._buffers, leaf, buffer))
         return found
 
-    def _added(self) -> list[tuple[dict[str, Any], str, Any]]:
+    def _added(self, within: str = "") -> list[tuple[dict[str, Any], str, Any]]:
         found = []
-        for name, parameter in self.module.named_parameters():
+        for name, parameter in _of_module(self.module.named_parameters(), within):
             if not self._is_known(name):
                 owner, leaf = _owner(self.module, name)
                 found.append((owner._parameters, leaf, parameter))
@@ -488,6 +494,11 @@ def _forget_refusal() -> None:
 
     with suppress(RuntimeError):
         torch.ones(1, device="cuda")
+
+
+def _of_module(named: Iterable[tuple[str, Any]], within: str) -> Iterator[tuple[str, Any]]:
+    """Of these tensors by name those of an inner module, or all of them."""
+    return ((name, tensor) for name, tensor in named if not within or name.startswith(f"{within}."))
 
 
 def _owner(module: Any, name: str) -> tuple[Any, str]:

@@ -82,6 +82,8 @@ class PlacedBlock:
         Where the bytes are in files, as far as that is known.
     ordered_for
         Kind of the device whose kernels read packed weights as they lie.
+    within
+        Of experts, their modules in the block.
     planned
         Where the plan has the block; `place` but for one that is split.
     """
@@ -93,6 +95,7 @@ class PlacedBlock:
     store: RamStore | FileStore | None = None
     file: FileStore | None = None
     ordered_for: str = ""
+    within: tuple[str, ...] = ("",)
     planned: Placement = field(init=False)
 
     def __post_init__(self) -> None:
@@ -312,13 +315,12 @@ class PlacedModel:
         EngineError
             When it has no bytes.
         """
-        import torch
-
         try:
             for block in self.blocks.values():
                 adapters.check_not_lost(block.tensors.added())
-            for block in self.blocks.values():
-                block.tensors.move_rest(torch.device(block.place.modules_on))
+            for name in self.blocks:
+                for part in self._parts(name):
+                    self._move_rest(part, part.place)
         finally:
             self._attach_tables()
 
@@ -367,7 +369,8 @@ class PlacedModel:
         for place, module in found:
             if fill is not None:
                 fill(place, module)
-            stacks = {stack.name for stack in find_stacks(module)}
+            found_stacks = find_stacks(module)
+            stacks = {stack.name for stack in found_stacks}
             tensors = BlockTensors(module, without=stacks)
             shared = _shared(module, owners)
             for name, (lender, leaf) in shared.items():
@@ -376,7 +379,9 @@ class PlacedModel:
             self.blocks[place.block.name] = PlacedBlock(place, module, tensors, shared)
             if stacks:
                 rest = {name for name, _ in module.named_parameters()} - stacks
-                self.experts[place.block.name] = PlacedBlock(place, module, BlockTensors(module, rest), {})
+                experts = PlacedBlock(place, module, BlockTensors(module, rest), {})
+                experts.within = tuple(dict.fromkeys(stack.module_name for stack in found_stacks))
+                self.experts[place.block.name] = experts
             for part in self._parts(place.block.name):
                 if place.home == "disk" and part.tensors.pieces and _is_empty(part):
                     self._take_from_disk(part, extents, loader)
@@ -432,9 +437,7 @@ class PlacedModel:
 
     def _put(self, block: PlacedBlock, place: Placement, plan: Plan) -> None:
         """Bring a block's bytes to where ``place`` wants them, from wherever they are."""
-        import torch
-
-        block.tensors.move_rest(torch.device(place.modules_on))
+        self._move_rest(block, place)
         if block.tensors.pieces:
             self._rearrange(block, place)
             old = block.store
@@ -442,6 +445,13 @@ class PlacedModel:
             if old is not None and old is not block.store:
                 old.close()
         block.place = place
+
+    def _move_rest(self, block: PlacedBlock, place: Placement) -> None:
+        """What is no weight goes along; with the experts only what is theirs."""
+        import torch
+
+        for name in block.within:
+            block.tensors.move_rest(torch.device(place.modules_on), name)
 
     def _hold(self, block: PlacedBlock, place: Placement, plan: Plan) -> None:
         if block.file is not None and block.place.is_looked_up:  # it may go as a whole now
@@ -787,10 +797,9 @@ class PlacedModel:
         rows: dict[str, Rows] = defaultdict(Rows)
         for part in self.experts.values():
             if part.planned.is_split:
-                modules = dict.fromkeys(stack.module_name for stack in find_stacks(part.module))
                 self._cpu_experts[part.name] = [
                     CpuExperts(part.module.get_submodule(name), self.visits, rows[part.planned.compute])
-                    for name in modules
+                    for name in part.within
                 ]
 
     def _choose_implementation(self, travellers: Collection[str]) -> None:
