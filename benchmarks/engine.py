@@ -36,6 +36,8 @@ class EngineSubject:
         Module names to devices.
     hybrid
         Whether the planner may let the CPU compute blocks beside a GPU.
+    split
+        Whether the CPU may compute the experts of layers of which a GPU has the rest.
     compiled
         Whether layers are compiled in the background, which takes cores and the device from others meanwhile.
     least_ram
@@ -51,6 +53,7 @@ class EngineSubject:
         quantize: str = "",
         context: int = 1024,
         hybrid: bool = True,
+        split: bool = True,
         compiled: bool = True,
         least_ram: bool = False,
     ) -> None:
@@ -59,6 +62,8 @@ class EngineSubject:
         layout = backend.layout(spec, _ignore)
         make_private(cache_folder())
         machine = on_a_thread(lambda: probe_machine(backend.accelerators, disk_folder=cache_folder()))
+        if not split:
+            layout = replace(layout, details={**layout.details, "routed_experts": False})
         if not hybrid:
             machine = _with_cpu(machine, read_bytes_per_s=0.0)
         plan = _plan(layout, machine, device_map, context, quantize)

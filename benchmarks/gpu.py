@@ -251,7 +251,7 @@ def streamed_nf4(setup: Setup) -> None:
 
 
 def gpu_experts(setup: Setup) -> None:
-    """A mixture in nf4, its experts too: all on the device, and fetched from RAM one by one."""
+    """A mixture in nf4, its experts too: all on the device, fetched from RAM one by one, computed by the CPU."""
     if not _has_bitsandbytes(setup, "gpu-experts"):
         return
     folder = setup.made("wide-mixture", num_hidden_layers=8, num_experts=128)
@@ -260,14 +260,17 @@ def gpu_experts(setup: Setup) -> None:
     ours = model.ours("nf4", quantize="nf4")
     fetched = model.ours("nf4, all layers in RAM", "cpu", 1.0, hybrid=False, quantize="nf4")
     plain_fetched = model.ours("bf16, all layers in RAM", "cpu", 1.0, hybrid=False)
+    on_cpu = model.ours("nf4, layers by the CPU", "cpu", 1.0, split=False, quantize="nf4")
+    split = model.ours("nf4, experts by the CPU", "cpu", 1.0, quantize="nf4")
     stock = model.stock(quantize="nf4")
-    group = setup.run("gpu experts", [BUS, plain, ours, plain_fetched, fetched, stock])
+    group = setup.run("gpu experts", [BUS, plain, ours, plain_fetched, fetched, on_cpu, split, stock])
     title = "Random Qwen3-MoE, 8 layers of 2,048, 8 of 128 experts a token"
     setup.report.add(group, title, [DECODE, PREFILL, FIRST, MOVED], plain.name)
     note = setup.report.note
     note(Figure("GPU, nf4 experts: times stock nf4", group.ratio(ours.name, stock.name), 3.5))
     ratio = group.ratio(fetched.name, plain_fetched.name)
     note(Figure("GPU, nf4 experts fetched from RAM: times bf16", ratio))
+    note(Figure("GPU, nf4 experts by the CPU: times whole layers by it", group.ratio(split.name, on_cpu.name)))
 
 
 def from_disk(setup: Setup) -> None:

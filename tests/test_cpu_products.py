@@ -448,8 +448,8 @@ def test_a_processor_without_conversions_has_no_kernels_for_float16(monkeypatch:
     monkeypatch.setattr(numbers, "instructions", lambda: frozenset({"avx2"}))
     kernel = cpu_products._kernel.__wrapped__
     weights, _ = packed("nf4", (32, 256))
-    assert kernel(cpu_products._layout(weights), "float16", 1) is None
-    assert kernel(cpu_products._layout(weights), "bfloat16", 1) is not None
+    assert kernel(weights.layout, "float16", 1) is None
+    assert kernel(weights.layout, "bfloat16", 1) is not None
 
 
 def test_an_llvmlite_that_is_broken_is_as_good_as_none(monkeypatch: pytest.MonkeyPatch) -> None:

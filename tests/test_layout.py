@@ -279,7 +279,10 @@ def test_experts_are_counted(tiny_model: Callable[[str], Path]) -> None:
         # 4 experts of gate, up (32 x 64) and down (64 x 32) in float32
         assert block.expert_bytes == 4 * 3 * 32 * 64 * 4
         assert block.bytes_per_token == block.bytes - block.expert_bytes // 2
-    assert not layout_of(tiny_model("llama")).is_mixture_of_experts
+    assert layout.details["routed_experts"]
+    dense = layout_of(tiny_model("llama"))
+    assert not dense.is_mixture_of_experts
+    assert "routed_experts" not in dense.details
 
 
 # ------------------------------------------------------------------- what the configuration says
@@ -582,6 +585,7 @@ def test_stacks_that_are_computed_with_as_a_whole_are_counted_as_what_stays_unpa
     experts, router = 4 * 3 * 32 * 64, 4 * 64
     assert layout.details["unpacked_bytes"] == 2 * (experts + router) * 4
     assert {block.expert_bytes for block in layout.layers} == {experts * 4}
+    assert "routed_experts" not in layout.details  # they are computed all at once
 
 
 def test_experts_that_are_linear_layers_are_counted_packed(tmp_path: Path) -> None:

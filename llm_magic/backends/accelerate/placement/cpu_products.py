@@ -13,7 +13,7 @@ import ctypes
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 PLAIN = ("bfloat16", "float16")
@@ -57,10 +57,16 @@ class PackedWeights:
     group: int = 0
     factor: float = 1.0
 
+    @cached_property
+    def layout(self) -> Layout:
+        """What a kernel must know of them."""
+        scales = "float32" if self.scales is None else _name(self.scales.dtype)
+        return Layout(self.kind, self.columns, self.group, self.factor, scales)
+
 
 @dataclass(frozen=True)
-class _Layout:
-    """What a kernel must know of packed weights; as in `PackedWeights`, with the dtype of the scales."""
+class Layout:
+    """How packed weights lie; as in `PackedWeights`, with the dtype of the scales."""
 
     kind: str
     columns: int
@@ -68,10 +74,18 @@ class _Layout:
     factor: float = 1.0
     scales: str = "float32"
 
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.kind, self.columns, self.group, self.factor, self.scales))
+
+    def __hash__(self) -> int:
+        """Made once: a kernel is looked up for every product."""
+        return self._hash
+
 
 def is_there() -> bool:
     """Whether there are kernels for this processor."""
-    return _kernel(_Layout("int8", 64), "float32", 1) is not None
+    return _kernel(Layout("int8", 64), "float32", 1) is not None
 
 
 def multiplies_slowly(dtype: Any) -> bool:
@@ -103,24 +117,33 @@ def _may_read(tokens: Any, weights: PackedWeights) -> bool:
     """Whether all is there, in RAM, and nobody looks on: to differentiate, to trace."""
     import torch
 
-    is_watched = torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")
-    if is_watched or type(tokens) not in (torch.Tensor, torch.nn.Parameter):
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return False
-    parts = [part for part in (tokens, weights.data, weights.scales, weights.shifts) if part is not None]
-    if torch.is_grad_enabled() and any(part.requires_grad for part in parts):
+    if type(tokens) not in (torch.Tensor, torch.nn.Parameter) or not tokens.numel():
         return False
-    is_whole = (weights.scales is None) == (weights.kind in PLAIN)
-    return is_whole and tokens.numel() > 0 and all(part.device.type == "cpu" for part in parts)
+    if (weights.scales is None) != (weights.kind in PLAIN):
+        return False
+    needs_grad = torch.is_grad_enabled()
+    for part in (
+        tokens,
+        weights.data,
+        weights.scales,
+        weights.shifts,
+    ):  # a loop: it is asked for every product
+        if part is not None and not (part.is_cpu and not (needs_grad and part.requires_grad)):
+            return False
+    return True
 
 
 def _by_bytes(tokens: Any, weights: PackedWeights, matrices: Any = None) -> Any:
     """Tokens times a matrix, or each of them times one of ``matrices``; ``None`` where no kernel takes it."""
     import torch
 
-    pairs = 1 if matrices is None else len(tokens)
-    blocks = -(-len(tokens) // pairs // _TOGETHER)
-    together = -(-len(tokens) // pairs // blocks)
-    kernel = _kernel(_layout(weights), _name(tokens.dtype), together)
+    count = tokens.shape[0]
+    pairs = 1 if matrices is None else count
+    blocks = -(-count // pairs // _TOGETHER)
+    together = -(-count // pairs // blocks)
+    kernel = _kernel(weights.layout, _name(tokens.dtype), together)
     if kernel is None:
         return None
     places = pairs * blocks * together  # the last of them may be empty
@@ -128,7 +151,7 @@ def _by_bytes(tokens: Any, weights: PackedWeights, matrices: Any = None) -> Any:
     inputs = (tokens, torch.empty(places, weights.columns))
     matrices = _only() if matrices is None else matrices
     _run(kernel, weights, results, inputs=inputs, pairs=pairs, matrices=matrices, blocks=blocks)
-    return results[: len(tokens)]
+    return results if places == count else results[:count]
 
 
 def _by_numbers(tokens: Any, weights: PackedWeights) -> Any:
@@ -136,7 +159,7 @@ def _by_numbers(tokens: Any, weights: PackedWeights) -> Any:
     import torch
 
     dtype = _quick_dtype(tokens.dtype)
-    if _kernel(_layout(weights), _name(dtype), 0) is None:
+    if _kernel(weights.layout, _name(dtype), 0) is None:
         return None
     inputs, results = tokens.to(dtype), tokens.new_empty(len(tokens), weights.rows)
     step = weights.rows if weights.shifts is not None else max(1, _UNPACKED_WEIGHTS // weights.columns)
@@ -158,7 +181,7 @@ def _unpack(weights: PackedWeights, start: int, numbers: Any) -> None:
     if scales is not None:
         scales = scales.view(-1)[start * (scales.numel() // weights.rows) :]
     part = replace(weights, data=data, scales=scales, rows=len(numbers))
-    kernel = _kernel(_layout(weights), _name(numbers.dtype), 0)
+    kernel = _kernel(weights.layout, _name(numbers.dtype), 0)
     assert kernel is not None
     _run(kernel, part, numbers)
 
@@ -176,14 +199,32 @@ def _run(
     """Call a kernel; see `kernels.products.products` for its arguments."""
     import torch
 
-    size = pairs * weights.rows * weights.columns
-    tensors = (*inputs, weights.data, weights.scales, weights.shifts, results)
-    addresses = (0 if tensor is None else tensor.data_ptr() for tensor in tensors)
-    chosen = 0 if matrices is None else matrices.data_ptr()
     threads = torch.get_num_threads()  # ask always: that is when a new thread learns of torch's setting
-    count = 0 if inputs[0] is None else len(inputs[0])
-    numbers = (count, weights.columns, weights.rows, pairs, chosen, blocks, 1 if size < _ALONE else threads)
-    kernel((ctypes.c_int64 * 13)(*addresses, *numbers))
+    tokens, arranged = inputs
+    kernel(
+        _Words(
+            _address(tokens),
+            _address(arranged),
+            _address(weights.data),
+            _address(weights.scales),
+            _address(weights.shifts),
+            results.data_ptr(),
+            0 if tokens is None else tokens.shape[0],
+            weights.columns,
+            weights.rows,
+            pairs,
+            _address(matrices),
+            blocks,
+            1 if pairs * weights.rows * weights.columns < _ALONE else threads,
+        )
+    )
+
+
+_Words = ctypes.c_int64 * 13
+
+
+def _address(tensor: Any) -> int:
+    return 0 if tensor is None else int(tensor.data_ptr())
 
 
 @cache
@@ -194,17 +235,13 @@ def _only() -> Any:
     return torch.zeros(1, dtype=torch.int64)
 
 
+@cache
 def _name(dtype: Any) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _layout(weights: PackedWeights) -> _Layout:
-    scales = "float32" if weights.scales is None else _name(weights.scales.dtype)
-    return _Layout(weights.kind, weights.columns, weights.group, weights.factor, scales)
-
-
 @cache
-def _kernel(layout: _Layout, dtype: str, together: int) -> Callable[[Any], None] | None:
+def _kernel(layout: Layout, dtype: str, together: int) -> Callable[[Any], None] | None:
     """The compiled kernel for so many tokens together; of none: what unpacks."""
     reader = _reader(layout, is_exact=dtype != "bfloat16")
     used = {layout.kind, layout.scales, dtype}
@@ -228,7 +265,7 @@ def _compiled(reader: Any, scales: str, dtype: str, together: int) -> Callable[[
 
 
 @cache
-def _reader(layout: _Layout, *, is_exact: bool) -> Any:
+def _reader(layout: Layout, *, is_exact: bool) -> Any:
     readers = _readers()
     if readers is None:
         return None
