@@ -133,8 +133,9 @@ def _long_prompts(plan: Plan) -> list[str]:
     devices = dict.fromkeys(place.prefill for place in plan.placements if place.prefill)
     if not devices:
         return []
+    what = "experts" if all(place.is_split for place in plan.placements if place.prefill) else "blocks"
     return [
-        f"prompts    of {plan.long_sweep} tokens or more: the CPU's blocks stream to {', '.join(devices)} too"
+        f"prompts    of {plan.long_sweep} tokens or more: the CPU's {what} stream to {', '.join(devices)} too"
     ]
 
 
