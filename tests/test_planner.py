@@ -17,7 +17,7 @@ from llm_magic.machine import Machine
 from llm_magic.model import Block, CacheCost, ModelLayout, TensorInfo
 from llm_magic.plan import Plan, Workload
 from llm_magic.planning.constants import Constants
-from llm_magic.planning.costs import activation_bytes, logits_bytes, longest_pass
+from llm_magic.planning.costs import SCORES_BYTES, activation_bytes, logits_bytes, longest_pass
 from llm_magic.planning.forecast import make_forecast
 from llm_magic.planning.planner import make_budget, make_plan, read_device_map, refusal, register_planners
 from llm_magic.planning.setting import Setting
@@ -122,6 +122,15 @@ def test_eager_attention_makes_the_scores_of_every_head():
     layout = replace(toy(), details={"attention": "eager", "attention_heads": 8, "kv_heads": 8})
     # scores of 8 heads, 512 x 1024: twice in bf16, once in fp32; the mask is in ACTIVATIONS
     assert activation_bytes(layout, Workload(1024)) == ACTIVATIONS + 8 * 512 * 1024 * (2 + 2 + 4)
+
+
+def test_scores_that_are_made_in_parts_have_an_end():
+    layout = replace(toy(), details={"attention": "eager", "attention_heads": 64, "kv_heads": 8})
+    in_parts = replace(layout, details={**layout.details, "attends_in_parts": True})
+    short = Workload(64)
+    assert activation_bytes(in_parts, short) == activation_bytes(layout, short)
+    whole, parts = (activation_bytes(each, Workload(32768)) for each in (layout, in_parts))
+    assert whole - parts == 64 * 512 * 32768 * 8 + 8 * 32 * MIB - SCORES_BYTES
 
 
 @pytest.mark.parametrize("spare", [0, 1, 500 * KIB, 3 * MIB, 64 * MIB])

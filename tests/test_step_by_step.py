@@ -22,6 +22,9 @@ from transformers.models.gpt_oss import modeling_gpt_oss
 from llm_magic.backends.accelerate.decoding import attention, step_by_step
 from llm_magic.backends.accelerate.decoding.joined import FEW_TOKENS
 from llm_magic.backends.accelerate.quiet import quiet
+from llm_magic.backends.accelerate.source.layout import read_layout
+from llm_magic.backends.accelerate.source.sources import ModelFiles
+from llm_magic.model import ModelSpec
 from tests.engines import ask, load
 from tests.packed_checkpoints import save_mxfp4
 
@@ -88,11 +91,47 @@ def test_sweeps_compute_what_transformers_does(
     assert len(calls) == 2
 
 
+@pytest.mark.parametrize("some", [1, 7, 40])
+def test_of_long_passes_some_tokens_attend_at_a_time(
+    model: Any, some: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = sweep(model, 40)
+    step_by_step.use(model)
+    of_a_token = 2 * 4 * 40 * 12  # two sequences, four heads, 40 places: 12 bytes in float32
+    monkeypatch.setattr(step_by_step, "SCORES_BYTES", some * of_a_token)
+    shapes = []
+    usual = step_by_step.attend
+    monkeypatch.setattr(
+        step_by_step, "attend", lambda *a, **o: shapes.append(a[0].shape[2]) or usual(*a, **o)
+    )
+    torch.testing.assert_close(sweep(model, 40), expected, atol=1e-4, rtol=1e-4)
+    assert sum(shapes) == 2 * 40
+    assert max(shapes) == some
+
+
+def test_scores_that_somebody_asks_for_are_made_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    with quiet():
+        made = gpt_oss().eval()
+    step_by_step.use(made)
+    monkeypatch.setattr(step_by_step, "SCORES_BYTES", 1)
+    ids = torch.arange(40)[None]
+    assert made(ids, output_attentions=True).attentions[0].shape == (1, 4, 40, 40)
+
+
+def test_layouts_know_which_models_attend_in_parts(model: Any, tmp_path: Path) -> None:
+    assert step_by_step.serves(model)
+    model.config.save_pretrained(tmp_path)
+    layout = read_layout(ModelSpec(str(tmp_path)), ModelFiles(tmp_path, "model", ()))
+    is_eager = layout.details["attention"] == "eager"
+    assert bool(layout.details.get("attends_in_parts")) == is_eager
+    assert not step_by_step.serves(LlamaForCausalLM(LlamaConfig(**SIZES)))
+
+
 def test_long_passes_and_other_models_are_left_alone(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     step_by_step.use(model)
     with quiet():
         other = type(model)(model.config).eval()
-    monkeypatch.setattr(step_by_step, "attend", None)
+    monkeypatch.setattr(step_by_step, "attend", None)  # so few scores are no trouble
     assert sweep(model, FEW_TOKENS + 1, 2 * FEW_TOKENS).isfinite().all()
     assert sweep(other, 3).isfinite().all()
 

@@ -18,9 +18,13 @@ from llm_magic.machine import Device, Machine
 from llm_magic.model import Block, ModelLayout
 from llm_magic.plan import DeviceUse, MemoryBudget, Placement, Plan, Workload
 from llm_magic.planning.packed import UNPACKED_EXPERTS_BYTES
+from llm_magic.units import MIB
 
 SCAN_CHUNK_TOKENS = 64
 """Tokens for which a chunked recurrent scan keeps one state (the chunk size of transformers' kernels)."""
+
+SCORES_BYTES = 128 * MIB
+"""Of scores that attention without a kernel of torch makes at a time, where it is computed in parts."""
 
 _EXPERTS_ON_THE_WAY = 4
 """One of so many experts of a layer has room where those of the CPU compute in a long sweep, one after the other."""
@@ -287,7 +291,7 @@ def _attention_bytes(layout: ModelLayout, workload: Workload) -> int:
     In a pass that is not the first one of its sequence, sdpa takes a mask (two of booleans, one in
     the model's dtype: tokens x context) and, for grouped queries, keys and values repeated for
     every head. Eager attention always does, and makes the scores of every head: twice in the
-    model's dtype, once in fp32.
+    model's dtype, once in fp32; where it is computed in parts, of some tokens at a time, and without copies.
     """
     tokens, context = min(workload.prefill_tokens, workload.context_length), workload.context_length
     is_eager, width = layout.details.get("attention") == "eager", dtype_bytes(layout.dtype)
@@ -298,8 +302,11 @@ def _attention_bytes(layout: ModelLayout, workload: Workload) -> int:
     heads, kv_heads = layout.details.get("attention_heads", 0), layout.details.get("kv_heads", 0)
     groups = heads // kv_heads if kv_heads else 1
     repeated = groups * max((cache.bytes_for(context) for cache in growing), default=0) if groups > 1 else 0
-    scores = heads * (2 * width + 4) if is_eager else 0
-    return workload.batch * (tokens * reach * (2 + width + scores) + repeated)
+    scores = tokens * reach * heads * (2 * width + 4) if is_eager else 0
+    more = workload.batch * (scores + repeated)
+    if layout.details.get("attends_in_parts"):
+        more = min(more, SCORES_BYTES)
+    return workload.batch * tokens * reach * (2 + width) + more
 
 
 def _scan_bytes(layout: ModelLayout, workload: Workload) -> int:

@@ -1,8 +1,9 @@
-"""Attention that torch's kernels do not have, with sinks or capped scores, for a sweep's few tokens.
+"""Attention that torch's kernels do not have, with sinks or capped scores, without copies of keys and values.
 
 transformers computes it step by step, and copies keys and values for each query head first: for gpt-oss
 eight times, which over a long cache are more bytes than its layers. Here the query heads that share keys
-are rows of one product, as in `attention`, and nothing is copied.
+are rows of one product, as in `attention`, and nothing is copied. Of a long prompt transformers has the scores of all
+heads at once, gigabytes of them; here some of its tokens attend at a time.
 
 The function that is replaced is a global of the file of each architecture. Whether this one computes the
 same is tried with random numbers, not read from its name.
@@ -17,6 +18,7 @@ from typing import Any
 
 from llm_magic.backends.accelerate.decoding.capturable import attention_of
 from llm_magic.backends.accelerate.decoding.joined import FEW_TOKENS
+from llm_magic.planning.costs import SCORES_BYTES
 
 _NAME = "eager_attention_forward"
 _MARK = "attends_step_by_step"
@@ -25,7 +27,7 @@ _SHARED, _WIDTH = 3, 8  # of the trial: query heads for each of two of keys, and
 
 
 def use(model: Any) -> None:
-    """Let sweeps of few tokens through layers of ``model`` that attend step by step run as this file has it.
+    """Let layers of ``model`` that attend step by step do it as this file has it, in sweeps of few tokens and of many.
 
     Other models of its architecture do not see a difference.
     """
@@ -34,6 +36,12 @@ def use(model: Any) -> None:
     for module in model.modules():
         if hasattr(module, "is_causal") and _is_served(module):
             setattr(module, _MARK, True)
+
+
+def serves(model: Any) -> bool:
+    """Whether `use` would make all layers of a model attend like this."""
+    modules = [module for module in model.modules() if hasattr(module, "is_causal")]
+    return attention_of(model) == "eager" and bool(modules) and all(map(_usual_of, modules))
 
 
 def attend(
@@ -87,42 +95,69 @@ def attend(
 
 def _is_served(module: Any) -> bool:
     """Whether a layer's attention is what `attend` computes; its file's function knows this one from then on."""
-    scope = getattr(inspect.unwrap(type(module).forward), "__globals__", {})
-    usual = scope.get(_NAME)
-    if usual is None or not set(inspect.signature(usual).parameters) <= _KNOWN:
+    usual = _usual_of(module)
+    if usual is None:
         return False
-    theirs = inspect.unwrap(usual)
-    if not _computes_the_same(theirs, getattr(module, "sinks", None) is not None):
-        return False
-    if theirs is usual:
-        scope[_NAME] = _replaced(usual)
+    if inspect.unwrap(usual) is usual:
+        _scope_of(module)[_NAME] = _replaced(usual)
     return True
 
 
+def _usual_of(module: Any) -> Any:
+    """The function of a layer's file, if it is what `attend` computes."""
+    usual = _scope_of(module).get(_NAME)
+    if usual is None or not set(inspect.signature(usual).parameters) <= _KNOWN:
+        return None
+    has_sinks = getattr(module, "sinks", None) is not None
+    return usual if _computes_the_same(inspect.unwrap(usual), has_sinks) else None
+
+
+def _scope_of(module: Any) -> dict[str, Any]:
+    scope: dict[str, Any] = getattr(inspect.unwrap(type(module).forward), "__globals__", {})
+    return scope
+
+
 def _replaced(usual: Any) -> Any:
+    import torch
+
     @wraps(usual)
     def forward(
         module: Any, query: Any, key: Any, value: Any, attention_mask: Any, *args: Any, **options: Any
     ) -> tuple[Any, Any]:
-        is_ours = hasattr(module, _MARK) and not args and not options.get("dropout")
-        if not (is_ours and _is_sweep(query, key, attention_mask)):
+        is_asked = args or options.get("dropout") or options.get("output_attentions")
+        is_ours = hasattr(module, _MARK) and not is_asked and _is_plain(query, key, attention_mask)
+        if not (is_ours and (query.shape[2] <= FEW_TOKENS or _is_long(query, key))):
             found: tuple[Any, Any] = usual(module, query, key, value, attention_mask, *args, **options)
             return found
         scale, softcap = options.get("scaling"), options.get("softcap")
         scale = module.head_dim**-0.5 if scale is None else scale
         sinks = getattr(module, "sinks", None)
-        return attend(query, key, value, attention_mask, scale=scale, softcap=softcap, sinks=sinks), None
+        some = max(1, SCORES_BYTES // _score_bytes(query, key))
+        parts = zip(query.split(some, dim=2), attention_mask.split(some, dim=2), strict=True)
+        outs = [attend(q, key, value, mask, scale=scale, softcap=softcap, sinks=sinks) for q, mask in parts]
+        return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1), None
 
     return forward
 
 
-def _is_sweep(query: Any, key: Any, mask: Any) -> bool:
+def _is_plain(query: Any, key: Any, mask: Any) -> bool:
     return (
         mask is not None
-        and query.shape[2] <= FEW_TOKENS
         and mask.dtype == query.dtype
         and tuple(mask.shape) == (query.shape[0], 1, query.shape[2], key.shape[2])
     )
+
+
+def _is_long(query: Any, key: Any) -> bool:
+    """Whether scores and copies of a pass would take more than some scores at a time."""
+    shared = query.shape[1] // key.shape[1]
+    copied = 2 * key.nbytes * shared if shared > 1 else 0
+    return bool(query.shape[2] * _score_bytes(query, key) + copied > SCORES_BYTES)
+
+
+def _score_bytes(query: Any, key: Any) -> int:
+    """What the scores of one token's heads take: twice in float32, and once as they come."""
+    return int(query.shape[0] * query.shape[1] * key.shape[2] * (8 + query.element_size()))
 
 
 @cache

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from llm_magic.backends.accelerate.decoding import step_by_step
 from llm_magic.backends.accelerate.decoding.capturable import (
     has_plain_cache,
     model_reason,
@@ -75,6 +76,8 @@ def read_layout(spec: ModelSpec, files: ModelFiles) -> ModelLayout:
         details |= {"eager": reason}
     elif not has_plain_cache(model):
         details |= {"keeps_states": True}
+    if step_by_step.serves(model):
+        details |= {"attends_in_parts": True}
     if _are_apart(model, blocks):
         details |= {"routed_experts": True}
     if method is not None:
