@@ -148,6 +148,18 @@ def test_a_long_prompt_is_read_in_the_largest_parts_that_fit(spare: int):
             assert activation_bytes(layout, Workload(prompt, prefill_tokens=tokens + 1)) > room
 
 
+def test_what_an_engine_has_beyond_its_plan_is_no_room_for_a_pass():
+    layout = toy()
+    needed = plan_for(layout, laptop()).use("cpu").planned
+    tight, roomy = (
+        plan_for(layout, laptop(), policy="cpu", max_memory={"cpu": needed + spare}) for spare in (0, 64 * MIB)
+    )
+    for prompt, cached in ((1024, 0), (1024, 300), (513, 511)):
+        taken = {"cpu": 64 * MIB, "cuda:0": 1}
+        assert longest_pass(roomy, prompt, cached, taken) == longest_pass(tight, prompt, cached)
+    assert longest_pass(roomy, 1024, 300) > longest_pass(tight, 1024, 300)
+
+
 def test_a_recurrent_state_takes_the_prompt_in_one_pass_and_a_warning():
     layout = toy()
     blocks = [replace(b, cache=CacheCost(0, 2 * MIB)) if b.kind == "decoder" else b for b in layout.blocks]

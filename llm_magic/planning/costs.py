@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from math import prod
 
@@ -98,7 +98,7 @@ def can_prefill_in_parts(layout: ModelLayout) -> bool:
     return keeps_all and not layout.is_encoder_decoder
 
 
-def longest_pass(plan: Plan, context: int, cached: int = 0) -> int:
+def longest_pass(plan: Plan, context: int, cached: int = 0, taken: Mapping[str, int] | None = None) -> int:
     """Tokens of a prompt that one prefill pass may read, by what the plan leaves spare.
 
     Parameters
@@ -107,6 +107,8 @@ def longest_pass(plan: Plan, context: int, cached: int = 0) -> int:
         Tokens of the whole prompt.
     cached
         How many of them the KV cache holds already.
+    taken
+        Device -> bytes that the engine has of what the plan leaves spare.
 
     Returns
     -------
@@ -116,7 +118,9 @@ def longest_pass(plan: Plan, context: int, cached: int = 0) -> int:
     """
     layout, batch, left = plan.layout, plan.workload.batch, context - cached
     computing = {place.compute for place in plan.placements}  # each `prefill` device among them
-    spare = min((use.spare for use in plan.uses if use.device in computing), default=0)
+    taken = taken or {}
+    spares = (use.spare - taken.get(use.device, 0) for use in plan.uses if use.device in computing)
+    spare = min(spares, default=0)
     room = activation_bytes(layout, plan.workload) + max(0, spare)
 
     def is_too_long(tokens: int) -> bool:

@@ -406,3 +406,15 @@ def test_memory_that_runs_out_is_mended(
         assert answers(engine) == expected(), nth
         engine.close()
     assert mended
+
+
+def test_experts_that_come_for_prompts_leave_room_for_long_ones(engine_of: Callable[..., Any]) -> None:
+    """Those that come for every token have what is spare, and no prompt counts on it."""
+    split = engine_of(layers(VISITING_SPLIT))
+    use = split.plan.use(DEVICE)
+    assert split._placed._expert_lanes[DEVICE].cache_bytes <= use.slots
+    assert split._placed.beyond_plan() == {DEVICE: 0}
+    streamed = engine_of(layers(STREAMED))
+    held = streamed.memory()[DEVICE]["slots"]
+    assert streamed._placed.beyond_plan() == {DEVICE: held - streamed.plan.use(DEVICE).slots}
+    assert streamed._placed.beyond_plan()[DEVICE] > 0

@@ -377,7 +377,7 @@ class TransformersEngine:
         new = len(prompt.ids) - cached
         if not self._caches.can_keep or config.use_cache is False:
             return new
-        return longest_pass(self.plan, len(prompt.ids), cached)
+        return longest_pass(self.plan, len(prompt.ids), cached, self._placed.beyond_plan())
 
     def _prompt_bytes(self, length: int, cached: int, part: int) -> int:
         """What a device needs to read a prompt: new keys and values, and what a pass makes beside them."""

@@ -221,6 +221,14 @@ class PlacedModel:
             held["cpu"]["slots"] += experts.staging_bytes
         return held
 
+    def beyond_plan(self) -> dict[str, int]:
+        """Device -> bytes that experts have there of what the plan leaves spare."""
+        planned = {use.device: use.slots for use in self.plan.uses}
+        held = {device: experts.cache_bytes for device, experts in self._expert_lanes.items()}
+        for device in held:
+            held[device] += self._lanes[device].slot_bytes if device in self._lanes else 0
+        return {device: max(0, size - planned.get(device, 0)) for device, size in held.items()}
+
     def apply(self, plan: Plan, report: Report = lambda *_: None) -> Moved:
         """Move the blocks that ``plan`` places elsewhere.
 
@@ -775,7 +783,10 @@ class PlacedModel:
         return ChainMap(*(StoredWeights(part.tensors, part.store) for part in parts))  # type: ignore[arg-type]
 
     def _attach_experts(self, plan: Plan) -> None:
-        """Routed experts come one by one, to the room that the plan has for slots or leaves spare."""
+        """Routed experts come one by one, to the room that the plan has for slots or leaves spare.
+
+        Those that come for prompts alone leave that to the prompts: a longer pass fetches them less often.
+        """
         travellers: dict[str, list[ExpertTraveller]] = defaultdict(list)
         self._attach_cpu_experts()
         for part in self.experts.values():
@@ -787,7 +798,8 @@ class PlacedModel:
             elif part.place.way == "read" and part.file is not None:
                 self._advise_experts(part, part.file)
         for device, experts in travellers.items():
-            room = self._room_for_experts(device, plan)
+            is_hot = any(visitor is None for _, _, visitor in experts)
+            room = self._room_for_experts(device, plan, with_spare=is_hot)
             streams = self._streams(device)
             self._expert_lanes[device] = DeviceExperts(device, experts, room, self._reader, streams)
         self._choose_implementation(travellers)
@@ -814,10 +826,11 @@ class PlacedModel:
             self.model.set_experts_implementation(self._usual_experts)
             self._usual_experts = None
 
-    def _room_for_experts(self, device: str, plan: Plan) -> int:
+    def _room_for_experts(self, device: str, plan: Plan, *, with_spare: bool) -> int:
         """Bytes that the plan has for slots, or leaves spare, and the lane does not take."""
         lane = self._lanes.get(device)
-        room = sum(use.slots + max(0, use.spare) for use in plan.uses if use.device == device)
+        use = next((use for use in plan.uses if use.device == device), None)
+        room = (use.slots + max(0, use.spare) * with_spare) if use else 0
         return max(0, room - (lane.slot_bytes if lane else 0))
 
     def _advise_experts(self, part: PlacedBlock, file: FileStore) -> None:
