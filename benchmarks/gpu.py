@@ -270,7 +270,9 @@ def gpu_experts(setup: Setup) -> None:
     note(Figure("GPU, nf4 experts: times stock nf4", group.ratio(ours.name, stock.name), 3.5))
     ratio = group.ratio(fetched.name, plain_fetched.name)
     note(Figure("GPU, nf4 experts fetched from RAM: times bf16", ratio))
-    note(Figure("GPU, nf4 experts by the CPU: times whole layers by it", group.ratio(split.name, on_cpu.name)))
+    note(
+        Figure("GPU, nf4 experts by the CPU: times whole layers by it", group.ratio(split.name, on_cpu.name))
+    )
 
 
 def from_disk(setup: Setup) -> None:

@@ -15,12 +15,14 @@ class LoadOptions:
     """Options that ``%llm load`` and ``%llm plan`` share.
 
     ``device_map`` is the name of a planner, a ``.json`` file, or a map; ``max_memory`` bytes by device;
-    ``machine`` a file that describes another machine, to plan for.
+    ``machine`` a file that describes another machine, to plan for. ``ctx_size`` and ``ubatch_size`` are tokens: of
+    the context, and of a pass through a prompt.
     """
 
     device_map: str | Mapping[str, str] = "auto"
     max_memory: Mapping[str, int] = field(default_factory=dict)
     ctx_size: int | None = None
+    ubatch_size: int | None = None
     offload_folder: str = ""
     machine: str = ""
 

@@ -140,10 +140,13 @@ class Session:
         constants = kept_constants(layout, machine)
 
         def planned(context: int) -> Plan:
+            workload = Workload(context)
+            if options.ubatch_size:
+                workload = replace(workload, prefill_tokens=options.ubatch_size)
             return make_plan(
                 layout,
                 machine,
-                Workload(context),
+                workload,
                 placement=placement,
                 policy=policy,
                 max_memory=options.max_memory,

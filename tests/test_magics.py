@@ -268,6 +268,13 @@ def test_a_load_says_what_its_plan_warns_of(shell, capsys) -> None:
     assert "longer than the 2,048" in capsys.readouterr().out
 
 
+def test_a_load_makes_room_for_passes_of_some_tokens(shell, session) -> None:
+    for option in ("-ub 64", "--ubatch-size 64"):
+        run(shell, f"%llm load fake:b -c 128 {option}")
+        workload = session.model().plan.workload
+        assert (workload.context_length, workload.prefill_tokens) == (128, 64)
+
+
 def test_fix_passes_over_our_own_errors(loaded, backend) -> None:
     loaded.run_cell("1 / 0", store_history=True)
     loaded.run_cell("%llm fxi", store_history=True)

@@ -152,7 +152,8 @@ def test_what_an_engine_has_beyond_its_plan_is_no_room_for_a_pass():
     layout = toy()
     needed = plan_for(layout, laptop()).use("cpu").planned
     tight, roomy = (
-        plan_for(layout, laptop(), policy="cpu", max_memory={"cpu": needed + spare}) for spare in (0, 64 * MIB)
+        plan_for(layout, laptop(), policy="cpu", max_memory={"cpu": needed + spare})
+        for spare in (0, 64 * MIB)
     )
     for prompt, cached in ((1024, 0), (1024, 300), (513, 511)):
         taken = {"cpu": 64 * MIB, "cuda:0": 1}

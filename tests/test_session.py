@@ -11,6 +11,8 @@ from llm_magic.events import Message, StopFlag
 from llm_magic.model import ModelSpec
 from llm_magic.options import AskOptions, LoadOptions
 from llm_magic.session import Session
+from llm_magic.views.commands import command_of
+from llm_magic.views.llama_cpp import llama_cpp_options
 from tests.fake_backend import MIB, FakeBackend, plugins_with
 
 FAKE = ModelSpec("fake:a")
@@ -99,6 +101,14 @@ def test_the_context_is_the_default_or_the_models_own(session) -> None:
     assert session.model().plan.workload.context_length == 2048  # the model's, shorter than 8192
     session.settings.ctx_size = 512
     assert session.plan(FAKE, LoadOptions()).workload.context_length == 512
+
+
+def test_a_pass_through_a_prompt_has_the_room_that_was_asked_for(session) -> None:
+    usual, asked = (session.plan(FAKE, LoadOptions(ubatch_size=size)) for size in (None, 1024))
+    assert (usual.workload.prefill_tokens, asked.workload.prefill_tokens) == (512, 1024)
+    for words in (command_of, llama_cpp_options):
+        assert "-ub" not in words(usual)
+        assert "-ub 1024" in words(asked)
 
 
 def test_a_source_that_is_not_there_changes_nothing(session) -> None:

@@ -52,6 +52,13 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
         "device",
     )
     add("-c", "--ctx-size", type=number(1, 2**31, int), metavar="N", help="tokens of context to plan for")
+    add(
+        "-ub",
+        "--ubatch-size",
+        type=number(1, 2**31, int),
+        metavar="N",
+        help="tokens of a prompt that one pass has room for; more of them fetch what is offloaded less often",
+    )
     completes(
         add("--offload-folder", default="", metavar="DIR", help="where blocks on disk may be written"), "file"
     )
@@ -77,6 +84,7 @@ def read_source_options(found: argparse.Namespace) -> tuple[ModelSpec, LoadOptio
         device_map=found.device_map,
         max_memory=found.max_memory,
         ctx_size=found.ctx_size,
+        ubatch_size=found.ubatch_size,
         offload_folder=found.offload_folder,
         machine=found.machine,
     )

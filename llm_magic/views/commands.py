@@ -7,7 +7,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from llm_magic.folders import display_path
-from llm_magic.plan import Plan
+from llm_magic.plan import Plan, Workload
 from llm_magic.units import exact_bytes
 from llm_magic.views.words import grouped
 
@@ -41,6 +41,8 @@ def command_of(plan: Plan, before: Plan | None = None, model: str = "") -> str:
         )
         words += ["--max-memory", limits]
     words += ["-c", str(plan.workload.context_length)]
+    if plan.workload.prefill_tokens != Workload.prefill_tokens:
+        words += ["-ub", str(plan.workload.prefill_tokens)]
     for name in ("dtype", "revision", "quantize", "draft"):
         value = plan.options.get(name, "")
         value = _source(value) if value and name == "draft" else value

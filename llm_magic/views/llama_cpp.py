@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from itertools import groupby
 
-from llm_magic.plan import Plan
+from llm_magic.plan import Plan, Workload
 
 _ALL = 99  # as its documentation writes "every layer"
 
 
 def llama_cpp_options(plan: Plan) -> str:
-    """Options that place the layers of a plan, as near as llama.cpp can; the context too.
+    """Options that place the layers of a plan, as near as llama.cpp can; the context and the length of a pass too.
 
     ``-ngl N`` puts the last ``N`` layers on GPUs, and with one more the head; ``--tensor-split`` gives
     each GPU a run of them; ``-ot`` names the layers that are elsewhere than these two say, and those whose
@@ -25,6 +25,8 @@ def llama_cpp_options(plan: Plan) -> str:
     gpus = [gpu.id for gpu in plan.machine.gpus]
     on_gpu = [home for home in homes if home in gpus]
     context = f"-c {plan.workload.context_length}"
+    if plan.workload.prefill_tokens != Workload.prefill_tokens:
+        context += f" -ub {plan.workload.prefill_tokens}"
     if not on_gpu:
         return f"-ngl 0 {context}"
     words, overrides = _layers(homes, gpus, plan)
