@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -29,7 +30,7 @@ from llm_magic.placing import Moved, Target, as_if_unloaded, carry_out, limits_o
 from llm_magic.plan import Plan, PlannedEvent, Workload
 from llm_magic.planning.budget import device_name
 from llm_magic.planning.constants import Constants
-from llm_magic.planning.planner import make_plan, read_device_map, refusal
+from llm_magic.planning.planner import make_plan, read_device_map, refusal, with_room_for_prompts
 from llm_magic.planning.select import edited, select_blocks
 from llm_magic.plugins import Plugins, pick
 from llm_magic.result import Footprint, Generation, Turn
@@ -139,14 +140,11 @@ class Session:
         placement, policy = self._placement(options.device_map, layout, machine)
         constants = kept_constants(layout, machine)
 
-        def planned(context: int) -> Plan:
-            workload = Workload(context)
-            if options.ubatch_size:
-                workload = replace(workload, prefill_tokens=options.ubatch_size)
+        def planned(context: int, of_a_pass: int = options.ubatch_size or Workload.prefill_tokens) -> Plan:
             return make_plan(
                 layout,
                 machine,
-                workload,
+                Workload(context, prefill_tokens=of_a_pass),
                 placement=placement,
                 policy=policy,
                 max_memory=options.max_memory,
@@ -155,9 +153,13 @@ class Session:
                 constants=constants,
             )
 
+        def with_room(context: int) -> Plan:
+            plan = planned(context)
+            return plan if options.ubatch_size else with_room_for_prompts(plan, partial(planned, context))
+
         if options.ctx_size:
-            return planned(options.ctx_size)
-        return _with_longest_context(planned, self._default_context(layout.context_length))
+            return with_room(options.ctx_size)
+        return _with_longest_context(with_room, self._default_context(layout.context_length))
 
     def replan(self, plan: Plan, target: Target, max_memory: Mapping[str, int]) -> Plan:
         """Another placement of a model that is planned and not loaded, on the machine as it was then.

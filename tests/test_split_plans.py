@@ -10,7 +10,7 @@ from llm_magic.machine import Machine
 from llm_magic.model import ModelLayout
 from llm_magic.placing import changes_in_words
 from llm_magic.plan import Plan, Workload
-from llm_magic.planning.planner import make_plan
+from llm_magic.planning.planner import make_plan, with_room_for_prompts
 from llm_magic.planning.policies import POLICIES
 from llm_magic.planning.setting import Setting
 from llm_magic.planning.sweep import block_sweep, can_capture
@@ -229,3 +229,39 @@ def test_what_a_split_layer_costs_is_measured_on_an_h100_too() -> None:
     assert ways(plan) == {"resident", "split"}
     setting = Setting(plan.layout, plan.machine, plan.budget, plan.workload)
     assert setting.uses(plan.placements) == plan.uses
+
+
+def with_room(layout: ModelLayout, on: Machine, context: int = 8192, **options: object) -> tuple[Plan, Plan]:
+    """A plan for passes of 512 tokens, and what becomes of it."""
+
+    def of_passes(tokens: int) -> Plan:
+        asked = {"placement": AUTO, "policy": "auto", **options}
+        return make_plan(layout, on, Workload(context, prefill_tokens=tokens), **asked)  # type: ignore[arg-type]
+
+    usual = of_passes(512)
+    return usual, with_room_for_prompts(usual, of_passes)
+
+
+def test_prompts_have_room_for_longer_passes_where_they_wait_for_the_bus() -> None:
+    usual, plan = with_room(mixture(), desktop(8))
+    assert plan.workload.prefill_tokens == 2048
+    assert plan.forecast.prefill_tps > 2 * usual.forecast.prefill_tps
+    assert plan.forecast.decode_tps > 0.93 * usual.forecast.decode_tps
+    assert plan.use(GPU).activations > usual.use(GPU).activations
+    assert "for 2,048 tokens at a time" in " ".join(plan_report(plan).text.split())
+
+
+@pytest.mark.parametrize(
+    ("layout", "on", "options"),
+    [
+        (mixture(), desktop(48), {}),  # nothing comes over the bus
+        (mixture(), machine(ram(64 * GIB), disk(1000 * GIB)), {}),  # no GPU
+        (mixture(), desktop(8, 8), {"max_memory": {"disk": 0}}),  # it does not fit
+        (mixture(), desktop(8), {"context": 600}),  # no prompt is longer
+    ],
+)
+def test_passes_stay_as_they_are_elsewhere(
+    layout: ModelLayout, on: Machine, options: dict[str, object]
+) -> None:
+    usual, plan = with_room(layout, on, **options)  # type: ignore[arg-type]
+    assert plan is usual

@@ -6,6 +6,7 @@ planner can promise what does not fit.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -27,10 +28,18 @@ from llm_magic.planning.setting import Setting
 from llm_magic.planning.ways import place_blocks
 from llm_magic.units import MIB, format_bytes, format_rate
 
-__all__ = ["make_budget", "make_plan", "read_device_map", "refusal", "register_planners"]
+__all__ = [
+    "make_budget",
+    "make_plan",
+    "read_device_map",
+    "refusal",
+    "register_planners",
+    "with_room_for_prompts",
+]
 
 _SHORTEST_CONTEXT = 256
 _CLEARLY_FASTER = 1.2
+_PROMPT, _ANSWER = 2048, 256  # tokens
 _CPU = next(planner for planner in POLICIES if planner.name == "cpu")
 
 
@@ -102,6 +111,36 @@ def refusal(plan: Plan) -> PlanError:
     """The error that says why a plan cannot be loaded, and what could be."""
     remedy = plan.remedies[0] if plan.remedies else "Choose a smaller model."
     return PlanError(f"{plan.layout.name} does not fit: {' '.join(plan.problems)}", remedy)
+
+
+def with_room_for_prompts(plan: Plan, planned: Callable[[int], Plan]) -> Plan:
+    """The plan, or one with room for longer passes through a prompt where that pays.
+
+    What is offloaded goes to a GPU once for each pass, so passes of twice the length take half the time, as long as
+    the bus is what they wait for. Their hidden states take room from layers, and answers are slower then. It
+    is weighed for a prompt of `_PROMPT` tokens and an answer of `_ANSWER`.
+
+    Parameters
+    ----------
+    planned
+        Makes the same plan for passes of so many tokens.
+    """
+    gpus = {gpu.id for gpu in plan.machine.gpus}
+    if not plan.fits or not any(place.fetched_to in gpus for place in plan.placements):
+        return plan
+    tokens = plan.workload.prefill_tokens
+    while (tokens := 2 * tokens) <= min(_PROMPT, plan.workload.context_length):
+        longer = planned(tokens)
+        if longer.fits and _answer_s(longer) < _answer_s(plan):
+            plan = longer
+    return plan
+
+
+def _answer_s(plan: Plan) -> float:
+    forecast = plan.forecast
+    if not forecast.decode_tps or not forecast.prefill_tps:
+        return math.inf
+    return _PROMPT / forecast.prefill_tps + _ANSWER / forecast.decode_tps
 
 
 @dataclass(frozen=True)

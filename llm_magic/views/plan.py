@@ -135,7 +135,8 @@ def _long_prompts(plan: Plan) -> list[str]:
         return []
     what = "experts" if all(place.is_split for place in plan.placements if place.prefill) else "blocks"
     return [
-        f"prompts    of {plan.long_sweep} tokens or more: the CPU's {what} stream to {', '.join(devices)} too"
+        f"prompts    of {plan.long_sweep} tokens or more: the CPU's {what} stream to {', '.join(devices)} too, "
+        f"for {plan.workload.prefill_tokens:,} tokens at a time"
     ]
 
 
