@@ -73,6 +73,20 @@ def test_a_long_context_stays_on_the_gpu_as_far_as_it_has_room() -> None:
     assert longer.use("cpu").kv_cache > 0
 
 
+@pytest.mark.parametrize("vram", [4, 6])
+@pytest.mark.parametrize("memory", [14.0, 14.5, 14.75, 15.25, 15.75])
+def test_what_fits_without_fits_with_split_layers(vram: int, memory: float) -> None:
+    """RAM has to have the experts, and keys and values of what the CPU computes."""
+    whole = planned(replace(mixture(), details={}), desktop(vram, memory))
+    assert planned(mixture(), desktop(vram, memory)).fits or not whole.fits
+    by_hand = {"": GPU, **{f"layers.{i}": "cpu" for i in range(8, 48)}}
+    plans = [
+        planned(each, desktop(6, memory), placement=by_hand, policy="hand")
+        for each in (replace(mixture(), details={}), mixture())
+    ]
+    assert plans[1].fits or not plans[0].fits
+
+
 def test_memory_by_purpose() -> None:
     plan = planned(mixture(), desktop(8))
     split = [place for place in plan.placements if place.is_split]
@@ -81,6 +95,9 @@ def test_memory_by_purpose() -> None:
     assert gpu_use.split == len(split) * (block.bytes - block.expert_bytes)
     assert gpu_use.kv_cache == sum(plan.workload.cache_bytes(b) for b in plan.layout.layers)
     assert gpu_use.slots == block.expert_bytes // 4
+    blocks = tuple(replace(b, experts=4, active_experts=2) if b.experts else b for b in plan.layout.blocks)
+    few = replace(plan.layout, blocks=blocks)
+    assert planned(few, desktop(8)).use(GPU).slots == block.expert_bytes // 2  # two of four
     assert cpu_use.weights >= len(split) * block.expert_bytes
     assert sum(use.weights + use.split for use in plan.uses) == plan.layout.bytes
     assert gpu_use.planned == sum(

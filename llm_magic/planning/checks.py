@@ -158,7 +158,7 @@ def _disk(plan: Plan) -> Iterator[str]:
     on_disk = [place for place in plan.placements if place.home == "disk" and not place.block.is_idle]
     if not on_disk:
         return
-    blocks = [place for place in on_disk if place.is_offloaded]
+    blocks = [place for place in on_disk if place.is_offloaded or place.is_split]
     read = [place for place in blocks if not place.kept]
     disk = plan.machine.device("disk")
     speed = f" at {format_bandwidth(disk.read_bytes_per_s)}" if disk.read_bytes_per_s else ""
@@ -171,7 +171,7 @@ def _disk(plan: Plan) -> Iterator[str]:
     elif read:
         yield f"{what} of {format_bytes(size)} on disk, read again for every token{speed}: slow."
     if len(read) < len(blocks):
-        kept = sum(place.block.bytes for place in blocks if place.kept)
+        kept = sum(place.home_bytes for place in blocks if place.kept)
         yield f"{_blocks(len(blocks) - len(read))} of {format_bytes(kept)} on disk, of which RAM keeps a copy."
     whole = sum(place.block.bytes for place in on_disk)
     if whole > max(0, disk.free_bytes - reserve_bytes(disk)):
@@ -205,7 +205,7 @@ def _unpacked(plan: Plan) -> Iterator[str]:
             f"{format_bytes(plain)} of it stay {layout.dtype}: {layout.quantization} packs linear layers, "
             "and experts that are computed one by one."
         )
-    by_cpu = any(place.compute == "cpu" for place in plan.placements)
+    by_cpu = any("cpu" in place.computing for place in plan.placements)
     if layout.quantization and by_cpu and slow_on_cpu(layout, plan.machine.device("cpu")):
         yield f"{layout.quantization} is slow on the CPU without the kernels that llvmlite compiles for AVX2, AVX-512 and NEON."
 
@@ -232,7 +232,7 @@ def _long_prompt(plan: Plan) -> Iterator[str]:
 def _memory_in_use(plan: Plan) -> Iterator[str]:
     for use in plan.uses:
         device = plan.machine.device(use.device)
-        if _is_foreign(device) and plan.offloaded:
+        if _is_foreign(device) and (plan.offloaded or any(place.is_split for place in plan.placements)):
             held = format_bytes(device.other_bytes)
             yield f"Other programs hold {held} of {use.device}; without them more blocks fit."
         nearly = 0 <= use.spare < use.total * _LITTLE_SPARE and use.planned

@@ -118,6 +118,7 @@ def longest_pass(plan: Plan, context: int, cached: int = 0, taken: Mapping[str, 
     """
     layout, batch, left = plan.layout, plan.workload.batch, context - cached
     computing = {place.compute for place in plan.placements}  # each `prefill` device among them
+    computing |= {device for place in plan.placements if not place.prefill for device in place.computing}
     taken = taken or {}
     spares = (use.spare - taken.get(use.device, 0) for use in plan.uses if use.device in computing)
     spare = min(spares, default=0)
@@ -271,12 +272,19 @@ def _slot_bytes(
     slots = Counter[str]()
     for place in placed:
         if place.is_split and place.prefill:
-            slots[place.prefill] = max(slots[place.prefill], place.block.expert_bytes // _EXPERTS_ON_THE_WAY)
+            slots[place.prefill] = max(slots[place.prefill], _on_the_way(place.block))
     for device, sizes in arriving.items():
         slots[device] += _ring_bytes(device, sizes)
     for device, sizes in staged.items():  # of a shared memory there is one only
         slots[device if machine.device(device).unified else "cpu"] += _ring_bytes("cpu", sizes)
     return slots
+
+
+def _on_the_way(block: Block) -> int:
+    """Room in which experts arrive one after the other: at least one comes while another computes."""
+    if not block.experts:
+        return 0
+    return max(block.expert_bytes // _EXPERTS_ON_THE_WAY, -(-2 * block.expert_bytes // block.experts))
 
 
 def _ring_bytes(device: str, sizes: Sequence[int]) -> int:
@@ -309,7 +317,7 @@ def _attention_bytes(layout: ModelLayout, workload: Workload) -> int:
     scores = tokens * reach * heads * (2 * width + 4) if is_eager else 0
     more = workload.batch * (scores + repeated)
     if layout.details.get("attends_in_parts"):
-        more = min(more, SCORES_BYTES)
+        more = min(more, max(SCORES_BYTES, workload.batch * reach * heads * (8 + width)))
     return workload.batch * tokens * reach * (2 + width) + more
 
 

@@ -205,7 +205,8 @@ def _planned(planner: Planner, request: _Request) -> dict[str, str]:
 
 def _faster_on_the_cpu(plan: Plan, request: _Request) -> Iterator[str]:
     """Streaming over a bus can be slower than computing where the weights are: worth a word before loading."""
-    if not plan.offloaded or plan.placements[0].compute == "cpu" or not plan.machine.has("cpu"):
+    is_offloaded = plan.offloaded or any(place.is_split for place in plan.placements)
+    if not is_offloaded or plan.placements[0].compute == "cpu" or not plan.machine.has("cpu"):
         return
     on_cpu = _place(replace(request, placement=_CPU, policy=_CPU.name))
     if checks.problems(on_cpu):

@@ -152,9 +152,10 @@ class Task:
         return [bool({place.compute, place.prefill} & set(self.compute)) for place in layers or placed]
 
     def _is_split(self, homes: Homes) -> bool:
-        """Whether every layer with experts in the stores is split."""
+        """Whether every layer with experts in RAM is split, and there are some."""
         placed, _ = self.outcome(homes)
-        return all(p.is_split or p.home in self.compute for p in placed if p.block.experts)
+        in_ram = [p for p in placed if p.block.experts and (p.home == "cpu" or p.kept)]
+        return bool(in_ram) and all(place.is_split for place in in_ram)
 
     def shortage(self, homes: Homes, devices: tuple[str, ...]) -> int:
         """Bytes that lack on some of the devices."""
@@ -326,9 +327,9 @@ def _of_what_runs(setting: Setting, place: Callable[[Task], Homes | None]) -> di
         between = [_first(some, place) for some in tasks_of] if least < most else []
         found = [homes for homes in (streamed, split, beside, *between) if homes is not None]
         return min(found, key=lambda homes: _answer_s(setting, homes)) if len(found) > 1 else beside
+    found = [homes for homes in (streamed, split) if homes is not None]
     return (
-        streamed
-        or split
+        min(found, key=lambda homes: _answer_s(setting, homes), default=None)
         or _first((*both, *tasks[len(streaming) :]), place)
         or tasks[0].names(_most_offloaded(tasks[0]))
     )

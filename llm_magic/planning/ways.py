@@ -62,9 +62,7 @@ def place_blocks(setting: Setting, homes: Mapping[str, str]) -> Placements:
     kept = _with_kept(setting, placed)
     whole = _whole(setting, placed, kept)
     split = _split(setting, kept)
-    if split is None or lacking(setting, split):
-        return whole
-    return whole if _answers_sooner(setting, whole, split) else split
+    return whole if split is None or _answers_sooner(setting, whole, split) else split
 
 
 def _whole(setting: Setting, placed: Placements, kept: Placements) -> Placements:
@@ -377,7 +375,7 @@ def _on_cpu(placed: Placements, chosen: Sequence[int], *, visits: bool) -> Place
 def _split(setting: Setting, placed: Placements) -> Placements | None:
     """Split as many blocks in RAM, spread evenly, as the GPUs have room for the rest of; the CPU computes the others.
 
-    ``None`` where there are none to split.
+    ``None`` where there are none to split, or where that has no room.
     """
     shares = _shares_of(setting, placed)
     candidates = [
@@ -400,10 +398,11 @@ def _split(setting: Setting, placed: Placements) -> Placements | None:
 
     everything = with_split(len(candidates))
     if not lacking(setting, everything):  # which needs no slots for whole blocks
-        return everything
+        return everything if _fits(setting, everything) else None
     counts = range(1, len(candidates))
     count = bisect_left(counts, True, key=lambda count: bool(lacking(setting, with_split(count))))
-    return with_split(count) if count else None
+    some = with_split(count) if count else None
+    return some if some is not None and _fits(setting, some) else None
 
 
 def _has_experts(place: Placement) -> bool:
@@ -412,8 +411,8 @@ def _has_experts(place: Placement) -> bool:
 
 
 def _answers_sooner(setting: Setting, one: Placements, other: Placements) -> bool:
-    """Whether an answer comes sooner with these placements than with the others, or nobody knows."""
-    if lacking(setting, one):
+    """Whether an answer comes sooner with these placements than with the others, which fit, or nobody knows."""
+    if not _fits(setting, one):
         return False
     one_s, other_s = _answer_s(setting, one), _answer_s(setting, other)
     return one_s is None or other_s is None or one_s <= other_s

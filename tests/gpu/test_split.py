@@ -14,8 +14,10 @@ import pytest
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.gpu
 
+from llm_magic.backends.accelerate.decoding.capture import Graphs  # noqa: E402
 from llm_magic.backends.accelerate.decoding.captured_layers import CapturedLayers  # noqa: E402
 from llm_magic.backends.accelerate.placement.cpu_experts import CpuExperts  # noqa: E402
+from llm_magic.backends.accelerate.repair import blocks_to_move  # noqa: E402
 from llm_magic.errors import EngineError  # noqa: E402
 from llm_magic.machine import Device  # noqa: E402
 from llm_magic.model import ModelSpec  # noqa: E402
@@ -312,6 +314,100 @@ def _bytes_moved(before: Plan, after: Plan) -> dict[tuple[str, str], int]:
     return {(source, target): size for (source, target), size in moved.items() if source != target and size}
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("both", [False, True])
+def test_on_another_gpu_than_the_current_one(
+    both: bool, engine_of: Callable[..., Any], expected: Callable[..., list[str]]
+) -> None:
+    there: Where = ("cpu", "cuda:1", False, "cuda:1", True)
+    rest: Where = ("cuda:1", "cuda:1", False, "")
+
+    def place(number: int, label: str) -> Where:
+        if not label.startswith("layers."):
+            return rest
+        return VISITING_SPLIT if both and number % 2 else there
+
+    engine = engine_of(place)
+    for _ in range(2):
+        assert answers(engine) == expected()
+    assert engine.status() == ("captured layers" if both else "captured decode",)
+
+
+@pytest.mark.parametrize("name", ["qwen3-moe", "nemotron_h", "kimi_linear"])
+def test_work_that_fails_in_a_step_that_was_recorded(
+    name: str,
+    engine_of: Callable[..., Any],
+    expected: Callable[..., list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Memory that runs out is mended, and the step is done once more: no state has its token twice."""
+    engine = engine_of(layers(SPLIT), "quanto-int8", name)
+    assert answers(engine) == expected("quanto-int8", name)
+    assert engine.status()[0] == "captured decode"
+    usual, count = CpuExperts._compute, len(experts_of(engine))
+    for nth in (count + 1, 2 * count, 4 * count + 2):
+        left = nth
+
+        def fail(self: CpuExperts, values: Any, named: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+            return usual(self, values, named)
+
+        monkeypatch.setattr(CpuExperts, "_compute", fail)
+        found = ask(engine, ASKED[0])
+        monkeypatch.setattr(CpuExperts, "_compute", usual)
+        assert found.text == expected("quanto-int8", name)[0], nth
+        assert found.finish.notes
+        assert answers(engine) == expected("quanto-int8", name), nth
+
+
+def test_an_interrupt_between_two_graphs_ends_the_answer(
+    engine_of: Callable[..., Any], expected: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, calls, usual = engine_of(layers(SPLIT)), 0, Graphs.interrupt
+
+    def interrupt(self: Graphs, work: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            self.capture_end()
+            raise KeyboardInterrupt
+        usual(self, work)
+
+    monkeypatch.setattr(Graphs, "interrupt", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        ask(engine, ASKED[0])
+    assert answers(engine) == expected()
+    assert engine.status() == ("captured decode",)
+
+
+def test_layers_in_ram_give_way_to_the_disk(engine_of: Callable[..., Any]) -> None:
+    engine = engine_of(layers(SPLIT))
+    chosen = blocks_to_move(engine.plan, "cpu")
+    assert chosen
+    assert all(place.is_split for place in chosen)
+
+
+@pytest.mark.parametrize("way", ["all", "all, and visiting in prompts"])
+def test_an_adapter_on_experts_is_refused(
+    way: str, engine_of: Callable[..., Any], expected: Callable[..., list[str]]
+) -> None:
+    peft = pytest.importorskip("peft")
+    engine = engine_of(WAYS[way], "")
+    config = peft.LoraConfig(target_parameters=["mlp.experts.gate_up_proj"], task_type="CAUSAL_LM")
+    with pytest.raises(EngineError, match="changes experts"):
+        engine.model.add_adapter(config)
+    assert answers(engine) == expected("")
+    resident = engine_of(layers(RESIDENT), "")
+    resident.model.add_adapter(config)
+    with pytest.raises(EngineError, match="changes experts"):
+        resident.apply(plan_in(resident, WAYS[way]), lambda _event: None)
+    assert {place.way for place in resident.plan.placements} == {"resident"}
+    assert all(answers(resident))
+
+
 @pytest.mark.parametrize("way", ["all, and visiting in prompts", "beside the CPU's, all visiting in prompts"])
 def test_a_stop_or_an_error_anywhere_leaves_the_next_answer_right(
     way: str, engine_of: Callable[..., Any], expected: Callable[..., list[str]]
@@ -414,6 +510,10 @@ def test_experts_that_come_for_prompts_leave_room_for_long_ones(engine_of: Calla
     use = split.plan.use(DEVICE)
     assert split._placed._expert_lanes[DEVICE].cache_bytes <= use.slots
     assert split._placed.beyond_plan() == {DEVICE: 0}
+    few = engine_of(
+        layers(VISITING_SPLIT), "quanto-int8", "mixtral"
+    )  # four experts, of which two have to be there
+    assert few._placed.beyond_plan() == {DEVICE: 0}
     streamed = engine_of(layers(STREAMED))
     held = streamed.memory()[DEVICE]["slots"]
     assert streamed._placed.beyond_plan() == {DEVICE: held - streamed.plan.use(DEVICE).slots}

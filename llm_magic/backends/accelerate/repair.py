@@ -177,7 +177,7 @@ def blocks_to_move(plan: Plan, device: str) -> list[Placement]:
 
 
 def _bytes(places: Sequence[Placement]) -> int:
-    return sum(place.block.bytes for place in places)
+    return sum(place.home_bytes for place in places)
 
 
 def _layers_to_move(plan: Plan, device: str) -> list[Placement]:
@@ -186,10 +186,10 @@ def _layers_to_move(plan: Plan, device: str) -> list[Placement]:
         place
         for place in plan.placements
         if place.home == device
-        and place.way in ("resident", "cpu")
+        and place.way in ("resident", "cpu", "split")
         and place.block.kind in ("encoder", "decoder")
     ]
-    travelling = sum(place.fetched_to == device for place in plan.placements)
+    travelling = sum(place.fetched_to == device and not place.is_split for place in plan.placements)
     count = max(0, slots_for(device) - travelling) + max(1, len(layers) // _SHARE)
     if count >= len(layers):
         return []

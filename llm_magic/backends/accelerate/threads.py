@@ -18,7 +18,7 @@ _LEFT = 4  # a quarter of the cores at most
 @contextmanager
 def cores_left_for_the_driver(plan: Plan) -> Iterator[None]:
     """Compute with fewer threads while the CPU works beside a GPU that blocks stream to."""
-    devices = {place.compute for place in plan.placements}
+    devices = {device for place in plan.placements for device in place.computing}
     streams = any(place.way in ("streamed", "read", "kept") for place in plan.placements)
     if "cpu" not in devices or len(devices) == 1 or not streams:
         yield

@@ -12,7 +12,7 @@ Whatever cannot be captured runs as it is over the same cache, and the step says
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 from weakref import WeakSet
@@ -437,11 +437,16 @@ class CapturedSteps:
         recorded = self._graphs.get(shape)
         is_stopgap = shape in self._stopgaps and not COMPILING.locked()
         if recorded is not None and not is_stopgap:
-            recorded.replay()
+            self._replay(recorded)
         elif self.reason:
             self._sweep_once(shape)
         elif not self._record_compiled(shape):
             self._record_plain(shape)
+
+    def _replay(self, recorded: Recorded) -> None:
+        """Run a recorded sweep; one that can end in its midst must not leave states that have taken its token in."""
+        with self._states_as_before() if getattr(recorded.replay, "has_host_work", False) else nullcontext():
+            recorded.replay()
 
     def _record_compiled(self, shape: Shape) -> bool:
         """Capture with compiled layers; ``False`` when those are not ready, or fail."""
@@ -504,7 +509,7 @@ class CapturedSteps:
         )
         recorded = next(wider, None)
         if recorded is not None:
-            recorded.replay()
+            self._replay(recorded)
             return
         self._sweep_once(shape)
         if self._warm_up is not None:
@@ -638,10 +643,17 @@ def _captured_sweep(lane: Lane) -> Iterator[None]:
 class Graphs:
     """What one sweep was recorded to: a graph, or several with work of the host between them.
 
-    To `torch.cuda.graph` it is like one graph.
+    To `torch.cuda.graph` it is like one graph. Called, it runs all of it once more.
+
+    Parameters
+    ----------
+    device
+        The GPU.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: Any) -> None:
+        self._device = device
+        self._is_open = False
         self._graphs: list[Any] = []
         self._works: list[HostWork] = []
         self._options: tuple[tuple[Any, ...], dict[str, Any]] = (), {}
@@ -653,10 +665,13 @@ class Graphs:
         self._options = pool, options
         self._graphs.append(torch.cuda.CUDAGraph())
         self._graphs[-1].capture_begin(*pool, **options)
+        self._is_open = True
 
     def capture_end(self) -> None:
-        """End the graph that was begun last."""
-        self._graphs[-1].capture_end()
+        """End the graph that was begun last, unless it has ended: an error may come between two."""
+        if self._is_open:
+            self._is_open = False
+            self._graphs[-1].capture_end()
 
     def interrupt(self, work: HostWork) -> None:
         """While a graph is captured: have the host do this between what came before and what comes next."""
@@ -665,15 +680,20 @@ class Graphs:
         pool, options = self._options
         self.capture_begin(*pool, **options)
 
-    def replay(self) -> None:
-        """Run all of it once more, on the current stream."""
+    @property
+    def has_host_work(self) -> bool:
+        """Whether a replay may fail between two of its graphs."""
+        return bool(self._works)
+
+    def __call__(self) -> None:
         import torch
 
-        for graph, work in zip(self._graphs, self._works, strict=False):
-            graph.replay()
-            torch.cuda.current_stream().synchronize()
-            work()
-        self._graphs[-1].replay()
+        with torch.cuda.device(self._device):
+            for graph, work in zip(self._graphs, self._works, strict=False):
+                graph.replay()
+                torch.cuda.current_stream().synchronize()
+                work()
+            self._graphs[-1].replay()
 
 
 class CudaGraphs:
@@ -718,15 +738,14 @@ class CudaGraphs:
                 current.wait_stream(self._stream)
             graph = self._captured(sweep, current)
         self._alive.add(graph)
-        replay: Callable[[], object] = graph.replay
-        return replay
+        return graph
 
-    def _captured(self, sweep: Callable[[], object], current: Any) -> Any:
+    def _captured(self, sweep: Callable[[], object], current: Any) -> Graphs:
         """The graph; while one is captured torch gives no free memory to it, so without any it is tried twice."""
         import torch
 
         for frees_memory in dict.fromkeys((self._frees_memory, True)):
-            graph = Graphs()
+            graph = Graphs(self._device)
             if not self._alive or self._pool is None:  # the pool went with the last graph
                 self._pool = torch.cuda.graph_pool_handle()
             try:

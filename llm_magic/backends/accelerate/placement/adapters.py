@@ -54,6 +54,7 @@ def _with_weights(
         with shown():
             result = usual(held(), *args, **options)
         _refuse_for_packed_experts(held(), before)
+        _refuse_for_experts_apart(held(), before)
         return result
 
     return put_on
@@ -81,6 +82,53 @@ def _refuse_for_packed_experts(model: Any, before: set[str]) -> None:
             raise EngineError(
                 "The adapter changes experts, which are packed here.", "Load the model without --quantize."
             )
+
+
+def _apart_error() -> EngineError:
+    return EngineError(
+        "The adapter changes experts that are computed elsewhere than their layers, or come one by one.",
+        "Load the model with --device-map cpu, or where a GPU has room for all of it.",
+    )
+
+
+def _refuse_for_experts_apart(model: Any, before: set[str]) -> None:
+    """Take a new adapter off again that changes experts which are not computed as their module would.
+
+    Raises
+    ------
+    EngineError
+        When that was so.
+    """
+    apart = [name for name, module in model.named_modules() if isinstance(_forward_of(module), _apart())]
+    paths = tuple(f"{name.removesuffix('.base_layer')}." for name in apart)
+    for adapter in set(_configs(model)) - before if paths else ():
+        if any(f".{adapter}" in name and name.startswith(paths) for name, _ in model.named_parameters()):
+            model.delete_adapter(adapter)
+            raise _apart_error()
+
+
+def _forward_of(module: Any) -> Any:
+    """What has put its own method in the place of a module's."""
+    return getattr(vars(module).get("forward"), "__self__", None)
+
+
+def _apart() -> tuple[type, ...]:
+    from llm_magic.backends.accelerate.placement.cpu_experts import CpuExperts
+    from llm_magic.backends.accelerate.placement.experts import RoutedExperts
+
+    return CpuExperts, RoutedExperts
+
+
+def check_not_apart(added: list[Any]) -> None:
+    """Refuse to compute experts elsewhere that an adapter changes.
+
+    Raises
+    ------
+    EngineError
+        When there are some.
+    """
+    if added:
+        raise _apart_error()
 
 
 def fingerprint(model: Any) -> Fingerprint:

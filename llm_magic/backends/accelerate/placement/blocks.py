@@ -204,9 +204,9 @@ class BlockTensors:
             mapping[leaf] = own if now is lent or now is own else now.to(own.device)
         self._lent.clear()
 
-    def added(self) -> list[Any]:
-        """Parameters that came after the block was taken over: those of adapters."""
-        return [parameter for _, _, parameter in self._added()]
+    def added(self, within: str = "") -> list[Any]:
+        """Parameters that came after the block was taken over: those of adapters; or those in one of its modules."""
+        return [parameter for _, _, parameter in self._added(within)]
 
     def packed_anew(self) -> BlockTensors:
         """The same parameters, once their modules hold them in another form."""

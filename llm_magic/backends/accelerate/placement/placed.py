@@ -245,8 +245,9 @@ class PlacedModel:
             What went wrong, or was raised by ``report``; every block is back in its place then.
         """
         changed = [place for place in plan.placements if self._is_elsewhere(place, plan)]
-        changed.sort(key=lambda place: _TIERS.get(place.home, 2))  # to the slowest first: that makes room
         before = {place.block.name: self.blocks[place.block.name].planned for place in changed}
+        # To the slowest first: that makes room.
+        changed.sort(key=lambda place: _turn(before[place.block.name], place))
         done: list[str] = []
         before_plan = self.plan
         try:
@@ -431,9 +432,14 @@ class PlacedModel:
         return [parts[name] for parts in (self.blocks, self.experts) if name in parts]
 
     def _put_parts(self, name: str, place: Placement, plan: Plan) -> None:
-        for part in self._parts(name):
+        parts = self._parts(name)
+        # Experts that leave a GPU make room for what stays there.
+        for part in reversed(parts) if place.is_split else parts:
             self._put(part, self._place_of(part, place), plan)
+        for part in parts:
             part.planned = place
+        if place.is_split:
+            self._move_rest(parts[-1], parts[-1].place)  # the first one has taken all of the block along
 
     def _place_of(self, part: PlacedBlock, place: Placement) -> Placement:
         """Where a part of a block is: those of a split one are like blocks of their own."""
@@ -809,6 +815,8 @@ class PlacedModel:
         rows: dict[str, Rows] = defaultdict(Rows)
         for part in self.experts.values():
             if part.planned.is_split:
+                for name in part.within:
+                    adapters.check_not_apart(part.tensors.added(name))
                 self._cpu_experts[part.name] = [
                     CpuExperts(part.module.get_submodule(name), self.visits, rows[part.planned.compute])
                     for name in part.within
@@ -920,6 +928,12 @@ def _moved(before: Mapping[str, Placement], after: Sequence[Placement]) -> Moved
         moved[was.home, place.home] += place.block.bytes - rest
         moved[_rest_on(was), _rest_on(place)] += rest
     return Counter({way: size for way, size in moved.items() if size and way[0] != way[1]})
+
+
+def _turn(before: Placement, after: Placement) -> int:
+    """When a block moves among others: what comes to a GPU, if only the rest of a split block, is the last."""
+    comes = after.is_split and _rest_on(before) != _rest_on(after)
+    return 2 if comes else _TIERS.get(after.home, 2)
 
 
 def _rest_on(place: Placement) -> str:
