@@ -133,10 +133,11 @@ def _long_prompts(plan: Plan) -> list[str]:
     devices = dict.fromkeys(place.prefill for place in plan.placements if place.prefill)
     if not devices:
         return []
+    at_a_time = min(plan.workload.prefill_tokens, plan.workload.context_length)
     what = "experts" if all(place.is_split for place in plan.placements if place.prefill) else "blocks"
     return [
         f"prompts    of {plan.long_sweep} tokens or more: the CPU's {what} stream to {', '.join(devices)} too, "
-        f"for {plan.workload.prefill_tokens:,} tokens at a time"
+        f"for {at_a_time:,} tokens at a time"
     ]
 
 
