@@ -153,8 +153,8 @@ class DeviceUse:
 
     ``slots`` is the room in which offloaded blocks arrive (on a GPU, or in RAM on their way from
     the disk); ``kept`` the copies in RAM of blocks on disk; ``split`` what a GPU has of blocks whose
-    experts are in RAM; ``draft`` a draft model with its KV cache; ``activations`` the peak of hidden states and logits; ``other`` what this and other
-    processes hold already; ``limit`` the budget.
+    experts are in RAM; ``draft`` a draft model with its KV cache; ``activations`` the peak of hidden
+    states and logits; ``other`` what this and other processes hold already; ``limit`` the budget.
     """
 
     device: str

@@ -2,7 +2,8 @@
 
 A block in RAM or on disk that a GPU computes arrives in one of a few slots there; from the disk it
 passes a ring of pinned buffers in RAM. A block that the CPU computes has its KV cache in RAM. Of a block
-that is split its experts are in RAM, and everything else, with its KV cache, is on the GPU. On a map without a GPU, blocks on disk are used where the system's page cache holds them when there is
+that is split its experts are in RAM, and everything else, with its KV cache, is on the GPU. On a
+map without a GPU, blocks on disk are used where the system's page cache holds them when there is
 room for all of them, and arrive in a ring of buffers in RAM when there is not.
 """
 

@@ -377,17 +377,13 @@ def _split(setting: Setting, placed: Placements) -> Placements | None:
 
     ``None`` where there are none to split, or where that has no room.
     """
-    shares = _shares_of(setting, placed)
-    candidates = [
-        i for i, place in enumerate(placed) if _could_be_computed_by_cpu(place) and _has_experts(place)
-    ]
-    if shares is None or not candidates or not setting.layout.details.get("routed_experts"):
+    in_ram = [i for i, place in enumerate(placed) if _could_be_computed_by_cpu(place)]
+    candidates = [i for i in in_ram if _has_experts(placed[i].block)]
+    can_be = setting.machine.has("cpu") and setting.layout.details.get("routed_experts")
+    if not candidates or not can_be or unified_pool(setting.machine):
         return None
-    visits = _can_visit(setting)
-    prefill = setting.layout.quantization != "int4"
-    on_cpu = _on_cpu(
-        placed, [i for i, place in enumerate(placed) if _could_be_computed_by_cpu(place)], visits=visits
-    )
+    prefill = setting.layout.quantization != "int4"  # whose bytes lie in another order on a GPU
+    on_cpu = _on_cpu(placed, in_ram, visits=_can_visit(setting))
 
     def with_split(count: int) -> Placements:
         chosen = set(evenly(candidates, count))
@@ -405,8 +401,7 @@ def _split(setting: Setting, placed: Placements) -> Placements | None:
     return some if some is not None and _fits(setting, some) else None
 
 
-def _has_experts(place: Placement) -> bool:
-    block = place.block
+def _has_experts(block: Block) -> bool:
     return 0 < block.active_experts < block.experts and 0 < block.expert_bytes < block.bytes
 
 

@@ -231,7 +231,8 @@ def _strip_rows(plan: Plan) -> list[tuple[Placement, ...]]:
 def _sign(plan: Plan, place: Placement) -> str:
     """One sign for what happens to a block.
 
-    The GPU's number, ``L`` (looked up), ``S`` (split), ``R``, ``C`` (by the CPU), ``D``, ``K`` (kept), or ``–`` for nothing.
+    The GPU's number, ``L`` (looked up), ``S`` (split), ``R``, ``C`` (by the CPU), ``D``, ``K`` (kept), or ``–``
+    for nothing.
     """
     if place.way == "idle":
         return "–"

@@ -17,6 +17,7 @@ pytestmark = pytest.mark.gpu
 from llm_magic.backends.accelerate.decoding.capture import Graphs  # noqa: E402
 from llm_magic.backends.accelerate.decoding.captured_layers import CapturedLayers  # noqa: E402
 from llm_magic.backends.accelerate.placement.cpu_experts import CpuExperts  # noqa: E402
+from llm_magic.backends.accelerate.placement.placed import PlacedModel  # noqa: E402
 from llm_magic.backends.accelerate.repair import blocks_to_move  # noqa: E402
 from llm_magic.errors import EngineError  # noqa: E402
 from llm_magic.machine import Device  # noqa: E402
@@ -50,6 +51,7 @@ MIXED: Mapping[str, Place] = {
     "beside the CPU's, all visiting in prompts": layers(VISITING_SPLIT, VISITING),
 }
 WIDE = {"hidden_size": 256, "head_dim": 64, "moe_intermediate_size": 128, "num_experts": 8}
+MIXTURES: Mapping[str, dict[str, int]] = {"qwen3-moe": {}, "many experts": {"num_experts": 64}}
 OTHERS: Mapping[str, Mapping[str, Any]] = {
     "mixtral": {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen2_moe": {
@@ -90,10 +92,9 @@ ASKED = [
 def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     def make(name: str) -> Path:
         folder = tmp_path_factory.mktemp("mixtures") / name
-        own = dict(OTHERS.get(name, {}))
-        return (
-            tiny.save_mixture(folder, layers=4, **WIDE) if name == "qwen3-moe" else save(name, folder, **own)
-        )
+        if name in MIXTURES:
+            return tiny.save_mixture(folder, layers=4, **WIDE | MIXTURES[name])
+        return save(name, folder, **OTHERS[name])
 
     return cache(make)
 
@@ -179,6 +180,25 @@ def test_the_same_tokens_as_on_the_gpu(
         assert engine.status() == ("captured decode",)
 
 
+def test_moves_of_what_a_gpu_orders_in_another_way(
+    engine_of: Callable[..., Any], folder_of: Callable[[str], Path]
+) -> None:
+    """Of int4 in bfloat16, each part is in the order of what computes it."""
+    engine = engine_of(layers(SPLIT), "int4", dtype="bfloat16")
+    first = answers(engine)
+    for way in (
+        layers(RESIDENT),
+        layers(SPLIT, ON_CPU),
+        layers(ON_CPU),
+        layers(RESIDENT, SPLIT),
+        layers(SPLIT),
+    ):
+        engine.apply(plan_in(engine, way), lambda _event: None)
+        assert all(answers(engine))
+    assert answers(engine) == first
+    assert engine.status() == ("captured decode",)
+
+
 @pytest.mark.parametrize("way", MIXED)
 def test_beside_layers_of_the_cpu(
     way: str, engine_of: Callable[..., Any], expected: Callable[..., list[str]]
@@ -250,6 +270,30 @@ def test_memory_is_as_planned(engine_of: Callable[..., Any]) -> None:
         block = engine.model.get_submodule(place.block.name)
         for name, parameter in block.named_parameters():
             assert str(parameter.device) == ("cpu" if ".experts." in name else DEVICE), name
+
+
+@pytest.mark.skipif(not IS_SIMULATED, reason="of the simulated device alone")
+@pytest.mark.parametrize("method", ["nf4", "quanto-int8", ""])
+def test_experts_take_no_room_of_the_gpu_while_a_model_is_loaded(
+    method: str, engine_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But one at a time, to be packed."""
+    most = []
+    usual = PlacedModel._put_parts
+
+    def put(self: Any, *args: Any) -> None:
+        most.append(torch.cuda.max_memory_allocated(DEVICE) - before)
+        usual(self, *args)
+        most.append(torch.cuda.max_memory_allocated(DEVICE) - before)
+
+    monkeypatch.setattr(PlacedModel, "_put_parts", put)
+    torch.cuda.reset_peak_memory_stats(DEVICE)
+    before = torch.cuda.memory_allocated(DEVICE)
+    engine = engine_of(layers(SPLIT), method, "many experts")
+    use, block = engine.plan.use(DEVICE), engine.plan.layout.layers[0]
+    rest = block.bytes - block.expert_bytes
+    one = 4 * 2 * 128 * 256  # gate and up of an expert in float32
+    assert max(most) < use.weights + use.split + rest + 3 * one < use.weights + use.split + block.bytes
 
 
 def test_proposals_are_verified(engine_of: Callable[..., Any], folder_of: Callable[[str], Path]) -> None:

@@ -99,7 +99,7 @@ class PackedLoad:
             with torch.no_grad():
                 for name in self._written.intersection(wanted):
                     self._take(name, model, loader, device)
-                pack_block(block, weights, device, device)
+                pack_block(block, weights, device, device, _experts_on(place))
             _remove_written(loader, self._folder, prefix)
             if any(name in shared for name in wanted):
                 model.tie_weights()
@@ -120,10 +120,11 @@ class PackedLoad:
         if name not in self._modules:
             yield name, weight
             return
-        module, device = self._modules[name], self._device_of(name)
+        module, place = self._modules[name], self._place_of(name)
+        device = place.modules_on
         with torch.no_grad():
             if isinstance(module, PackedStack):
-                pack_stack(module, weight, device, device)
+                pack_stack(module, weight, device, device, _experts_on(place))
             else:
                 pack_block(module, {"weight": weight}, device, device)
         for number, (owner, leaf) in enumerate(_parameters(module)):
@@ -137,6 +138,8 @@ class PackedLoad:
         import torch
 
         module = self._modules.pop(name)
+        if isinstance(module, PackedStack):
+            device = _experts_on(self._place_of(name)) or device
         owner, _, leaf = name.removesuffix(".weight").rpartition(".")
         model.get_submodule(owner)._modules[leaf] = module
         for number, place in enumerate(_parameters(module)):
@@ -147,10 +150,8 @@ class PackedLoad:
                 raw(held[part]).copy_(loader[f"{name}.{number}.{part}"])
             packing.bind(template.bindings(held))
 
-    def _device_of(self, name: str) -> str:
-        return next(
-            place.modules_on for place in self._plan.placements if name.startswith(f"{place.block.name}.")
-        )
+    def _place_of(self, name: str) -> Placement:
+        return next(place for place in self._plan.placements if name.startswith(f"{place.block.name}."))
 
     def _fill_loose_parameters(self, model: Any, loader: Any, names: set[str]) -> None:
         """Give parameters outside of modules their weights, which no block has."""
@@ -161,6 +162,11 @@ class PackedLoad:
                 path, _, leaf = place.block.name.rpartition(".")
                 value = loader[place.block.name].to(place.modules_on)
                 model.get_submodule(path)._parameters[leaf] = torch.nn.Parameter(value, requires_grad=False)
+
+
+def _experts_on(place: Placement) -> str | None:
+    """Where the experts of a split block go at once: the GPU may have no room for them even for a while."""
+    return "cpu" if place.is_split else None
 
 
 def _parameters(module: Any) -> list[tuple[Any, str]]:

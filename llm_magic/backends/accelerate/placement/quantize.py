@@ -24,7 +24,7 @@ from weakref import ref
 from llm_magic.backends.accelerate.default_dtype import default_dtype_kept
 from llm_magic.backends.accelerate.placement import four_bits
 from llm_magic.backends.accelerate.placement.cpu_linear import serve
-from llm_magic.backends.accelerate.placement.packing import Parts, arrange, bind, parts, template
+from llm_magic.backends.accelerate.placement.packing import Parts, arrange, bind, has_order, parts, template
 from llm_magic.backends.accelerate.quiet import quiet
 from llm_magic.errors import OptionError, PlanError
 
@@ -334,7 +334,9 @@ def _packed_linear(method: Method, dtype: Any, inputs: int, outputs: int) -> Any
 # ------------------------------------------------------------------------------------ packing a block
 
 
-def pack_block(block: Any, weights: Mapping[str, Any], device: Any, compute: Any = None) -> None:
+def pack_block(
+    block: Any, weights: Mapping[str, Any], device: Any, compute: Any = None, experts: Any = None
+) -> None:
     """Give a block of a prepared model its weights, packed where its layers are.
 
     Parameters
@@ -348,6 +350,8 @@ def pack_block(block: Any, weights: Mapping[str, Any], device: Any, compute: Any
         Where to do the work; a GPU is quick. The parameters lie there afterwards, or on ``compute``.
     compute
         The device that will compute the block, if another one: it decides the order of the bytes.
+    experts
+        Where stacks of experts lie afterwards, if elsewhere; those that have an order stay with the others.
 
     Raises
     ------
@@ -361,7 +365,7 @@ def pack_block(block: Any, weights: Mapping[str, Any], device: Any, compute: Any
         path, _, leaf = name.rpartition(".")
         module = block.get_submodule(path)
         if leaf in module._modules:
-            pack_stack(module._modules[leaf], value, device, device if compute is None else compute)
+            pack_stack(module._modules[leaf], value, device, device if compute is None else compute, experts)
             continue
         meta = module._parameters[leaf]
         if leaf == "weight" and _packer(module) is not None:
@@ -377,7 +381,7 @@ def _pack(module: Any, value: Any) -> None:
     bind(template(module, "weight").bindings(parts(module, "weight")))
 
 
-def pack_stack(stack: Any, values: Any, device: Any, compute: Any) -> None:
+def pack_stack(stack: Any, values: Any, device: Any, compute: Any, experts: Any = None) -> None:
     """Give a `PackedStack` its experts, one after the other; the arguments are as for `pack_block`."""
     linear = stack.linear
     dtype = linear.weight.dtype
@@ -386,7 +390,9 @@ def pack_stack(stack: Any, values: Any, device: Any, compute: Any) -> None:
         for matrix in stack.matrices(values):
             _pack(linear, matrix.to(device, dtype))
             arrange(linear, compute, fresh=True)
-            yield parts(linear, "weight")
+            found = parts(linear, "weight")
+            stays = experts is None or has_order(linear, "weight")
+            yield found if stays else {part: tensor.to(experts) for part, tensor in found.items()}
 
     stack.fill(packed())
 
