@@ -701,6 +701,83 @@ def test_layers_share_the_slots() -> None:
     assert len(started) == 2
 
 
+def _long_pass(
+    cache: ExpertCache, layer: ExpertLayer, value: int, following: ExpertLayer | None = None
+) -> None:
+    """Of 64 tokens, with all eight experts."""
+    cache.begin(layer, dict.fromkeys(range(8), 8), 64, following)
+    for index in range(8):
+        assert cache.take(index)[0][0].item() == value + index
+    cache.end()
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3, 8, 16])
+def test_after_nearly_all_experts_of_a_layer_those_of_the_next_one_come(slots: int) -> None:
+    """Behind those that this pass still waits for, and as far as slots are free."""
+    started: list[int] = []
+    cache = ExpertCache(torch.zeros(slots * 8, dtype=torch.uint8), 8, HostStreams())
+    one, two = ExpertLayer(_Counting(started)), ExpertLayer(_Counting(started, 100))
+    _long_pass(cache, one, 0, two)
+    ahead = min(
+        8, slots - 1
+    )  # the last expert of the first layer is at work as long as nobody says otherwise
+    assert started == [*range(8), *range(ahead)]
+    _long_pass(cache, two, 100)
+    assert started == [*range(8), *range(8)]  # each once
+    assert (cache.hits, cache.misses) == (ahead, 16 - ahead)
+
+
+def test_few_experts_of_a_layer_tell_nothing_of_the_next_one() -> None:
+    started: list[int] = []
+    cache = ExpertCache(torch.zeros(16 * 8, dtype=torch.uint8), 8, HostStreams())
+    one, two = ExpertLayer(_Counting(started)), ExpertLayer(_Counting(started, 100))
+    cache.begin(one, dict.fromkeys(range(7), 1), 7, two)
+    for index in range(7):
+        cache.take(index)
+    cache.end()
+    assert started == list(range(7))
+
+
+def test_what_was_expected_in_vain_makes_room() -> None:
+    """For another layer, and beside a pass on another thread."""
+    started: list[int] = []
+    cache = ExpertCache(torch.zeros(4 * 8, dtype=torch.uint8), 8, HostStreams())
+    one, two, three = (ExpertLayer(_Counting(started, 100 * n)) for n in range(3))
+    _long_pass(cache, one, 0, two)
+    for _ in range(3):
+        _long_pass(cache, three, 200)
+    _long_pass(cache, one, 0, two)
+    cache.settle()
+    _long_pass(cache, three, 200)
+    with ThreadPoolExecutor(1) as other:
+        other.submit(cache.begin, three, {0: 1, 1: 1, 5: 1}, 1).result()
+        _long_pass(cache, one, 0, two)
+        assert [other.submit(cache.take, index).result()[0][0].item() for index in (0, 1, 5)] == [
+            200,
+            201,
+            205,
+        ]
+        other.submit(cache.end).result()
+    _long_pass(cache, two, 100)
+
+
+def test_a_transfer_ahead_that_fails_is_tried_again_when_it_is_needed() -> None:
+    started: list[int] = []
+    cache = ExpertCache(torch.zeros(4 * 8, dtype=torch.uint8), 8, HostStreams())
+    one, two = ExpertLayer(_Counting(started)), ExpertLayer(_Counting(started, 100))
+    source, left = two.store.source, [3]
+
+    def fail(index: int) -> Any:
+        left[0] -= 1
+        if left[0] == 0:
+            raise OSError("the disk is gone")
+        return source(index)
+
+    two.store.source = fail  # type: ignore[method-assign]
+    _long_pass(cache, one, 0, two)
+    _long_pass(cache, two, 100)
+
+
 def test_a_cache_without_room_for_one_expert_is_refused() -> None:
     with pytest.raises(ValueError, match="no room"):
         ExpertCache(torch.zeros(7, dtype=torch.uint8), 8, HostStreams())

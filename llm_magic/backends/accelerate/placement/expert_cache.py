@@ -3,7 +3,8 @@
 The router says which experts a pass needs before the first one computes. All that are missing start
 at once, in the order of their use, as far as there are slots; each slot that was used makes room for
 the next. What is used least gives way: every token counts for its experts, and counts fade as tokens
-pass, so that the set follows the topic.
+pass, so that the set follows the topic. A long prompt needs nearly all experts of a layer; then those of the next layer
+come, too, before its router has chosen: the bus would stand still while attention computes.
 
 Slots are tagged, and a slot that a pass still needs is never given away, so a pass that failed or was
 interrupted costs at worst some fetches.
@@ -15,6 +16,7 @@ import bisect
 import math
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from llm_magic.backends.accelerate.placement.stream import Arrival, Mark, Streams, Watch
 
 _HALF_LIFE_TOKENS = 256  # a use counts half after as many tokens: some paragraphs
+_NEARLY_ALL = 0.9  # of a layer's experts, where the next layer will need as many
 
 
 class ExpertLayer:
@@ -61,13 +64,18 @@ class ExpertLayer:
 
 @dataclass(eq=False)
 class _Slot:
-    """Room for one expert. ``users`` counts the passes that need it now; ``has_come`` says its bytes are there."""
+    """Room for one expert.
+
+    ``users`` counts the passes that need it now; ``has_come`` says its bytes are there; ``is_expected`` that a pass will
+    need it soon.
+    """
 
     number: int
     memory: Any
     tag: tuple[ExpertLayer, int] | None = None
     arrival: Arrival | None = None
     has_come: bool = False
+    is_expected: bool = False
     used: Mark | None = None
     users: int = 0
     views: tuple[Any, ...] = ()
@@ -75,9 +83,11 @@ class _Slot:
 
 @dataclass(eq=False)
 class _Pass:
-    """One layer's experts at work on one thread: those that it holds, and those still to be fetched."""
+    """One layer's experts at work on one thread: those that it holds, those still to be fetched, and what comes next."""
 
     layer: ExpertLayer
+    following: ExpertLayer
+    expected: list[int]
     held: dict[int, _Slot] = field(default_factory=dict)
     wanted: list[int] = field(default_factory=list)
     current: int | None = None
@@ -136,15 +146,24 @@ class ExpertCache:
         self._passes: dict[int, _Pass] = {}
         self._changed = threading.Condition()
 
-    def begin(self, layer: ExpertLayer, uses: Mapping[int, int], tokens: int) -> None:
+    def begin(
+        self,
+        layer: ExpertLayer,
+        uses: Mapping[int, int],
+        tokens: int,
+        following: ExpertLayer | None = None,
+    ) -> None:
         """A pass of ``tokens`` tokens will use these experts (index -> how often), in ascending order.
 
-        Those that are missing start to come.
+        Those that are missing start to come, and if that are nearly all, then those of the layer that follows.
         """
         with self._changed:
             self._drop_own()
             layer.count(uses, tokens)
-            work = self._passes[threading.get_ident()] = _Pass(layer)
+            is_long = following is not None and len(uses) >= _NEARLY_ALL * layer.store.experts
+            next_layer = following or layer
+            expected = list(range(next_layer.store.experts)) if is_long and next_layer is not layer else []
+            work = self._passes[threading.get_ident()] = _Pass(layer, next_layer, expected)
             for index in sorted(uses):
                 slot = self._held.get((layer, index))
                 if slot is None:
@@ -153,6 +172,7 @@ class ExpertCache:
                     self.hits += 1
                     self._hold(work, index, slot)
             self.misses += len(work.wanted)
+            self._drop_expected()
             self._fetch_ahead(work)
 
     def take(self, index: int) -> tuple[Any, ...]:
@@ -181,6 +201,7 @@ class ExpertCache:
         with self._changed:
             for thread in list(self._passes):
                 self._drop(self._passes.pop(thread))
+            self._drop_expected()
 
     def forget(self, layer: ExpertLayer) -> None:
         """The layer's experts will not be asked for again: their slots are the first to be given away."""
@@ -221,13 +242,34 @@ class ExpertCache:
             if slot is None:
                 return
             self._fill(slot, work, work.wanted.pop(0))
+        self._expect(work)
+
+    def _expect(self, work: _Pass) -> None:
+        """Bring experts of the next layer to slots that nobody needs."""
+        while work.expected:
+            slot = self._coldest()
+            if slot is None:
+                return
+            index = work.expected.pop(0)
+            if (work.following, index) not in self._held:
+                with suppress(Exception):  # its own pass tries again, and raises where somebody can act on it
+                    self._start(slot, work.following, index)
+                    slot.is_expected, self._heat[slot.number] = True, math.inf
+
+    def _drop_expected(self) -> None:
+        """What was expected and is not needed makes room."""
+        for slot in self._slots:
+            if slot.is_expected and not slot.users:
+                self._untag(slot)
 
     def _bring(self, work: _Pass, index: int) -> _Slot:
         """Fetch what is needed right now, whatever it takes."""
         if index in work.wanted:
             work.wanted.remove(index)
         while (slot := self._coldest()) is None:
-            if work.held:
+            if any(slot.is_expected for slot in self._slots):
+                self._drop_expected()
+            elif work.held:
                 self._give_back_last(work)
             else:
                 self._changed.wait()  # other threads need all of them now
@@ -245,18 +287,22 @@ class ExpertCache:
         return None if self._heat[number] == math.inf else self._slots[number]
 
     def _fill(self, slot: _Slot, work: _Pass, index: int) -> None:
+        self._start(slot, work.layer, index)
+        self._hold(work, index, slot)
+
+    def _start(self, slot: _Slot, layer: ExpertLayer, index: int) -> None:
         self._untag(slot)
         _settled(slot)
         slot.arrival = None
-        slot.arrival = work.layer.store.source(index).start(slot.memory, slot.used)
-        slot.views = work.layer.store.views(index, slot.memory)
-        slot.tag = (work.layer, index)
+        slot.arrival = layer.store.source(index).start(slot.memory, slot.used)
+        slot.views = layer.store.views(index, slot.memory)
+        slot.tag = (layer, index)
         self._held[slot.tag] = slot
-        self.fetched_bytes += work.layer.store.expert_bytes
-        self._hold(work, index, slot)
+        self.fetched_bytes += layer.store.expert_bytes
 
     def _hold(self, work: _Pass, index: int, slot: _Slot) -> None:
         slot.users += 1
+        slot.is_expected = False
         work.held[index] = slot
         self._heat[slot.number] = math.inf
 
@@ -289,7 +335,7 @@ class ExpertCache:
     def _untag(self, slot: _Slot) -> None:
         if slot.tag is not None:
             self._held.pop(slot.tag, None)
-        slot.tag, slot.has_come, slot.views = None, False, ()
+        slot.tag, slot.has_come, slot.is_expected, slot.views = None, False, False, ()
         self._heat[slot.number] = math.inf if slot.users else -math.inf
 
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import takewhile
+from itertools import pairwise, takewhile
 from typing import Any
 
 from llm_magic.backends.accelerate.placement.blocks import BlockTensors, FileStore, RamStore, pin, unpin
@@ -111,6 +111,8 @@ class DeviceExperts:
             RoutedExperts(module.module, store, self.cache, module.visitor)
             for module, store in zip(self._modules, stores, strict=True)
         ]
+        for routed, following in pairwise(self._routed):
+            routed.is_followed_by(following)
 
     def settle(self) -> None:
         """After forward passes that did not end."""

@@ -103,6 +103,7 @@ class RoutedExperts:
             raise ValueError(f"an expert takes {store.slot_bytes} bytes, a slot has {cache.slot_bytes}")
         self._module, self._cache, self._visitor = module, cache, visitor
         self._layer = ExpertLayer(store)
+        self._following: ExpertLayer | None = None
         self._turn = _Turn()
         self._twin = copy.copy(module)
         self._twin.__dict__.update(_eager(module))
@@ -124,7 +125,7 @@ class RoutedExperts:
             return type(self._module).forward(self._module, *inputs, **named)
         chosen = _chosen(self._module, inputs, named)
         uses = _uses(chosen, self._layer.store.experts)
-        self._cache.begin(self._layer, uses, len(chosen))
+        self._cache.begin(self._layer, uses, len(chosen), self._following)
         self._turn.begin(uses)
         try:
             output = type(self._twin).forward(self._twin, *inputs, **named)
@@ -132,6 +133,10 @@ class RoutedExperts:
             return output
         finally:
             self._cache.end()
+
+    def is_followed_by(self, other: RoutedExperts) -> None:
+        """Whose turn it is after these, in every sweep."""
+        self._following = other._layer
 
     def piece(self, index: Any, number: int) -> Any:
         """The tensor of one expert (an int or a tensor with one) in stack ``number``."""
