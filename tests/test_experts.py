@@ -724,7 +724,7 @@ def test_after_nearly_all_experts_of_a_layer_those_of_the_next_one_come(slots: i
     assert started == [*range(8), *range(ahead)]
     _long_pass(cache, two, 100)
     assert started == [*range(8), *range(8)]  # each once
-    assert (cache.hits, cache.misses) == (ahead, 16 - ahead)
+    assert (cache.hits, cache.misses) == (0, 16)  # those were on their way
 
 
 def test_few_experts_of_a_layer_tell_nothing_of_the_next_one() -> None:

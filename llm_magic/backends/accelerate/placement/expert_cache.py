@@ -112,7 +112,7 @@ class ExpertCache:
     slots
         How many experts fit.
     hits, misses
-        Experts that a pass needed and that were there, or were not.
+        Experts that a pass needed and that were there, or were not, if on their way.
     fetched_bytes
         What came to the device, evicted experts that were asked for again included.
     watch
@@ -169,9 +169,10 @@ class ExpertCache:
                 if slot is None:
                     work.wanted.append(index)
                 else:
-                    self.hits += 1
                     self._hold(work, index, slot)
-            self.misses += len(work.wanted)
+            there = sum(slot.has_come for slot in work.held.values())
+            self.hits += there
+            self.misses += len(uses) - there
             self._drop_expected()
             self._fetch_ahead(work)
 
