@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from llm_magic.backends.accelerate.load import block_labels
 from llm_magic.errors import LLMMagicError, PlanError, SourceError
@@ -61,6 +62,51 @@ def test_weights_are_not_given_one_piece_of_memory(
     monkeypatch.setattr(modeling_utils, "caching_allocator_warmup", in_one_piece)
     load(tiny_model("llama"), "ram").close()
     assert modeling_utils.caching_allocator_warmup is in_one_piece
+
+
+@pytest.mark.parametrize("quantize", ["", "nf4"])
+@pytest.mark.parametrize("placement", ["disk", "half", "ram"])
+def test_transformers_reads_only_what_does_not_stay_in_the_files(
+    tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch, placement: str, quantize: str
+) -> None:
+    """Packed models are read block by block later: none of them twice."""
+    from transformers import core_model_loading, modeling_utils
+
+    read: list[int] = []
+    usual = core_model_loading._materialize_copy
+    monkeypatch.setattr(
+        core_model_loading,
+        "_materialize_copy",
+        lambda tensor, *options: read.append(1) or usual(tensor, *options),
+    )
+    before = core_model_loading.WeightRenaming.convert, modeling_utils.accelerate_disk_offload
+    llama = tiny_model("llama")
+    engine = load(llama, placement, spec=ModelSpec(str(llama), quantize=quantize))
+    assert ask(engine, request("Hello", max_new_tokens=3))
+    held = [block for block in engine.plan.placements if block.home != "disk" and not quantize]
+    assert len(read) == sum(len(place.block.tensors) for place in held)
+    assert (core_model_loading.WeightRenaming.convert, modeling_utils.accelerate_disk_offload) == before
+    engine.close()
+
+
+def test_a_saved_buffer_of_a_block_on_the_disk_is_read(own_copy: TinyModel) -> None:
+    """Its module has it there, too: it does not travel."""
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    def with_buffer(self: Any, *args: Any, usual: Any = LlamaMLP.__init__) -> None:
+        usual(self, *args)
+        self.register_buffer("saved", torch.zeros(3))
+
+    LlamaMLP.__init__, usual = with_buffer, LlamaMLP.__init__
+    try:
+        llama = own_copy("llama")
+        saved = {f"model.layers.{number}.mlp.saved": torch.arange(3.0) + number for number in range(4)}
+        edit_weights(llama, lambda tensors: tensors.update(saved))
+        engine = load(llama, "disk")
+        assert engine.model.model.layers[1].mlp.saved.tolist() == [1, 2, 3]
+        engine.close()
+    finally:
+        LlamaMLP.__init__ = usual
 
 
 # ------------------------------------------------------------------------------------------- progress

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from llm_magic.backends.accelerate.decoding.proposers import require_same_vocabulary
 from llm_magic.backends.accelerate.default_dtype import default_dtype_kept
+from llm_magic.backends.accelerate.left_in_files import left_in_files
 from llm_magic.backends.accelerate.memory_errors import (
     is_out_of_memory,
     refuse_overflow,
@@ -208,6 +209,7 @@ def _read_model(
         packed.packs_what_is_written() if packed else nullcontext(),
         bars_into(_reporter(progress, block_labels(plan.layout))),
         default_dtype_kept(),
+        left_in_files(),
         _memory_for_each_weight(),
         warnings.catch_warnings(),
     ):

@@ -88,6 +88,13 @@ def is_there() -> bool:
     return _kernel(Layout("int8", 64), "float32", 1) is not None
 
 
+def are_read(dtype: str) -> bool:
+    """Whether kernels read and write numbers of a dtype, by its name."""
+    if dtype == "float16" and (_readers() is None or not _readers().has_float16()):
+        return False
+    return dtype in ("float32", "float16", "bfloat16") and is_there()
+
+
 def multiplies_slowly(dtype: Any) -> bool:
     """Whether this CPU has no instructions for matrix products in a dtype of 16 bits, but kernels of ours."""
     return _readers() is not None and _quick_dtype(dtype) != dtype and is_there()

@@ -1,13 +1,18 @@
 """bitsandbytes' 4-bit formats on the CPU: the bits that the library makes, several times as fast.
 
 Packing means to find, for every weight, the nearest of 16 values. The library searches between the
-15 bounds; here a table says it, by the leading bits of the weight, which leaves one bound at most.
+15 bounds. A compiled kernel compares with all of them, many weights at a time. Where there is none, a table
+says it, by the leading bits of the weight, which leaves one bound at most.
 """
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Callable
 from functools import cache
 from typing import Any
+
+from llm_magic.backends.accelerate.placement import cpu_products
 
 _BINS = 1 << 12  # of the table between -1 and 1; the bounds are further apart
 _AT_A_TIME = 1 << 18  # weights, whose temporary tensors stay in the caches
@@ -32,9 +37,14 @@ def packed(values: Any, kind: str, block: int) -> tuple[Any, Any]:
     """
     import torch
 
-    groups = values.reshape(-1, block)
+    groups = values.reshape(-1, block).contiguous()
     data: Any = torch.empty(groups.shape[0], block // 2, dtype=torch.uint8)
     scales: Any = torch.empty(groups.shape[0], dtype=torch.float32)
+    kernel = _kernel(kind, block, str(values.dtype).removeprefix("torch."))
+    if kernel is not None:
+        addresses = (tensor.data_ptr() for tensor in (groups, data, scales))
+        kernel((ctypes.c_int64 * 5)(*addresses, len(groups), torch.get_num_threads()))
+        return data.view(-1, 1), scales
     step = max(1, _AT_A_TIME // block)
     for some, codes, largest in zip(groups.split(step), data.split(step), scales.split(step), strict=True):
         numbers = some.float()
@@ -43,6 +53,19 @@ def packed(values: Any, kind: str, block: int) -> tuple[Any, Any]:
         nearest = _nearest(numbers.clamp_(-1, 1).flatten(), kind).view(-1, block)
         torch.bitwise_or(nearest[:, ::2] << 4, nearest[:, 1::2], out=codes)
     return data.view(-1, 1), scales
+
+
+@cache
+def _kernel(kind: str, block: int, dtype: str) -> Callable[[Any], None] | None:
+    """The compiled kernel; ``None`` where there is none for this processor."""
+    if block % 16 or not cpu_products.are_read(dtype):
+        return None
+    from bitsandbytes.functional import get_4bit_type
+
+    from llm_magic.backends.accelerate.kernels.four_bits import packing
+
+    values, order = get_4bit_type(kind, device="cpu").sort()
+    return packing(_middles(values).tolist(), order.tolist(), block, dtype)
 
 
 def _nearest(scaled: Any, kind: str) -> Any:
@@ -64,10 +87,15 @@ def _tables(kind: str) -> tuple[Any, Any, Any]:
     from bitsandbytes.functional import get_4bit_type
 
     values, order = get_4bit_type(kind, device="cpu").sort()
-    middles = (values[:-1] + values[1:]) / 2
+    middles = _middles(values)
     edges = torch.arange(2 * _BINS) * (2 / _BINS) - 1  # the bin of 1 itself follows the last one
     below = torch.bucketize(edges, middles).to(torch.uint8)
     bounds = torch.full((2 * _BINS,), torch.inf)
     bounds[((middles.double() + 1) * (_BINS / 2)).long()] = middles
     in_order = torch.equal(order, torch.arange(16))
     return below, bounds, None if in_order else order.to(torch.uint8)
+
+
+def _middles(values: Any) -> Any:
+    """What is between two neighbours belongs to the nearer one, and their middle to the first."""
+    return (values[:-1] + values[1:]) / 2
