@@ -1,16 +1,17 @@
-"""Tiny checkpoints whose files hold fp8 or mxfp4 weights, as their publishers write them."""
+"""Tiny checkpoints whose files hold packed weights, as their publishers write them."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
+from llm_magic.backends.accelerate.placement.quantize import import_library
 from tests import tiny
 
 _LINEAR = re.compile(r"(q|k|v|o|gate|up|down)_proj\.weight$")
@@ -56,6 +57,42 @@ def save_mxfp4(folder: Path) -> Path:
         else:
             packed[name] = weight
     return _written(folder, packed, {"quant_method": "mxfp4"})
+
+
+def save_bitsandbytes(
+    folder: Path,
+    method: str,
+    save: Callable[..., Path] = tiny.save_llama,
+    *,
+    is_double: bool = False,
+    stays: Sequence[str] = (),
+    **changes: Any,
+) -> Path:
+    """Linear layers, those of experts too, as bitsandbytes saves them; ``is_double``: with packed scales."""
+    functional = import_library("bitsandbytes").functional
+    save(folder, **changes)
+    packed: dict[str, Any] = {}
+    for name, weight in _weights(folder).items():
+        if not _LINEAR.search(name) or any(part in name for part in stays):
+            packed[name] = weight
+        elif method == "int8":
+            packed[name], scales, _ = functional.int8_vectorwise_quant(weight.half())
+            packed[name.replace("weight", "SCB")] = scales
+            packed[name.replace("weight", "weight_format")] = torch.tensor(0, dtype=torch.uint8)
+        else:
+            packed[name], state = functional.quantize_4bit(
+                weight, blocksize=64, quant_type=method, compress_statistics=is_double
+            )
+            packed |= {f"{name}.{part}": held for part, held in state.as_dict(packed=True).items()}
+    facts = {
+        "quant_method": "bitsandbytes",
+        "load_in_8bit": method == "int8",
+        "load_in_4bit": method != "int8",
+    }
+    facts |= {"bnb_4bit_quant_type": method if method != "int8" else "fp4"}
+    if stays:
+        facts |= {"llm_int8_skip_modules": [*stays, "lm_head"]}
+    return _written(folder, packed, facts)
 
 
 def _weights(folder: Path) -> dict[str, Any]:

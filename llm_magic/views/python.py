@@ -53,7 +53,7 @@ def _auto_class(plan: Plan) -> str:
 def _packing(plan: Plan) -> tuple[list[str], list[str]]:
     """The class of the quantization config, and the argument; nothing for plain weights."""
     method, dtype = plan.layout.quantization, _literal(plan.layout.dtype)
-    if not method:
+    if not method or plan.layout.details.get("is_packed"):
         return [], []
     if method in ("nf4", "fp4"):
         facts = f'load_in_4bit=True, bnb_4bit_quant_type="{method}", bnb_4bit_compute_dtype={dtype}'
@@ -72,7 +72,9 @@ def _differences(plan: Plan) -> list[str]:
     if plan.layout.quantization and plan.layout.details.get("quantization"):
         method = plan.layout.details["quantization"]
         lines += [f"# Plain transformers takes no other quantization for {method} weights."]
-    if _packs_experts(plan):
+    if _packs_experts(plan) and plan.layout.details.get("is_packed"):
+        lines += ["# Plain transformers does not read experts that were packed one by one."]
+    elif _packs_experts(plan):
         lines += ["# Plain transformers leaves a mixture's experts as they are; here they are packed."]
     if plan.layout.quantization and ways & {"streamed", "split", "read", "kept", "looked-up"}:
         return [*lines, "# Plain transformers refuses to offload packed weights, or unpacks them."]

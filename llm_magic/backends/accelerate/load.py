@@ -73,9 +73,10 @@ def load(files: ModelFiles, spec: ModelSpec, plan: Plan, progress: Progress) -> 
     # They become names of files when a weight is written again.
     check_tensor_names([tensor.name for block in plan.layout.blocks for tensor in block.tensors])
     parent = plan.options.get("offload_folder", "")
-    folder = OffloadFolder(parent) if spec.quantize or "disk" in plan.device_map.values() else None
-    if spec.quantize:
-        refuse_devices(spec.quantize, {place.compute for place in plan.placements})
+    method = plan.layout.quantization
+    folder = OffloadFolder(parent) if method or "disk" in plan.device_map.values() else None
+    if method:
+        refuse_devices(method, {place.compute for place in plan.placements})
     try:
         with quiet():
             tokenizer = _read_tokenizer(files)
@@ -204,12 +205,16 @@ def _read_model(
     from llm_magic.backends.accelerate.source.layout import load_config
 
     config = load_config(files)
-    packed = PackedLoad(config, spec, plan, folder.path, progress) if spec.quantize and folder else None
+    packed = (
+        PackedLoad(config, files, plan, folder.path, progress)
+        if plan.layout.quantization and folder
+        else None
+    )
     with (
         packed.packs_what_is_written() if packed else nullcontext(),
         bars_into(_reporter(progress, block_labels(plan.layout))),
         default_dtype_kept(),
-        left_in_files(),
+        left_in_files(packed.hidden, packed.given) if packed else left_in_files(),
         _memory_for_each_weight(),
         warnings.catch_warnings(),
     ):
@@ -219,7 +224,7 @@ def _read_model(
             str(files.folder),
             config=config,
             # What is packed is read block by block while it is placed.
-            device_map=accelerate_device_map({"": "disk"} if spec.quantize else plan.device_map),
+            device_map=accelerate_device_map({"": "disk"} if packed else plan.device_map),
             dtype=getattr(torch, plan.layout.dtype),
             offload_folder=str(folder.path) if folder else None,
             use_safetensors=None if spec.allow_pickle else True,

@@ -7,7 +7,7 @@ would be as large as it is unpacked. So they are packed before they are written.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,9 @@ from llm_magic.backends.accelerate.placement.packed_stack import PackedStack
 from llm_magic.backends.accelerate.placement.placed import Fill
 from llm_magic.backends.accelerate.placement.quantize import pack_block, pack_stack, prepare
 from llm_magic.backends.accelerate.source.layout import build_skeleton
+from llm_magic.backends.accelerate.source.packed_checkpoint import find_packed
+from llm_magic.backends.accelerate.source.sources import ModelFiles
 from llm_magic.events import PhaseEvent, Progress
-from llm_magic.model import ModelSpec
 from llm_magic.plan import Placement, Plan
 
 
@@ -32,23 +33,38 @@ class PackedLoad:
     ----------
     config
         Transformers' configuration of the model.
-    spec, plan
+    files
+        Of the model.
+    plan
         How to pack, and where everything goes.
     folder
         Where transformers writes what is in no file as it is needed.
     progress
         Is told of every block.
+
+    Attributes
+    ----------
+    hidden
+        Tensors of the files that transformers shall not read, because they are packed already.
     """
 
-    def __init__(self, config: Any, spec: ModelSpec, plan: Plan, folder: Path, progress: Progress) -> None:
+    def __init__(self, config: Any, files: ModelFiles, plan: Plan, folder: Path, progress: Progress) -> None:
         import torch
 
         self._folder = folder
-        self._method, self._dtype = spec.quantize, getattr(torch, plan.layout.dtype)
+        self._method, self._dtype = plan.layout.quantization, getattr(torch, plan.layout.dtype)
         self._plan, self._progress = plan, progress
-        is_made = plan.layout.is_mixture_of_experts or plan.layout.details.get("quantization")
-        self._modules = self._prepared(config) if is_made else {}
+        checkpoint, model = find_packed(files), build_skeleton(config, self._dtype)
+        self.hidden = checkpoint.keys if checkpoint else frozenset[str]()
+        self._stays = checkpoint.stays(model) if checkpoint else None
+        self._prepacked = checkpoint.weights(model, self._dtype) if checkpoint else {}
+        self._modules = self._prepared(model)
         self._written: set[str] = set()
+
+    @property
+    def given(self) -> Collection[str]:
+        """Parameters that are made of those tensors."""
+        return self._prepacked.keys()
 
     @contextmanager
     def packs_what_is_written(self) -> Iterator[None]:
@@ -82,7 +98,7 @@ class PackedLoad:
         strip(model)
         tied = dict(model.all_tied_weights_keys or {})
         shared = set(tied.values())
-        prepare(model, self._method, self._dtype)
+        prepare(model, self._method, self._dtype, self._stays)
         self._fill_loose_parameters(model, loader, names)
         done = 0
 
@@ -95,7 +111,7 @@ class PackedLoad:
             wanted = [name for name in names if name.startswith(prefix) and name not in tied]
             device = "cpu" if place.is_looked_up else place.modules_on
             plain = [name for name in wanted if name not in self._written]
-            weights = {name.removeprefix(prefix): loader[name] for name in plain}
+            weights = {name.removeprefix(prefix): self._weight(name, loader) for name in plain}
             with torch.no_grad():
                 for name in self._written.intersection(wanted):
                     self._take(name, model, loader, device)
@@ -107,10 +123,13 @@ class PackedLoad:
 
         return fill
 
-    def _prepared(self, config: Any) -> dict[str, Any]:
+    def _weight(self, name: str, loader: Any) -> Any:
+        known = self._prepacked.get(name)
+        return loader[name] if known is None else known
+
+    def _prepared(self, model: Any) -> dict[str, Any]:
         """The modules that hold packed weights, by the weights' names, without bytes."""
-        model = build_skeleton(config, self._dtype)
-        names = prepare(model, self._method, self._dtype)
+        names = prepare(model, self._method, self._dtype, self._stays)
         return {name: model.get_submodule(name.removesuffix(".weight")) for name in names}
 
     def _packed(self, name: str, weight: Any) -> Iterator[tuple[str, Any]]:

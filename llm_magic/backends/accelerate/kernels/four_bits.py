@@ -72,7 +72,7 @@ def packing(bounds: Sequence[float], codes: Sequence[int], group: int, dtype: st
     module = ir.Module()
     work = ir.Function(module, WORK, "work")
     builder = ir.IRBuilder(work.append_basic_block())
-    _pack_share(module, builder, work.args[0], (bounds, codes), group, dtype)
+    _pack_share(module, builder, work.args[0], (bounds, codes), group=group, dtype=dtype)
     builder.ret_void()
     run = ir.Function(module, WORK, "run")
     builder = ir.IRBuilder(run.append_basic_block())
@@ -86,6 +86,7 @@ def _pack_share(
     builder: ir.IRBuilder,
     words: Any,
     values: tuple[Sequence[float], Sequence[int]],
+    *,
     group: int,
     dtype: str,
 ) -> None:

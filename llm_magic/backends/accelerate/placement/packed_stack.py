@@ -58,9 +58,9 @@ class PackedStack(torch.nn.Module):
         """How many there are."""
         return self.shape[0]
 
-    def matrices(self, stack: Any) -> Iterator[Any]:
-        """The experts of an unpacked stack, each as ``(out, in)``."""
-        return (matrix.T if self.is_transposed else matrix for matrix in stack)
+    def matrix(self, stack: Any, expert: int) -> Any:
+        """One expert of an unpacked stack, as ``(out, in)``."""
+        return stack[expert].T if self.is_transposed else stack[expert]
 
     def fill(self, packed: Iterable[packing.Parts]) -> None:
         """Hold these experts, one after the other; ``linear`` holds the last of them just then."""

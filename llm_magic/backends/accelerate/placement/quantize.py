@@ -14,10 +14,10 @@ import inspect
 import logging
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 from weakref import ref
 
@@ -25,8 +25,9 @@ from llm_magic.backends.accelerate.default_dtype import default_dtype_kept
 from llm_magic.backends.accelerate.placement import four_bits
 from llm_magic.backends.accelerate.placement.cpu_linear import serve
 from llm_magic.backends.accelerate.placement.packing import Parts, arrange, bind, has_order, parts, template
+from llm_magic.backends.accelerate.placement.prepacked import Prepacked
 from llm_magic.backends.accelerate.quiet import quiet
-from llm_magic.errors import OptionError, PlanError
+from llm_magic.errors import OptionError, PlanError, SourceError
 
 _PACKAGES = {"bitsandbytes": "bitsandbytes>=0.50", "optimum.quanto": "optimum-quanto>=0.2.7"}
 _NOISE = {
@@ -35,7 +36,7 @@ _NOISE = {
 }
 """Warnings about what a user cannot change, by their logger; the second comes with every layer."""
 
-_BLOCK = 64
+BLOCK = 64
 """Weights that share one scale in bitsandbytes' 4-bit formats."""
 
 
@@ -93,12 +94,20 @@ def find_method(name: str) -> Method:
     method = METHODS[name]
     if name == "int8" and not _installed(method.library) and _installed("optimum.quanto"):
         return METHODS["quanto-int8"]
-    if not _installed(method.library):
-        raise OptionError(
-            f"--quantize {name} needs {method.library}, which is not installed.",
-            f"Install it: pip install '{_PACKAGES[method.library]}'",
-        )
+    require(method.library, f"--quantize {name} needs {method.library}, which")
     return method
+
+
+def require(library: str, what: str) -> None:
+    """Refuse to go on without a library; ``what`` begins the sentence that ends with "is not installed".
+
+    Raises
+    ------
+    OptionError
+        With the command that installs it.
+    """
+    if not _installed(library):
+        raise OptionError(f"{what} is not installed.", f"Install it: pip install '{_PACKAGES[library]}'")
 
 
 def refuse_devices(name: str, devices: set[str]) -> None:
@@ -168,7 +177,7 @@ def _no_kernels_from_the_hub() -> Iterator[None]:
 # --------------------------------------------------------------------------------- preparing the model
 
 
-def prepare(model: Any, name: str, dtype: Any) -> tuple[str, ...]:
+def prepare(model: Any, name: str, dtype: Any, stays: Sequence[str] | None = None) -> tuple[str, ...]:
     """Replace the linear layers of a model on the meta device by packed ones, still without bytes.
 
     As transformers chooses: all but the head, tied layers and what is kept in float32. Layers
@@ -180,6 +189,8 @@ def prepare(model: Any, name: str, dtype: Any) -> tuple[str, ...]:
     ----------
     dtype
         torch dtype in which the packed layers compute.
+    stays
+        Patterns for layers that are left as they are, in place of transformers' choice.
 
     Returns
     -------
@@ -195,7 +206,7 @@ def prepare(model: Any, name: str, dtype: Any) -> tuple[str, ...]:
 
     method = find_method(name)
     import_library(method.library)
-    skipped = _skipped(model)
+    skipped = _skipped(model, stays)
     before = dict(model.named_modules())
     with quiet(), default_dtype_kept():
         outer = torch.get_default_dtype()
@@ -256,10 +267,10 @@ def _able(model: Any, skipped: list[str]) -> list[str]:
     return [method.name for method in METHODS.values() if found[method.library]]
 
 
-def _skipped(model: Any) -> list[str]:
+def _skipped(model: Any, stays: Sequence[str] | None) -> list[str]:
     from transformers.quantizers.base import HfQuantizer
 
-    named = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
+    named = HfQuantizer.get_modules_to_not_convert(model, stays, model._keep_in_fp32_modules)
     # Its names are patterns; ours are whole names.
     return [*named, *(f"{re.escape(path)}$" for path in _read_directly(model))]
 
@@ -345,7 +356,7 @@ def pack_block(
         A module of a prepared model.
     weights
         Tensors by name within the block, of the checkpoint's orientation, on any device; cast to
-        the layers' dtype here where they are packed. Others are taken as they are.
+        the layers' dtype here where they are packed. Others are taken as they are. Or what was packed before.
     device
         Where to do the work; a GPU is quick. The parameters lie there afterwards, or on ``compute``.
     compute
@@ -369,14 +380,17 @@ def pack_block(
             continue
         meta = module._parameters[leaf]
         if leaf == "weight" and _packer(module) is not None:
-            _pack(module, value.to(device, meta.dtype))
+            _pack(module, value if isinstance(value, Prepacked) else value.to(device, meta.dtype), device)
         else:
-            module._parameters[leaf] = torch.nn.Parameter(value.to(device), requires_grad=False)
+            numbers = value.numbers(device) if isinstance(value, Prepacked) else value
+            module._parameters[leaf] = torch.nn.Parameter(numbers.to(device), requires_grad=False)
     arrange(block, device if compute is None else compute, fresh=True)
 
 
-def _pack(module: Any, value: Any) -> None:
-    module._parameters["weight"] = _packer(module)(module, value)
+def _pack(module: Any, value: Any, device: Any, index: int = 0) -> None:
+    """Give a layer its weight, packed: a tensor, or one of the matrices that were packed before."""
+    pack = partial(_taken, index=index, device=device) if isinstance(value, Prepacked) else _packer(module)
+    module._parameters["weight"] = pack(module, value)
     # Once through the template: what it binds now is what every later buffer gets.
     bind(template(module, "weight").bindings(parts(module, "weight")))
 
@@ -387,8 +401,11 @@ def pack_stack(stack: Any, values: Any, device: Any, compute: Any, experts: Any 
     dtype = linear.weight.dtype
 
     def packed() -> Iterator[Parts]:
-        for matrix in stack.matrices(values):
-            _pack(linear, matrix.to(device, dtype))
+        for index in range(stack.experts):
+            if isinstance(values, Prepacked):
+                _pack(linear, values, device, index)
+            else:
+                _pack(linear, stack.matrix(values, index).to(device, dtype), device)
             arrange(linear, compute, fresh=True)
             found = parts(linear, "weight")
             stays = experts is None or has_order(linear, "weight")
@@ -408,27 +425,48 @@ def _packer(module: Any) -> Any:
     return None
 
 
+def _taken(module: Any, value: Prepacked, *, index: int, device: Any) -> Any:
+    """The weight of a layer that was packed before."""
+    from bitsandbytes.nn import Int8Params
+
+    data, scales, shape = value.parts(index, device)
+    if shape != (module.out_features, module.in_features):
+        raise SourceError(
+            f"The packed weight {value.matrices[index][0]} has not the shape that config.json says.",
+            "The files do not belong together: download the model again.",
+        )
+    if value.method == "int8":
+        return Int8Params(data, requires_grad=False, has_fp16_weights=False, CB=data, SCB=scales)
+    return _four_bits(module, data, scales, value.dtype)
+
+
 def _pack_4_bits(module: Any, value: Any) -> Any:
     from bitsandbytes.nn import Params4bit
 
     meta, value = module._parameters["weight"], _as_linear(module, value)
-    options = {
-        key: getattr(meta, key) for key in ("blocksize", "compress_statistics", "quant_type", "quant_storage")
-    }
     if value.device.type == "cpu" and not value.numel() % meta.blocksize:
-        data, state = _packed_by_us(value, meta.quant_type, meta.blocksize)
-        options |= {"quant_state": state, "bnb_quantized": True}
-    else:
-        data = value
-    return Params4bit(data, requires_grad=False, module=module, **options).to(value.device)
+        data, scales = four_bits.packed(value, meta.quant_type, meta.blocksize)
+        return _four_bits(module, data, scales, value.dtype)
+    packed = Params4bit(value, requires_grad=False, module=module, **_options(meta))
+    return packed.to(value.device)
 
 
-def _packed_by_us(value: Any, kind: str, block: int) -> tuple[Any, Any]:
+def _four_bits(module: Any, data: Any, scales: Any, dtype: Any) -> Any:
+    """A packed weight of its parts; it becomes numbers of ``dtype``."""
+    import torch
     from bitsandbytes.functional import QuantState, get_4bit_type
+    from bitsandbytes.nn import Params4bit
 
-    data, scales = four_bits.packed(value, kind, block)
-    code = get_4bit_type(kind, device=value.device)
-    return data, QuantState(scales, value.shape, code, block, kind, value.dtype)
+    meta, shape = module._parameters["weight"], torch.Size((module.out_features, module.in_features))
+    code = get_4bit_type(meta.quant_type, device=data.device)
+    state = QuantState(scales, shape, code, meta.blocksize, meta.quant_type, dtype)
+    options = _options(meta) | {"quant_state": state, "bnb_quantized": True}
+    return Params4bit(data, requires_grad=False, module=module, **options)
+
+
+def _options(meta: Any) -> dict[str, Any]:
+    names = ("blocksize", "compress_statistics", "quant_type", "quant_storage")
+    return {name: getattr(meta, name) for name in names}
 
 
 def _pack_8_bits(module: Any, value: Any) -> Any:
@@ -487,7 +525,7 @@ def packed_bytes(module: Any, dtype: Any) -> int:
     itemsize, pack = int(dtype.itemsize), _packer(module)
     if pack is _pack_4_bits:
         count = rows * columns
-        return -(-count // 2) + 4 * -(-count // _BLOCK)  # nibbles, and a float32 scale for each group
+        return -(-count // 2) + 4 * -(-count // BLOCK)  # nibbles, and a float32 scale for each group
     if pack is _pack_8_bits:
         return rows * columns + 4 * rows
     bits = int(module.weight_qtype.bits)

@@ -21,6 +21,7 @@ from llm_magic.backends.accelerate.decoding.kv_cache import can_take_back
 from llm_magic.backends.accelerate.default_dtype import default_dtype_kept
 from llm_magic.backends.accelerate.placement import cpu_products
 from llm_magic.backends.accelerate.placement.experts import find_stacks
+from llm_magic.backends.accelerate.placement.prepacked import FOUR_BIT_PARTS
 from llm_magic.backends.accelerate.placement.quantize import Method, find_method, packed_bytes, prepare
 from llm_magic.backends.accelerate.source import gguf_model, hub
 from llm_magic.backends.accelerate.source.architecture import (
@@ -32,6 +33,7 @@ from llm_magic.backends.accelerate.source.architecture import (
 from llm_magic.backends.accelerate.source.cache_cost import cache_costs
 from llm_magic.backends.accelerate.source.config_values import values
 from llm_magic.backends.accelerate.source.convert import MARK, most_common_type
+from llm_magic.backends.accelerate.source.packed_checkpoint import find_packed
 from llm_magic.backends.accelerate.source.sources import (
     ModelFiles,
     processor_template,
@@ -63,7 +65,9 @@ def read_layout(spec: ModelSpec, files: ModelFiles) -> ModelLayout:
     """
     header = read_gguf_header(files.gguf) if files.gguf and not files.weight_files else None
     config = gguf_model.gguf_config(files.gguf, header) if files.gguf and header else load_config(files)
-    method, dtype = find_method(spec.quantize) if spec.quantize else None, _dtype(spec, files, config, header)
+    packed, dtype = find_packed(files), _dtype(spec, files, config, header)
+    quantize = packed.check(spec.quantize) if packed else spec.quantize
+    method = find_method(quantize) if quantize else None
     model = build_skeleton(config, dtype)
     blocks = _read_blocks(model, dtype)
     details = _details(config, files, header) | {
@@ -81,10 +85,13 @@ def read_layout(spec: ModelSpec, files: ModelFiles) -> ModelLayout:
     if _are_apart(model, blocks):
         details |= {"routed_experts": True}
     if method is not None:
-        blocks = _with_packed(model, blocks, method, dtype)
+        stays = packed.stays(model) if packed else None
+        blocks = _with_packed(model, blocks, method, dtype, stays)
         details |= {"unpacked_bytes": _unpacked_bytes(blocks, method)}
         if not cpu_products.is_there():
             details |= {"no_cpu_kernels": True}
+        if packed is not None:
+            details |= {"is_packed": True}
     return ModelLayout(
         name=files.name,
         architecture=type(model).__name__,
@@ -160,6 +167,9 @@ def load_config(files: ModelFiles) -> Any:
     if isinstance(packed, dict):
         packed["dequantize"] = True  # what is counted, and what every device can compute
         config.quantization_config = packed
+    if find_packed(files) is not None:  # its weights are read as they are, see `packed_checkpoint`
+        for part in parts:
+            part.__dict__.pop("quantization_config", None)
     return config
 
 
@@ -174,7 +184,7 @@ def _refuse_packed(raw: Mapping[str, Any], files: ModelFiles) -> None:
     for part in (raw, *(value for value in raw.values() if isinstance(value, dict))):
         packed = part.get("quantization_config") or part.get("compression_config")
         method = packed.get("quant_method", "unknown") if isinstance(packed, dict) else packed
-        if method and method not in UNPACKED:
+        if method and method not in UNPACKED and find_packed(files) is None:
             raise SourceError(
                 f"The weights of {files.name} are quantized ({_plain(str(method)) or 'unknown'}), "
                 "which cannot be placed yet.",
@@ -248,7 +258,7 @@ def _dtype(spec: ModelSpec, files: ModelFiles, config: Any, header: GgufHeader |
         return getattr(torch, found)
     for weights in weight_headers(files):
         for tensor in sorted(weights.tensors, key=lambda tensor: tensor.name):
-            if tensor.dtype in _FLOATS:
+            if tensor.dtype in _FLOATS and not tensor.name.endswith((*FOUR_BIT_PARTS, ".SCB")):
                 return getattr(torch, _FLOATS[tensor.dtype])
     return torch.float32
 
@@ -462,11 +472,13 @@ class _DtypePlan:
         return TensorInfo(name, tuple(parameter.shape), str(dtype).removeprefix("torch."), count)
 
 
-def _with_packed(model: Any, blocks: tuple[Block, ...], method: Method, dtype: Any) -> tuple[Block, ...]:
+def _with_packed(
+    model: Any, blocks: tuple[Block, ...], method: Method, dtype: Any, stays: Sequence[str] | None
+) -> tuple[Block, ...]:
     """The blocks with the bytes that they will have once ``model`` is packed."""
     sizes = {
         name: packed_bytes(model.get_submodule(name.removesuffix(".weight")), dtype)
-        for name in prepare(model, method.name, dtype)
+        for name in prepare(model, method.name, dtype, stays)
     }
     modules = dict(model.named_modules())
 
