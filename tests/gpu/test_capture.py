@@ -16,6 +16,7 @@ from llm_magic.backends.accelerate.decoding import attention  # noqa: E402
 from llm_magic.backends.accelerate.decoding.capture import CapturedSteps, CudaGraphs  # noqa: E402
 from llm_magic.backends.accelerate.decoding.decode import Decoding  # noqa: E402
 from llm_magic.backends.accelerate.decoding.warmup import WarmUp  # noqa: E402
+from llm_magic.backends.accelerate.placement import cpu_experts  # noqa: E402
 from llm_magic.backends.accelerate.placement.blocks import BlockTensors, flat_buffer, pin, unpin  # noqa: E402
 from llm_magic.backends.accelerate.placement.stream import AcceleratorStreams, Lane, RamSource  # noqa: E402
 from tests.gpu.conftest import IS_SIMULATED  # noqa: E402
@@ -379,6 +380,27 @@ def test_after_a_capture_that_failed_torch_draws_and_gives_memory_back() -> None
     alive()
     torch.cuda.synchronize()
     assert x.tolist() == [3, 3, 3, 3]  # once when it was recorded, once replayed
+
+
+def test_graphs_that_had_ended_before_a_capture_failed_give_their_memory_back() -> None:
+    """Work of the host had ended the first of them well."""
+    recorder = CudaGraphs(torch.device(DEVICE))
+
+    def sweep() -> None:
+        held = torch.ones(8 << 20, dtype=torch.uint8, device=DEVICE)
+        if torch.cuda.is_current_stream_capturing():
+            cpu_experts._recording.take(lambda: None)
+            held += 1
+            raise torch.OutOfMemoryError("there is no more")
+
+    reserved = []
+    for _ in range(3):
+        with pytest.raises(torch.OutOfMemoryError):
+            recorder.record(sweep)
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        reserved.append(torch.cuda.memory_reserved())
+    assert len(set(reserved)) == 1
 
 
 def test_half_precision_differs_by_rounding_only() -> None:

@@ -9,6 +9,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from llm_magic.backends.accelerate.placement.blocks import pin  # noqa: E402
+from llm_magic.backends.accelerate.placement.reader import page_buffer  # noqa: E402
 from tests.gpu.conftest import IS_SIMULATED  # noqa: E402
 from tests.simulated_cuda import fail_allocation_in, races, set_total_memory  # noqa: E402
 
@@ -155,9 +157,15 @@ def _draws_with_a_generator_of_its_own(_here: Any, _there: Any) -> None:
     torch.rand(3, device=DEVICE, generator=torch.Generator(DEVICE))
 
 
+def _registers_memory(_here: Any, _there: Any) -> None:
+    memory = page_buffer(4096)
+    assert not pin(memory)
+
+
 @pytest.mark.parametrize(
     "work",
     [
+        _registers_memory,
         _waits_for_the_device,
         _copies_from_pageable_memory,
         _waits_for_uncaptured_work,

@@ -186,8 +186,17 @@ struct Hooks final : at::CUDAHooksInterface {
   }
 };
 
+// Neither is permitted while this thread captures, and either ends the capture.
+static bool ends_capture() {
+  bool ends = false;
+  for (auto* graph : device().captures)
+    if (graph->forbids_here()) ends = graph->is_broken = true;
+  return ends;
+}
+
 static int register_pinned(uintptr_t address, size_t size) {
   Lock lock;
+  if (ends_capture()) return 900;
   auto* low = reinterpret_cast<char*>(address);
   if (is_pinned(low)) return 712;
   device().pinned[low] = size;
@@ -196,6 +205,7 @@ static int register_pinned(uintptr_t address, size_t size) {
 
 static int unregister_pinned(uintptr_t address) {
   Lock lock;
+  if (ends_capture()) return 900;
   auto found = device().pinned.find(reinterpret_cast<char*>(address));
   if (found == device().pinned.end()) return 713;
   for (auto& copy : device().host_copies)

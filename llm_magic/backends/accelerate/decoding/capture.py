@@ -23,7 +23,11 @@ from llm_magic.backends.accelerate.decoding.running import below_its_hook, runni
 from llm_magic.backends.accelerate.decoding.static_cache import SWEEP_TOKENS, StaticCache, places_of, round_up
 from llm_magic.backends.accelerate.decoding.warmup import COMPILING, WarmUp, short
 from llm_magic.backends.accelerate.memory_errors import TokensLostError, is_out_of_memory
-from llm_magic.backends.accelerate.placement.cpu_experts import HostWork, host_work_taken_by
+from llm_magic.backends.accelerate.placement.cpu_experts import (
+    HostWork,
+    before_recording,
+    host_work_taken_by,
+)
 
 _FIRST_VISIBLE = 512
 _FIRST_CAPACITY = 2048  # a usual chat's: its graphs need not be captured again after two turns
@@ -654,6 +658,7 @@ class Graphs:
     def __init__(self, device: Any) -> None:
         self._device = device
         self._is_open = False
+        self._ended = 0
         self._graphs: list[Any] = []
         self._works: list[HostWork] = []
         self._options: tuple[tuple[Any, ...], dict[str, Any]] = (), {}
@@ -672,6 +677,14 @@ class Graphs:
         if self._is_open:
             self._is_open = False
             self._graphs[-1].capture_end()
+            self._ended += 1
+
+    def give_up(self) -> list[Any]:
+        """After a capture that failed: let all graphs go but those that have not ended, which are returned."""
+        left = self._graphs[self._ended :]
+        self._graphs.clear()
+        self._works.clear()
+        return left
 
     def interrupt(self, work: HostWork) -> None:
         """While a graph is captured: have the host do this between what came before and what comes next."""
@@ -732,7 +745,7 @@ class CudaGraphs:
             current = torch.cuda.current_stream()
             self._stream.wait_stream(current)
             try:
-                with torch.cuda.stream(self._stream):
+                with torch.cuda.stream(self._stream), before_recording():
                     sweep()
             finally:  # what a sweep that failed has started still writes to the cache, and reads slots
                 current.wait_stream(self._stream)
@@ -774,7 +787,7 @@ class CudaGraphs:
         ):
             sweep()
 
-    def _clean_up(self, graph: Any, current: Any) -> None:
+    def _clean_up(self, graph: Graphs, current: Any) -> None:
         """After a capture that failed.
 
         torch up to 2.11 leaves it open in its allocator, which then gives no memory back to anybody, and
@@ -782,7 +795,7 @@ class CudaGraphs:
         """
         import torch
 
-        self._failed.append(graph)  # the allocator knows it by its address
+        self._failed += graph.give_up()  # the allocator knows it by its address
         library: Any = torch._C
         index = self._device.index if self._device.index is not None else torch.cuda.current_device()
         with suppress(RuntimeError):

@@ -5,7 +5,7 @@ the CPU reads those few, while attention with its keys and values, the router an
 GPU. What crosses the bus is a row for each token, there and back.
 
 In a sweep that is recorded, the work of the host comes between two graphs: whoever records says so by
-`host_work_taken_by`.
+`host_work_taken_by`. Memory cannot be pinned meanwhile, so the run before makes room for rows: `before_recording`.
 """
 
 from __future__ import annotations
@@ -34,6 +34,16 @@ def host_work_taken_by(take: Callable[[HostWork], None]) -> Iterator[None]:
         del _recording.take
 
 
+@contextmanager
+def before_recording() -> Iterator[None]:
+    """While this thread runs a sweep as it is that will be recorded next."""
+    _recording.is_near = True
+    try:
+        yield
+    finally:
+        del _recording.is_near
+
+
 class Rows:
     """Pinned tensors in RAM, at fixed addresses, for what comes from one GPU and goes back to it.
 
@@ -43,15 +53,30 @@ class Rows:
     def __init__(self) -> None:
         self._held: dict[tuple[int, tuple[int, ...], Any], tuple[Any, Any]] = {}
 
-    def like(self, tensor: Any, number: int) -> Any:
-        """Room for this tensor, which is argument ``number`` of a layer; its result is argument -1."""
-        key = number, tuple(tensor.shape), tensor.dtype
-        if key not in self._held:
-            memory = page_buffer(tensor.nbytes)
-            pin(memory)  # where it is refused, the GPU refuses to record the copy, and the layer runs without
+    def make(self, tensor: Any, number: int) -> None:
+        """Have room for tensors like this one, argument ``number`` of a layer; its result is argument -1."""
+        key = _key(tensor, number)
+        memory = None if key in self._held else page_buffer(tensor.nbytes)
+        if memory is not None and pin(memory):
             row = memory[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
             self._held[key] = memory, row  # it is pinned as long as somebody has the memory as a whole
-        return self._held[key][1]
+
+    def like(self, tensor: Any, number: int) -> Any:
+        """The room for this tensor.
+
+        Raises
+        ------
+        RuntimeError
+            When there is none: the system has refused to pin it.
+        """
+        held = self._held.get(_key(tensor, number))
+        if held is None:
+            raise RuntimeError("no pinned memory for what experts in RAM compute")
+        return held[1]
+
+
+def _key(tensor: Any, number: int) -> tuple[int, tuple[int, ...], Any]:
+    return number, tuple(tensor.shape), tensor.dtype
 
 
 class CpuExperts:
@@ -85,6 +110,10 @@ class CpuExperts:
             return self._compute(values, named)
         take = getattr(_recording, "take", None)
         if take is None:
+            if getattr(_recording, "is_near", False):
+                for number, value in enumerate(values):
+                    self._rows.make(value, number)
+                self._rows.make(values[0], -1)
             return self._compute([value.to("cpu") for value in values], named).to(there)
         here = [self._rows.like(value, number) for number, value in enumerate(values)]
         for row, value in zip(here, values, strict=True):
