@@ -119,6 +119,26 @@ def test_a_few_tokens_need_nothing_of_the_host(method: str, tokens: int, folder:
         engine.close()
 
 
+@pytest.mark.parametrize(("of_a_token", "most"), [(2, 16), (8, 4)])
+def test_no_more_tokens_are_recorded_than_experts_are_worth(
+    of_a_token: int, most: int, tmp_path: Path
+) -> None:
+    """Every token's product with every expert is a kernel of its own; with more of them a recording takes seconds."""
+    folder = tiny.save_mixture(tmp_path / "mixture", layers=1, **WIDE, num_experts_per_tok=of_a_token)
+    engine = loaded(folder, "nf4", "resident")
+    try:
+        repeats = request(
+            f"{PROMPT} {PROMPT} {PROMPT}", max_new_tokens=24, extra={"prompt_lookup_num_tokens": 9}
+        )
+        assert ask(engine, repeats).text
+        recorded = {shape.tokens for shape in engine._quick.steps._graphs}
+        assert engine.status() == ("captured decode",)
+        assert 1 in recorded
+        assert max(recorded) <= most
+    finally:
+        engine.close()
+
+
 def test_experts_are_copied_in_parts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = loaded(folder, "nf4", "resident")
     try:

@@ -27,6 +27,10 @@ from llm_magic.backends.accelerate.decoding.warmup import COMPILING, WarmUp, reg
 from llm_magic.backends.accelerate.memory_errors import free_bytes
 from llm_magic.backends.accelerate.placement.placed import PlacedModel
 from llm_magic.errors import OptionError
+from llm_magic.plan import Plan
+
+_EXPERTS_OF_A_SWEEP = 32
+"""Packed ones that a GPU multiplies in each layer of a sweep that is recorded, the same one for two tokens twice."""
 
 
 class Quick:
@@ -141,7 +145,8 @@ class Quick:
             return
         import torch
 
-        device = torch.device(placed.plan.placements[0].compute)
+        device, most = torch.device(placed.plan.placements[0].compute), _most_tokens(placed.plan)
+        self._pace.forget(most - 1)
         self._warm_up = _warm_up(placed, compiles=not layers)
         if layers:
             self.steps = CapturedLayers(
@@ -150,7 +155,7 @@ class Quick:
                 device,
                 layers,
                 lambda on: CudaGraphs(on, frees_memory=False),
-                most_tokens=placed.plan.long_sweep - 1 if placed.plan.long_sweep else SWEEP_TOKENS[-1],
+                most_tokens=min(most, placed.plan.long_sweep - 1) if placed.plan.long_sweep else most,
                 warm_up=self._warm_up,
             )
             return
@@ -162,6 +167,7 @@ class Quick:
             lanes=placed.lanes,
             lookups=placed.tables.lookups,
             settle=placed.settle,
+            most_tokens=most,
             warm_up=self._warm_up,
         )
 
@@ -221,6 +227,22 @@ class Quick:
         if self._draft:
             self._draft.close()
         self._draft = self._draft_model = None
+
+
+def _most_tokens(plan: Plan) -> int:
+    """Tokens of a sweep that is recorded.
+
+    A GPU multiplies packed experts one by one for each token: with more of them a sweep is recorded for seconds, to a
+    graph of many thousand kernels, for which plans have no room, and to verify them takes as long as to generate them.
+    """
+    of_a_token = [
+        place.block.active_experts
+        for place in plan.placements
+        if place.block.experts and place.compute != "cpu" and not place.is_split
+    ]
+    if not plan.layout.quantization or not of_a_token:
+        return SWEEP_TOKENS[-1]
+    return max(1, min(SWEEP_TOKENS[-1], _EXPERTS_OF_A_SWEEP // max(of_a_token)))
 
 
 def _steps_of(draft: Any, context: int) -> CapturedSteps | None:

@@ -186,6 +186,8 @@ class CapturedSteps:
         Tables whose rows are looked up elsewhere.
     settle
         Called after a forward pass that did not end, before the next one.
+    most_tokens
+        Of a sweep.
     warm_up
         Layers that are compiled in the background, and joined projections; ``None`` for neither.
 
@@ -209,9 +211,11 @@ class CapturedSteps:
         lanes: Sequence[Lane] = (),
         lookups: Sequence[Lookup] = (),
         settle: Callable[[], object] = lambda: None,
+        most_tokens: int = SWEEP_TOKENS[-1],
         warm_up: WarmUp | None = None,
     ) -> None:
         self.reason = ""
+        self._most = most_tokens
         self._model = model
         self._context = context
         self._recorder = recorder
@@ -255,7 +259,7 @@ class CapturedSteps:
         ``None`` for more tokens than a sweep takes, or when there is no memory for them.
         """
         # A state would take in for good what is too much.
-        most = 1 if self._static.states else SWEEP_TOKENS[-1]
+        most = 1 if self._static.states else self._most
         if tokens > most or not self._has_room:
             return None
         if self._dynamic is None and not self._take_over(cache, batch):

@@ -74,7 +74,7 @@ class Pace:
 
     def __init__(self, most: int = LENGTHS[-1], clock: Callable[[], float] = time.perf_counter) -> None:
         self.clock = clock
-        self._lengths = tuple(length for length in LENGTHS if length <= most)
+        self._lengths = _lengths(most)
         self._times: dict[int, _Time] = {}
         self._turn = 0
         self._grades: list[_Experience] = []
@@ -83,9 +83,10 @@ class Pace:
         """A new answer: what is right in it, nobody knows yet. The times of sweeps stay."""
         self._grades = [_Experience(prior) for prior in priors]
 
-    def forget(self) -> None:
-        """Sweeps take other times from now on, because blocks were moved."""
+    def forget(self, most: int = LENGTHS[-1]) -> None:
+        """Sweeps take other times from now on, and ``most`` proposed tokens, because blocks were moved."""
         self._times.clear()
+        self._lengths = _lengths(most)
 
     def longest(self, room: int) -> int:
         """Tokens to ask a proposer for, whatever the grade will be."""
@@ -154,3 +155,7 @@ class Pace:
 def _expected(share: float, length: int) -> float:
     """Tokens that a sweep with ``length`` proposed ones gives on average."""
     return sum(share**power for power in range(length + 1))
+
+
+def _lengths(most: int) -> tuple[int, ...]:
+    return tuple(length for length in LENGTHS if length <= most)
