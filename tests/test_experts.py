@@ -1047,7 +1047,7 @@ def test_the_experts_of_a_device(tmp_path: Path, name: str, device: str, on_disk
     travellers = _travellers(model, tmp_path if on_disk else None, reader)
     experts = DeviceExperts(device, travellers, 0, reader, streams)
     assert experts.cache.slots == 2
-    assert experts.cache_bytes == 2 * experts.cache.slot_bytes
+    assert experts.device_bytes == 2 * experts.cache.slot_bytes
     assert bool(experts.staging_bytes) == (device != "cpu")
     assert torch.equal(_logits(model), _expected(ROUTED[name]))
     experts.settle()
@@ -1063,7 +1063,7 @@ def test_the_budget_of_a_device_is_kept(tmp_path: Path) -> None:
     small = DeviceExperts("cpu", travellers, 100_000, reader)
     slot_bytes, slots = small.cache.slot_bytes, small.cache.slots
     assert slots == 100_000 // slot_bytes
-    assert small.cache_bytes <= 100_000
+    assert small.device_bytes <= 100_000
     small.close()
     large = DeviceExperts("cpu", travellers, 1 << 30, reader)
     assert large.cache.slots == EXPERTS * LAYERS

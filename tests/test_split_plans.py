@@ -9,7 +9,7 @@ import pytest
 from llm_magic.machine import Machine
 from llm_magic.model import ModelLayout
 from llm_magic.placing import changes_in_words
-from llm_magic.plan import Plan, Workload
+from llm_magic.plan import Placement, Plan, Workload
 from llm_magic.planning.planner import make_plan, with_room_for_prompts
 from llm_magic.planning.policies import POLICIES
 from llm_magic.planning.setting import Setting
@@ -282,3 +282,27 @@ def test_passes_stay_as_they_are_elsewhere(
 ) -> None:
     usual, plan = with_room(layout, on, **options)  # type: ignore[arg-type]
     assert plan is usual
+
+
+def test_a_prompt_waits_for_the_launches_of_many_small_experts() -> None:
+    """Of few large ones, of as many bytes, it does not."""
+
+    def launched(experts: int, method: str = "nf4", home: str = "cpu") -> int:
+        block = next(block for block in moe30b().blocks if block.experts)
+        layout = mixture(method) if method else moe30b()
+        changed = replace(block, experts=experts, active_experts=2)
+        place = Placement(changed, home, GPU)
+        return block_sweep(layout, Workload(8192), place, tokens=512).experts[GPU]
+
+    assert launched(128, home=GPU) == launched(128) == 128, "in runs"
+    assert launched(8) == 5 * 8, "large ones come one by one"
+    assert launched(128, home="disk") == 5 * 128
+    assert launched(128, "") == 5 * 128, "plain ones, too"
+    assert launched(128, "", home=GPU) == 0, "those are one kernel"
+
+    few = tuple(
+        replace(block, experts=16, active_experts=1) if block.experts else block for block in mixture().blocks
+    )
+    many, few_of_them = mixture(), replace(mixture(), blocks=few)
+    speeds = [planned(layout, desktop(40)).forecast.prefill_tps for layout in (many, few_of_them)]
+    assert speeds[0] < speeds[1]

@@ -64,6 +64,11 @@ _SOMEHOW = 0.1
 UNPACKED_EXPERTS_BYTES = 64 * MIB
 """Of packed experts that a GPU unpacks at a time for many tokens, or one of them if it is larger."""
 
+EXPERTS_IN_RUNS_BYTES = 16 * MIB
+"""Packed experts up to this size come to a GPU in runs, for a prompt. A copy of a larger one takes longer than the
+host needs for it, and those that are there already need not come.
+"""
+
 _MUCH_QUICKER = 4
 
 

@@ -552,7 +552,7 @@ def test_experts_that_come_for_prompts_leave_room_for_long_ones(engine_of: Calla
     """Those that come for every token have what is spare, and no prompt counts on it."""
     split = engine_of(layers(VISITING_SPLIT))
     use = split.plan.use(DEVICE)
-    assert split._placed._expert_lanes[DEVICE].cache_bytes <= use.slots
+    assert split._placed._expert_lanes[DEVICE].device_bytes <= use.slots
     assert split._placed.beyond_plan() == {DEVICE: 0}
     few = engine_of(
         layers(VISITING_SPLIT), "quanto-int8", "mixtral"

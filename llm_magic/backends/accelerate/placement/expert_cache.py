@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from llm_magic.backends.accelerate.placement.stream import Arrival, Mark, Streams, Watch
 
 _HALF_LIFE_TOKENS = 256  # a use counts half after as many tokens: some paragraphs
-_NEARLY_ALL = 0.9  # of a layer's experts, where the next layer will need as many
+NEARLY_ALL = 0.9  # of a layer's experts, where the next layer will need as many
 
 
 class ExpertLayer:
@@ -160,7 +160,7 @@ class ExpertCache:
         with self._changed:
             self._drop_own()
             layer.count(uses, tokens)
-            is_long = following is not None and len(uses) >= _NEARLY_ALL * layer.store.experts
+            is_long = following is not None and len(uses) >= NEARLY_ALL * layer.store.experts
             next_layer = following or layer
             expected = list(range(next_layer.store.experts)) if is_long and next_layer is not layer else []
             work = self._passes[threading.get_ident()] = _Pass(layer, next_layer, expected)
@@ -175,6 +175,11 @@ class ExpertCache:
             self.misses += len(uses) - there
             self._drop_expected()
             self._fetch_ahead(work)
+
+    def count(self, layer: ExpertLayer, uses: Mapping[int, int], tokens: int) -> None:
+        """A pass of ``tokens`` tokens uses these experts, and gets them in another way."""
+        with self._changed:
+            layer.count(uses, tokens)
 
     def take(self, index: int) -> tuple[Any, ...]:
         """The tensors of one expert of this thread's pass. They are its own until another one is taken, or the pass ends.

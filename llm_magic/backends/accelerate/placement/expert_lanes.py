@@ -21,6 +21,7 @@ from typing import Any
 
 from llm_magic.backends.accelerate.placement.blocks import BlockTensors, FileStore, RamStore, pin, unpin
 from llm_magic.backends.accelerate.placement.expert_cache import ExpertCache
+from llm_magic.backends.accelerate.placement.expert_runs import ExpertRuns, InRam
 from llm_magic.backends.accelerate.placement.expert_stores import (
     ExpertStore,
     FileExperts,
@@ -33,7 +34,7 @@ from llm_magic.backends.accelerate.placement.experts import RoutedExperts, Visit
 from llm_magic.backends.accelerate.placement.extents import FileImage
 from llm_magic.backends.accelerate.placement.lanes import make_streams, slot_memory
 from llm_magic.backends.accelerate.placement.reader import FileReader, page_buffer
-from llm_magic.backends.accelerate.placement.stream import Staging, Streams
+from llm_magic.backends.accelerate.placement.stream import Staging, Streams, Watch
 
 LEAST_SLOTS = 2
 """One expert computes while the next one comes."""
@@ -82,8 +83,10 @@ class DeviceExperts:
     ----------
     cache
         What holds them, and counts what was fetched.
-    cache_bytes, staging_bytes
-        Memory it takes on its device and, pinned, in RAM.
+    runs
+        What brings all of them for long prompts; ``None`` where that is no quicker.
+    staging_bytes
+        Memory it takes in RAM, pinned.
     refused_bytes
         What of the latter could not be pinned.
     """
@@ -104,37 +107,70 @@ class DeviceExperts:
         self._modules = [module for traveller in travellers for module in _modules(*traveller)]
         stores = [self._store(module) for module in self._modules]
         slot_bytes = max(store.slot_bytes for store in stores)
-        count = min(budget_bytes // slot_bytes, sum(store.experts for store in stores))
-        self.cache_bytes = max(count, LEAST_SLOTS) * slot_bytes
-        self.cache = ExpertCache(self._room(), slot_bytes, self._streams)
+        try:
+            self.runs = self._make_runs(budget_bytes - LEAST_SLOTS * slot_bytes)
+            left = budget_bytes - (self.runs.bytes if self.runs else 0)
+            count = min(left // slot_bytes, sum(store.experts for store in stores))
+            self._cache_bytes = max(count, LEAST_SLOTS) * slot_bytes
+            room = slot_memory(device, self._cache_bytes)[: self._cache_bytes]
+        except BaseException:
+            self._unpin()
+            raise
+        self.cache = ExpertCache(room, slot_bytes, self._streams)
         self._routed = [
             RoutedExperts(module.module, store, self.cache, module.visitor)
             for module, store in zip(self._modules, stores, strict=True)
         ]
+        for routed, module in zip(self._routed, self._modules, strict=True):
+            if self.runs is not None and (twin := self.runs.twin(module.module)) is not None:
+                routed.come_in_runs(twin)
         for routed, following in pairwise(self._routed):
             routed.is_followed_by(following)
+
+    @property
+    def device_bytes(self) -> int:
+        """Memory it takes on its device."""
+        return self._cache_bytes + (self.runs.bytes if self.runs else 0)
+
+    def watch(self, watch: Watch | None) -> None:
+        """Tell ``watch`` of every wait for experts from now on; ``None``: nobody."""
+        self.cache.watch = watch
+        if self.runs is not None:
+            self.runs.lane.watch = watch
 
     def settle(self) -> None:
         """After forward passes that did not end."""
         self.cache.settle()
+        if self.runs is not None:
+            self.runs.settle()
 
     def close(self) -> None:
         """Leave the modules as they were, wait for what is on its way, and give the memory back."""
         for routed in self._routed:
             routed.detach()
         self.cache.close()
+        if self.runs is not None:
+            self.runs.close()
+            self.runs = None
         if self._copier is not None:
             self._copier.shutdown()
         self._unpin()
         self._routed.clear()
         self._modules.clear()
 
-    def _room(self) -> Any:
-        try:
-            return slot_memory(self._device, self.cache_bytes)[: self.cache_bytes]
-        except BaseException:
-            self._unpin()
-            raise
+    def _make_runs(self, room: int) -> ExpertRuns | None:
+        """What brings small packed experts in runs, of half the room at most: the other half is for hot ones."""
+        found = [
+            InRam(module.module, module.stacks, [module.store.tensors()[piece] for piece in module.pieces])
+            for module in self._modules
+            if isinstance(module.store, RamStore) and module.store.is_pinned and self._device != "cpu"
+        ]
+        found = [held for held in found if held.are_small]
+        are_for_prompts = all(module.visitor is not None for module in self._modules)
+        room = room if are_for_prompts else room // 2
+        if not found or room < ExpertRuns.least_room(found):
+            return None
+        return ExpertRuns(self._device, found, room, self._streams)
 
     def _unpin(self) -> None:
         while self._pinned:

@@ -115,7 +115,7 @@ class RamExperts:
 
     def source(self, index: int) -> Source:
         if self._staging is None:
-            return _Copied(self._streams, partial(self._pairs, index))
+            return Copied(self._streams, partial(self._pairs, index))
         return StagedSource(partial(self._read, index), self._flat_pair, self._staging, self._streams)
 
     def views(self, index: int, slot: Any) -> tuple[Any, ...]:  # noqa: ARG002 (they all lie alike)
@@ -190,7 +190,7 @@ class FileExperts:
 
 
 @dataclass(frozen=True)
-class _Copied:
+class Copied:
     """Copies that need nothing before them."""
 
     streams: Streams

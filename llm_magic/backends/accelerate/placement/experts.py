@@ -19,9 +19,9 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from llm_magic.backends.accelerate.placement.expert_cache import ExpertCache, ExpertLayer
+from llm_magic.backends.accelerate.placement.expert_cache import NEARLY_ALL, ExpertCache, ExpertLayer
 from llm_magic.backends.accelerate.placement.expert_stores import ExpertStore, Stack, expert_extents
-from llm_magic.backends.accelerate.placement.packed_stack import PackedStack
+from llm_magic.backends.accelerate.placement.packed_stack import FEW_TOKENS, PackedStack
 
 if TYPE_CHECKING:
     from llm_magic.backends.accelerate.placement.extents import Extent
@@ -104,6 +104,7 @@ class RoutedExperts:
         self._module, self._cache, self._visitor = module, cache, visitor
         self._layer = ExpertLayer(store)
         self._following: ExpertLayer | None = None
+        self._in_runs: Any = None
         self._turn = _Turn()
         self._twin = copy.copy(module)
         self._twin.__dict__.update(_eager(module))
@@ -125,6 +126,9 @@ class RoutedExperts:
             return type(self._module).forward(self._module, *inputs, **named)
         chosen = _chosen(self._module, inputs, named)
         uses = _uses(chosen, self._layer.store.experts)
+        if self._in_runs is not None and len(chosen) > FEW_TOKENS and self._are_nearly_all(uses):
+            self._cache.count(self._layer, uses, len(chosen))
+            return type(self._in_runs).forward(self._in_runs, *inputs, **named)
         self._cache.begin(self._layer, uses, len(chosen), self._following)
         self._turn.begin(uses)
         try:
@@ -137,6 +141,13 @@ class RoutedExperts:
     def is_followed_by(self, other: RoutedExperts) -> None:
         """Whose turn it is after these, in every sweep."""
         self._following = other._layer
+
+    def come_in_runs(self, twin: Any) -> None:
+        """Let this compute in long passes that need nearly all of them."""
+        self._in_runs = twin
+
+    def _are_nearly_all(self, uses: Mapping[int, int]) -> bool:
+        return len(uses) >= NEARLY_ALL * self._layer.store.experts
 
     def piece(self, index: Any, number: int) -> Any:
         """The tensor of one expert (an int or a tensor with one) in stack ``number``."""

@@ -15,13 +15,10 @@ from typing import Any
 import torch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from llm_magic.backends.accelerate.placement.packed_stack import PackedMatrix, PackedStack
+from llm_magic.backends.accelerate.placement.packed_stack import FEW_TOKENS, PackedMatrix, PackedStack
 
 IMPLEMENTATION = "llm_magic_packed"
 """Name of `packed_experts` among transformers' implementations of experts."""
-
-_FEW_TOKENS = 16
-"""Up to so many tokens, a GPU computes each of them by itself with each of its experts."""
 
 
 def packed_experts(module: Any, hidden_states: Any, top_k_index: Any, top_k_weights: Any) -> Any:
@@ -46,9 +43,9 @@ def packed_experts(module: Any, hidden_states: Any, top_k_index: Any, top_k_weig
     tokens, of_each = top_k_index.shape
     if not tokens:
         return torch.empty_like(hidden_states)
-    on_cpu, is_here = hidden_states.device.type == "cpu", isinstance(module.down_proj, PackedStack)
+    on_cpu, is_here = hidden_states.device.type == "cpu", hasattr(module.down_proj, "unpacked")
     # A CPU reads an expert once for each of its tokens then: no more of them than there hardly ever are several.
-    is_few = tokens == 1 or (2 * tokens * of_each <= module.num_experts if on_cpu else tokens <= _FEW_TOKENS)
+    is_few = tokens == 1 or (2 * tokens * of_each <= module.num_experts if on_cpu else tokens <= FEW_TOKENS)
     if is_here and is_few:
         compute = _side_by_side
     elif is_here and not on_cpu:

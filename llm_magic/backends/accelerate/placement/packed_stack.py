@@ -19,6 +19,9 @@ from llm_magic.backends.accelerate.placement.cpu_products import PackedWeights
 from llm_magic.planning.packed import UNPACKED_EXPERTS_BYTES
 from llm_magic.units import MIB
 
+FEW_TOKENS = 16
+"""Up to so many tokens, a GPU computes each of them by itself with each of its experts."""
+
 _GATHERED_BYTES = 32 * MIB
 """Of packed matrices that a GPU copies at a time."""
 
@@ -37,6 +40,8 @@ class PackedStack(torch.nn.Module):
 
     Attributes
     ----------
+    dtype
+        torch dtype of the numbers.
     template
         What makes a weight of an expert's parts; ``None`` until there are any.
     known
@@ -48,7 +53,7 @@ class PackedStack(torch.nn.Module):
     def __init__(self, linear: Any, shape: tuple[int, ...], *, is_transposed: bool) -> None:
         super().__init__()
         self.__dict__["linear"] = linear  # no submodule: its weight is not among the model's
-        self.shape, self.is_transposed = tuple(shape), is_transposed
+        self.shape, self.is_transposed, self.dtype = tuple(shape), is_transposed, linear.weight.dtype
         self._names: dict[str, str] = {}  # of a part -> of its parameter
         self.template: packing.Template | None = None
         self.known: dict[int, PackedMatrix] | None = None
@@ -134,9 +139,7 @@ class PackedStack(torch.nn.Module):
     def unpacked(self, uses: Sequence[int], dtype: Any) -> Iterator[Any]:
         """The numbers of every expert ``[out, in]``; ``None`` for some that are not used."""
         assert self.template is not None
-        step = max(
-            1, UNPACKED_EXPERTS_BYTES // (dtype.itemsize * self.linear.out_features * self.linear.in_features)
-        )
+        step = self.at_a_time(dtype)
         held: Mapping[str, Any] = self._parameters
         for start in range(0, self.experts, step):
             some = slice(start, min(start + step, self.experts))
@@ -145,6 +148,17 @@ class PackedStack(torch.nn.Module):
                 yield from self.template.unpacked(stacks, dtype)
             else:
                 yield from [None] * (some.stop - some.start)
+
+    def at_a_time(self, dtype: Any) -> int:
+        """How many experts are unpacked together."""
+        size: int = dtype.itemsize * self.linear.out_features * self.linear.in_features
+        return max(1, UNPACKED_EXPERTS_BYTES // size)
+
+    def unpacking_on(self, device: Any) -> Callable[[Sequence[Any], Any], Any]:
+        """What makes numbers ``[n, out, in]`` of experts on ``device``: of the stacks of their parts, and in which dtype."""
+        assert self.template is not None
+        template, parts = self.template.on(torch.device(device)), tuple(self._names)
+        return lambda stacks, dtype: template.unpacked(dict(zip(parts, stacks, strict=True)), dtype)
 
     def _entry(self, expert: int) -> packing.Parts:
         held: Mapping[str, Any] = self._parameters

@@ -217,14 +217,14 @@ class PlacedModel:
             held[device]["slots"] += lane.slot_bytes
             held["cpu"]["slots"] += lane.staging_bytes
         for device, experts in self._expert_lanes.items():
-            held[device]["slots"] += experts.cache_bytes
+            held[device]["slots"] += experts.device_bytes
             held["cpu"]["slots"] += experts.staging_bytes
         return held
 
     def beyond_plan(self) -> dict[str, int]:
         """Device -> bytes that experts have there of what the plan leaves spare."""
         planned = {use.device: use.slots for use in self.plan.uses}
-        held = {device: experts.cache_bytes for device, experts in self._expert_lanes.items()}
+        held = {device: experts.device_bytes for device, experts in self._expert_lanes.items()}
         for device in held:
             held[device] += self._lanes[device].slot_bytes if device in self._lanes else 0
         return {device: max(0, size - planned.get(device, 0)) for device, size in held.items()}
@@ -286,7 +286,7 @@ class PlacedModel:
         for lane in self.lanes:
             lane.watch = watch
         for experts in self._expert_lanes.values():
-            experts.cache.watch = watch
+            experts.watch(watch)
 
     @contextmanager
     def weights_shown(self) -> Iterator[None]:
