@@ -180,9 +180,8 @@ class _Choice:
         Returns how many of them were.
         """
         for place, proposed in enumerate(proposal.tokens):
-            drawn_from = None if proposal.probabilities is None else proposal.probabilities[place]
             with undrawn_if_it_fails():
-                tokens = self._next(logits[:, place], proposed, drawn_from)
+                tokens = self._next(logits[:, place])
                 is_right = int(tokens[0]) == proposed
                 self._add(tokens)
             if self.done or not is_right:
@@ -191,13 +190,13 @@ class _Choice:
             self._add(self._next(logits[:, len(proposal.tokens)]))
         return len(proposal.tokens)
 
-    def _next(self, logits: Any, proposed: int | None = None, drawn_from: Any = None) -> Any:
+    def _next(self, logits: Any) -> Any:
         """The next token of every row: processed with what is before it, as transformers does."""
         import torch
 
         logits = logits.to(copy=True, dtype=torch.float32, device=self.ids.device)
         scores = self.processors(self.ids, logits)
-        tokens = choose(scores, self.do_sample, proposed, drawn_from)
+        tokens = choose(scores, self.do_sample)
         if self._padding is None:
             return tokens
         return tokens * self._unfinished + self._padding * (1 - self._unfinished)

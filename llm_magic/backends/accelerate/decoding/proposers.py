@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from llm_magic.backends.accelerate.decoding.joined import FEW_TOKENS
 from llm_magic.backends.accelerate.decoding.kv_cache import crop
 from llm_magic.backends.accelerate.decoding.rollback import Rollback
-from llm_magic.backends.accelerate.decoding.sampling import generator
+from llm_magic.backends.accelerate.decoding.sampling import drawn_ahead
 from llm_magic.backends.accelerate.decoding.speculate import Proposal
 from llm_magic.backends.accelerate.memory_errors import TokensLostError, is_out_of_memory
 from llm_magic.backends.accelerate.placement.layer_cache import layer_tensors
@@ -124,16 +124,11 @@ class DraftModel:
         self._feed_safely(ids[:-1])
 
     def propose(self, ids: list[int], most: int) -> Proposal:
-        """The ``most`` likely next tokens one by one, or tokens drawn with their distributions."""
-        import torch
-
-        text, rows = list(ids), []
+        """The ``most`` likely next tokens one by one, or tokens drawn by the numbers that the answer draws by next."""
+        text, ahead = list(ids), None if self._processors is None else drawn_ahead(self._device)
         for _ in range(most):
-            logits = self._feed_safely(text)
-            token, row = self._choose(logits, text)
-            text.append(token)
-            rows.append(row)
-        return Proposal(text[len(ids) :], torch.stack(rows) if self._processors is not None else None)
+            text.append(self._choose(self._feed_safely(text), text, ahead))
+        return Proposal(text[len(ids) :])
 
     def close(self) -> None:
         """Give the model and its cache back."""
@@ -156,16 +151,15 @@ class DraftModel:
         own = [tensor for layer in layers for tensor in layer_tensors(layer).values()]
         return [*own, *(self._steps.tensors() if self._steps is not None else ())]
 
-    def _choose(self, logits: Any, text: list[int]) -> tuple[int, Any]:
+    def _choose(self, logits: Any, text: list[int], ahead: Any) -> int:
         import torch
 
         if self._processors is None:
-            return int(torch.argmax(logits, dim=-1)), None
+            return int(torch.argmax(logits, dim=-1))
         scores, ids = logits.to(self._device), torch.tensor([text], device=self._device)
         for step in self._processors:
             scores = step(ids, scores)
-        row = torch.softmax(scores, dim=-1)
-        return int(torch.multinomial(row, num_samples=1, generator=generator())), row[0]
+        return int(torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1, generator=ahead))
 
     def _feed_safely(self, ids: list[int]) -> Any:
         """As ``_feed``; after an error the next call starts over."""

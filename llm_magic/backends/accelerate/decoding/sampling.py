@@ -83,6 +83,18 @@ def generator() -> Any:
     return getattr(_own, "generator", None)
 
 
+def drawn_ahead(device: Any) -> Any:
+    """A generator that draws what the answer of this thread will draw next, on ``device``, and leaves that to it."""
+    import torch
+
+    ahead, own = torch.Generator(device), generator()
+    if own is None:
+        is_gpu = ahead.device.type == "cuda"
+        own = torch.cuda.default_generators[ahead.device.index or 0] if is_gpu else torch.default_generator
+    ahead.set_state(own.get_state())
+    return ahead
+
+
 @contextmanager
 def undrawn_if_it_fails() -> Iterator[None]:
     """Draw the same numbers again after an error: who repeats a choice gets the one that failed."""

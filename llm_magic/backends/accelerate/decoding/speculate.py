@@ -2,7 +2,8 @@
 
 Moving the weights costs the same for one token as for many, so a model that waits for its bytes can
 check a handful of proposed tokens in the time of one. What is chosen at each place is what the model
-would have chosen alone: the same token when greedy, a token of the same distribution when sampling.
+would have chosen alone, by the same random numbers: so an answer is repeated by its seed, however many
+tokens were proposed, which depends on the clock.
 """
 
 from __future__ import annotations
@@ -23,23 +24,16 @@ class Proposal:
     ----------
     tokens
         Their ids, in order.
-    probabilities
-        ``[len(tokens), vocabulary]``: the distributions that they were drawn from; ``None`` when they
-        were not drawn, but looked up or the most likely.
     grade
         Which of the proposer's kinds of proposal this is: they differ in how often they are right.
     """
 
     tokens: Sequence[int] = ()
-    probabilities: Any = None
     grade: int = 0
 
     def first(self, count: int) -> Proposal:
         """The beginning of it."""
-        if count >= len(self.tokens):
-            return self
-        rows = None if self.probabilities is None else self.probabilities[:count]
-        return Proposal(self.tokens[:count], rows, self.grade)
+        return self if count >= len(self.tokens) else Proposal(self.tokens[:count], self.grade)
 
 
 class Proposer(Protocol):
@@ -94,20 +88,19 @@ class Speculation:
         return proposal.first(self.pace.length(proposal.grade, min(len(proposal.tokens), most)))
 
 
-def choose(scores: Any, do_sample: bool, proposed: int | None = None, drawn_from: Any = None) -> Any:
-    """The next token of every row; that it equals ``proposed`` is what accepting means.
+def choose(scores: Any, do_sample: bool) -> Any:
+    """The next token of every row.
 
-    A token that was drawn from ``drawn_from`` (q) is accepted with probability min(1, p/q), or else
-    replaced by one from max(0, p - q), normalised (Leviathan et al. 2023; Chen et al. 2023). For a
-    token that was not drawn q is 1 at one place: then drawing from p and comparing is the same
-    thing, and uses the same random numbers as an answer without proposals.
+    torch draws by exponential noise ``e``: the token with the largest ``p / e``. Who proposes tokens draws by the same
+    numbers (see `sampling.drawn_ahead`), so that both tend to choose the same, and what is chosen here does not
+    depend on what was proposed. (Maddison et al. 2014; as a coupling: Daliri et al. 2025, "Coupling without
+    communication": at least ``(1 - d) / (1 + d)`` of the tokens are the same, for a distance ``d`` between the
+    distributions.)
 
     Parameters
     ----------
     scores
         ``[batch, vocabulary]`` float32: processed logits.
-    proposed, drawn_from
-        The token that was proposed, and its distribution ``[vocabulary]``. Only with a batch of 1.
 
     Returns
     -------
@@ -119,10 +112,4 @@ def choose(scores: Any, do_sample: bool, proposed: int | None = None, drawn_from
     if not do_sample:
         return torch.argmax(scores, dim=-1)
     p = torch.softmax(scores, dim=-1)
-    if proposed is not None and drawn_from is not None:
-        q = drawn_from.to(p)
-        if torch.rand((), device=p.device, generator=generator()) * q[proposed] < p[0, proposed]:
-            return torch.tensor([proposed], device=p.device)
-        rest = (p - q).clamp_(min=0)
-        p = rest if rest.any() else p  # no rest: p and q are the same but for rounding
     return torch.multinomial(p, num_samples=1, generator=generator()).squeeze(1)
