@@ -26,6 +26,7 @@ from llm_magic.memory import FreeMemory
 from llm_magic.model import ModelLayout, ModelSpec
 from llm_magic.notebook import Notebook
 from llm_magic.options import AskOptions, LoadOptions
+from llm_magic.origin import Origin
 from llm_magic.placing import Moved, Target, as_if_unloaded, carry_out, limits_of, refusal_to_move
 from llm_magic.plan import Plan, PlannedEvent, Workload
 from llm_magic.planning.budget import device_name
@@ -49,12 +50,21 @@ class LoadedModel:
     """A model in memory, the name it goes by, how fast its last answer was, and where it was before."""
 
     name: str
-    spec: ModelSpec
-    options: LoadOptions
+    origin: Origin
     engine: Engine
     load_s: float
     last: Footprint | None = None
     history: list[Plan] = field(default_factory=list)
+
+    @property
+    def spec(self) -> ModelSpec:
+        """Which model the user asked for."""
+        return self.origin.spec
+
+    @property
+    def options(self) -> LoadOptions:
+        """And how to load it."""
+        return self.origin.options
 
     @property
     def plan(self) -> Plan:
@@ -183,8 +193,8 @@ class Session:
     ) -> LoadedModel:
         """Plan and load a model, make it the current one, and give it a name.
 
-        Loading the same source with the same options again keeps the model that is there. A model
-        of the same name is unloaded once the new one is loaded. ``view`` shows the progress; the
+        Loading the same source with the same options again keeps the model that is there, as long as the files
+        are those that it was loaded from. A model of the same name is unloaded once the new one is loaded. ``view`` shows the progress; the
         session's screen makes one without it.
 
         Raises
@@ -200,14 +210,14 @@ class Session:
             )
         spec = self._named(spec)
         name = _check_model_name(name or _model_name(spec.source))
-        same = self.models.get(name)
-        if same and (same.spec, same.options) == (spec, options):
+        same, origin = self.models.get(name), Origin.of(spec, options, self.settings.ctx_size)
+        if same and same.origin == origin:
             self.current = name
             return same
         backend = self.plugins.backend_for(spec)
         loaded = self._on_worker(
             f"Loading {name}",
-            lambda progress: self._load(backend, spec, options, name, progress),
+            lambda progress: self._load(backend, origin, name, progress),
             undo=lambda model: model.engine.close(),
             view=view,
         )
@@ -535,16 +545,14 @@ class Session:
         wanted: int = self.settings.ctx_size
         return min(wanted, context_length) if context_length else wanted
 
-    def _load(
-        self, backend: Backend, spec: ModelSpec, options: LoadOptions, name: str, progress: Progress
-    ) -> LoadedModel:
+    def _load(self, backend: Backend, origin: Origin, name: str, progress: Progress) -> LoadedModel:
         started = time.perf_counter()
-        plan = self.plan(spec, options, progress)
+        plan = self.plan(origin.spec, origin.options, progress)
         if not plan.fits:
             raise refusal(plan)
         progress(PlannedEvent("loading", plan=plan))
-        engine = backend.load(spec, plan, progress)
-        return LoadedModel(name, spec, options, engine, time.perf_counter() - started)
+        engine = backend.load(origin.spec, plan, progress)
+        return LoadedModel(name, origin, engine, time.perf_counter() - started)
 
     @contextmanager
     def _exclusive(self) -> Iterator[None]:

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import os
 import threading
 from _thread import interrupt_main
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -89,6 +91,46 @@ def test_loading_the_same_again_keeps_the_model(session, backend) -> None:
     first = session.model()
     assert session.load(FAKE, LoadOptions(), "a") is first
     assert len(backend.engines) == 1
+
+
+def written(path: Path, text: str) -> Path:
+    """A file that has another state than before, however coarse the clock of the file system is."""
+    before = path.stat().st_mtime_ns if path.exists() else 0
+    path.write_text(text)
+    os.utime(path, ns=(before + 10**9, before + 10**9))
+    return path
+
+
+@pytest.mark.parametrize("change", ["weights", "device map", "folder", "context"])
+def test_the_same_words_for_another_model_load_it(
+    change: str, session, backend, tmp_path, monkeypatch
+) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        written(tmp_path / name / "fake", "weights")
+    device_map = written(tmp_path / "map.json", '{"": "cpu"}')
+    monkeypatch.chdir(tmp_path / "one")
+    asked = ModelSpec("fake:b", draft="."), LoadOptions(device_map=str(device_map)), "b"
+    monkeypatch.setattr(session, "plan", lambda *_: session.models["a"].plan)
+    first = session.load(*asked)
+    assert session.load(*asked) is first
+    if change == "weights":
+        written(tmp_path / "one" / "fake", "newer")
+    elif change == "device map":
+        written(device_map, '{"": "disk"}')
+    elif change == "folder":
+        monkeypatch.chdir(tmp_path / "two")
+    else:
+        session.settings.ctx_size = 512
+    second = session.load(*asked)
+    assert second is not first
+    assert session.load(*asked) is second
+
+
+def test_the_default_context_is_of_no_concern_beside_an_own_one(session) -> None:
+    first = session.load(FAKE, LoadOptions(ctx_size=64), "b")
+    session.settings.ctx_size = 512
+    assert session.load(FAKE, LoadOptions(ctx_size=64), "b") is first
 
 
 def test_loading_with_other_options_replaces_the_model_and_closes_the_old_one(session, backend) -> None:

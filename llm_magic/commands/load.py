@@ -27,10 +27,12 @@ def _run(session: Session, found: argparse.Namespace) -> Report:
     spec, options = read_source_options(found)
     if found.dry_run:
         return planned_report(session, spec, options, found.name)
+    known = [id(model) for model in session.models.values()]
     model = session.load(spec, options, found.name)
     layout = model.plan.layout
+    since = "was loaded before" if id(model) in known else f"is loaded ({format_seconds(model.load_s)})"
     headline = (
-        f"{model.name} is loaded ({format_seconds(model.load_s)}): {layout.name}, "
+        f"{model.name} {since}: {layout.name}, "
         f"{format_count(layout.parameters)} parameters, {format_bytes(layout.bytes)} in {_kinds(layout)}."
         f"{f' {layout.draft.name} proposes tokens.' if layout.draft else ''}"
     )
