@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,17 +43,24 @@ class Chats:
         """Names of the conversations in memory."""
         return list(self._chats)
 
+    def in_memory(self, name: str) -> Chat | None:
+        """The conversation with this name, wherever else one is saved; ``None`` when there is none."""
+        return self._chats.get(name)
+
     def find(self, name: str) -> Chat | None:
         """The conversation with this name, in memory or saved; ``None`` when there is none.
+
+        An empty one in memory hides no saved one: every session begins with an empty ``default``.
 
         Raises
         ------
         SessionError
             When it is saved in a file that is damaged.
         """
-        if name in self._chats:
-            return self._chats[name]
-        return read_chat(name) if name in saved_chats() else None
+        chat = self.in_memory(name)
+        if (chat is None or not chat.messages) and name in saved_chats():
+            return read_chat(name)
+        return chat
 
     def keep(self, chat: Chat, make_current: bool = True) -> None:
         """Take a conversation in, in place of one of the same name."""
@@ -68,12 +76,23 @@ class Chats:
         SessionError
             When a conversation of this name exists already.
         """
-        if self.find(name) is not None:
-            raise SessionError(
-                f"There is a chat {name!r} already.", f"%llm chat use {name} · %llm chat delete {name}"
-            )
-        self.keep(Chat(check_chat_name(name or self.free_name())))
+        self.keep(self.begin(name))
         return self.current
+
+    def begin(self, name: str = "") -> Chat:
+        """An empty conversation under a name that none has yet; nothing is kept of it.
+
+        Raises
+        ------
+        SessionError
+            When a conversation of this name exists already.
+        """
+        if self.find(name) is not None:
+            quoted = shlex.quote(name)
+            raise SessionError(
+                f"There is a chat {name!r} already.", f"%llm chat use {quoted} · %llm chat delete {quoted}"
+            )
+        return Chat(check_chat_name(name or self.free_name()))
 
     def use(self, name: str) -> Chat:
         """Make a conversation the current one.
@@ -145,6 +164,24 @@ def read_chat(name: str) -> Chat:
         raise _unknown(name) from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError):
         raise SessionError(f"The saved chat {name!r} is damaged.", f"%llm chat delete {name}") from None
+
+
+def is_another_saved(name: str, chat: Chat) -> bool:
+    """Whether what is saved under a name is something else than the beginning of ``chat``."""
+    try:
+        return name in saved_chats() and not _goes_on(read_chat(name).messages, chat.messages)
+    except SessionError:  # whatever is in a damaged file, this is not it
+        return True
+
+
+def _goes_on(begun: list[Message], messages: list[Message]) -> bool:
+    """Whether all that was saved is in ``messages``; its last answer may have been continued."""
+    if len(begun) > len(messages):
+        return False
+    here = [Message(m.role, sanitize(m.content)) for m in messages[: len(begun)]]  # as a file is read
+    if begun and here[-1].content.startswith(begun[-1].content):
+        here[-1] = Message(here[-1].role, begun[-1].content)
+    return here == begun
 
 
 def saved_chats() -> list[str]:

@@ -629,7 +629,7 @@ class Session:
         if not wanted and not (self.settings.history if options.history is None else options.history):
             return None
         if options.new:
-            return Chat(check_chat_name(options.chat or self.chats.free_name()))
+            return self.chats.begin(options.chat)
         if options.chat:
             return self.chats.find(options.chat) or Chat(check_chat_name(options.chat))
         return self.chats.current

@@ -19,6 +19,19 @@ def _data_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("LLM_MAGIC_DATA", str(tmp_path))
 
 
+def command(session: Session, action: str, name: str = "") -> str:
+    return CHAT.run(session, argparse.Namespace(action=action, name=name)).text
+
+
+def say(session: Session, *words: str) -> None:
+    for word in words:
+        session.chats.current.messages += [Message("user", word), Message("assistant", word.upper())]
+
+
+def saved_words(name: str) -> list[str]:
+    return [message.content for message in read_chat(name).messages if message.role == "user"]
+
+
 def test_a_saved_chat_comes_back_whole() -> None:
     chat = Chat("recipes", "Be brief.", [Message("user", "Soup?"), Message("assistant", "Öl & Salz 🍲")])
     save_chat(chat)
@@ -74,7 +87,7 @@ def test_files_that_are_no_chats_hide_no_others(tmp_path) -> None:
     (tmp_path / "chats" / "old.json").write_text("{")
     save_chat(Chat("good"))
     assert saved_chats() == ["good", "old"]
-    shown = CHAT.run(Session(), argparse.Namespace(action="list", name="")).text
+    shown = command(Session(), "list")
     assert [line.split() for line in shown.splitlines()[2:4]] == [
         ["good", "0", "yes"],
         ["old", "damaged", "yes"],
@@ -106,4 +119,88 @@ def test_delete_removes_the_file_too() -> None:
     chats = Chats()
     save_chat(chats.new("old"))
     chats.delete("old")
+    assert saved_chats() == []
+
+
+# %llm chat save, and back
+
+
+def test_saving_again_under_the_same_name_writes_the_chat_as_it_is_now() -> None:
+    session = Session()
+    for word in ("one", "two"):
+        say(session, word)
+        assert "default is saved as trip" in command(session, "save", "trip")
+        assert saved_words("trip")[-1] == word
+    again = Session()
+    command(again, "use", "trip")
+    say(again, "three")
+    assert "trip is saved (3 turns)" in command(again, "save")
+    assert saved_words("trip") == ["one", "two", "three"]
+
+
+def test_an_answer_that_was_continued_or_had_controls_is_the_same_chat() -> None:
+    session = Session()
+    session.chats.current.messages += [Message("user", "\x1b[1mhi"), Message("assistant", "Once")]
+    command(session, "save")
+    session.chats.current.messages[-1] = Message("assistant", "Once upon")
+    command(session, "save")
+    assert read_chat("default").messages[-1].content == "Once upon"
+
+
+def test_a_chat_is_saved_by_its_own_name_whichever_is_current() -> None:
+    session = Session()
+    session.chats.new("side")
+    say(session, "aside")
+    session.chats.use("default")
+    say(session, "main")
+    command(session, "save", "side")
+    assert saved_words("side") == ["aside"]
+
+
+def test_an_empty_chat_hides_no_saved_one() -> None:
+    yesterday, today = Session(), Session()
+    say(yesterday, "one", "two")
+    command(yesterday, "save")
+    assert "brings the saved one back" in command(today, "show")
+    assert "ONE" in command(today, "show", "default")
+    assert ["*", "default", "2", "yes"] in [line.split() for line in command(today, "list").splitlines()]
+    assert "(2 turns so far)" in command(today, "use", "default")
+    assert today.chats.current.turns == 2
+
+
+def test_saving_writes_over_no_other_chat() -> None:
+    yesterday, today = Session(), Session()
+    say(yesterday, "one", "two")
+    command(yesterday, "save")
+    say(today, "other")
+    with pytest.raises(SessionError, match="Another chat is saved as 'default'") as caught:
+        command(today, "save")
+    assert caught.value.next_step == "%llm chat save chat-1 keeps both."
+    assert saved_words("default") == ["one", "two"]
+    assert "%llm reset, then %llm chat use default" in command(today, "use", "default")
+    command(today, "save", "chat-1")
+    assert (saved_words("default"), saved_words("chat-1")) == (["one", "two"], ["other"])
+
+
+def test_a_chat_that_is_not_the_current_one_is_kept_beside_another_saved_one_too() -> None:
+    session = Session()
+    save_chat(Chat("my side", messages=[Message("user", "saved elsewhere")]))
+    session.chats.keep(Chat("my side", messages=[Message("user", "here")]), make_current=False)
+    with pytest.raises(SessionError) as caught:
+        command(session, "save", "my side")
+    assert caught.value.next_step == "%llm chat use 'my side', then %llm chat save chat-1 keeps both."
+
+
+def test_a_damaged_file_is_not_written_over(tmp_path) -> None:
+    (tmp_path / "chats").mkdir()
+    (tmp_path / "chats" / "default.json").write_text("{")
+    session = Session()
+    say(session, "one")
+    with pytest.raises(SessionError, match="Another chat"):
+        command(session, "save")
+
+
+def test_an_empty_chat_is_not_saved() -> None:
+    with pytest.raises(SessionError, match="default is empty"):
+        command(Session(), "save", "trip")
     assert saved_chats() == []

@@ -310,7 +310,7 @@ def test_no_history_asks_alone_and_leaves_no_trace_in_the_chat(session, backend)
 
 
 def test_new_begins_a_conversation_and_a_named_chat_is_for_this_cell_alone(session, backend) -> None:
-    for text in ("1", "2", "3", "4"):
+    for text in ("1", "2", "3"):
         backend.enqueue(text)
     session.ask("a")
     session.ask("b", AskOptions(new=True))
@@ -318,8 +318,15 @@ def test_new_begins_a_conversation_and_a_named_chat_is_for_this_cell_alone(sessi
     session.ask("c", AskOptions(chat="side"))
     assert session.chats.current.name == "chat-1"
     assert session.chats.find("side").turns == 1
-    session.ask("d", AskOptions(chat="side", new=True))
-    assert session.chats.find("side").messages == [Message("user", "d"), Message("assistant", "4")]
+
+
+def test_a_new_conversation_replaces_none(session, backend) -> None:
+    backend.enqueue("1")
+    session.ask("a", AskOptions(chat="side", new=True))
+    with pytest.raises(SessionError, match="There is a chat 'side' already") as caught:
+        session.ask("b", AskOptions(chat="side", new=True))
+    assert caught.value.next_step == "%llm chat use side · %llm chat delete side"
+    assert session.chats.find("side").messages == [Message("user", "a"), Message("assistant", "1")]
 
 
 def test_an_answer_can_be_continued(session, backend) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Callable
 
 from llm_magic.arguments import completes
-from llm_magic.chat import Chat, save_chat, saved_chats
+from llm_magic.chat import Chat, is_another_saved, save_chat, saved_chats
 from llm_magic.errors import OptionError, SessionError
 from llm_magic.hookspecs import Command
 from llm_magic.session import Session
@@ -54,20 +55,43 @@ def _new(session: Session, name: str) -> Report:
 
 def _use(session: Session, name: str) -> Report:
     chat = session.chats.use(_required(name, "use"))
-    return line_report(f"{chat.name} goes on ({chat.turns} turn{'s' * (chat.turns != 1)} so far).")
+    note = ""
+    if is_another_saved(name, chat):
+        note = f"\nAnother one is saved under this name: %llm reset, then {_use_of(name)}, brings it back."
+    return line_report(f"{chat.name} goes on ({_count(chat)} so far).{note}")
 
 
 def _show(session: Session, name: str) -> Report:
     chat = _known(session, name)
     if not chat.messages:
-        return line_report(f"{chat.name} is empty.")
+        saved = f" {_use_of(chat.name)} brings the saved one back." * (chat.name in saved_chats())
+        return line_report(f"{chat.name} is empty.{saved}")
     return stack(*(_turn(message.role, message.content) for message in chat.messages))
 
 
 def _save(session: Session, name: str) -> Report:
-    chat = session.chats.find(name) if name else session.chats.current
-    saved = save_chat(chat or session.chats.current, name)
-    return line_report(f"{saved} is saved. %llm chat use {saved} brings it back, in any notebook.")
+    chat = _to_save(session, name)
+    name = name or chat.name
+    if is_another_saved(name, chat):
+        first = "" if chat is session.chats.current else f"{_use_of(name)}, then "
+        raise SessionError(
+            f"Another chat is saved as {name!r}.",
+            f"{first}%llm chat save {session.chats.free_name()} keeps both.",
+        )
+    save_chat(chat, name)
+    saved = "saved" if name == chat.name else f"saved as {name}"
+    return line_report(
+        f"{chat.name} is {saved} ({_count(chat)}). {_use_of(name)} brings it back, in any notebook."
+    )
+
+
+def _to_save(session: Session, name: str) -> Chat:
+    """The chat of this name where there is one to save, else the current one."""
+    named, current = session.chats.in_memory(name), session.chats.current
+    chat = named if named is not None and named.messages else current
+    if not chat.messages:
+        raise SessionError(f"There is nothing to save: {chat.name} is empty.", "Ask something first.")
+    return chat
 
 
 def _delete(session: Session, name: str) -> Report:
@@ -84,6 +108,14 @@ _ACTIONS: dict[str, Callable[[Session, str], Report]] = {
     "save": _save,
     "delete": _delete,
 }
+
+
+def _count(chat: Chat) -> str:
+    return f"{chat.turns} turn{'s' * (chat.turns != 1)}"
+
+
+def _use_of(name: str) -> str:
+    return f"%llm chat use {shlex.quote(name)}"
 
 
 def _required(name: str, action: str) -> str:
