@@ -20,6 +20,7 @@ from accelerate.utils import OffloadedWeightsLoader
 
 from llm_magic.backends.accelerate.placement.placed import PlacedModel
 from llm_magic.errors import EngineError
+from llm_magic.model import ModelSpec
 from tests import tiny
 from tests.engines import ask, load, plan_for
 from tests.placements import (
@@ -317,5 +318,41 @@ def test_a_file_that_changes_under_a_model_is_refused_and_one_that_only_moves_is
         _, in_ram = plan_for(tiny_model("llama"), "ram")
         with pytest.raises(EngineError, match=r"changed while its model was loaded"):
             engine.apply(in_ram, lambda _event: None)
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize(("dtype", "is_refused"), [("auto", True), ("bfloat16", False)])
+def test_a_model_in_ram_may_be_pages_of_its_file(
+    dtype: str, is_refused: bool, tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """safetensors copies nothing: a file that gets shorter ended the process, one that was overwritten other weights."""
+    folder = Path(shutil.copytree(tiny_model("llama"), tmp_path / "model"))
+    engine = load(folder, "ram", spec=ModelSpec(str(folder), dtype=dtype))
+    try:
+        expected = ask(engine, "The capital of France").text
+        os.truncate(folder / "model.safetensors", 1000)
+        if is_refused:
+            with pytest.raises(EngineError, match=r"changed while its model was loaded"):
+                ask(engine, "The capital of France")
+        else:
+            assert ask(engine, "The capital of France").text == expected
+    finally:
+        engine.close()
+
+
+def test_a_block_that_has_moved_has_bytes_of_its_own(
+    tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_model("llama"), tmp_path / "model"))
+    engine = load(folder, "ram")
+    try:
+        with_weights = [block for block in engine._placed.blocks.values() if block.tensors.pieces]
+        assert all(block.is_lent_by_files for block in with_weights)
+        for placement in ("disk", "ram"):
+            _, there = plan_for(folder, placement)
+            engine.apply(there, lambda _event: None)
+        lent = {name for name, block in engine._placed.blocks.items() if block.is_lent_by_files}
+        assert lent == {engine.plan.layout.blocks[0].name}, "it stayed"
     finally:
         engine.close()

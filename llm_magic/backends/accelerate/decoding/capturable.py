@@ -68,7 +68,7 @@ def _placement_reason(plan: Plan) -> str:
     devices = {placement.compute for placement in plan.placements}
     gpus = {device for device in devices if device.startswith("cuda")}
     if not gpus:
-        return "no CUDA device"
+        return "the CPU computes every block" if devices == {"cpu"} else "no CUDA device computes a block"
     # The CPU's experts come between two graphs, where no copy may be on its way.
     is_split = any(p.is_split for p in plan.placements) and any(p.is_offloaded for p in plan.placements)
     if "cpu" in devices or is_split:

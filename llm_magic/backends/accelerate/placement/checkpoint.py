@@ -7,6 +7,7 @@ loading, or in another dtype) cannot, and are written once.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,14 @@ class Checkpoint:
         self._model = model
         self._files = tuple(path for path in files if path.suffix == ".safetensors")
         self._found: dict[str, Extent] | None = None
+
+    @cached_property
+    def dtypes(self) -> frozenset[Any]:
+        """The torch dtypes of what the files hold."""
+        import torch
+
+        found = {dtype for path in self._files for _, dtype, _ in file_extents(path).values()}
+        return frozenset(getattr(torch, name, None) for name in found)
 
     def extents(self, index: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, Extent]:
         """Parameter name -> its bytes, for every parameter whose bytes in the files may be its own.

@@ -84,6 +84,8 @@ class PlacedBlock:
         Kind of the device whose kernels read packed weights as they lie.
     within
         Of experts, their modules in the block.
+    is_lent_by_files
+        Whether its tensors may be pages of the model's own files, as they were loaded.
     planned
         Where the plan has the block; `place` but for one that is split.
     """
@@ -96,6 +98,7 @@ class PlacedBlock:
     file: FileStore | None = None
     ordered_for: str = ""
     within: tuple[str, ...] = ("",)
+    is_lent_by_files: bool = False
     planned: Placement = field(init=False)
 
     def __post_init__(self) -> None:
@@ -272,12 +275,15 @@ class PlacedModel:
     def check_files(self) -> None:
         """Refuse to go on with blocks in files that changed: what is mapped would be gone, or another's.
 
+        A block in RAM may be mapped, too: safetensors does not copy what it loads there.
+
         Raises
         ------
         EngineError
             With the file.
         """
-        if any(place.home == "disk" for place in self.plan.placements):
+        are_lent = any(block.is_lent_by_files for block in self.blocks.values())
+        if are_lent or any(place.home == "disk" for place in self.plan.placements):
             for file in self._opened:
                 file.check_unchanged()
 
@@ -395,7 +401,14 @@ class PlacedModel:
                 if place.home == "disk" and part.tensors.pieces and _is_empty(part):
                     self._take_from_disk(part, extents, loader)
             self._put_parts(place.block.name, place, self.plan)
+            block = self.blocks[place.block.name]
+            block.is_lent_by_files = fill is None and self._may_be_mapped(block)
             hooks.drop_loaded(loader, place.block.name)
+
+    def _may_be_mapped(self, block: PlacedBlock) -> bool:
+        """Whether a block that was just loaded is in RAM in the dtype of the files: it is not copied then."""
+        tensors = block.tensors.current() if block.store is None else []
+        return any(t.device.type == "cpu" and t.dtype in self._checkpoint.dtypes for t in tensors)
 
     def _take_from_disk(self, block: PlacedBlock, extents: Mapping[str, Extent], loader: Any) -> None:
         """Find the block's bytes in the files; write them when no file has them as they are needed."""
@@ -456,6 +469,8 @@ class PlacedModel:
             self._rearrange(block, place)
             old = block.store
             self._hold(block, place, plan)
+            if place.home != block.place.home:
+                block.is_lent_by_files = False
             if old is not None and old is not block.store:
                 old.close()
         block.place = place
