@@ -1123,8 +1123,14 @@ def test_packed_layers_that_ask_the_host(model: Any, plan: Plan, method: str, re
     assert why_not(model("llama"), on_gpu(packed)) == reason
 
 
-def test_without_a_gpu(model: Any, plan: Plan) -> None:
-    assert why_not(model("llama"), plan) == "no CUDA device"
+@pytest.mark.parametrize(
+    ("device", "reason"),
+    [("cpu", "the CPU computes every block"), ("mps", "no CUDA device computes a block")],
+)
+def test_where_no_gpu_computes(model: Any, plan: Plan, device: str, reason: str) -> None:
+    """Whether the machine has a GPU is another question: every block of it may be elsewhere."""
+    places = tuple(replace(place, home=device, compute=device) for place in plan.placements)
+    assert why_not(model("llama"), replace(plan, placements=places)) == reason
 
 
 @pytest.mark.parametrize(
