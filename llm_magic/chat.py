@@ -7,6 +7,8 @@ import os
 import re
 import shlex
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -62,11 +64,37 @@ class Chats:
             return read_chat(name)
         return chat
 
+    def holds(self, chat: Chat) -> bool:
+        """Whether this very conversation is in memory: neither deleted nor begun anew."""
+        return self.in_memory(chat.name) is chat
+
     def keep(self, chat: Chat, make_current: bool = True) -> None:
         """Take a conversation in, in place of one of the same name."""
         if make_current or self.current.name == chat.name:
             self.current = chat
         self._chats[chat.name] = chat
+
+    @contextmanager
+    def answering(self, chat: Chat, make_current: bool) -> Iterator[None]:
+        """Around an answer: its conversation is there from the beginning, and commands may take it away meanwhile.
+
+        A new one in which nothing was said in the end is forgotten.
+        """
+        before, is_new = self.current, not self.holds(chat)
+        if is_new:
+            self.keep(chat, make_current)
+        try:
+            yield
+        finally:
+            if is_new and not chat.messages and self.holds(chat):
+                del self._chats[chat.name]
+                self._leave(chat.name, before.name)
+
+    def reset(self) -> Chat:
+        """Begin the current conversation anew; returns what is forgotten, for an answer under way to end in."""
+        forgotten = self.current
+        self.keep(Chat(forgotten.name))
+        return forgotten
 
     def new(self, name: str = "") -> Chat:
         """Start an empty conversation and make it the current one.
@@ -120,13 +148,17 @@ class Chats:
             raise _unknown(name)
         self._chats.pop(name, None)
         _file(name).unlink(missing_ok=True)
-        if self.current.name == name:
-            self.current = self._chats.setdefault("default", Chat("default"))
+        self._leave(name)
 
     def free_name(self) -> str:
         """A name that no conversation has yet."""
         taken = {*self._chats, *saved_chats()}
         return next(f"chat-{n}" for n in range(1, len(taken) + 2) if f"chat-{n}" not in taken)
+
+    def _leave(self, name: str, before: str = "default") -> None:
+        """Go from a conversation that is gone to the one of before."""
+        if self.current.name == name:
+            self.current = self.in_memory(before) or self._chats.setdefault("default", Chat("default"))
 
 
 def save_chat(chat: Chat, name: str = "") -> str:

@@ -391,7 +391,7 @@ class Session:
         Returns
         -------
         Generation
-            Also appended to ``log``; its turn is added to the chat.
+            Also appended to ``log``; its turn is added to the chat in which it began, if that is still there.
 
         Raises
         ------
@@ -421,12 +421,13 @@ class Session:
 
         self._acquire()
         self._stop = stop = answer.stop
-        ending = follow(worker, answer, show, model.name)
-        self._forget_stop(stop)
-        if not worker.has_started:
-            self._lock.release()
-        generation = self._generation(model, answer, ending, request, output_format)
-        self._keep(generation, chat, request, options)
+        with self._answering(chat, make_current=not options.chat):
+            ending = follow(worker, answer, show, model.name)
+            self._forget_stop(stop)
+            if not worker.has_started:
+                self._lock.release()
+            generation = self._generation(model, answer, ending, request, output_format)
+            self._keep(generation, chat, request)
         view.close(generation)
         if ending.error is not None:
             raise ending.error
@@ -644,7 +645,18 @@ class Session:
         turn = Turn(question, system_of(request), request.chat, asdict(request.sampling))
         return Generation(answer.text, ending.reason, footprint, turn, output_format)
 
-    def _keep(self, generation: Generation, chat: Chat | None, request: Request, options: AskOptions) -> None:
+    @contextmanager
+    def _answering(self, chat: Chat | None, make_current: bool) -> Iterator[None]:
+        """Around an answer in a conversation, or in none: it ends there, whatever commands came meanwhile."""
+        if chat is None:
+            yield
+            return
+        with self.chats.answering(chat, make_current):
+            yield
+        if not self.chats.holds(chat):  # nobody goes on from what the engine has kept of it
+            self.forget_chat(chat.name)
+
+    def _keep(self, generation: Generation, chat: Chat | None, request: Request) -> None:
         if generation.finish_reason == "error" and not generation:
             return
         self.log.append(generation)
@@ -657,7 +669,6 @@ class Session:
         if generation or not generation.is_partial:
             chat.messages[:] = [*messages, Message("assistant", generation.text)]
             chat.system = system_of(request)
-            self.chats.keep(chat, make_current=not options.chat)
 
 
 @contextmanager

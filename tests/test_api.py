@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -59,6 +60,26 @@ def test_the_event_loop_goes_on_while_a_model_answers(llm, backend) -> None:
         return await asked
 
     assert run_loop(main) == "ab"
+
+
+def test_a_chat_begun_while_an_answer_is_awaited_stays_the_current_one(llm, backend) -> None:
+    async def main() -> None:
+        loop, begun, go = asyncio.get_running_loop(), asyncio.Event(), threading.Event()
+
+        def at_the_second_piece(_) -> None:
+            loop.call_soon_threadsafe(begun.set)
+            go.wait()
+
+        backend.enqueue("a", "b", before={1: at_the_second_piece})
+        asked = asyncio.create_task(llm.agenerate("Hi"))
+        await begun.wait()
+        llm.session.chats.new("b")
+        go.set()
+        await asked
+
+    run_loop(main)
+    chats = llm.session.chats
+    assert (chats.current.name, chats.current.turns, chats.find("default").turns) == ("b", 0, 1)
 
 
 @pytest.mark.parametrize("how", ["stop", "cancel"])

@@ -3,11 +3,14 @@ from __future__ import annotations
 import os
 import threading
 from _thread import interrupt_main
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from llm_magic.chat import Chat, save_chat
+from llm_magic.commands.reset import RESET
 from llm_magic.errors import EngineError, OptionError, PlanError, PromptError, SessionError, SourceError
 from llm_magic.events import Message, StopFlag
 from llm_magic.model import ModelSpec
@@ -327,6 +330,62 @@ def test_a_new_conversation_replaces_none(session, backend) -> None:
         session.ask("b", AskOptions(chat="side", new=True))
     assert caught.value.next_step == "%llm chat use side · %llm chat delete side"
     assert session.chats.find("side").messages == [Message("user", "a"), Message("assistant", "1")]
+
+
+def test_a_chat_that_is_begun_meanwhile_stays_the_current_one(session, backend) -> None:
+    backend.enqueue("1", "2", before={1: lambda _: session.chats.new("b")})
+    session.ask("a")
+    assert (session.chats.current.name, session.chats.current.messages) == ("b", [])
+    assert session.chats.find("default").turns == 1
+
+
+@pytest.mark.parametrize("turns", [0, 1])
+def test_a_chat_that_is_reset_meanwhile_stays_empty(session, backend, turns) -> None:
+    for _ in range(turns):
+        backend.enqueue("earlier")
+        session.ask("a")
+    backend.enqueue("1", "2", before={1: lambda _: RESET.run(session, Namespace())})
+    assert session.ask("b") == "12"
+    assert (session.chats.current.name, session.chats.current.messages) == ("default", [])
+    assert session.chats.find("default") is session.chats.current
+    assert backend.engines[0].forgotten == ["default", "default"]  # now, and what was kept at the end
+
+
+@pytest.mark.parametrize("options", [AskOptions(), AskOptions(chat="c"), AskOptions(chat="new")])
+def test_a_chat_that_is_deleted_meanwhile_does_not_come_back(session, backend, options) -> None:
+    session.chats.new("c")
+    name = options.chat or "c"
+    backend.enqueue("1", "2", before={1: lambda _: session.chats.delete(name)})
+    assert session.ask("a", options) == "12"
+    assert session.chats.find(name) is None
+    assert name not in (session.chats.current.name, *session.chats.names())
+
+
+def test_a_saved_chat_that_is_deleted_meanwhile_does_not_come_back(session, backend) -> None:
+    save_chat(Chat("old", messages=[Message("user", "a"), Message("assistant", "1")]))
+    backend.enqueue("2", "3", before={1: lambda _: session.chats.delete("old")})
+    session.ask("b", AskOptions(chat="old"))
+    assert session.chats.find("old") is None
+
+
+def test_a_new_conversation_is_there_from_the_beginning(session, backend) -> None:
+    names = []
+    backend.enqueue("1", before={0: lambda _: names.append(session.chats.new().name)})
+    session.ask("a", AskOptions(new=True))
+    assert names == ["chat-2"]
+    assert session.chats.current.name == "chat-2"
+    assert session.chats.find("chat-1").turns == 1
+
+
+@pytest.mark.parametrize("options", [AskOptions(new=True), AskOptions(new=True, chat="c")])
+def test_a_new_conversation_in_which_nothing_was_said_is_forgotten(session, backend, options) -> None:
+    session.chats.new("b")
+    backend.enqueue("never", before={0: fail})
+    with pytest.raises(EngineError):
+        session.ask("a", options)
+    assert (session.chats.current.name, session.chats.names()) == ("b", ["default", "b"])
+    backend.enqueue("1")
+    assert session.ask("a", options) == "1"
 
 
 def test_an_answer_can_be_continued(session, backend) -> None:

@@ -11,10 +11,8 @@ from llm_magic.views.table import line_report
 
 
 def _run(session: Session, _: argparse.Namespace) -> Report:
-    chat = session.chats.current
+    chat = session.chats.reset()
     turns = chat.turns
-    chat.messages.clear()
-    chat.system = ""
     session.forget_chat(chat.name)
     return line_report(f"{chat.name}: {turns} turn{'s' * (turns != 1)} forgotten; the next cell begins anew.")
 
