@@ -28,6 +28,7 @@ from llm_magic.backends.accelerate.placement.offload_folder import (
 from llm_magic.backends.accelerate.placement.placed import Fill, PlacedModel, accelerate_device_map
 from llm_magic.backends.accelerate.placement.quantize import refuse_devices
 from llm_magic.backends.accelerate.quiet import bars_into, quiet
+from llm_magic.backends.accelerate.source.large_files import large_files_opened
 from llm_magic.errors import EngineError, LLMMagicError, PlanError, SourceError
 from llm_magic.events import PhaseEvent, Progress
 from llm_magic.harmless.paths import without_paths
@@ -78,7 +79,7 @@ def load(files: ModelFiles, spec: ModelSpec, plan: Plan, progress: Progress) -> 
     if method:
         refuse_devices(method, {place.compute for place in plan.placements})
     try:
-        with quiet():
+        with quiet(), large_files_opened():
             tokenizer = _read_tokenizer(files)
             model, fill = _read_model(files, spec, plan, folder, progress)
             if folder:

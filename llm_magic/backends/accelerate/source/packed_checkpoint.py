@@ -16,6 +16,7 @@ from typing import Any
 
 from llm_magic.backends.accelerate.placement.prepacked import FOUR_BIT_PARTS, STATE, Prepacked
 from llm_magic.backends.accelerate.placement.quantize import BLOCK, require
+from llm_magic.backends.accelerate.source.large_files import open_safetensors
 from llm_magic.backends.accelerate.source.sources import ModelFiles, read_json
 from llm_magic.errors import OptionError, SourceError
 from llm_magic.headers import read_safetensors_header
@@ -182,15 +183,13 @@ class PackedCheckpoint:
         ]
 
     def _tensor(self, name: str) -> Any:
-        from safetensors import safe_open
-
         path = self._in_file.get(name)
         if path is None:
             raise SourceError(
                 f"{self.name} lacks {name}, a part of a packed weight.", "Download the model again."
             )
         if path not in self._open:
-            self._open[path] = safe_open(path, framework="pt")
+            self._open[path] = open_safetensors(path)
         return self._open[path].get_tensor(name)
 
 
