@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from llm_magic.arguments import HELP_FLAGS, Parser, completes, literal, number, split_words, unescape
 from llm_magic.errors import OptionError
-from llm_magic.events import Sampling
+from llm_magic.events import SAMPLING_LIMITS, Sampling
 from llm_magic.options import AskOptions
 
 _BINDING = re.compile(r"\s*(\S+)\s*<<(?:\s+|$)(.*)", re.DOTALL)
@@ -47,12 +47,13 @@ def cell_parser() -> Parser:
     )
     completes(add("-m", "--model", metavar="NAME", default="", help="one of the loaded models"), "model")
     add("-s", "--system", metavar="TEXT", help="system prompt")
-    add("-t", "--temperature", metavar="T", type=number(0, 10), help="0 is greedy")
-    add("--top-p", metavar="P", type=number(0, 1), help="keep the likeliest tokens up to this probability")
-    add("--top-k", metavar="K", type=number(0, 10**9, int), help="sample among this many tokens")
-    add("--min-p", metavar="P", type=number(0, 1), help="drop tokens below this share of the likeliest one")
-    add("--seed", metavar="N", type=number(0, 2**63 - 1, int), help="repeat an answer")
-    add("-n", "--max-new-tokens", metavar="N", type=number(1, 10**9, int), help="longest answer in tokens")
+    kinds = {name: number(*limits) for name, limits in SAMPLING_LIMITS.items()}
+    add("-t", "--temperature", metavar="T", type=kinds["temperature"], help="0 is greedy")
+    add("--top-p", metavar="P", type=kinds["top_p"], help="keep the likeliest tokens up to this probability")
+    add("--top-k", metavar="K", type=kinds["top_k"], help="sample among this many tokens")
+    add("--min-p", metavar="P", type=kinds["min_p"], help="drop tokens below this share of the likeliest one")
+    add("--seed", metavar="N", type=kinds["seed"], help="repeat an answer")
+    add("-n", "--max-new-tokens", metavar="N", type=kinds["max_new_tokens"], help="longest answer in tokens")
     add(
         "--stop",
         metavar="TEXT",
@@ -117,11 +118,7 @@ def _check_variable(name: str) -> str:
 
 
 def _ask_options(found: argparse.Namespace) -> AskOptions:
-    sampling = {
-        name: getattr(found, name)
-        for name in ("temperature", "top_p", "top_k", "min_p", "seed", "max_new_tokens")
-        if getattr(found, name) is not None
-    }
+    sampling = {name: getattr(found, name) for name in SAMPLING_LIMITS if getattr(found, name) is not None}
     sampling |= {"stop": tuple(found.stop)} if found.stop else {}
     sampling |= {"extra": _extra(found.param)} if found.param else {}
     return AskOptions(

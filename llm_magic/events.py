@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 FinishReason = Literal["stop", "length", "stopped", "interrupted", "error"]
 PhaseName = Literal[
@@ -47,6 +47,30 @@ class Sampling:
     max_new_tokens: int = 512
     stop: tuple[str, ...] = ()
     extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Limits(NamedTuple):
+    """What a number may be: from ``low`` to ``high``, and whole or not."""
+
+    low: float
+    high: float
+    kind: type[int] | type[float] = float
+
+    @property
+    def words(self) -> str:
+        """``"a whole number from 1 to 1000000000"``."""
+        return f"{'a whole number' if self.kind is int else 'a number'} from {self.low} to {self.high}"
+
+
+SAMPLING_LIMITS: Mapping[str, Limits] = {
+    "temperature": Limits(0, 10),
+    "top_p": Limits(0, 1),
+    "top_k": Limits(0, 10**9, int),
+    "min_p": Limits(0, 1),
+    "seed": Limits(0, 2**63 - 1, int),
+    "max_new_tokens": Limits(1, 10**9, int),
+}
+"""Field of ``Sampling`` -> what it may be, wherever it is given: in a cell, by ``%llm set``, in Python."""
 
 
 @dataclass(frozen=True)

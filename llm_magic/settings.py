@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import difflib
 import math
+from typing import Any
 
 from traitlets import Bool, Float, Int, TraitError, Unicode, validate
 from traitlets.config import Configurable
 
 from llm_magic.errors import OptionError
+from llm_magic.events import SAMPLING_LIMITS
+
+
+def _range(name: str) -> dict[str, Any]:
+    limits = SAMPLING_LIMITS[name]
+    return {"min": limits.low, "max": limits.high}
 
 
 class Settings(Configurable):
@@ -17,30 +24,31 @@ class Settings(Configurable):
     temperature = Float(
         None,
         allow_none=True,
-        min=0.0,
-        max=10.0,
         help="Sampling temperature; 0 is greedy, none leaves it to the model.",
+        **_range("temperature"),
     ).tag(config=True)
     top_p = Float(
         None,
         allow_none=True,
-        min=0.0,
-        max=1.0,
         help="Nucleus sampling: keep the likeliest tokens up to this probability.",
+        **_range("top_p"),
     ).tag(config=True)
-    top_k = Int(None, allow_none=True, min=0, help="Sample among this many likeliest tokens.").tag(
-        config=True
-    )
+    top_k = Int(
+        None, allow_none=True, help="Sample among this many likeliest tokens.", **_range("top_k")
+    ).tag(config=True)
     min_p = Float(
-        None, allow_none=True, min=0.0, max=1.0, help="Drop tokens below this share of the likeliest one."
+        None,
+        allow_none=True,
+        help="Drop tokens below this share of the likeliest one.",
+        **_range("min_p"),
     ).tag(config=True)
     seed = Int(
         None,
         allow_none=True,
-        min=0,
         help="Seed of the sampling; none draws one for each answer and records it.",
+        **_range("seed"),
     ).tag(config=True)
-    max_new_tokens = Int(512, min=1, help="Longest answer in tokens.").tag(config=True)
+    max_new_tokens = Int(512, help="Longest answer in tokens.", **_range("max_new_tokens")).tag(config=True)
     system = Unicode("", help="System prompt of new chats and single prompts.").tag(config=True)
     format = Unicode("markdown", help="How answers are shown: markdown, text, code, json, html or math.").tag(
         config=True
@@ -65,6 +73,23 @@ def setting_names() -> list[str]:
     return sorted(Settings.class_own_traits(config=True))
 
 
+def check_name(name: str) -> str:
+    """The name of a setting.
+
+    Raises
+    ------
+    OptionError
+        When there is no such setting; it names the closest one.
+    """
+    if name not in setting_names():
+        close = difflib.get_close_matches(name, setting_names(), n=1)
+        raise OptionError(
+            f"There is no setting {name!r}.",
+            f"Did you mean {close[0]}?" if close else f"Known: {', '.join(setting_names())}.",
+        )
+    return name
+
+
 def change_setting(settings: Settings, name: str, text: str) -> object:
     """Set one default from what a person typed; ``none`` clears it. Returns the new value.
 
@@ -73,16 +98,12 @@ def change_setting(settings: Settings, name: str, text: str) -> object:
     OptionError
         When there is no such setting, or the value is out of its range.
     """
-    if name not in setting_names():
-        close = difflib.get_close_matches(name, setting_names(), n=1)
-        raise OptionError(
-            f"There is no setting {name!r}.",
-            f"Did you mean {close[0]}?" if close else f"Known: {', '.join(setting_names())}.",
-        )
-    trait = Settings.class_traits()[name]
+    trait = Settings.class_traits()[check_name(name)]
     try:
         value = None if text.lower() == "none" else trait.from_string(text)
         setattr(settings, name, value)
     except (TraitError, ValueError):
-        raise OptionError(f"{text!r} is no value for {name}.", f"{name}: {trait.help}") from None
+        limits = SAMPLING_LIMITS.get(name)
+        takes = f"{name} is {limits.words}." if limits else f"{name}: {trait.help}"
+        raise OptionError(f"{text!r} is no value for {name}.", takes) from None
     return getattr(settings, name)

@@ -205,6 +205,9 @@ def test_an_error_keeps_what_came_in_the_variable(loaded, backend) -> None:
         ("%llm load nowhere:x", "No backend can load", "starter"),
         ("%llm use b", "no loaded model 'b'", "Known: a"),
         ("%llm set temperature hot", "no value for temperature", ""),
+        ("%llm set temperature=", "'' is no value for temperature", ""),
+        ("%llm set temprature", "no setting 'temprature'", "Did you mean temperature?"),
+        ("%llm set nosuch=1", "no setting 'nosuch'", "Known: ctx_size"),
         ("%llm chat use nobody", "no chat 'nobody'", "%llm chat list"),
         ("%llm chat use ../x", "cannot name a chat", "letters"),
         ("%llm log 7", "There is no answer 7", ""),
@@ -273,6 +276,22 @@ def test_a_load_makes_room_for_passes_of_some_tokens(shell, session) -> None:
         run(shell, f"%llm load fake:b -c 128 {option}")
         workload = session.model().plan.workload
         assert (workload.context_length, workload.prefill_tokens) == (128, 64)
+
+
+@pytest.mark.parametrize(
+    ("typed", "name", "value"),
+    [
+        ("temperature=0.5", "temperature", 0.5),
+        ("temperature= 0.5", "temperature", 0.5),
+        ("system=You are brief.", "system", "You are brief."),
+        ("system You = brief", "system", "You = brief"),
+        ("system=", "system", ""),
+    ],
+)
+def test_a_default_is_set_with_and_without_an_equals_sign(shell, session, typed, name, value) -> None:
+    session.settings.system = "before"
+    run(shell, f"%llm set {typed}")
+    assert getattr(session.settings, name) == value
 
 
 def test_fix_passes_over_our_own_errors(loaded, backend) -> None:

@@ -33,6 +33,8 @@ def test_a_value_is_read_as_its_kind(name: str, text: str, value: object) -> Non
         ("top_p", "1.5"),
         ("max_new_tokens", "0"),
         ("max_new_tokens", "none"),
+        ("seed", "99999999999999999999"),
+        ("top_k", "99999999999999999999"),
         ("ctx_size", "2"),
         ("history", "maybe"),
     ],

@@ -7,7 +7,7 @@ import argparse
 from llm_magic.arguments import completes
 from llm_magic.hookspecs import Command
 from llm_magic.session import Session
-from llm_magic.settings import change_setting, setting_names
+from llm_magic.settings import Settings, change_setting, check_name, setting_names
 from llm_magic.views.report import Report
 from llm_magic.views.table import line_report, table_report
 
@@ -18,13 +18,17 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(session: Session, found: argparse.Namespace) -> Report:
-    settings = session.settings
-    if not found.value:
-        names = [name for name in setting_names() if found.key in ("", name)] or setting_names()
-        rows = [[n, str(getattr(settings, n)), settings.traits()[n].help] for n in names]
-        return table_report(("KEY", "VALUE", ""), rows, "%llm set KEY VALUE")
-    value = change_setting(settings, found.key, " ".join(found.value))
-    return line_report(f"{found.key} is {value!r} from now on.")
+    key, equals, begun = found.key.partition("=")  # KEY=VALUE, as %config has it
+    if not found.value and not equals:
+        return _shown(session.settings, [check_name(key)] if key else setting_names())
+    text = " ".join([begun, *found.value] if begun else found.value)
+    value = change_setting(session.settings, key, text)
+    return line_report(f"{key} is {value!r} from now on.")
+
+
+def _shown(settings: Settings, names: list[str]) -> Report:
+    rows = [[name, str(getattr(settings, name)), settings.traits()[name].help] for name in names]
+    return table_report(("KEY", "VALUE", ""), rows, "%llm set KEY VALUE")
 
 
 SET = Command(
