@@ -111,14 +111,42 @@ def number(low: float, high: float, kind: type[int] | type[float] = float) -> Ca
     return convert
 
 
-def memory_limits(text: str) -> dict[str, int]:
-    """An argparse type: ``0=10GiB,cpu=30GiB`` -> bytes by device (as typed)."""
-    limits: dict[str, int] = {}
+def add_max_memory(parser: argparse.ArgumentParser, words: str, default: dict[str, int] | None) -> None:
+    """Add ``--max-memory``: limits by device, as typed, in one option or in several."""
+    completes(
+        parser.add_argument(
+            "--max-memory", default=default, type=_limits, action=_Joined, metavar="LIMITS", help=words
+        ),
+        "device",
+    )
+
+
+class _Joined(argparse.Action):
+    """Joins what an option is given each time."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,  # noqa: ARG002 - argparse's signature
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,  # noqa: ARG002
+    ) -> None:
+        joined = dict(getattr(namespace, self.dest) or {})
+        for device, limit in values:
+            if device in joined:
+                raise argparse.ArgumentError(self, f"it names {device} twice")
+            joined[device] = limit
+        setattr(namespace, self.dest, joined)
+
+
+def _limits(text: str) -> list[tuple[str, int]]:
+    """``0=10GiB,cpu=30GiB`` -> devices and bytes."""
+    limits = []
     for part in text.split(","):
         device, equals, size = part.partition("=")
-        if not equals or not device.strip() or device.strip() in limits:
+        if not equals or not device.strip():
             raise argparse.ArgumentTypeError(f"{part!r} is not DEVICE=SIZE; write 0=10GiB,cpu=30GiB")
-        limits[device.strip()] = _size(size)
+        limits.append((device.strip(), _size(size)))
     return limits
 
 

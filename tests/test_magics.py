@@ -9,6 +9,7 @@ from traitlets.config import Config
 
 from llm_magic.completion import complete
 from llm_magic.magics import register
+from llm_magic.placing import limits_of
 from llm_magic.session import Session
 from tests.fake_backend import FakeBackend, plugins_with
 
@@ -202,6 +203,8 @@ def test_an_error_keeps_what_came_in_the_variable(loaded, backend) -> None:
         ("%llm load fake:b --dtyp bf16", "no option --dtyp", "Did you mean --dtype?"),
         ("%llm load fake:b --max-memory cpu", "not DEVICE=SIZE", ""),
         ("%llm load fake:b --max-memory cpu=lots", "not a size", ""),
+        ("%llm load fake:b --max-memory cpu=1GiB,cpu=2GiB", "it names cpu twice", "--help"),
+        ("%llm load fake:b --max-memory cpu=1GiB --max-memory cpu=2GiB", "it names cpu twice", "--help"),
         ("%llm load nowhere:x", "No backend can load", "starter"),
         ("%llm use b", "no loaded model 'b'", "Known: a"),
         ("%llm set temperature hot", "no value for temperature", ""),
@@ -292,6 +295,12 @@ def test_a_default_is_set_with_and_without_an_equals_sign(shell, session, typed,
     session.settings.system = "before"
     run(shell, f"%llm set {typed}")
     assert getattr(session.settings, name) == value
+
+
+@pytest.mark.parametrize("command", ["load fake:b", "apply cpu"])
+def test_limits_of_several_options_add_up(loaded, session, command) -> None:
+    run(loaded, f"%llm {command} --max-memory cpu=4MiB --max-memory disk=3GiB")
+    assert limits_of(session.model().plan) == {"cpu": 4 << 20, "disk": 3 << 30}
 
 
 def test_fix_passes_over_our_own_errors(loaded, backend) -> None:

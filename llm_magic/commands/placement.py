@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 
-from llm_magic.arguments import completes, memory_limits
+from llm_magic.arguments import add_max_memory, completes
 from llm_magic.placing import Moved, Target, changes_in_words
 from llm_magic.plan import Plan
 from llm_magic.session import Session
@@ -18,12 +18,8 @@ from llm_magic.views.table import line_report, stack
 
 def add_placement_options(parser: argparse.ArgumentParser) -> None:
     """Add them to a parser."""
-    add = parser.add_argument
-    completes(
-        add("--max-memory", type=memory_limits, metavar="LIMITS", help="other limits, such as cpu=30GiB"),
-        "device",
-    )
-    add("--dry-run", action="store_true", help="show what would move, and the plan")
+    add_max_memory(parser, "other limits, such as cpu=30GiB", None)
+    parser.add_argument("--dry-run", action="store_true", help="show what would move, and the plan")
     add_model_option(parser)
 
 

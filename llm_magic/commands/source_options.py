@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from llm_magic.arguments import completes, memory_limits, number
+from llm_magic.arguments import add_max_memory, completes, number
 from llm_magic.model import ModelSpec
 from llm_magic.options import QUANTIZE, LoadOptions
 
@@ -45,12 +45,7 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
         add("--device-map", default="auto", metavar="POLICY", help="placement policy, or a .json file"),
         "planner",
     )
-    completes(
-        add(
-            "--max-memory", default={}, type=memory_limits, metavar="LIMITS", help="such as 0=10GiB,cpu=30GiB"
-        ),
-        "device",
-    )
+    add_max_memory(parser, "such as 0=10GiB,cpu=30GiB", {})
     add("-c", "--ctx-size", type=number(1, 2**31, int), metavar="N", help="tokens of context to plan for")
     add(
         "-ub",
