@@ -137,10 +137,17 @@ def _ways_in_words(before: Plan, after: Plan) -> Iterator[str]:
     for old, new in changed(before, after):
         if old.home == new.home:
             visits = f", prompts by {new.prefill}" if new.prefill else ""
-            words = _WAYS[new.way].format(place=new, target=processor(new.compute))
-            ways.setdefault(words + visits, []).append(new)
+            ways.setdefault(_way_in_words(old, new, after) + visits, []).append(new)
     for words, places in ways.items():
         yield f"{_sized(places)} {words}"
+
+
+def _way_in_words(old: Placement, new: Placement, after: Plan) -> str:
+    if new.way == "read" and after.mapped:
+        return "used in the page cache now"
+    if new.way == old.way and new.compute != old.compute and not new.is_looked_up:
+        return f"computed by {processor(new.compute)} now"
+    return _WAYS[new.way].format(place=new, target=processor(new.compute))
 
 
 def _tier(device: str) -> str:

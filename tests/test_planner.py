@@ -1016,3 +1016,17 @@ def test_a_plan_of_auto_fits_whenever_sequential_does(box):
     for layout in (starter(), qwen32b(), moe30b()):
         if plan_for(layout, box(), 4096, "sequential").fits:
             assert plan_for(layout, box(), 4096, "auto").fits
+
+
+def test_what_has_no_bytes_is_read_from_no_disk() -> None:
+    """A block of buffers alone, which somebody has sent there: nothing is slower for it."""
+    layout = llama8b()
+    rotary = Block("model.rotary_emb", "rotary_emb", "other", (), buffer_bytes=512)
+    layout = replace(layout, blocks=(layout.blocks[0], rotary, *layout.blocks[1:]))
+    on = machine(gpu(0, 24 * GIB), ram(64 * GIB), disk(900 * GIB, read=3e9))
+    plans = [
+        make_plan(layout, on, Workload(2048), placement={"": "cuda:0", **homes}, policy="hand")
+        for homes in ({}, {"model.rotary_emb": "disk"})
+    ]
+    assert plans[0].forecast == plans[1].forecast
+    assert not [warning for warning in plans[1].warnings if "disk" in warning]

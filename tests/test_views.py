@@ -18,7 +18,7 @@ from llm_magic.placing import changes_in_words
 from llm_magic.plan import Plan, Workload
 from llm_magic.planning.planner import make_plan
 from llm_magic.planning.policies import POLICIES
-from llm_magic.units import GIB, MIB
+from llm_magic.units import GIB, MIB, format_bytes
 from llm_magic.views import theme
 from llm_magic.views.map import map_report, placement_bar, placement_words, processor_words
 from llm_magic.views.plan import plan_report
@@ -26,6 +26,7 @@ from llm_magic.views.python import python_of
 from llm_magic.views.report import Report
 from llm_magic.views.words import percents, ranges
 from tests.layouts import (
+    disk,
     eight_gpus,
     four_gpus,
     gpu,
@@ -517,3 +518,28 @@ def test_the_snippet_says_what_accelerate_does_otherwise():
     table_of_packed = looked_up(packed(llama8b()), "cpu")
     assert "refuses to offload packed weights" in python_of(table_of_packed)
     assert "#" not in python_of(half_on_disk())
+
+
+def test_what_a_move_changes_is_said_as_it_is() -> None:
+    """Not that a block is read in every sweep which is in the page cache, nor that one is kept that was before."""
+    layout = llama8b()
+    on = machine(gpu(0, 8 * GIB), gpu(1, 8 * GIB), ram(64 * GIB), disk(900 * GIB))
+    alone = machine(ram(64 * GIB), disk(900 * GIB))
+    in_ram = make_plan(layout, alone, Workload(2048), placement={"": "cpu"}, policy="hand")
+    place = next(place for place in in_ram.placements if place.block.label == "layers.2")
+    kept = [replace(place, home="disk", kept=True, compute=device) for device in ("cuda:0", "cuda:1")]
+    plans = [
+        replace(in_ram, machine=on, placements=tuple(new if p is place else p for p in in_ram.placements))
+        for new in kept
+    ]
+    assert changes_in_words(*plans) == [
+        f"{place.block.label} ({format_bytes(place.block.bytes)}) computed by cuda:1 now"
+    ]
+    read = [replace(place, home="disk", compute=device) for device in ("cuda:0", "cpu")]
+    plans = [
+        replace(in_ram, mapped=True, placements=tuple(new if p is place else p for p in in_ram.placements))
+        for new in read
+    ]
+    assert changes_in_words(*plans) == [
+        f"{place.block.label} ({format_bytes(place.block.bytes)}) used in the page cache now"
+    ]

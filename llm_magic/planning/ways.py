@@ -125,10 +125,17 @@ def evenly(items: list[int], count: int) -> list[int]:
 def _placed(setting: Setting, homes: Mapping[str, str], devices: Sequence[str]) -> Placements:
     """Placements with the device that computes each block if it is not on a GPU."""
     gpus = {gpu.id for gpu in setting.machine.gpus}
-    return tuple(
-        Placement(block, homes[block.name], _computing(block, homes[block.name], device, gpus))
-        for block, device in zip(setting.layout.blocks, devices, strict=True)
-    )
+    placed = []
+    for block, device in zip(setting.layout.blocks, devices, strict=True):
+        computing = _computing(block, homes[block.name], device, gpus)
+        placed.append(Placement(block, _home(block, homes[block.name], computing), computing))
+    return tuple(placed)
+
+
+def _home(block: Block, home: str, computing: str) -> str:
+    """What has no bytes is read from no disk."""
+    is_empty = not (block.bytes or block.tied_to or block.is_idle)
+    return computing if home == "disk" and is_empty else home
 
 
 def _computing(block: Block, home: str, device: str, gpus: set[str]) -> str:
