@@ -19,7 +19,9 @@ class Answer:
     Attributes
     ----------
     text
-        The answer so far; with ``beginning``, what it continues.
+        The answer so far, with what it continues.
+    beginning
+        What it continues; empty when it begins.
     model
         Name of the model that answers.
     phase
@@ -35,7 +37,7 @@ class Answer:
     """
 
     def __init__(self, beginning: str = "", model: str = "") -> None:
-        self.text = beginning
+        self.text = self.beginning = beginning
         self.model = model
         self.phase: PhaseEvent | None = None
         self.sweep: SweepEvent | None = None

@@ -129,6 +129,7 @@ def _measured(answer: Answer, ending: Ending, request: Request) -> Footprint:
         total_s=answer.elapsed_s,
         seed=seed,
         tokens_per_sweep=_rate(finish.generated_tokens - 1, finish.sweeps),
+        limit=finish.limit,
     )
 
 

@@ -195,7 +195,8 @@ class _TextAnswer:
 
     def update(self, answer: Answer) -> None:
         text = answer.text  # once: the engine's thread goes on writing
-        if not self._streams or len(text) == self._written:
+        # What is continued stands above already: it comes again with the first new text, not before an error.
+        if not self._streams or len(text) == self._written or text == answer.beginning:
             if not self._written:
                 self._line.show(f"{phase_words(answer.phase)} · {format_seconds(answer.elapsed_s)}")
             return

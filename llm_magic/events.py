@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 FinishReason = Literal["stop", "length", "stopped", "interrupted", "error"]
+Limit = Literal["tokens", "context", "time"]
 PhaseName = Literal[
     "importing",
     "reading",
@@ -141,6 +142,8 @@ class Finish:
     notes
         What happened on the way that a person should know, in a few words each (``"layers.3 moved
         to disk: memory ran out"``).
+    limit
+        What ended an answer by ``"length"``: ``max_new_tokens``, a context that is full, or a time.
     """
 
     reason: FinishReason
@@ -151,6 +154,7 @@ class Finish:
     decode_s: float
     sweeps: int = 0
     notes: tuple[str, ...] = ()
+    limit: Limit = "tokens"
 
 
 @dataclass(frozen=True)

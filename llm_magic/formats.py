@@ -25,11 +25,11 @@ from llm_magic.text.safe_html import (
 )
 from llm_magic.units import format_bytes, format_rate, format_seconds
 
-_ENDINGS = {
-    "length": "cut at the token limit: %%llm -c continues it",
-    "stopped": "stopped by you: %%llm -c continues it",
-    "interrupted": "interrupted by you: %%llm -c continues it",
-    "error": "ended by an error",
+_ENDINGS = {"stopped": "stopped by you", "interrupted": "interrupted by you", "error": "ended by an error"}
+_LIMITS = {
+    "tokens": "cut at the token limit",
+    "context": "cut where the context is full",
+    "time": "cut at the time limit",
 }
 _MUTED = "margin-top:0.5em;font-size:85%;color:var(--jp-ui-font-color2, #767676)"
 _ONE_TOKEN = 1.05  # tokens per sweep; below, they came one by one
@@ -57,14 +57,20 @@ def footer_html(generation: Generation) -> str:
 
 def _footer_parts(generation: Generation) -> Iterator[str]:
     footprint = generation.footprint
-    if generation.finish_reason in _ENDINGS:
-        yield _ENDINGS[generation.finish_reason]
+    if ending := _ending(generation):
+        yield ending
     if footprint.generated_tokens or footprint.prompt_tokens:
         yield from _speed_parts(footprint)
     yield from _placement_parts(footprint)
     yield from footprint.notes
     if footprint.seed is not None:
         yield f"seed {footprint.seed}"
+
+
+def _ending(generation: Generation) -> str:
+    reason, line = generation.finish_reason, generation.footprint.continued_by
+    words = _LIMITS[generation.footprint.limit] if reason == "length" else _ENDINGS.get(reason, "")
+    return f"{words}: {line} continues it" if line else words
 
 
 def _speed_parts(footprint: Footprint) -> Iterator[str]:

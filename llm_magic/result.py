@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from llm_magic.events import FinishReason
+from llm_magic.events import FinishReason, Limit
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,10 @@ class Footprint:
         Decode rate as a share of what the hardware allows one token a sweep; 0 when unknown.
     notes
         What happened on the way that a person should know, in a few words each.
+    limit
+        What ended an answer whose finish reason is ``"length"``.
+    continued_by
+        The line of a prompt cell that goes on with the answer (``"%%llm -c"``); empty where none does.
     """
 
     model: str = ""
@@ -54,6 +58,8 @@ class Footprint:
     moved_bytes: int = 0
     limit_share: float = 0.0
     notes: tuple[str, ...] = ()
+    limit: Limit = "tokens"
+    continued_by: str = ""
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,7 @@ class Turn:
     system: str = ""
     chat: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
+    use_template: bool = True
 
 
 class Generation(str):
@@ -109,6 +116,11 @@ class Generation(str):
     def __reduce__(self) -> tuple[Any, ...]:
         return Generation, (str(self), self.finish_reason, self.footprint, self.turn, self.display_format)
 
+    def with_continuation(self, line: str) -> Generation:
+        """The same answer, whose footer says that ``line`` goes on with it; empty: that nothing does."""
+        footprint = replace(self.footprint, continued_by=line)
+        return Generation(self.text, self.finish_reason, footprint, self.turn, self.display_format)
+
     @property
     def text(self) -> str:
         """The answer as a plain ``str``."""
@@ -118,6 +130,13 @@ class Generation(str):
     def is_partial(self) -> bool:
         """Whether the answer was cut short, by a person, an error or the token limit."""
         return self.finish_reason != "stop"
+
+    @property
+    def can_go_on(self) -> bool:
+        """Whether it was cut short where a continuation has room."""
+        if self.finish_reason == "length":
+            return self.footprint.limit != "context"
+        return self.finish_reason in ("stopped", "interrupted")
 
     def __str__(self) -> str:
         return str.__str__(self)

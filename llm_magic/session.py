@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -427,7 +428,10 @@ class Session:
             if not worker.has_started:
                 self._lock.release()
             generation = self._generation(model, answer, ending, request, output_format)
-            self._keep(generation, chat, request)
+            if chat is not None:
+                self._add_turn(generation, chat, request)
+            generation = generation.with_continuation(self.continued_by(generation))
+            self._keep(generation)
         view.close(generation)
         if ending.error is not None:
             raise ending.error
@@ -447,6 +451,22 @@ class Session:
         """The final prompt that ``ask`` would send, without running the model."""
         model = self.model(options.model)
         return model.engine.render(build_request(text, options, self._chat(options), self.settings))
+
+    def continued_by(self, generation: Generation) -> str:
+        """The line of a prompt cell that would go on with a past answer now; empty where none would.
+
+        It was cut short, its chat still ends with it and has room for more, and its model is loaded.
+        """
+        turn, model = generation.turn, generation.footprint.model
+        chat = self.chats.in_memory(turn.chat)
+        last = [Message("user", turn.prompt), Message("assistant", generation.text)]
+        if chat is None or chat.messages[-2:] != last or model not in self.models or not generation.can_go_on:
+            return ""
+        words = ["%%llm -c"]
+        words += [f"--chat {shlex.quote(chat.name)}"] if chat is not self.chats.current else []
+        words += [f"-m {model}"] if model != self.current else []
+        words += ["--no-template"] if not turn.use_template else []
+        return " ".join(words)
 
     def forget_chat(self, chat: str) -> None:
         """Drop the KV caches that engines keep for a chat."""
@@ -642,8 +662,10 @@ class Session:
         if footprint.generation_tps:
             model.last = footprint
         question = next((m.content for m in reversed(request.messages) if m.role == "user"), "")
-        turn = Turn(question, system_of(request), request.chat, asdict(request.sampling))
-        return Generation(answer.text, ending.reason, footprint, turn, output_format)
+        options = asdict(request.sampling)
+        turn = Turn(question, system_of(request), request.chat, options, request.use_template)
+        has_failed = ending.reason == "error" and answer.text == answer.beginning
+        return Generation("" if has_failed else answer.text, ending.reason, footprint, turn, output_format)
 
     @contextmanager
     def _answering(self, chat: Chat | None, make_current: bool) -> Iterator[None]:
@@ -656,19 +678,19 @@ class Session:
         if not self.chats.holds(chat):  # nobody goes on from what the engine has kept of it
             self.forget_chat(chat.name)
 
-    def _keep(self, generation: Generation, chat: Chat | None, request: Request) -> None:
-        if generation.finish_reason == "error" and not generation:
-            return
-        self.log.append(generation)
-        self.plugins.notify(self, generation)
-        if chat is None or generation.finish_reason == "error":
+    def _add_turn(self, generation: Generation, chat: Chat, request: Request) -> None:
+        if generation.finish_reason == "error" or (generation.is_partial and not generation):
             return
         messages = [m for m in request.messages if m.role != "system"]
         if request.continue_last:
             messages.pop()
-        if generation or not generation.is_partial:
-            chat.messages[:] = [*messages, Message("assistant", generation.text)]
-            chat.system = system_of(request)
+        chat.messages[:] = [*messages, Message("assistant", generation.text)]
+        chat.system = system_of(request)
+
+    def _keep(self, generation: Generation) -> None:
+        if generation or generation.finish_reason != "error":
+            self.log.append(generation)
+            self.plugins.notify(self, generation)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from llm_magic.errors import PromptError, SourceError
 from llm_magic.events import (
     Emit,
     Finish,
+    Limit,
     PhaseEvent,
     Progress,
     RenderedPrompt,
@@ -32,13 +33,14 @@ class Reply:
     """One scripted answer: pieces of text, and what happens before a piece.
 
     ``before[i](stop)`` runs on the worker thread before piece ``i``; it may wait for the stop flag or raise.
-    ``sweeps`` and ``notes`` are those of its ``Finish``.
+    ``sweeps`` and ``notes`` are those of its ``Finish``, and so is ``limit`` where one cuts the answer.
     """
 
     pieces: tuple[str, ...]
     before: Mapping[int, Callable[[StopFlag], object]] = field(default_factory=dict)
     sweeps: int = 0
     notes: tuple[str, ...] = ()
+    limit: Limit | None = None
 
 
 class FakeEngine:
@@ -75,7 +77,9 @@ class FakeEngine:
         tokens = self.render(request).tokens
         if tokens > 1000:
             raise PromptError("The prompt is too long.", "Shorten it.")
-        return Finish(reason, tokens, 0, count, 0.5, 1.0, reply.sweeps, reply.notes)
+        if reply.limit is None or reason == "stopped":
+            return Finish(reason, tokens, 0, count, 0.5, 1.0, reply.sweeps, reply.notes)
+        return Finish("length", tokens, 0, count, 0.5, 1.0, reply.sweeps, reply.notes, reply.limit)
 
     def memory(self) -> dict[str, dict[str, int]]:
         held = Counter[str]()
@@ -140,8 +144,9 @@ class FakeBackend:
         before: Mapping[int, Callable[[StopFlag], object]] | None = None,
         sweeps: int = 0,
         notes: tuple[str, ...] = (),
+        limit: Limit | None = None,
     ) -> None:
-        self.replies.append(Reply(pieces, before or {}, sweeps, notes))
+        self.replies.append(Reply(pieces, before or {}, sweeps, notes, limit))
 
     def accepts(self, spec: ModelSpec) -> float:
         return 1.0 if spec.source.startswith("fake:") else 0.0

@@ -108,6 +108,16 @@ def test_tokens_that_come_while_others_are_written_are_not_lost() -> None:
     assert out.getvalue().startswith("The capital is Rome.")
 
 
+def test_what_is_continued_is_written_again_with_new_text_only() -> None:
+    out = io.StringIO()
+    view, answer = TextScreen(FORMATS, out).answer("markdown"), Answer("Once")
+    view.update(answer)
+    assert out.getvalue() == ""
+    answer.take(TokenEvent(" upon"))
+    view.update(answer)
+    assert out.getvalue() == "Once upon"
+
+
 def test_a_format_that_needs_the_whole_answer_waits_for_it() -> None:
     out = io.StringIO()
     view = TextScreen(FORMATS, out).answer("json")

@@ -119,9 +119,14 @@ def test_one_event_per_token(llama: Any) -> None:
     answer = ask(llama, request(PROMPT, max_new_tokens=9))
     assert sum(event.tokens for event in answer.events if isinstance(event, TokenEvent)) == 9
     assert answer.finish.generated_tokens == 9
-    assert answer.finish.reason == "length"
+    assert (answer.finish.reason, answer.finish.limit) == ("length", "tokens")
     assert answer.finish.prefill_s > 0
     assert answer.finish.decode_s > 0
+
+
+def test_a_time_that_is_over_ends_the_answer(llama: Any) -> None:
+    finish = ask(llama, request(PROMPT, max_new_tokens=9, extra={"max_time": 1e-9})).finish
+    assert (finish.reason, finish.limit, finish.generated_tokens) == ("length", "time", 1)
 
 
 def test_an_end_token_ends_the_answer(tiny_model: TinyModel) -> None:
@@ -224,8 +229,11 @@ def test_the_context_caps_the_answer(tiny_model: TinyModel) -> None:
     engine = load(tiny_model("llama"), context=20)
     try:
         answer = ask(engine, request("The capital of France", max_new_tokens=500))
-        assert answer.finish.reason == "length"
-        assert answer.finish.prompt_tokens + answer.finish.generated_tokens == 20
+        assert (answer.finish.reason, answer.finish.limit) == ("length", "context")
+        room = 20 - answer.finish.prompt_tokens
+        assert answer.finish.generated_tokens == room
+        for wanted, limit in ((room - 1, "tokens"), (room, "context")):
+            assert ask(engine, request("The capital of France", max_new_tokens=wanted)).finish.limit == limit
     finally:
         engine.close()
 

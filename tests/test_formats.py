@@ -229,14 +229,29 @@ def test_footer_says_how_the_answer_was_made() -> None:
 @pytest.mark.parametrize(
     ("reason", "words"),
     [
-        ("length", "cut at the token limit: %%llm -c continues it"),
+        ("length", "cut at the token limit"),
         ("stopped", "stopped by you"),
         ("interrupted", "interrupted by you"),
         ("error", "ended by an error"),
     ],
 )
-def test_footer_says_why_an_answer_is_partial(reason: str, words: str) -> None:
-    assert footer_text(answer("x", reason=reason)).startswith(words)
+def test_footer_says_why_an_answer_is_partial_and_what_continues_it(reason: str, words: str) -> None:
+    partial = answer("x", reason=reason)
+    assert footer_text(partial).startswith(f"{words} · 128 tokens")
+    continued = footer_text(partial.with_continuation("%%llm -c --chat 'a b'"))
+    assert continued.startswith(f"{words}: %%llm -c --chat 'a b' continues it · ")
+
+
+@pytest.mark.parametrize(
+    ("limit", "words"),
+    [
+        ("tokens", "cut at the token limit"),
+        ("context", "cut where the context is full"),
+        ("time", "cut at the time limit"),
+    ],
+)
+def test_footer_says_which_limit_cut_an_answer(limit: str, words: str) -> None:
+    assert footer_text(Generation("x", "length", Footprint(limit=limit))) == words  # type: ignore[arg-type]
 
 
 def test_footer_is_part_of_both_displays() -> None:

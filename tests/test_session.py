@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from llm_magic.cell import parse_cell_line
 from llm_magic.chat import Chat, save_chat
+from llm_magic.commands.log import LOG
 from llm_magic.commands.reset import RESET
 from llm_magic.errors import EngineError, OptionError, PlanError, PromptError, SessionError, SourceError
 from llm_magic.events import Message, StopFlag
@@ -397,6 +399,82 @@ def test_an_answer_can_be_continued(session, backend) -> None:
     assert backend.engines[0].requests[1].continue_last
     assert session.chats.current.messages[-1] == Message("assistant", "Once upon a time")
     assert session.chats.current.turns == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({}, "%%llm -c"),
+        ({"new": True}, "%%llm -c"),
+        ({"chat": "default"}, "%%llm -c"),
+        ({"chat": "my trip"}, "%%llm -c --chat 'my trip'"),
+        ({"model": "b"}, "%%llm -c -m b"),
+        ({"use_template": False}, "%%llm -c --no-template"),
+        ({"history": False}, ""),
+    ],
+)
+def test_an_answer_that_was_cut_names_the_line_that_continues_it(session, backend, options, line) -> None:
+    session.load(ModelSpec("fake:b"), LoadOptions(), "b")
+    session.use("a")
+    for text in ("other", "cut", " and mended"):
+        backend.enqueue(text, limit="tokens")
+    session.ask("first")
+    cut = session.ask("second", replace(AskOptions(), **options))
+    assert cut.footprint.continued_by == line
+    assert session.log[-1] is cut
+    if line:
+        assert session.ask("", parse_cell_line(line.removeprefix("%%llm ")).ask) == "cut and mended"
+
+
+@pytest.mark.parametrize(
+    ("limit", "line"), [(None, ""), ("tokens", "%%llm -c"), ("time", "%%llm -c"), ("context", "")]
+)
+def test_only_what_has_room_for_more_is_continued(session, backend, limit, line) -> None:
+    backend.enqueue("x", limit=limit)
+    answer = session.ask("go")
+    assert (answer.footprint.limit, answer.footprint.continued_by) == (limit or "tokens", line)
+
+
+def test_an_interrupt_before_any_text_leaves_nothing_to_continue(session, backend) -> None:
+    backend.enqueue("first", limit="tokens")
+    session.ask("a")
+    with pytest.raises(KeyboardInterrupt):
+        session.ask("b", AskOptions(), View({"": KeyboardInterrupt()}))
+    assert [g.footprint.continued_by for g in session.log] == ["%%llm -c", ""]
+
+
+def test_what_continues_an_answer_follows_the_commands_that_came_meanwhile(session, backend) -> None:
+    backend.enqueue("1", "2", before={1: lambda _: session.chats.new("b")}, limit="tokens")
+    assert session.ask("a").footprint.continued_by == "%%llm -c --chat default"
+    backend.enqueue("1", "2", before={1: lambda _: session.chats.delete("b")}, limit="tokens")
+    assert session.ask("a").footprint.continued_by == ""
+
+
+def test_a_past_answer_says_what_continues_it_now(session, backend) -> None:
+    def now() -> str:
+        shown = LOG.run(session, Namespace(number=1, last=20))
+        assert shown == "Once"
+        return shown.footprint.continued_by
+
+    backend.enqueue("Once", limit="tokens")
+    backend.enqueue("Twice")
+    session.ask("tell")
+    assert now() == "%%llm -c"
+    session.chats.new("b")
+    assert now() == "%%llm -c --chat default"
+    session.ask("more", AskOptions(chat="default"))
+    assert now() == ""
+
+
+def test_a_continuation_that_fails_at_once_repeats_nothing(session, backend) -> None:
+    backend.enqueue("first")
+    session.ask("a")
+    backend.enqueue("never", before={0: fail})
+    view = View()
+    with pytest.raises(EngineError):
+        session.ask("", AskOptions(continue_last=True), view)
+    assert (view.closed, view.closed.finish_reason, session.log) == ("", "error", ["first"])
+    assert session.chats.current.messages[-1] == Message("assistant", "first")
 
 
 def test_a_stop_string_ends_the_answer_and_is_not_in_it(session, backend) -> None:

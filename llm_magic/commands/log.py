@@ -27,7 +27,8 @@ def _run(session: Session, found: argparse.Namespace) -> Report | Generation:
             raise OptionError(
                 f"There is no answer {number}.", f"Answers are numbered 1 to {len(session.log)}."
             )
-        return session.log[number - 1]
+        generation = session.log[number - 1]
+        return generation.with_continuation(session.continued_by(generation))
     first = max(0, len(session.log) - max(1, found.last))
     rows = [_row(n, generation) for n, generation in enumerate(session.log[first:], first + 1)]
     return table_report(

@@ -37,6 +37,7 @@ from llm_magic.events import (
     Emit,
     Finish,
     FinishReason,
+    Limit,
     PhaseEvent,
     Progress,
     RenderedPrompt,
@@ -143,6 +144,7 @@ class TransformersEngine:
             decode_s=steps.last_token - steps.first_token,
             sweeps=decoding.counts.sweeps,
             notes=tuple(repair.notes),
+            limit=_limit(len(steps.ids), wanted, room),
         )
 
     def apply(self, plan: Plan, progress: Progress) -> Mapping[tuple[str, str], int]:
@@ -434,6 +436,13 @@ def _bad_parameter(error: Exception, sampling: Sampling) -> OptionError:
 
 def _device_name(tensor: Any) -> str:
     return str(tensor.device)
+
+
+def _limit(generated: int, wanted: int, room: int) -> Limit:
+    """What ends an answer that could have gone on; transformers' own criteria stop before the tokens by time alone."""
+    if generated < wanted:
+        return "time"
+    return "tokens" if generated < room else "context"
 
 
 def _context_length(plan: Plan) -> int:
