@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from numbers import Integral, Real
+from typing import Any
 
 from llm_magic.answer import Answer
 from llm_magic.chat import Chat
 from llm_magic.errors import EngineError, LLMMagicError, OptionError, PromptError, SessionError
-from llm_magic.events import Finish, FinishReason, Message, Request, Sampling
+from llm_magic.events import SAMPLING_LIMITS, Finish, FinishReason, Message, Request, Sampling
 from llm_magic.options import AskOptions
 from llm_magic.plan import Plan
 from llm_magic.result import Footprint
@@ -34,10 +36,14 @@ def build_request(text: str, options: AskOptions, chat: Chat | None, settings: S
     Raises
     ------
     PromptError
-        When the prompt is empty.
-    OptionError, SessionError
-        When ``--continue`` has a prompt, or nothing to continue.
+        When the prompt is empty, or no text.
+    OptionError
+        When an option has a value that it cannot take, or ``--continue`` a prompt.
+    SessionError
+        When there is nothing to continue.
     """
+    if not isinstance(text, str):
+        raise PromptError(f"A prompt is a text, and cannot be {text!r}.", 'Write llm("…").')
     history = list(chat.messages) if chat else []
     if options.continue_last:
         _check_can_continue(text, history)
@@ -146,11 +152,31 @@ def _check_can_continue(text: str, history: list[Message]) -> None:
 
 
 def _sampling(options: AskOptions, settings: Settings) -> Sampling:
-    names = ("temperature", "top_p", "top_k", "min_p", "seed", "max_new_tokens")
-    values = {name: getattr(settings, name) for name in names} | dict(options.sampling)
+    """What the prompt says, and the defaults for what it leaves out or has ``None`` for."""
+    given = {name: value for name, value in options.sampling.items() if value is not None}
+    values = {name: getattr(settings, name) for name in SAMPLING_LIMITS} | given
+    values |= {name: _number(name, values[name]) for name in SAMPLING_LIMITS}
     if values["seed"] is None:
         values["seed"] = random.randrange(2**31)  # noqa: S311 - drawn to be repeatable, not to be secret
-    return Sampling(**values)
+    return Sampling(**values | {"stop": _stop_strings(values.get("stop", ()))})
+
+
+def _number(name: str, value: Any) -> float | None:
+    """A field of ``Sampling`` as Python's own number: those of NumPy pass, too."""
+    if value is None:
+        return None
+    low, high, kind = SAMPLING_LIMITS[name]
+    is_one = isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
+    if not is_one or not low <= kind(value) <= high:
+        raise OptionError(f"{name} cannot be {value!r}.", f"Give {SAMPLING_LIMITS[name].words}.")
+    return kind(value)
+
+
+def _stop_strings(value: object) -> tuple[str, ...]:
+    texts = (value,) if isinstance(value, str) else value
+    if not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
+        raise OptionError(f"stop cannot be {value!r}.", "Give a text, or a list of texts.")
+    return tuple(texts)
 
 
 def _wait_for_end(worker: Worker[tuple[Finish, bool]]) -> Finish | None:

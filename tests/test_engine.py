@@ -252,7 +252,7 @@ def test_extra_parameters_reach_generate_and_unknown_ones_are_named(llama: Any) 
         ask(llama, request("The", extra={"repetition_penalti": 5.0}))
     assert "repetition_penalty" in caught.value.next_step
     with pytest.raises(OptionError, match="--param repetition_penalty is invalid"):
-        ask(llama, request("The", extra={"repetition_penalty": "strong"}))
+        ask(llama, request("The", extra={"repetition_penalty": -1.0}))
     assert ask(llama, request("The", max_new_tokens=40)).text == free
 
 

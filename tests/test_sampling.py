@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import math
+import inspect
+import logging
+import re
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, GenerationMixin, WatermarkingConfig
 
+from llm_magic.backends.accelerate.decoding.parameters import TAKEN
 from llm_magic.backends.accelerate.decoding.sampling import (
     end_tokens,
     generation_config,
@@ -55,37 +58,125 @@ def test_the_models_own_config_is_not_changed() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong",
+    "name",
     [
-        {"temperature": math.nan},
-        {"temperature": -0.1},
-        {"temperature": math.inf},
-        {"top_p": 1.5},
-        {"min_p": -1},
-        {"top_k": -2},
-        {"max_new_tokens": 0},
-        {"seed": -1},
-        {"seed": "x"},
-        {"temperature": "hot"},
-        {"top_k": True},
+        "num_beams",
+        "num_beam_groups",
+        "constraints",
+        "length_penalty",
+        "early_stopping",
+        "renormalize_logits",
+        "max_cache_len",
+        "num_assistant_tokens",
+        "output_scores",
     ],
 )
-def test_values_out_of_range_are_named(wrong: dict[str, Any]) -> None:
-    with pytest.raises(OptionError, match=next(iter(wrong))):
-        config_for(Sampling(**wrong))
+def test_parameters_without_effect_are_refused_with_the_reason(name: str) -> None:
+    with pytest.raises(OptionError, match=f"{name} has no effect here: ") as caught:
+        config_for(Sampling(extra={name: 2}))
+    assert caught.value.next_step == "Leave it out."
+
+
+@pytest.mark.parametrize("has_encoder", [True, False])
+def test_only_an_answer_without_the_prompt_begins_with_a_token(has_encoder: bool) -> None:
+    config = SimpleNamespace(is_encoder_decoder=has_encoder)
+    model = SimpleNamespace(generation_config=GenerationConfig(), config=config)
+    sampling = Sampling(extra={"forced_bos_token_id": 7})
+    if has_encoder:
+        assert generation_config(model, TOKENIZER, sampling, 5).forced_bos_token_id == 7
+        return
+    with pytest.raises(OptionError, match="begins with the prompt"):
+        generation_config(model, TOKENIZER, sampling, 5)
 
 
 @pytest.mark.parametrize(
-    "name", ["num_beams", "no_such", "_private", "validate", "past_key_values", "stop_strings"]
+    ("name", "next_step"),
+    [
+        ("no_such", "It takes for example repetition_penalty."),
+        ("_private", "It takes for example repetition_penalty."),
+        ("validate", "It takes for example repetition_penalty."),
+        ("past_key_values", "It takes for example repetition_penalty."),
+        ("repetition_penalti", "Did you mean repetition_penalty, encoder_repetition_penalty?"),
+        ("num_beem_groups", "It takes for example repetition_penalty."),  # the nearest one is refused
+        ("stop_strings", "Use --stop."),
+        ("do_sample", "Use --temperature."),
+    ],
 )
-def test_parameters_that_are_not_the_models_are_named(name: str) -> None:
-    with pytest.raises(OptionError, match=name):
+def test_other_parameters_are_refused_with_what_to_take(name: str, next_step: str) -> None:
+    with pytest.raises(OptionError, match=name) as caught:
         config_for(Sampling(extra={name: 2}))
+    assert caught.value.next_step == next_step
 
 
-def test_an_invalid_extra_value_is_named() -> None:
-    with pytest.raises(OptionError, match="invalid"):
-        config_for(Sampling(extra={"early_stopping": "perhaps"}))
+def test_every_parameter_that_transformers_looks_at_is_known() -> None:
+    """One that is new would be refused, though it changes an answer."""
+    looked_at: set[str] = set()
+    for method in (GenerationMixin._get_logits_processor, GenerationMixin._get_stopping_criteria):
+        looked_at |= set(re.findall(r"generation_config\.([a-z]\w+)", inspect.getsource(method)))
+    own_options = {"do_sample", "max_length", "min_p", "stop_strings", "temperature", "top_k", "top_p"}
+    without_effect = {"is_assistant", "assistant_confidence_threshold", "num_beams", "renormalize_logits"}
+    read_elsewhere = {"eos_token_id", "prompt_lookup_num_tokens"}
+    assert looked_at - own_options - without_effect == set(TAKEN) - read_elsewhere
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "kept"),
+    [
+        ("repetition_penalty", 2, 2.0),  # of a whole number transformers says that it is no float
+        ("no_repeat_ngram_size", 2, 2),
+        ("suppress_tokens", None, None),
+    ],
+)
+def test_values_are_as_transformers_wants_them(name: str, value: Any, kept: Any) -> None:
+    found = getattr(config_for(Sampling(extra={name: value})), name)
+    assert (found, type(found)) == (kept, type(kept))
+
+
+def test_a_watermark_is_given_as_a_map() -> None:
+    config = config_for(Sampling(extra={"watermarking_config": {"bias": 3.0}}))
+    assert config.watermarking_config.to_dict() == WatermarkingConfig(bias=3.0).to_dict()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "next_step"),
+    [
+        ("repetition_penalty", "strong", "Give a number."),
+        ("top_h", 1.5, "Give a number from 0 to 1."),
+        ("typical_p", True, "Give a number from 0 to 1."),
+        ("min_new_tokens", -1, "Give a whole number of at least 0."),
+        ("min_new_tokens", 1.5, "Give a whole number of at least 0."),
+        ("use_cache", "no", "Give true or false."),
+        ("watermarking_config", {"bia": 2.0}, 'Give a map, such as {"bias": 2.0}.'),
+        ("watermarking_config", 2.0, 'Give a map, such as {"bias": 2.0}.'),
+    ],
+)
+def test_a_value_that_a_parameter_cannot_have_is_named(name: str, value: Any, next_step: str) -> None:
+    with pytest.raises(OptionError, match=f"{name} cannot be ") as caught:
+        config_for(Sampling(extra={name: value}))
+    assert caught.value.next_step == next_step
+
+
+def test_what_transformers_says_of_a_value_is_handed_on() -> None:
+    with pytest.raises(OptionError, match=r"invalid: .*greenlist_ratio"):
+        config_for(Sampling(extra={"watermarking_config": {"greenlist_ratio": 7}}))
+
+
+def test_a_parameter_of_sampling_means_sampling() -> None:
+    config = config_for(Sampling(extra={"typical_p": 0.5}), do_sample=False)
+    assert (config.do_sample, config.typical_p) == (True, 0.5)
+    with pytest.raises(OptionError, match="typical_p has no effect here: at a temperature of 0"):
+        config_for(Sampling(temperature=0, extra={"typical_p": 0.5}))
+
+
+def test_transformers_says_nothing_of_what_a_greedy_choice_ignores(caplog: pytest.LogCaptureFixture) -> None:
+    library = logging.getLogger("transformers")
+    library.addHandler(caplog.handler)  # it hands nothing on
+    library.warning_once.cache_clear()  # type: ignore[attr-defined]  # an earlier test may have had it said
+    try:
+        config_for(Sampling(temperature=0), do_sample=True, temperature=0.61, top_p=0.91, top_h=0.3)
+    finally:
+        library.removeHandler(caplog.handler)
+    assert caplog.messages == []
 
 
 def test_end_and_padding_tokens_are_always_there() -> None:

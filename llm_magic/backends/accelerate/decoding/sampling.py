@@ -3,29 +3,18 @@
 from __future__ import annotations
 
 import copy
-import math
 import secrets
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from llm_magic.backends.accelerate.decoding.parameters import SAMPLING_ONLY, set_parameters
 from llm_magic.errors import OptionError
 from llm_magic.events import Sampling
 
-# The engine owns these: they would change what is streamed, cached or run.
-_OURS = frozenset({
-    "max_length", "max_new_tokens", "do_sample", "num_beams", "num_return_sequences", "cache_implementation",
-    "cache_config", "return_dict_in_generate", "output_attentions", "output_hidden_states", "output_scores",
-    "output_logits", "stop_strings", "compile_config", "disable_compile", "custom_generate", "token_healing",
-    "transformers_version", "is_assistant", "pad_token_id", "bos_token_id", "decoder_start_token_id",
-    "continuous_batching_config", "prefill_chunk_size", "penalty_alpha", "dola_layers", "assistant_early_exit",
-    "num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold",
-    "assistant_lookbehind", "target_lookbehind",
-})  # fmt: skip
 # Not used by a greedy choice; transformers warns when they are set beside one.
-_SAMPLING_ONLY = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "typical_p": 1.0}
-_SAMPLING_ONLY |= {"epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
+_SAMPLING_ONLY = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "min_p": None, **SAMPLING_ONLY}
 
 
 def generation_config(model: Any, tokenizer: Any, sampling: Sampling, max_new_tokens: int) -> Any:
@@ -34,25 +23,25 @@ def generation_config(model: Any, tokenizer: Any, sampling: Sampling, max_new_to
     Raises
     ------
     OptionError
-        When a value is out of range, or ``extra`` has a name that the model does not take.
+        When ``extra`` has a name that has no effect here, or a value that it cannot take.
     """
-    _check_ranges(sampling)
     config = copy.deepcopy(model.generation_config)
     config.max_length, config.max_new_tokens = None, max_new_tokens
     config.num_beams = config.num_return_sequences = 1  # our loop follows one answer
     chosen = {name: getattr(sampling, name) for name in ("temperature", "top_p", "top_k", "min_p")}
     given = {name: value for name, value in chosen.items() if value is not None}
     if sampling.temperature == 0:
+        _refuse_beside_greedy(sampling)
         config.do_sample = False
-    elif given:
+    elif given or sampling.extra.keys() & SAMPLING_ONLY:
         config.do_sample = True
     for name, value in given.items() if config.do_sample else ():
         setattr(config, name, value)
-    _set_extra(config, sampling)
+    set_parameters(config, sampling.extra, model)
     if not config.do_sample:
         for name, neutral in _SAMPLING_ONLY.items():
             setattr(config, name, neutral)
-        config.min_p = None
+    _validate(config)
     _set_special_tokens(config, tokenizer)
     return config
 
@@ -108,48 +97,22 @@ def undrawn_if_it_fails() -> Iterator[None]:
         raise
 
 
-def _check_ranges(sampling: Sampling) -> None:
-    limits: tuple[tuple[str, float | None, float, float], ...] = (
-        ("temperature", sampling.temperature, 0.0, math.inf),
-        ("top_p", sampling.top_p, 0.0, 1.0),
-        ("min_p", sampling.min_p, 0.0, 1.0),
-        ("top_k", sampling.top_k, 0, math.inf),
-        ("max_new_tokens", sampling.max_new_tokens, 1, math.inf),
-        ("seed", sampling.seed, 0, 2**64 - 1),
-    )
-    for name, value, low, high in limits:
-        if value is None:
-            continue
-        is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        if not is_number or not low <= value <= high:
-            upper = "" if math.isinf(high) else f" to {high:g}"
-            raise OptionError(f"{name} cannot be {value!r}.", f"Give a number from {low:g}{upper or ' up'}.")
+def _refuse_beside_greedy(sampling: Sampling) -> None:
+    for name in sampling.extra:
+        if name in SAMPLING_ONLY:
+            raise OptionError(
+                f"{name} has no effect here: at a temperature of 0 the likeliest token is taken.",
+                "Give another --temperature, or leave it out.",
+            )
 
 
-def _set_extra(config: Any, sampling: Sampling) -> None:
-    for name, value in sampling.extra.items():
-        if (
-            name in _OURS
-            or name.startswith("_")
-            or not hasattr(config, name)
-            or callable(getattr(config, name))
-        ):
-            raise OptionError(f"The model takes no parameter {name!r}.", _near_names(config, name))
-        setattr(config, name, value)
+def _validate(config: Any) -> None:
     try:
         config.validate()
     except (ValueError, TypeError) as error:
         raise OptionError(
             f"A parameter is invalid: {str(error).splitlines()[0]}", "Change it or leave it out."
         ) from None
-
-
-def _near_names(config: Any, name: str) -> str:
-    import difflib
-
-    known = [key for key in config.to_dict() if key not in _OURS and not key.startswith("_")]
-    near = difflib.get_close_matches(name, known, 3)
-    return f"Did you mean {', '.join(near)}?" if near else "It takes for example repetition_penalty."
 
 
 def _set_special_tokens(config: Any, tokenizer: Any) -> None:
