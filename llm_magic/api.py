@@ -2,20 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import fields
+from os import PathLike
 from typing import Any
 
-from llm_magic.events import Sampling
+from llm_magic.errors import OptionError
+from llm_magic.events import RenderedPrompt, Sampling
 from llm_magic.options import AskOptions
 from llm_magic.placing import Moved, Target
 from llm_magic.plan import Plan
 from llm_magic.result import Generation
 from llm_magic.screen import SilentScreen
-from llm_magic.session import Session
+from llm_magic.session import LoadedModel, Session
 
 _SAMPLING = {field.name for field in fields(Sampling)} - {"extra"}
-_OPTIONS = {field.name for field in fields(AskOptions)} - {"sampling"}
-_NEGATIVE = {"no_history": "history", "no_template": "use_template"}
+_OPTIONS = {
+    field.name: str if "str" in str(field.type) else bool
+    for field in fields(AskOptions)
+    if field.name != "sampling"
+}
+# Names of ``%%llm``'s options -> the field of ``AskOptions``, and whether that says the same or the opposite.
+_RENAMED = {
+    "format": ("output_format", True),
+    "continue_": ("continue_last", True),
+    "no_history": ("history", False),
+    "no_template": ("use_template", False),
+    "no_stream": ("stream", False),
+}
+_ELSEWHERE = {
+    "out": "Write: answer = llm(…)",
+    "dry_run": "llm.render(…) gives the final prompt and its length.",
+}
 
 
 class LLM:
@@ -48,7 +66,29 @@ class LLM:
         """The current model's placement."""
         return self.session.model().plan
 
-    def __call__(self, prompt: str, **options: Any) -> Generation:
+    def load(self, source: str | PathLike[str], name: str = "", **options: Any) -> LoadedModel:
+        """Load a model and make it the current one.
+
+        Parameters
+        ----------
+        source
+            A hub id, a folder, a ``.gguf`` file, or ``"starter"``.
+        name
+            What to call it; ``--as`` of ``%llm load``.
+        **options
+            The others of ``%llm load``, with underscores: ``max_memory={"cpu": "24GiB"}``,
+            ``device_map="balanced"`` or a map, ``ctx_size=16384``, ``quantize="nf4"``.
+
+        Raises
+        ------
+        LLMMagicError
+            When it cannot be loaded; what was loaded before stays.
+        """
+        from llm_magic.commands.source_options import options_from_python  # with all commands, 90 ms
+
+        return self.session.load(*options_from_python(source, options), name)
+
+    def __call__(self, prompt: str = "", **options: Any) -> Generation:
         """Answer a prompt, without showing it.
 
         Parameters
@@ -56,12 +96,17 @@ class LLM:
         prompt
             The text; nothing in it is replaced.
         **options
-            Those of ``%%llm`` with underscores (``temperature=0``, ``chat="a"``, ``no_history=True``);
-            any other name goes to the backend, as ``--param`` does.
+            Those of ``%%llm`` with underscores (``temperature=0``, ``chat="a"``, ``no_history=True``,
+            ``continue_=True``); any other name goes to the backend, as ``--param`` does.
         """
-        return self.session.ask(prompt, _ask_options(options), SilentScreen().answer(""))
+        with self.session.answers_bound():
+            return self.session.ask(prompt, _ask_options(options), SilentScreen().answer(""))
 
-    async def agenerate(self, prompt: str, **options: Any) -> Generation:
+    def render(self, prompt: str = "", **options: Any) -> RenderedPrompt:
+        """The final prompt and its length in tokens, without running the model; options as for a prompt."""
+        return self.session.render(prompt, _ask_options(options))
+
+    async def agenerate(self, prompt: str = "", **options: Any) -> Generation:
         """The same for ``await``: the event loop goes on meanwhile; cancelling it stops the answer."""
         import asyncio  # 30 ms that only this needs
 
@@ -104,19 +149,43 @@ class LLM:
             self._session = None
 
 
-def _ask_options(options: dict[str, Any]) -> AskOptions:
-    options = dict(options)
-    if "format" in options:
-        options["output_format"] = options.pop("format")
-    for flag, name in _NEGATIVE.items():
-        if flag in options:
-            options[name] = not options.pop(flag)
-    sampling = {name: value for name, value in options.items() if name in _SAMPLING}
-    extra = {name: value for name, value in options.items() if name not in _SAMPLING | _OPTIONS}
-    chosen = {name: value for name, value in options.items() if name in _OPTIONS}
-    if isinstance(sampling.get("stop"), str):
-        sampling["stop"] = (sampling["stop"],)
+def _ask_options(options: Mapping[str, Any]) -> AskOptions:
+    """Options as ``%%llm`` names them; ``None`` stands for a default, and any other name is for the backend."""
+    chosen: dict[str, Any] = {}
+    sampling: dict[str, Any] = {}
+    extra: dict[str, Any] = {}
+    for name, value in options.items():
+        if name in _SAMPLING:
+            sampling[name] = value
+        elif name in _ELSEWHERE:
+            raise OptionError(f"{name} is no option in Python.", _ELSEWHERE[name])
+        elif name == "raw":
+            _check_raw(value)
+        elif name in _RENAMED or name in _OPTIONS:
+            field_name, is_as_said = _RENAMED.get(name, (name, True))
+            chosen |= _option(name, value, field_name, is_as_said)
+        else:
+            extra[name] = value
     return AskOptions(**chosen, sampling=sampling | ({"extra": extra} if extra else {}))
+
+
+def _check_raw(value: object) -> None:
+    if value not in (True, None):
+        raise OptionError(
+            "In Python nothing in a prompt is replaced.", 'Write an f-string: llm(f"… {name} …")'
+        )
+
+
+def _option(name: str, value: Any, field_name: str, is_as_said: bool) -> dict[str, Any]:
+    """The field of ``AskOptions`` that an option sets; none for ``None``."""
+    if value is None:
+        return {}
+    kind = _OPTIONS[field_name]
+    if not isinstance(value, kind):
+        raise OptionError(
+            f"{name} cannot be {value!r}.", "Give a text." if kind is str else "Give True or False."
+        )
+    return {field_name: value if is_as_said else not value}
 
 
 llm = LLM()

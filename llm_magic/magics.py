@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 from IPython.core import magic as ipython_magic
@@ -20,13 +19,11 @@ from llm_magic.formats import extract_code
 from llm_magic.notebook import Notebook
 from llm_magic.plugins import pick
 from llm_magic.screen import Screen
-from llm_magic.session import Session
+from llm_magic.session import LAST, Session
 from llm_magic.settings import Settings
 from llm_magic.text.prompt import Interpolated, interpolate
 from llm_magic.views.report import Report
 from llm_magic.views.table import line_report, stack
-
-_LAST = "_llm"
 
 # IPython types its decorators for plain functions, not for methods.
 _magics_class: Any = ipython_magic.magics_class
@@ -64,7 +61,6 @@ class LLMMagic(ipython_magic.Magics, Settings):
     def __init__(self, shell: InteractiveShell, session: Session) -> None:
         self.session = session
         super().__init__(shell=shell)
-        self._user_shell = shell
         self.notebook = IPythonNotebook(shell)
         is_notebook = hasattr(shell, "kernel")
         ui = choose_ui(is_notebook)
@@ -104,7 +100,7 @@ class LLMMagic(ipython_magic.Magics, Settings):
             screen.show(command_help(command))
             return
         found = command_parser(command).parse([self._expand(word) for word in words[1:]])
-        with self._answers_bound():
+        with self.session.answers_bound():
             shown = command.run(self.session, found)
         if shown is not None:
             screen.show(shown)
@@ -145,20 +141,10 @@ class LLMMagic(ipython_magic.Magics, Settings):
         self._ask(text, parsed)
 
     def _ask(self, text: str, parsed: CellLine) -> None:
-        with self._answers_bound(parsed.out):
+        with self.session.answers_bound(parsed.out):
             generation = self.session.ask(text, parsed.ask)
         if generation.display_format == "code" and (code := extract_code(generation.text)):
             self.notebook.set_next_input(code)
-
-    @contextmanager
-    def _answers_bound(self, *names: str) -> Iterator[None]:
-        """Bind the last answer that is made in here, also one that an interrupt or an error cut short."""
-        asked = len(self.session.log)
-        try:
-            yield
-        finally:
-            for generation in self.session.log[asked:][-1:]:
-                self._user_shell.user_ns |= {name: generation for name in (_LAST, *names) if name}
 
     def _expand(self, word: str) -> str:
         return interpolate(word, self.notebook.lookup).text
@@ -228,6 +214,6 @@ def register(shell: InteractiveShell, session: Session) -> Callable[[], None]:
         manager.registry.pop(type(magics).__name__, None)
         for kind in ("line", "cell"):
             manager.magics[kind].pop("llm", None)
-        shell.user_ns.pop(_LAST, None)
+        shell.user_ns.pop(LAST, None)
 
     return unregister

@@ -43,6 +43,8 @@ from llm_magic.worker import Cancelled, Latest, Worker
 
 Result = TypeVar("Result")
 DEFAULTS = AskOptions()
+LAST = "_llm"
+"""The variable that holds the last answer."""
 _SHORTEST_CONTEXT = 1024  # tokens; below that a chat is no use
 
 
@@ -66,6 +68,9 @@ class LoadedModel:
     def options(self) -> LoadOptions:
         """And how to load it."""
         return self.origin.options
+
+    def __repr__(self) -> str:
+        return f"<LoadedModel {self.name}: {self.plan.layout.name}>"
 
     @property
     def plan(self) -> Plan:
@@ -124,7 +129,8 @@ class Session:
         """
         if not self.models:
             raise SessionError(
-                "No model is loaded.", "%llm load starter, or any hub id, folder or .gguf file."
+                "No model is loaded.",
+                "%llm load starter, or any hub id, folder or .gguf file; llm.load(…) in Python.",
             )
         return pick(self.models, name or self.current, "loaded model")
 
@@ -358,8 +364,12 @@ class Session:
         ------
         PlanError
             When no block or no device is meant by the words.
+        OptionError
+            When the blocks are named by anything but a text.
         """
         plan = self.model(name).plan
+        if not isinstance(blocks, str):
+            raise OptionError(f"{blocks!r} names no blocks.", "Give a text, such as 'layers.20-31'.")
         home = device_name(device, plan.machine)
         return edited(plan, {block.name: home for block in select_blocks(plan.layout, blocks)})
 
@@ -441,6 +451,16 @@ class Session:
         """End what is at work, softly: ``ask`` returns what came, a job is cancelled. False when nothing is.
 
         For another thread than the one that waits: a button, an event loop.
+    @contextmanager
+    def answers_bound(self, *names: str) -> Iterator[None]:
+        """Bind the last answer that is made in here, also one that was cut short, to ``_llm`` and to ``names``."""
+        asked = len(self.log)
+        try:
+            yield
+        finally:
+            for generation in self.log[asked:][-1:]:
+                self.notebook.namespace.update({name: generation for name in (LAST, *names) if name})
+
         """
         stop = self._stop
         if stop is not None:
@@ -517,6 +537,10 @@ class Session:
             return read_device_map(Path(target), layout, machine), Path(target).name
         return pick(self.plugins.planners, target, "placement policy"), target
 
+        if not isinstance(target, str):
+            raise OptionError(
+                f"{target!r} is no placement.", "Give a policy, a .json file, a device map or a plan."
+            )
     def _placed(
         self,
         plan: Plan,

@@ -7,6 +7,7 @@ from IPython.core.completer import provisionalcompleter
 from IPython.core.interactiveshell import InteractiveShell
 from traitlets.config import Config
 
+from llm_magic.api import LLM
 from llm_magic.completion import complete
 from llm_magic.magics import register
 from llm_magic.placing import limits_of
@@ -143,6 +144,18 @@ def test_option_values_are_expanded(loaded, backend) -> None:
     run(loaded, "tone = 'Be very brief.'")
     run(loaded, "%%llm -s {tone}\nhello\n")
     assert backend.engines[0].requests[0].messages[0].content == "Be very brief."
+
+
+def test_answers_of_python_code_are_the_last_one_too(loaded, session, backend) -> None:
+    llm = LLM()
+    llm._session = session
+    loaded.user_ns["llm"] = llm
+    for text in ("by call", "awaited"):
+        backend.enqueue(text)
+    run(loaded, "llm('hello')")
+    assert loaded.user_ns["_llm"] == "by call"
+    run(loaded, "await llm.agenerate('hello')")
+    assert loaded.user_ns["_llm"] == "awaited"
 
 
 def test_code_goes_into_a_new_cell_and_is_not_run(loaded, backend, tmp_path) -> None:

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from os import PathLike
+from typing import Any
 
-from llm_magic.arguments import add_max_memory, completes, number
+from llm_magic.arguments import Parser, add_max_memory, completes, number
+from llm_magic.errors import OptionError
 from llm_magic.model import ModelSpec
 from llm_magic.options import QUANTIZE, LoadOptions
 
@@ -62,6 +67,48 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
     )
     add("--revision", metavar="REV", help="branch, tag or commit of a hub model")
     add("--allow-pickle", action="store_true", help="read .bin checkpoints (weights only)")
+
+
+def options_from_python(
+    source: str | PathLike[str], options: Mapping[str, Any]
+) -> tuple[ModelSpec, LoadOptions]:
+    """What keywords say that are named as the options, with underscores.
+
+    They are read as if they were typed, so both take the same. A device map may be a map, and limits of
+    memory a map of devices to sizes or bytes.
+
+    Raises
+    ------
+    OptionError
+        When there is no such option, or it has a value that it cannot take.
+    """
+    parser = Parser("%llm load")
+    add_source_options(parser)
+    if not isinstance(source, str | PathLike):
+        raise OptionError(f"{source!r} is no source of a model.", "Give a hub id, a folder or a .gguf file.")
+    device_map = options.get("device_map")
+    typed = {name: value for name, value in options.items() if value not in (None, {})}
+    if isinstance(device_map, Mapping):
+        del typed["device_map"]
+    words = [word for name, value in typed.items() for word in _typed(parser, name, value)]
+    spec, chosen = read_source_options(parser.parse([*words, "--", str(source)]))
+    return spec, replace(chosen, device_map=device_map) if isinstance(device_map, Mapping) else chosen
+
+
+def _typed(parser: Parser, name: str, value: Any) -> Iterator[str]:
+    """An option as a person types it."""
+    option = f"--{name.replace('_', '-')}"
+    action = parser.action_of(option)
+    is_flag = action is not None and action.nargs == 0
+    if name == "max_memory" and isinstance(value, Mapping):
+        value = ",".join(f"{device}={size}" for device, size in value.items())
+    if not isinstance(value, bool if is_flag else str | int | PathLike):
+        takes = "True or False" if is_flag else "a text or a number"
+        raise OptionError(f"{name} cannot be {value!r}.", f"Give {takes}.")
+    if not is_flag:
+        yield f"{option}={value}"
+    elif value:
+        yield option
 
 
 def read_source_options(found: argparse.Namespace) -> tuple[ModelSpec, LoadOptions]:
