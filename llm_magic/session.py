@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import threading
@@ -45,6 +46,7 @@ Result = TypeVar("Result")
 DEFAULTS = AskOptions()
 LAST = "_llm"
 """The variable that holds the last answer."""
+_LONGEST_NAME = 100  # characters
 _SHORTEST_CONTEXT = 1024  # tokens; below that a chat is no use
 
 
@@ -768,10 +770,11 @@ def _is_same_source(source: str, draft: str) -> bool:
 
 def _model_name(source: str) -> str:
     name = source.rstrip("/\\").replace("\\", "/").rsplit("/", 1)[-1]
-    return re.sub(r"[^\w.-]+", "-", name.removesuffix(".gguf")) or "model"
+    name = re.sub(r"[^\w.-]+", "-", name.removesuffix(".gguf")).strip("-.")
+    return name[:_LONGEST_NAME] or "model"
 
 
 def _check_model_name(name: str) -> str:
-    if not re.fullmatch(r"[\w][\w.:-]{0,99}", name):
+    if len(name) > _LONGEST_NAME or not re.fullmatch(r"\w[\w.:-]*", name):
         raise OptionError(f"{name!r} cannot name a model.", "Use letters, digits, dots, '-' and '_'.")
     return name

@@ -172,6 +172,32 @@ def test_what_does_not_fit_is_refused_before_loading(session, backend) -> None:
     assert len(backend.engines) == 1
 
 
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        (".", "v2-model"),
+        ("..", "models"),
+        ("../(v2) model", "v2-model"),
+        ("../.hid/", "hid"),
+        ("../---", "model"),
+        ("../weights.gguf", "weights"),
+        (f"../{'x' * 120}", "x" * 100),
+        ("../short", "short"),  # a link: somebody chose this name
+        ("owner/Name-8B", "Name-8B"),
+        ("owner/(v2)", "v2"),
+    ],
+)
+def test_every_source_has_a_name_that_can_be_typed(source, name, session, tmp_path, monkeypatch) -> None:
+    here = tmp_path / "models" / "(v2) model"
+    for folder in (here.name, ".hid", "---", "weights.gguf", "x" * 120):
+        (here.parent / folder).mkdir(parents=True)
+    (here.parent / "short").symlink_to(here)
+    monkeypatch.chdir(here)
+    monkeypatch.setattr(FakeBackend, "accepts", lambda *_: 1.0)
+    assert session.load(ModelSpec(source), LoadOptions()).name == name
+    assert session.model(name).spec.source == source
+
+
 @pytest.mark.parametrize("name", ["a b", "../x", "-x", "x" * 101])
 def test_a_name_that_could_not_be_typed_is_refused(session, name) -> None:
     with pytest.raises(OptionError, match="cannot name a model"):
