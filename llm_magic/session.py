@@ -773,6 +773,10 @@ def _model_name(source: str) -> str:
     name = re.sub(r"[^\w.-]+", "-", name.removesuffix(".gguf")).strip("-.")
     return name[:_LONGEST_NAME] or "model"
 
+    """A name for what is loaded without one: of a folder that it has, whatever leads there (``.``, ``..``, ``~``)."""
+    with suppress(OSError, RuntimeError, ValueError):  # no folder, but maybe something that a backend knows
+        if (path := Path(source).expanduser()).exists():
+            source = os.path.abspath(path)
 
 def _check_model_name(name: str) -> str:
     if len(name) > _LONGEST_NAME or not re.fullmatch(r"\w[\w.:-]*", name):
