@@ -449,10 +449,6 @@ class Session:
             raise ending.error
         return generation
 
-    def stop(self) -> bool:
-        """End what is at work, softly: ``ask`` returns what came, a job is cancelled. False when nothing is.
-
-        For another thread than the one that waits: a button, an event loop.
     @contextmanager
     def answers_bound(self, *names: str) -> Iterator[None]:
         """Bind the last answer that is made in here, also one that was cut short, to ``_llm`` and to ``names``."""
@@ -463,6 +459,10 @@ class Session:
             for generation in self.log[asked:][-1:]:
                 self.notebook.namespace.update({name: generation for name in (LAST, *names) if name})
 
+    def stop(self) -> bool:
+        """End what is at work, softly: ``ask`` returns what came, a job is cancelled. False when nothing is.
+
+        For another thread than the one that waits: a button, an event loop.
         """
         stop = self._stop
         if stop is not None:
@@ -535,14 +535,14 @@ class Session:
                     "A device map names its blocks in text.", 'Write it like {"": "cpu", "layers.3": "disk"}.'
                 )
             return target, "hand"
-        if target.lower().endswith(".json"):
-            return read_device_map(Path(target), layout, machine), Path(target).name
-        return pick(self.plugins.planners, target, "placement policy"), target
-
         if not isinstance(target, str):
             raise OptionError(
                 f"{target!r} is no placement.", "Give a policy, a .json file, a device map or a plan."
             )
+        if target.lower().endswith(".json"):
+            return read_device_map(Path(target), layout, machine), Path(target).name
+        return pick(self.plugins.planners, target, "placement policy"), target
+
     def _placed(
         self,
         plan: Plan,
@@ -769,14 +769,14 @@ def _is_same_source(source: str, draft: str) -> bool:
 
 
 def _model_name(source: str) -> str:
-    name = source.rstrip("/\\").replace("\\", "/").rsplit("/", 1)[-1]
-    name = re.sub(r"[^\w.-]+", "-", name.removesuffix(".gguf")).strip("-.")
-    return name[:_LONGEST_NAME] or "model"
-
     """A name for what is loaded without one: of a folder that it has, whatever leads there (``.``, ``..``, ``~``)."""
     with suppress(OSError, RuntimeError, ValueError):  # no folder, but maybe something that a backend knows
         if (path := Path(source).expanduser()).exists():
             source = os.path.abspath(path)
+    name = source.rstrip("/\\").replace("\\", "/").rsplit("/", 1)[-1]
+    name = re.sub(r"[^\w.-]+", "-", name.removesuffix(".gguf")).strip("-.")
+    return name[:_LONGEST_NAME] or "model"
+
 
 def _check_model_name(name: str) -> str:
     if len(name) > _LONGEST_NAME or not re.fullmatch(r"\w[\w.:-]*", name):
