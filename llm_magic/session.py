@@ -433,9 +433,13 @@ class Session:
             self.plugins.notify(self, answer)
 
         self._acquire()
+        before = model.plan
         self._stop = stop = answer.stop
         with self._answering(chat, make_current=not options.chat):
             ending = follow(worker, answer, show, model.name)
+            if model.plan is not before:  # memory ran out, and blocks moved
+                model.history.append(before)
+                model.last = None
             self._forget_stop(stop)
             if not worker.has_started:
                 self._lock.release()

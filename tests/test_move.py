@@ -11,7 +11,7 @@ import pytest
 
 from llm_magic.commands.help import command_parser
 from llm_magic.errors import EngineError, LLMMagicError, OptionError, PlanError, SessionError
-from llm_magic.events import StopFlag
+from llm_magic.events import Finish, StopFlag
 from llm_magic.hookspecs import hookimpl
 from llm_magic.model import ModelSpec
 from llm_magic.notebook import Notebook
@@ -340,3 +340,26 @@ def test_a_limit_that_is_passed_was_measured_too_low(session, backend) -> None:
     backend.engines[0].plan = replace(session.model().plan, forecast=replace(slow, limit_tps=0.0))
     backend.enqueue("a", "b")
     assert session.ask("go").footprint.limit_share == 0.0
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_blocks_that_moved_because_memory_ran_out_come_back_by_undo(session, fails, monkeypatch) -> None:
+    model = session.model("a")
+    before, there = model.plan, session.propose({"": "disk"}, "a")
+
+    def generate(_request, _emit, _stop):
+        model.engine.plan = there
+        if fails:
+            raise EngineError("Memory ran out.", "Leave more.")
+        return Finish("stop", 1, 0, 1, 0.5, 0.5)
+
+    monkeypatch.setattr(model.engine, "generate", generate)
+    if fails:
+        with pytest.raises(EngineError):
+            session.ask("Hello")
+        assert model.last is None
+    else:
+        session.ask("Hello")
+    assert session.model("a").plan is there
+    session.undo("a")
+    assert session.model("a").plan.device_map == before.device_map

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,6 +24,8 @@ from llm_magic.errors import EngineError
 from llm_magic.plan import Plan, Workload
 from llm_magic.planning.constants import Constants
 from llm_magic.planning.planner import make_plan
+from llm_magic.planning.select import select_blocks
+from llm_magic.views.words import grouped
 from tests import layouts
 from tests.engines import ask, load, plan_for, request
 
@@ -297,3 +300,26 @@ def test_the_device_that_ran_out(error: Exception, device: str, kind: str, tiny_
     assert is_out_of_memory(error)
     assert failed_device(error, replace(plan, placements=tuple(placed))) == device.format(kind)
     assert failed_device(error, plan) == "cpu"
+
+
+def test_what_had_given_way_is_said_where_nothing_helps(
+    tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks that moved stay where they are; the command that makes more room can be typed as it is."""
+    engine = load(tiny_model("llama"), "ram")
+    try:
+        expected = ask(engine, PROMPT).text
+        with failing_linear(monkeypatch, lambda call: call > 9), pytest.raises(EngineError) as caught:
+            ask(engine, PROMPT)
+        moved = [place.block.label for place in engine.plan.placements if place.home == "disk"]
+        assert moved
+        assert f"Until then: memory ran out in RAM: {', '.join(grouped(moved))} moved to disk" in str(
+            caught.value
+        )
+        command = caught.value.next_step.split(",")[0]
+        match = re.fullmatch(r"%llm move (\S+) disk", command)
+        assert match
+        assert select_blocks(engine.plan.layout, match[1])
+        assert ask(engine, PROMPT).text == expected
+    finally:
+        engine.close()

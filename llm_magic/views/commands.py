@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 from llm_magic.folders import display_path
@@ -68,11 +69,11 @@ def _moves(plan: Plan, before: Plan, model: str) -> list[str]:
     for old, new in zip(before.placements, plan.placements, strict=True):
         if old.home != new.home:
             routes[new.home].append(new.block.label)
-    return [f"%llm move {_typed(labels)} {home} -m {model}" for home, labels in routes.items()]
+    return [f"%llm move {typed(labels)} {home} -m {model}" for home, labels in routes.items()]
 
 
-def _typed(labels: list[str]) -> str:
-    """``"layers.0-3,layers.7,head"``: ranges as they are typed."""
+def typed(labels: Sequence[str]) -> str:
+    """Blocks as they are typed in ``%llm move``: ``"layers.0-3,layers.7,head"``."""
     parts = []
     for group in grouped(labels):
         family, _, numbers = group.rpartition(".")

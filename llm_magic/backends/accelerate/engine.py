@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from llm_magic.backends.accelerate.decoding import step_by_step
@@ -50,7 +50,8 @@ from llm_magic.harmless.paths import without_paths
 from llm_magic.plan import Plan, Workload
 from llm_magic.planning.costs import activation_bytes, longest_pass
 from llm_magic.planning.planner import refusal
-from llm_magic.views.words import grouped, on_device
+from llm_magic.views.commands import typed
+from llm_magic.views.words import on_device
 
 _COMPILER_S = 10.0  # that a measurement waits for it
 
@@ -127,8 +128,11 @@ class TransformersEngine:
 
         times = SweepTimes(self._placed, emit)
         decoding = Decoding(steps, 0, self._quick.speculation(config), recovers, self._quick, times)
-        with times.hooked():
-            cached = self._run(request, prompt, config, decoding)
+        try:
+            with times.hooked():
+                cached = self._run(request, prompt, config, decoding)
+        except EngineError as error:
+            raise _with_notes(error, repair.notes) from None
         ended_by_token = bool(steps.ids) and steps.ids[-1] in end_tokens(config)
         reason: FinishReason = "length"
         if ended_by_token:
@@ -414,8 +418,8 @@ class TransformersEngine:
         layers = [block.label for block in here if block.kind == "decoder"]
         tables = [block.label for block in here if block.looks_up]
         target = "cpu" if device != "cpu" else "disk"
-        last = grouped(tables or layers[-max(1, len(layers) // 4) :])
-        move = f"%llm move {last[0].replace('–', '-')} {target}, or " if last else ""
+        last = typed(tables or layers[-max(1, len(layers) // 4) :])
+        move = f"%llm move {last} {target}, or " if last else ""
         return EngineError(
             f"Memory ran out {on_device(device)}{where}.",
             f"{move}a shorter prompt (--new), or load it again with a smaller -c N.",
@@ -432,6 +436,13 @@ def _bad_parameter(error: Exception, sampling: Sampling) -> OptionError:
     names = ", ".join(sampling.extra)
     text = without_paths(" ".join(str(error).split()))[:200]
     return OptionError(f"A value of --param {names} is invalid: {text}", "Change it or leave it out.")
+
+
+def _with_notes(error: EngineError, notes: Sequence[str]) -> EngineError:
+    """What went wrong, with what was done until then: blocks that gave way stay where they are."""
+    if not notes:
+        return error
+    return EngineError(f"{error.message} Until then: {'; '.join(notes)}.", error.next_step)
 
 
 def _device_name(tensor: Any) -> str:
