@@ -160,6 +160,10 @@ class PackedStack(torch.nn.Module):
         template, parts = self.template.on(torch.device(device)), tuple(self._names)
         return lambda stacks, dtype: template.unpacked(dict(zip(parts, stacks, strict=True)), dtype)
 
+    def parts_of(self, expert: int) -> tuple[Any, ...]:
+        """The plain tensors of one matrix, its data the first."""
+        return tuple(self._entry(expert).values())
+
     def _entry(self, expert: int) -> packing.Parts:
         held: Mapping[str, Any] = self._parameters
         return {part: held[name][expert] for part, name in self._names.items()}

@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from llm_magic.backends.accelerate.placement import adapters, hooks
+from llm_magic.backends.accelerate.placement import adapters, hooks, saving
 from llm_magic.backends.accelerate.placement.blocks import (
     BlockTensors,
     FileStore,
@@ -196,6 +196,8 @@ class PlacedModel:
         self._take_over(fill)
         self._attach()
         adapters.let_in(model, weakref.WeakMethod(self.weights_shown))
+        if plan.layout.quantization:
+            saving.let_save(model, plan.layout.quantization, weakref.WeakMethod(self.weights_shown))
 
     @property
     def lanes(self) -> list[Any]:
