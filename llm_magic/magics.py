@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +25,8 @@ from llm_magic.settings import Settings
 from llm_magic.text.prompt import Interpolated, interpolate
 from llm_magic.views.report import Report
 from llm_magic.views.table import line_report, stack
+
+_ONE_EXPRESSION = re.compile(r"\{[^{}]*\}")
 
 # IPython types its decorators for plain functions, not for methods.
 _magics_class: Any = ipython_magic.magics_class
@@ -99,7 +102,7 @@ class LLMMagic(ipython_magic.Magics, Settings):
         if any(flag in words[1:] for flag in HELP_FLAGS):
             screen.show(command_help(command))
             return
-        found = command_parser(command).parse([self._expand(word) for word in words[1:]])
+        found = command_parser(command).parse([self._argument(word) for word in words[1:]])
         with self.session.answers_bound():
             shown = command.run(self.session, found)
         if shown is not None:
@@ -131,10 +134,7 @@ class LLMMagic(ipython_magic.Magics, Settings):
         if parsed.help:
             screen.show(cell_help())
             return
-        prompt = Interpolated(cell) if parsed.raw else interpolate(cell, self.notebook.lookup)
-        text = prompt.text.strip("\n")
-        if prompt.notes:
-            screen.show(line_report("\n".join(prompt.notes)))
+        text = (cell if parsed.raw else self._expand(cell)).strip("\n")
         if parsed.dry_run:
             screen.show(_rendered_report(self.session.render(text, parsed.ask)))
             return
@@ -146,8 +146,21 @@ class LLMMagic(ipython_magic.Magics, Settings):
         if generation.display_format == "code" and (code := extract_code(generation.text)):
             self.notebook.set_next_input(code)
 
-    def _expand(self, word: str) -> str:
-        return interpolate(word, self.notebook.lookup).text
+    def _expand(self, text: str) -> str:
+        """The text with its expressions replaced; what was cut or left alone is shown."""
+        return self._noted(interpolate(text, self.notebook.lookup))
+
+    def _argument(self, word: str) -> str:
+        """The same for a word of a command, where one expression by itself is never meant as it stands."""
+        found = interpolate(word, self.notebook.lookup)
+        if found.text == word and found.notes and _ONE_EXPRESSION.fullmatch(word):
+            raise OptionError(f"{found.notes[0]}.", "Define the variable first, or write its value.")
+        return self._noted(found)
+
+    def _noted(self, found: Interpolated) -> str:
+        if found.notes:
+            self.session.screen.show(line_report("\n".join(found.notes)))
+        return found.text
 
 
 def _screen(ui: UI, session: Session) -> Screen:

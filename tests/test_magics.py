@@ -146,6 +146,42 @@ def test_option_values_are_expanded(loaded, backend) -> None:
     assert backend.engines[0].requests[0].messages[0].content == "Be very brief."
 
 
+@pytest.mark.parametrize(
+    ("cell", "system", "notes"),
+    [
+        ('%%llm --system "You know {topic} well"\nhi\n', "You know {topic} well", 1),
+        ('%%llm --raw --system "You know {topic} well"\n{topic}\n', "You know {topic} well", 1),
+        ("%%llm -s {topic}\nabout {topic}\n", "{topic}", 2),
+        ("%%llm -s \"{'a': 1} is JSON\"\nhi\n", "{'a': 1} is JSON", 0),
+    ],
+)
+def test_what_an_option_leaves_alone_is_noted(loaded, backend, capsys, cell, system, notes) -> None:
+    backend.enqueue("x")
+    run(loaded, cell)
+    assert backend.engines[0].requests[0].messages[0].content == system
+    said = "{topic} left alone: name 'topic' is not defined"
+    assert capsys.readouterr().out.splitlines().count(said) == notes
+
+
+def test_a_value_that_an_option_cuts_is_noted(loaded, session, capsys) -> None:
+    loaded.user_ns["numbers"] = list(range(60_000))
+    run(loaded, '%llm set system "You know {numbers}"')
+    note, *_ = capsys.readouterr().out.splitlines()[-2:]
+    assert note.startswith("{numbers}: ")
+    assert "60,000" in note
+
+
+def test_an_expression_in_a_command_is_evaluated_once(loaded, session) -> None:
+    run(loaded, "texts = iter(['one', 'two'])\n%llm set system {next(texts)}")
+    assert session.settings.system == "one"
+
+
+def test_braces_within_an_argument_stay_with_a_note(loaded, session, capsys) -> None:
+    run(loaded, '%llm set system "Fill {blank} in."')
+    assert session.settings.system == "Fill {blank} in."
+    assert "{blank} left alone: name 'blank' is not defined" in capsys.readouterr().out
+
+
 def test_answers_of_python_code_are_the_last_one_too(loaded, session, backend) -> None:
     llm = LLM()
     llm._session = session
@@ -219,6 +255,8 @@ def test_an_error_keeps_what_came_in_the_variable(loaded, backend) -> None:
         ("%llm load fake:b --max-memory cpu=1GiB,cpu=2GiB", "it names cpu twice", "--help"),
         ("%llm load fake:b --max-memory cpu=1GiB --max-memory cpu=2GiB", "it names cpu twice", "--help"),
         ("%llm load nowhere:x", "No backend can load", "starter"),
+        ("%llm load {nosuch}", "name 'nosuch' is not defined", "Define the variable first"),
+        ("%llm load fake:b --as {nosuch.name}", "name 'nosuch' is not defined", "Define the variable first"),
         ("%llm use b", "no loaded model 'b'", "Known: a"),
         ("%llm set temperature hot", "no value for temperature", ""),
         ("%llm set temperature=", "'' is no value for temperature", ""),
