@@ -1,0 +1,97 @@
+"""Checkpoints that are packed already, on a GPU and split; batches with split layers; saving from there."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("bitsandbytes")
+pytestmark = pytest.mark.gpu
+
+from safetensors.torch import load_file  # noqa: E402
+
+from llm_magic.model import ModelSpec  # noqa: E402
+from tests import tiny  # noqa: E402
+from tests.engines import BACKEND, ask, request  # noqa: E402
+from tests.gpu.test_placed import DEVICE, RESIDENT, STREAMED, layers  # noqa: E402
+from tests.gpu.test_split import ON_CPU, SPLIT, VISITING_SPLIT, plan  # noqa: E402
+from tests.packed_checkpoints import save_bitsandbytes  # noqa: E402
+
+PROMPT = "The capital of France is"
+WIDE = {"hidden_size": 256, "head_dim": 64, "moe_intermediate_size": 128, "num_experts": 8}
+WAYS = {
+    "split": layers(SPLIT),
+    "split, visiting in prompts": layers(VISITING_SPLIT, RESIDENT),
+    "streamed": layers(STREAMED),
+    "beside the CPU's": layers(RESIDENT, ON_CPU),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With packed scales, whose unpacking is the device's own."""
+    path = tmp_path_factory.mktemp("packed-files") / "mixture"
+    return save_bitsandbytes(path, "nf4", tiny.save_mixture, is_double=True, layers=3, **WIDE)
+
+
+@pytest.fixture
+def engine_of(folder: Path) -> Iterator[Callable[..., Any]]:
+    made: list[Any] = []
+
+    def load(way: Any, source: Path = folder, quantize: str = "") -> Any:
+        spec = ModelSpec(str(source), quantize=quantize, dtype="float32")
+        made.append(BACKEND.load(spec, plan(source, way, spec), lambda _event: None))
+        return made[-1]
+
+    yield load
+    for engine in made:
+        engine.close()
+
+
+def answer(engine: Any) -> str:
+    return str(ask(engine, request(PROMPT * 4, max_new_tokens=12)).text)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_same_tokens_wherever_blocks_are(way: str, engine_of: Callable[..., Any]) -> None:
+    expected = answer(engine_of(layers(RESIDENT)))
+    engine = engine_of(WAYS[way])
+    assert [answer(engine), answer(engine)] == [expected, expected]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_is_saved_is_the_same_from_everywhere(
+    way: str, folder: Path, engine_of: Callable[..., Any], tmp_path: Path
+) -> None:
+    found = []
+    for number, place in enumerate((layers(RESIDENT), WAYS[way])):
+        engine = engine_of(place)
+        expected = answer(engine)
+        engine.model.save_pretrained(tmp_path / str(number))
+        assert answer(engine) == expected
+        found.append(load_file(tmp_path / str(number) / "model.safetensors"))
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items())
+    for path in (*folder.glob("token*"), *folder.glob("*.jinja")):
+        shutil.copy(path, tmp_path / "1")
+    assert answer(engine_of(layers(RESIDENT), tmp_path / "1")) == expected
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_several_sequences_at_once(way: str, engine_of: Callable[..., Any]) -> None:
+    """By transformers' own loop, the rows padded on the left, long enough for experts to visit."""
+    ids = (torch.arange(3 * 40, device=DEVICE) % 89).view(3, 40) + 3
+    mask = torch.ones_like(ids)
+    mask[1, :7], mask[2, :31] = 0, 0
+    found = []
+    for place in (layers(RESIDENT), WAYS[way]):
+        model = engine_of(place).model
+        with torch.no_grad():
+            out = model.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False, pad_token_id=0)
+        found.append(out.tolist())
+    assert found[0] == found[1]
