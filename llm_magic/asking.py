@@ -11,7 +11,14 @@ from typing import Any
 
 from llm_magic.answer import Answer
 from llm_magic.chat import Chat
-from llm_magic.errors import EngineError, LLMMagicError, OptionError, PromptError, SessionError
+from llm_magic.errors import (
+    EngineError,
+    LLMMagicError,
+    OptionError,
+    PromptError,
+    SessionError,
+    shown_in_a_line,
+)
 from llm_magic.events import SAMPLING_LIMITS, Finish, FinishReason, Message, Request, Sampling
 from llm_magic.options import AskOptions
 from llm_magic.plan import Plan
@@ -86,6 +93,7 @@ def follow(
         finish, found_stop_string = worker.result()
         return Ending(finish, "stop" if found_stop_string else finish.reason)
     except KeyboardInterrupt as interrupt:
+        shown_in_a_line(interrupt, f"{model} was interrupted; what it said until then is kept.")
         worker.stop()
         return Ending(_wait_for_end(worker), "interrupted", interrupt)
     except LLMMagicError as error:

@@ -66,6 +66,22 @@ class PluginError(LLMMagicError):
     """A plugin that registers something invalid or twice."""
 
 
+def shown_in_a_line(interrupt: KeyboardInterrupt, words: str) -> None:
+    """Have IPython show an interrupt by these words, and not by the frames of ours that it came into.
+
+    It stays a ``KeyboardInterrupt``: kernels and front ends know it by that, and queued cells do not run.
+    Words that it has already stay.
+    """
+    line = f"KeyboardInterrupt: {_one_line(words)}"
+    vars(interrupt).setdefault("_render_traceback_", lambda: [line])
+
+
+def has_own_words(error: BaseException) -> bool:
+    """Whether an error is one of ours, or an interrupt of what we did."""
+    is_ours = isinstance(error, KeyboardInterrupt) and "_render_traceback_" in vars(error)
+    return is_ours or isinstance(error, LLMMagicError)
+
+
 def _one_line(text: str) -> str:
     # Messages quote model files and libraries; they end in terminals and in saved notebooks.
     return " ".join(sanitize(without_paths(text)).split())

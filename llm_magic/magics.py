@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from IPython.core import magic as ipython_magic
@@ -14,7 +15,7 @@ from llm_magic.arguments import HELP_FLAGS, split_words
 from llm_magic.cell import CellLine, parse_cell_line
 from llm_magic.commands.help import cell_help, command_help, command_parser
 from llm_magic.display import UI, NotebookScreen, TextScreen, choose_ui
-from llm_magic.errors import LLMMagicError, OptionError
+from llm_magic.errors import OptionError, has_own_words, shown_in_a_line
 from llm_magic.events import RenderedPrompt
 from llm_magic.formats import extract_code
 from llm_magic.notebook import Notebook
@@ -51,7 +52,7 @@ class IPythonNotebook(Notebook):
         """IPython's ``post_run_cell``: remember what the cell raised."""
         error = result.error_before_exec or result.error_in_exec
         # Ours say what to do already, and are nothing that a model could mend.
-        if error is None or isinstance(error, LLMMagicError):
+        if error is None or has_own_words(error):
             return
         if result.execution_count is not None:
             self.errors.record(result.execution_count, result.info.raw_cell, error)
@@ -103,7 +104,7 @@ class LLMMagic(ipython_magic.Magics, Settings):
             screen.show(command_help(command))
             return
         found = command_parser(command).parse([self._argument(word) for word in words[1:]])
-        with self.session.answers_bound():
+        with _briefly(f"%llm {command.name}"), self.session.answers_bound():
             shown = command.run(self.session, found)
         if shown is not None:
             screen.show(shown)
@@ -141,7 +142,7 @@ class LLMMagic(ipython_magic.Magics, Settings):
         self._ask(text, parsed)
 
     def _ask(self, text: str, parsed: CellLine) -> None:
-        with self.session.answers_bound(parsed.out):
+        with _briefly("%%llm"), self.session.answers_bound(parsed.out):
             generation = self.session.ask(text, parsed.ask)
         if generation.display_format == "code" and (code := extract_code(generation.text)):
             self.notebook.set_next_input(code)
@@ -170,6 +171,16 @@ def _screen(ui: UI, session: Session) -> Screen:
 
         return RichScreen(formats, session)
     return TextScreen(formats) if ui == "text" else NotebookScreen(formats)
+
+
+@contextmanager
+def _briefly(what: str) -> Iterator[None]:
+    """Tell in a line of an interrupt that comes in here, wherever that is."""
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        shown_in_a_line(interrupt, f"{what} was interrupted.")
+        raise
 
 
 def _command_name(words: list[str]) -> str:

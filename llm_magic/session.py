@@ -18,7 +18,15 @@ from llm_magic.answer import Answer, generate_clean
 from llm_magic.asking import Ending, build_request, follow, make_footprint, system_of
 from llm_magic.calibration import Calibration, calibrate, kept_constants
 from llm_magic.chat import Chat, Chats, check_chat_name
-from llm_magic.errors import CancelledError, EngineError, LLMMagicError, OptionError, PlanError, SessionError
+from llm_magic.errors import (
+    CancelledError,
+    EngineError,
+    LLMMagicError,
+    OptionError,
+    PlanError,
+    SessionError,
+    shown_in_a_line,
+)
 from llm_magic.events import Message, PhaseEvent, Progress, RenderedPrompt, Request, StopFlag
 from llm_magic.folders import cache_folder, make_private
 from llm_magic.hookspecs import Backend, Engine, FindsAccelerators, Planner
@@ -646,7 +654,8 @@ class Session:
             raise CancelledError(
                 f"{title} was cancelled; everything is as it was before.", "Run it again when you want it."
             ) from None
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as interrupt:
+            shown_in_a_line(interrupt, f"{title} was interrupted; everything is as it was before.")
             worker.stop()
             if worker.has_started:
                 with suppress(Exception):

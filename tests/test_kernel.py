@@ -80,6 +80,7 @@ class Kernel:
         assert is_interrupted, shown
         reply = self.reply(request)
         assert (reply["status"], reply["ename"]) == ("error", "KeyboardInterrupt")
+        assert len(reply["traceback"]) == 1, reply["traceback"]
         assert self.reply(queued)["status"] == "aborted"
         assert self.value("ran_after") == "False"
         return shown

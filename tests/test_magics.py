@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import atexit
+import threading
 
 import pytest
 from IPython.core.completer import provisionalcompleter
@@ -9,6 +10,7 @@ from traitlets.config import Config
 
 from llm_magic.api import LLM
 from llm_magic.completion import complete
+from llm_magic.hookspecs import Command
 from llm_magic.magics import register
 from llm_magic.placing import limits_of
 from llm_magic.session import Session
@@ -302,6 +304,79 @@ def test_a_mistake_shows_two_lines_and_no_traceback(loaded, backend, capsys, cel
     assert next_step in text
     assert len(text.splitlines()) <= 2
     assert "Traceback" not in text
+
+
+# Interrupts
+
+
+class Interrupted:
+    """A view of a job or of an answer, whose user presses Ctrl-C once it has begun."""
+
+    def __init__(self) -> None:
+        self.is_shown = threading.Event()
+
+    def update(self, _) -> None:
+        if self.is_shown.is_set():
+            raise KeyboardInterrupt
+        self.is_shown.set()
+
+    def close(self, _) -> None:
+        pass
+
+
+@pytest.fixture
+def interrupted(loaded, session, backend, monkeypatch):
+    """The shell, where every job and every answer is interrupted while it is at work."""
+    view = Interrupted()
+    monkeypatch.setattr(session.screen, "progress", lambda *_: view)
+    monkeypatch.setattr(session.screen, "answer", lambda *_: view)
+    backend.while_loading = view.is_shown.wait
+    (engine,) = backend.engines
+    engine.while_moving = engine.while_measuring = view.is_shown.wait
+    backend.enqueue("never", before={0: lambda stop: stop.wait()})
+    return loaded
+
+
+def stuck(*_) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("cell", "says"),
+    [
+        ("%%llm\nhello\n", "a was interrupted; what it said until then is kept."),
+        ("llm('hello')", "a was interrupted; what it said until then is kept."),
+        ("%llm load fake:b", "Loading fake-b was interrupted; everything is as it was before."),
+        ("%llm move layers.1 disk", "Moving blocks of a was interrupted; everything is as it was before."),
+        ("%llm bench", "Measuring was interrupted; everything is as it was before."),
+        ("%llm stuck", "%llm stuck was interrupted."),
+    ],
+)
+def test_an_interrupt_is_told_in_a_line_and_is_one_still(
+    interrupted, session, capsys, monkeypatch, cell, says
+) -> None:
+    monkeypatch.setitem(session.plugins.commands, "stuck", Command("stuck", "hangs", stuck))
+    interrupted.user_ns["llm"] = LLM()
+    interrupted.user_ns["llm"]._session = session
+    monkeypatch.setattr(session, "machine", lambda measure=False: session.model().plan.machine)
+    monkeypatch.setattr("llm_magic.api.SilentScreen", lambda: session.screen)
+    capsys.readouterr()
+    result = interrupted.run_cell(cell)
+    assert type(result.error_in_exec) is KeyboardInterrupt  # what a kernel and its front ends know
+    assert capsys.readouterr().out == f"KeyboardInterrupt: {says}\n"
+
+
+def test_an_interrupt_of_the_users_own_code_shows_where_it_came(loaded, capsys) -> None:
+    loaded.run_cell("def slow():\n    raise KeyboardInterrupt\n")
+    loaded.run_cell("%%llm\n{slow()}\n")
+    assert "Traceback" in capsys.readouterr().out
+
+
+def test_fix_passes_over_an_interrupt_of_itself(interrupted, session) -> None:
+    interrupted.run_cell("1 / 0", store_history=True)
+    interrupted.run_cell("%llm fix", store_history=True)
+    errors = session.notebook.errors
+    assert "ZeroDivisionError" in errors[errors.latest()]
 
 
 # Commands
