@@ -12,6 +12,9 @@ from pathlib import Path
 from llm_magic.model import ModelSpec
 from llm_magic.options import LoadOptions
 
+_READ = {".safetensors", ".bin", ".json", ".gguf", ".jinja", ".model", ".txt", ".tiktoken"}
+"""Of a folder, what a load reads: a notebook beside the weights is saved all the time."""
+
 Seen = tuple[Path, int, int]
 """A file, its bytes, and when it was written, in nanoseconds."""
 
@@ -50,7 +53,7 @@ def _files(name: str) -> Iterator[Seen]:
         path = Path(name).expanduser().resolve()
         inside = sorted(path.iterdir()) if path.is_dir() else [path]
         for file in inside:
-            if file.is_file():
+            if file.is_file() and (file == path or file.suffix in _READ):
                 state = file.stat()
                 yield file, state.st_size, state.st_mtime_ns
     except (OSError, ValueError, RuntimeError):  # whoever loads it says what is wrong

@@ -225,6 +225,7 @@ def test_a_model_is_loaded_with_the_options_of_the_command(llm, backend) -> None
     assert llm.load("fake:b", "short", max_memory="disk=3GiB", device_map="cpu").name == "short"
     assert limits_of(llm.plan) == {"disk": 3 << 30}
     assert limits_of(llm.load(Path("fake:b"), "free", max_memory={}).plan) == {}
+    assert llm.load("fake:b", "anywhere", device_map={}).plan.policy == "auto"
 
 
 @pytest.mark.parametrize(

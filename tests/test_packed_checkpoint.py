@@ -259,6 +259,61 @@ DAMAGE: dict[str, Callable[[dict[str, Any]], object]] = {
 }
 
 
+NESTED: dict[str, Callable[[dict[str, Any]], object]] = {
+    "no scales of scales": lambda tensors: tensors.update({f"{UP}.nested_absmax": torch.ones(0)}),
+    "a short table": lambda tensors: tensors.update({f"{UP}.nested_quant_map": torch.ones(1)}),
+    "another dtype": lambda tensors: tensors.update({f"{UP}.nested_absmax": torch.ones(2).half()}),
+    "smaller blocks": lambda tensors: tensors.update(
+        {STATE: edited_facts(tensors[STATE], nested_blocksize=1)}
+    ),
+    "no blocks": lambda tensors: tensors.update({STATE: edited_facts(tensors[STATE], nested_blocksize=0)}),
+    "odd blocks": lambda tensors: tensors.update({STATE: edited_facts(tensors[STATE], nested_blocksize="x")}),
+}
+
+
+def edited_facts(packed: Any, **facts: Any) -> Any:
+    return as_bytes(**json.loads(bytes(packed.tolist())) | facts)
+
+
+@pytest.mark.parametrize("damage", NESTED)
+def test_packed_scales_that_do_not_belong_together(damage: str, tmp_path: Path) -> None:
+    """The library's code would read beyond them."""
+    folder = save_bitsandbytes(tmp_path / "model", "nf4", is_double=True, **WIDE)
+    edit(folder, NESTED[damage])
+    with pytest.raises(SourceError, match=r"up_proj.* do not belong together"):
+        load(folder, "ram")
+
+
+@pytest.mark.parametrize(
+    ("method", "part"), [("int8", "SCB"), ("nf4", "weight.quant_state.bitsandbytes__nf4")]
+)
+def test_a_weight_whose_parts_are_missing_is_no_plain_one(method: str, part: str, tmp_path: Path) -> None:
+    folder = save_bitsandbytes(tmp_path / "model", method, **WIDE)
+    edit(folder, lambda tensors: tensors.pop(UP.replace("weight", part)))
+    with pytest.raises(SourceError, match="not all that belongs to"):
+        BACKEND.layout(ModelSpec(str(folder)), silent)
+
+
+def test_pickled_ones_are_refused(tmp_path: Path) -> None:
+    folder = save_bitsandbytes(tmp_path / "model", "int8", **WIDE)
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(SourceError, match=r"quantized \(bitsandbytes\)"):
+        BACKEND.layout(ModelSpec(str(folder), allow_pickle=True), silent)
+
+
+def test_numbers_of_rows_that_are_no_whole_blocks() -> None:
+    """As a Mamba's time steps, which it reads without a call."""
+    functional = quantize.import_library("bitsandbytes").functional
+    torch.manual_seed(0)
+    weight = torch.randn(64, 48)
+    data, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
+    tensors = {"w": data} | {f"w.{part}": held for part, held in state.as_dict(packed=True).items()}
+    found = Prepacked("nf4", [["w"]], tensors.__getitem__, 64, torch.float32).numbers("cpu")
+    flat = functional.quantize_4bit(weight.flatten(), blocksize=64, quant_type="nf4")
+    torch.testing.assert_close(found.flatten(), functional.dequantize_4bit(*flat).flatten())
+
+
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_parts_that_do_not_belong_together(damage: str, tmp_path: Path) -> None:
     folder = save_bitsandbytes(tmp_path / "model", "nf4", **WIDE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from llm_magic.backends.accelerate.quiet import quiet
-from llm_magic.errors import OptionError
+from llm_magic.errors import OptionError, SourceError
 from llm_magic.events import PhaseEvent
 from llm_magic.model import ModelSpec
 from llm_magic.planning.planner import make_plan
@@ -237,6 +238,31 @@ def test_packed_blocks_move_while_loaded(folder: Path) -> None:
             engine.apply(moved, lambda _event: None)
             assert ask(engine, PROMPT).text == expected
         assert ask(engine, request(PROMPT, expected, "And?", chat="c")).finish.cached_tokens > 0
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize("rows", [1, 512])
+@pytest.mark.parametrize("method", ["nf4", "int8", "quanto-int8"])
+def test_a_weight_of_another_shape_is_refused(method: str, rows: int, folder: Path, tmp_path: Path) -> None:
+    """Kernels would read as many bytes as the configuration says."""
+    from safetensors.torch import load_file
+
+    copy = Path(shutil.copytree(folder, tmp_path / "model"))
+    tensors = load_file(copy / "model.safetensors")
+    tensors["model.layers.1.mlp.gate_proj.weight"] = torch.ones(rows, 128)
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SourceError, match="has the shape"):
+        load_packed(copy, method, "ram")
+
+
+def test_a_packed_model_in_ram_holds_no_pages_of_its_file(folder: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(folder, tmp_path / "model"))
+    engine = load_packed(copy, "nf4", "ram")
+    try:
+        before = ask(engine, PROMPT).text
+        os.truncate(copy / "model.safetensors", 1000)
+        assert ask(engine, PROMPT).text == before
     finally:
         engine.close()
 

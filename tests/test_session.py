@@ -112,7 +112,7 @@ def test_the_same_words_for_another_model_load_it(
 ) -> None:
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-        written(tmp_path / name / "fake", "weights")
+        written(tmp_path / name / "fake.safetensors", "weights")
     device_map = written(tmp_path / "map.json", '{"": "cpu"}')
     monkeypatch.chdir(tmp_path / "one")
     asked = ModelSpec("fake:b", draft="."), LoadOptions(device_map=str(device_map)), "b"
@@ -120,7 +120,7 @@ def test_the_same_words_for_another_model_load_it(
     first = session.load(*asked)
     assert session.load(*asked) is first
     if change == "weights":
-        written(tmp_path / "one" / "fake", "newer")
+        written(tmp_path / "one" / "fake.safetensors", "newer")
     elif change == "device map":
         written(device_map, '{"": "disk"}')
     elif change == "folder":
@@ -130,6 +130,19 @@ def test_the_same_words_for_another_model_load_it(
     second = session.load(*asked)
     assert second is not first
     assert session.load(*asked) is second
+
+
+def test_what_no_load_reads_makes_no_other_model(session, tmp_path, monkeypatch) -> None:
+    """Jupyter saves a notebook that is beside the weights every two minutes."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(session, "plan", lambda *_: session.models["a"].plan)
+    asked = ModelSpec("fake:b", draft="."), LoadOptions(), "b"
+    written(tmp_path / "config.json", "{}")
+    first = session.load(*asked)
+    written(tmp_path / "work.ipynb", "{}")
+    assert session.load(*asked) is first
+    written(tmp_path / "config.json", "{ }")
+    assert session.load(*asked) is not first
 
 
 def test_the_default_context_is_of_no_concern_beside_an_own_one(session) -> None:

@@ -89,10 +89,12 @@ def options_from_python(
     device_map = options.get("device_map")
     typed = {name: value for name, value in options.items() if value not in (None, {})}
     if isinstance(device_map, Mapping):
-        del typed["device_map"]
+        typed.pop("device_map", None)
     words = [word for name, value in typed.items() for word in _typed(parser, name, value)]
     spec, chosen = read_source_options(parser.parse([*words, "--", str(source)]))
-    return spec, replace(chosen, device_map=device_map) if isinstance(device_map, Mapping) else chosen
+    return spec, replace(chosen, device_map=device_map) if device_map and isinstance(
+        device_map, Mapping
+    ) else chosen
 
 
 def _typed(parser: Parser, name: str, value: Any) -> Iterator[str]:

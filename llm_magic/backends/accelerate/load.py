@@ -79,7 +79,8 @@ def load(files: ModelFiles, spec: ModelSpec, plan: Plan, progress: Progress) -> 
     if method:
         refuse_devices(method, {place.compute for place in plan.placements})
     try:
-        with quiet(), large_files_opened():
+        # One load at a time: both replace functions of the libraries, and put back what they found.
+        with quiet(), default_dtype_kept(), large_files_opened():
             tokenizer = _read_tokenizer(files)
             model, fill = _read_model(files, spec, plan, folder, progress)
             if folder:

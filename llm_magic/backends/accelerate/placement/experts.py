@@ -103,7 +103,7 @@ class RoutedExperts:
             raise ValueError(f"an expert takes {store.slot_bytes} bytes, a slot has {cache.slot_bytes}")
         self._module, self._cache, self._visitor = module, cache, visitor
         self._layer = ExpertLayer(store)
-        self._following: ExpertLayer | None = None
+        self._following: RoutedExperts | None = None
         self._in_runs: Any = None
         self._turn = _Turn()
         self._twin = copy.copy(module)
@@ -129,7 +129,7 @@ class RoutedExperts:
         if self._in_runs is not None and len(chosen) > FEW_TOKENS and self._are_nearly_all(uses):
             self._cache.count(self._layer, uses, len(chosen))
             return type(self._in_runs).forward(self._in_runs, *inputs, **named)
-        self._cache.begin(self._layer, uses, len(chosen), self._following)
+        self._cache.begin(self._layer, uses, len(chosen), self._expected())
         self._turn.begin(uses)
         try:
             output = type(self._twin).forward(self._twin, *inputs, **named)
@@ -140,7 +140,12 @@ class RoutedExperts:
 
     def is_followed_by(self, other: RoutedExperts) -> None:
         """Whose turn it is after these, in every sweep."""
-        self._following = other._layer
+        self._following = other
+
+    def _expected(self) -> ExpertLayer | None:
+        """The layer that is next, if its experts come one by one."""
+        following = self._following
+        return None if following is None or following._in_runs is not None else following._layer
 
     def come_in_runs(self, twin: Any) -> None:
         """Let this compute in long passes that need nearly all of them."""

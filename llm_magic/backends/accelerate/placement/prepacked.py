@@ -77,7 +77,9 @@ class Prepacked:
         if self.method == "int8":
             return (data * (scales / 127).unsqueeze(-1)).to(self.dtype)
         unpack: Any = torch.ops.bitsandbytes.dequantize_4bit.default
-        return unpack(data, scales, self.block, self.method, shape, self.dtype)
+        # In rows of a block: the library's kernel for CPUs takes a scale for no part of another row.
+        rows = (scales.numel(), self.block)
+        return unpack(data, scales, self.block, self.method, rows, self.dtype).view(shape)
 
     def _eight_bits(self, name: str, device: Any) -> tuple[Any, Any, tuple[int, int]]:
         import torch
@@ -109,11 +111,24 @@ class Prepacked:
             )
         scales = state.absmax
         if state.nested:
+            _check_nested(name, scales, state.state2)
             scales = dequantize_blockwise(scales, state.state2) + state.offset
         data = self.tensor(name).to(device).contiguous().view(torch.uint8).reshape(-1, 1)
         if rows * columns != 2 * len(data) or rows * columns != self.block * scales.numel():
             raise _damaged(name)
         return data, scales.float().reshape(-1), (rows, columns)
+
+
+def _check_nested(name: str, scales: Any, state: Any) -> None:
+    """The library's code reads as much as these say."""
+    import torch
+
+    table, own = state.code, state.absmax
+    is_whole = isinstance(state.blocksize, int) and state.blocksize > 0
+    if not is_whole or table.numel() != 256 or table.dtype != torch.float32 or own.dtype != torch.float32:
+        raise _damaged(name)
+    if own.numel() != -(-scales.numel() // state.blocksize):
+        raise _damaged(name)
 
 
 def _damaged(name: str) -> SourceError:

@@ -383,13 +383,19 @@ def pack_block(
             _pack(module, value if isinstance(value, Prepacked) else value.to(device, meta.dtype), device)
         else:
             numbers = value.numbers(device) if isinstance(value, Prepacked) else value
-            module._parameters[leaf] = torch.nn.Parameter(numbers.to(device), requires_grad=False)
+            # A copy: what comes from a file may be pages of it.
+            held = numbers.to(device, copy=True)
+            module._parameters[leaf] = torch.nn.Parameter(held, requires_grad=False)
     arrange(block, device if compute is None else compute, fresh=True)
 
 
 def _pack(module: Any, value: Any, device: Any, index: int = 0) -> None:
     """Give a layer its weight, packed: a tensor, or one of the matrices that were packed before."""
-    pack = partial(_taken, index=index, device=device) if isinstance(value, Prepacked) else _packer(module)
+    if isinstance(value, Prepacked):
+        pack = partial(_taken, index=index, device=device)
+    else:
+        pack = _packer(module)
+        _check_shape(module, tuple(value.T.shape if _is_transposed(module) else value.shape), "A weight")
     module._parameters["weight"] = pack(module, value)
     # Once through the template: what it binds now is what every later buffer gets.
     bind(template(module, "weight").bindings(parts(module, "weight")))
@@ -414,6 +420,11 @@ def pack_stack(stack: Any, values: Any, device: Any, compute: Any, experts: Any 
     stack.fill(packed())
 
 
+def is_packed(module: Any) -> bool:
+    """Whether a layer is one of the libraries' packed ones."""
+    return _packer(module) is not None
+
+
 def _packer(module: Any) -> Any:
     bitsandbytes, quanto = (sys.modules.get(library) for library in _PACKAGES)
     if bitsandbytes is not None and isinstance(module, bitsandbytes.nn.Linear4bit):
@@ -430,14 +441,20 @@ def _taken(module: Any, value: Prepacked, *, index: int, device: Any) -> Any:
     from bitsandbytes.nn import Int8Params
 
     data, scales, shape = value.parts(index, device)
-    if shape != (module.out_features, module.in_features):
-        raise SourceError(
-            f"The packed weight {value.matrices[index][0]} has not the shape that config.json says.",
-            "The files do not belong together: download the model again.",
-        )
+    _check_shape(module, shape, f"The packed weight {value.matrices[index][0]}")
     if value.method == "int8":
         return Int8Params(data, requires_grad=False, has_fp16_weights=False, CB=data, SCB=scales)
     return _four_bits(module, data, scales, value.dtype)
+
+
+def _check_shape(module: Any, shape: tuple[int, ...], what: str) -> None:
+    """What computes with the weight reads as many bytes as its shape says."""
+    expected = (module.out_features, module.in_features)
+    if shape != expected:
+        raise SourceError(
+            f"{what} has the shape {shape} where config.json says {expected}.",
+            "The files do not belong together: download the model again.",
+        )
 
 
 def _pack_4_bits(module: Any, value: Any) -> Any:
@@ -480,10 +497,15 @@ def _pack_8_bits(module: Any, value: Any) -> Any:
 
 
 def _as_linear(module: Any, value: Any) -> Any:
-    """The weight as ``(out, in)``: that of a GPT-2 ``Conv1D`` is stored the other way round."""
+    """The weight as ``(out, in)``."""
+    return value.T if _is_transposed(module) else value
+
+
+def _is_transposed(module: Any) -> bool:
+    """Whether it is in place of a GPT-2 ``Conv1D``, whose weight is stored the other way round."""
     from transformers.pytorch_utils import Conv1D
 
-    return value.T if issubclass(module.source_cls, Conv1D) else value
+    return issubclass(getattr(module, "source_cls", object), Conv1D)
 
 
 def _pack_quanto(module: Any, value: Any) -> Any:

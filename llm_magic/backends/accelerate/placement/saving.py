@@ -19,6 +19,7 @@ from weakref import WeakMethod, ref
 
 from llm_magic.backends.accelerate.placement.packed_stack import PackedStack
 from llm_magic.backends.accelerate.placement.prepacked import STATE
+from llm_magic.backends.accelerate.placement.quantize import BLOCK, is_packed
 from llm_magic.errors import OptionError
 from llm_magic.units import GIB
 
@@ -63,6 +64,11 @@ def let_save(model: Any, method: str, weights_shown: WeakMethod[WeightsShown]) -
 
 def _save(model: Any, method: str, folder: Path) -> None:
     stacks = {path: module for path, module in model.named_modules() if isinstance(module, PackedStack)}
+    if stacks and method == "int8":  # transformers would read the integers as if they were weights
+        raise OptionError(
+            "There is no form in which experts that int8 packed are saved.",
+            "Load it with --quantize nf4 or fp4, or keep the files it was loaded from.",
+        )
     names = {path: _names(model, path) for path in stacks}  # first: they may be refused
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.glob("*.safetensors")):
@@ -95,11 +101,7 @@ def _saved(
     model: Any, method: str, state: Mapping[str, Any], names: Mapping[str, list[str]]
 ) -> dict[str, Any]:
     """The tensors of a part of the model, in the names that its checkpoints have for them."""
-    from transformers.core_model_loading import (
-        WeightRenaming,
-        apply_renamings,
-        revert_weight_conversion,
-    )
+    from transformers.core_model_loading import revert_weight_conversion
 
     stacks = {owner for name in state if (owner := name.rpartition(".")[0]) in names}
     packed = {name: tensor for name, tensor in state.items() if _is_packed(name, state)}
@@ -110,10 +112,18 @@ def _saved(
                 stack, expert, [name.replace("*", str(expert)) for name in names[path]], method
             )
     others = {n: t for n, t in state.items() if n not in packed and n.rpartition(".")[0] not in stacks}
-    entries = [e for e in model._weight_conversions or () if isinstance(e, WeightRenaming)]
-    renamings = [entry.reverse_transform() for entry in reversed(entries)]
     found: dict[str, Any] = dict(revert_weight_conversion(model, others))
-    return found | {apply_renamings(name, renamings): tensor for name, tensor in packed.items()}
+    return found | {_in_files(model, name): tensor for name, tensor in packed.items()}
+
+
+def _in_files(model: Any, name: str) -> str:
+    """The name that checkpoints have for a weight which is stored as it is."""
+    from transformers.core_model_loading import WeightRenaming
+
+    for entry in reversed(model._weight_conversions or ()):
+        if isinstance(entry, WeightRenaming):
+            name = entry.reverse_transform().rename_source_key(name)[0]
+    return name
 
 
 def _is_packed(name: str, state: Mapping[str, Any]) -> bool:
@@ -161,7 +171,7 @@ class _Shards:
 
     def give_up(self) -> None:
         """Delete what was written."""
-        for path in self._folder.glob("part-*.safetensors"):
+        for path in self._folder.glob("*.safetensors*"):
             path.unlink()
 
     def _write(self) -> None:
@@ -179,7 +189,8 @@ def _config(model: Any, method: str) -> dict[str, Any]:
     from torch.nn import Linear
     from transformers import BitsAndBytesConfig
 
-    plain = [path for path, module in model.named_modules() if type(module) is Linear]
+    linear = ((path, module) for path, module in model.named_modules() if isinstance(module, Linear))
+    plain = [path for path, module in linear if not is_packed(module)]
     how = (
         {"load_in_8bit": True}
         if method == "int8"
@@ -202,39 +213,43 @@ def _names(model: Any, path: str) -> list[str]:
         When checkpoints of the architecture hold stacks themselves.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-    for entry in get_model_conversion_mapping(model):
-        if not isinstance(entry, WeightConverter):
-            continue
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    known = dict.fromkeys((*model.state_dict(), path), True)
+
+    def leads_back(name: str) -> bool:
+        found = rename_source_key(
+            _in_files(model, name.replace("*", "0")), renamings, converters, model.base_model_prefix, known
+        )
+        return bool(found[0] == path)
+
+    for entry in converters:
         operations = [type(operation).__name__ for operation in entry.operations]
-        target = entry.target_patterns[0]
+        target = entry.target_patterns[0].replace("\\", "")  # they are patterns
         if path.endswith(target) and operations in (["MergeModulelist"], ["MergeModulelist", "Concatenate"]):
-            return [f"{path.removesuffix(target)}{source}" for source in entry.source_patterns]
+            owner = path.removesuffix(target)
+            names = [f"{owner}{source.replace(chr(92), '')}" for source in entry.source_patterns]
+            if all(leads_back(name) for name in names):
+                return names
     raise OptionError(
-        f"Packed experts of {type(model).__name__} cannot be saved: its checkpoints hold stacks of them.",
+        f"Packed experts of {type(model).__name__} cannot be saved: its checkpoints hold them in another way.",
         "Keep the files that it was loaded from.",
     )
 
 
 def _of_expert(stack: PackedStack, expert: int, names: list[str], method: str) -> dict[str, Any]:
     """The weights that one matrix consists of."""
-    import torch
-
-    from llm_magic.backends.accelerate.placement.quantize import BLOCK
-
     found: dict[str, Any] = {}
     data, scales = stack.parts_of(expert)[:2]
     rows, columns = stack.linear.out_features // len(names), stack.linear.in_features
-    if method != "int8" and rows * columns % BLOCK:
+    if rows * columns % BLOCK:
         raise OptionError("Packed experts that are so small cannot be saved one by one.", "Keep the files.")
     for name, packed, own in zip(names, data.chunk(len(names)), scales.chunk(len(names)), strict=True):
         found[name] = packed
-        if method == "int8":
-            found[f"{name.removesuffix('weight')}SCB"] = own
-            found[f"{name.removesuffix('weight')}weight_format"] = torch.tensor(0, dtype=torch.uint8)
-        else:
-            found |= dict(_state_of(name, own, stack.dtype, (rows, columns), method))
+        found |= dict(_state_of(name, own, stack.dtype, (rows, columns), method))
     return found
 
 
@@ -243,8 +258,6 @@ def _state_of(
 ) -> Iterator[tuple[str, Any]]:
     from bitsandbytes.functional import get_4bit_type
     from bitsandbytes.utils import pack_dict_to_tensor
-
-    from llm_magic.backends.accelerate.placement.quantize import BLOCK
 
     facts = {
         "quant_type": method,

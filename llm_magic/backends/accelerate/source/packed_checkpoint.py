@@ -19,7 +19,7 @@ from llm_magic.backends.accelerate.placement.quantize import BLOCK, require
 from llm_magic.backends.accelerate.source.large_files import open_safetensors
 from llm_magic.backends.accelerate.source.sources import ModelFiles, read_json
 from llm_magic.errors import OptionError, SourceError
-from llm_magic.headers import read_safetensors_header
+from llm_magic.headers import TensorEntry, read_safetensors_header
 
 
 def find_packed(files: ModelFiles) -> PackedCheckpoint | None:
@@ -33,6 +33,8 @@ def find_packed(files: ModelFiles) -> PackedCheckpoint | None:
             skipped = facts.get("llm_int8_skip_modules")
             names = [name for name in skipped if isinstance(name, str)] if isinstance(skipped, list) else None
             weights = [path for path in files.weight_files if path.suffix == ".safetensors"]
+            if files.weight_files and not weights:
+                return None  # pickled ones, which nothing here reads
             return PackedCheckpoint(files.name, method, tuple(weights), names)
     return None
 
@@ -91,6 +93,7 @@ class PackedCheckpoint:
                 f"config.json of {self.name} says that its weights are packed in {self.method}, and none in its files is.",
                 "The files do not belong together: download the model again.",
             )
+        self._check_parts()
         return self.method
 
     def stays(self, model: Any) -> list[str] | None:
@@ -134,7 +137,22 @@ class PackedCheckpoint:
 
     @cached_property
     def _in_file(self) -> dict[str, Path]:
-        return {tensor.name: path for path in self.files for tensor in read_safetensors_header(path).tensors}
+        return {tensor.name: path for path, tensor in self._tensors}
+
+    @cached_property
+    def _tensors(self) -> list[tuple[Path, TensorEntry]]:
+        return [(path, tensor) for path in self.files for tensor in read_safetensors_header(path).tensors]
+
+    def _check_parts(self) -> None:
+        """Refuse a packed weight without its parts, which would be taken for a plain one, and parts without theirs."""
+        for _, tensor in self._tensors:
+            is_packed = tensor.dtype in ("I8", "U8") and tensor.name.endswith(".weight")
+            is_part = tensor.name.endswith((".absmax", ".SCB"))
+            if (is_packed or is_part) and tensor.name not in self.keys:
+                raise SourceError(
+                    f"{self.name} has {tensor.name}, and not all that belongs to a weight packed in {self.method}.",
+                    "Download the model again.",
+                )
 
     @cached_property
     def _packed(self) -> list[str]:
