@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,166 @@ def save_bitsandbytes(
     return _written(folder, packed, facts)
 
 
+def save_gptq(
+    folder: Path,
+    save: Callable[..., Path] = tiny.save_llama,
+    *,
+    bits: int = 4,
+    group: int = 32,
+    version: str = "gptq",
+    is_ordered: bool = False,
+    facts: Mapping[str, Any] | None = None,
+    **changes: Any,
+) -> Path:
+    """Linear layers, those of experts too, in GPTQ's words of 32 bits; ``is_ordered``: columns of any group.
+
+    As the others below it makes a folder beside it, ``…-plain``, with the numbers that these stand for.
+    """
+    save(folder, **changes)
+    packed, plain = dict[str, Any](), dict[str, Any]()
+    for name, weight in _weights(folder).items():
+        if not _LINEAR.search(name):
+            packed[name] = plain[name] = weight
+            continue
+        order = _group_of(weight.shape[1], group, is_ordered=is_ordered)
+        entries, scales, zeros = _integers(weight, order, bits)
+        less = 1 if version == "gptq" else 0
+        packed |= {
+            name.replace("weight", "qweight"): _words(entries.T, bits, down=True),
+            name.replace("weight", "qzeros"): _words((zeros.T - less) % (1 << bits), bits),
+            name.replace("weight", "scales"): scales.T.contiguous().half(),
+            name.replace("weight", "g_idx"): order.int(),
+        }
+        plain[name] = (entries - zeros[:, order]) * scales[:, order]
+    _written_plain(folder, plain)
+    told = {"bits": bits, "group_size": group, "desc_act": is_ordered, "checkpoint_format": version}
+    return _written(folder, packed, {"quant_method": "gptq"} | told | dict(facts or {}))
+
+
+def save_awq(
+    folder: Path,
+    save: Callable[..., Path] = tiny.save_llama,
+    *,
+    group: int = 32,
+    stays: str = "",
+    **changes: Any,
+) -> Path:
+    """Linear layers, those of experts too, in AWQ's words of 32 bits, but for those in whose names ``stays`` is."""
+    save(folder, **changes)
+    order = (0, 2, 4, 6, 1, 3, 5, 7)
+    packed, plain = dict[str, Any](), dict[str, Any]()
+    for name, weight in _weights(folder).items():
+        if not _LINEAR.search(name) or (stays and stays in name):
+            packed[name] = plain[name] = weight
+            continue
+        group_of = _group_of(weight.shape[1], group)
+        entries, scales, zeros = _integers(weight, group_of, 4)
+        packed |= {
+            name.replace("weight", "qweight"): _words(entries.T, 4, order),
+            name.replace("weight", "qzeros"): _words(zeros.T, 4, order),
+            name.replace("weight", "scales"): scales.T.contiguous().half(),
+        }
+        plain[name] = (entries - zeros[:, group_of]) * scales[:, group_of]
+    _written_plain(folder, plain)
+    facts = {"quant_method": "awq", "bits": 4, "group_size": group, "zero_point": True, "version": "gemm"}
+    return _written(folder, packed, facts | {"modules_to_not_convert": [stays] if stays else None})
+
+
+def save_compressed(
+    folder: Path,
+    style: str,
+    save: Callable[..., Path] = tiny.save_llama,
+    *,
+    facts: Mapping[str, Any] | None = None,
+    has_activations: bool = False,
+    **changes: Any,
+) -> Path:
+    """Linear layers, those of experts too, by compressed-tensors itself; ``facts`` are of its ``QuantizationArgs``."""
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    save(folder, **changes)
+    weights = QuantizationArgs(**dict(facts or {}))
+    inputs = QuantizationArgs(num_bits=8, type=weights.type, strategy="token", dynamic=True, symmetric=True)
+    scheme = QuantizationScheme(
+        targets=["Linear"],
+        weights=weights,
+        input_activations=inputs if has_activations else None,
+        format=style,
+    )
+    compressor: Any = BaseCompressor.get_value_from_registry(style)
+    packed, plain = dict[str, Any](), dict[str, Any]()
+    for name, weight in _weights(folder).items():
+        if not _LINEAR.search(name):
+            packed[name] = plain[name] = weight
+            continue
+        low, high = _extremes(weight, weights)
+        scale, zero = calculate_qparams(low, high, weights)
+        parts = {"weight": weight, "weight_scale": scale, "weight_zero_point": zero}
+        compressed = compressor.compress(parts, scheme)
+        packed |= {name.replace("weight", part): held for part, held in compressed.items()}
+        plain[name] = compressor.decompress(compressed, scheme)["weight"]
+    _written_plain(folder, plain)
+    told = {
+        "quant_method": "compressed-tensors",
+        "quantization_status": "compressed",
+        "format": style,
+        "ignore": ["lm_head"],
+        "config_groups": {"group_0": scheme.model_dump(mode="json")},
+    }
+    return _written(folder, packed, told)
+
+
+def _extremes(weight: Any, facts: Any) -> tuple[Any, Any]:
+    """The smallest and the largest number of what shares a scale."""
+    rows, columns = weight.shape
+    match str(getattr(facts.strategy, "value", facts.strategy)):
+        case "group":
+            view = weight.view(rows, -1, facts.group_size)
+            return view.amin(-1), view.amax(-1)
+        case "channel":
+            return weight.amin(-1, keepdim=True), weight.amax(-1, keepdim=True)
+        case "tensor":
+            return weight.amin().view(1), weight.amax().view(1)
+    down, across = facts.block_structure
+    padded = torch.nn.functional.pad(weight, (0, -columns % across, 0, -rows % down))
+    view = padded.view(padded.shape[0] // down, down, -1, across)
+    return view.amin((1, 3)), view.amax((1, 3))
+
+
+def _group_of(columns: int, group: int, *, is_ordered: bool = False) -> Any:
+    usual = torch.arange(columns) // (columns if group == -1 else group)
+    return usual[torch.randperm(columns)] if is_ordered else usual
+
+
+def _integers(weight: Any, group_of: Any, bits: int) -> tuple[Any, Any, Any]:
+    """Entries, and scales and zeros of the groups of columns."""
+    count, most = int(group_of.max()) + 1, (1 << bits) - 1
+    entries = torch.empty_like(weight)
+    scales, zeros = (torch.empty(len(weight), count) for _ in range(2))
+    for group in range(count):
+        own = group_of == group
+        low, high = weight[:, own].amin(1).clamp(max=0), weight[:, own].amax(1).clamp(min=0)
+        scales[:, group] = ((high - low) / most).clamp(min=1e-6).half().float()
+        zeros[:, group] = (-low / scales[:, group]).round().clamp(1, most)
+        entries[:, own] = (
+            (weight[:, own] / scales[:, group, None] + zeros[:, group, None]).round().clamp(0, most)
+        )
+    return entries.int(), scales, zeros.int()
+
+
+def _words(numbers: Any, bits: int, order: Sequence[int] | None = None, *, down: bool = False) -> Any:
+    """Several numbers of a row, or with ``down`` of a column, in each word of 32 bits, in this order from the lowest."""
+    if down:
+        return _words(numbers.T, bits, order).T.contiguous()
+    count = 32 // bits
+    words = torch.zeros(numbers.shape[0], numbers.shape[1] // count, dtype=torch.int64)
+    for place, column in enumerate(order or range(count)):
+        words |= numbers[:, column::count].long() << (bits * place)
+    return (words - ((words >> 31) << 32)).int()
+
+
 def _weights(folder: Path) -> dict[str, Any]:
     return load_file(folder / "model.safetensors")
 
@@ -104,6 +265,12 @@ def _written(folder: Path, tensors: dict[str, Any], facts: dict[str, Any]) -> Pa
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": facts}))
     return folder
+
+
+def _written_plain(folder: Path, tensors: dict[str, Any]) -> None:
+    beside = shutil.copytree(folder, folder.with_name(f"{folder.name}-plain"))
+    held = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(held, beside / "model.safetensors", metadata={"format": "pt"})
 
 
 def _squares(weight: Any) -> tuple[Any, Any]:

@@ -452,7 +452,7 @@ def test_blocks_know_their_bytes(tiny_model: Callable[[str], Path]) -> None:
 # ------------------------------------------------------------------------------ quantized weights
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "compressed-tensors", "torchao", None])
+@pytest.mark.parametrize("method", ["aqlm", "hqq", "bitsandbytes", "compressed-tensors", "torchao", None])
 @pytest.mark.parametrize("place", ["top", "text_config"])
 def test_quantized_weights_are_refused_by_name(
     tiny_model: Callable[[str], Path], tmp_path: Path, method: str | None, place: str

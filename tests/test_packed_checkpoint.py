@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from llm_magic.backends.accelerate.placement import quantize
 from llm_magic.backends.accelerate.placement.packed_stack import PackedStack
-from llm_magic.backends.accelerate.placement.prepacked import Prepacked
+from llm_magic.backends.accelerate.placement.prepacked import PackedByBitsAndBytes
 from llm_magic.backends.accelerate.source.layout import read_layout
 from llm_magic.backends.accelerate.source.packed_checkpoint import find_packed
 from llm_magic.backends.accelerate.source.sources import resolve
@@ -128,7 +128,7 @@ def test_experts_are_those_of_the_files(kind: tuple[str, bool], mixture: Path) -
         engine.close()
     for found, names in held:
         rows = [
-            Prepacked(kind[0], [[name]], plain.__getitem__, 64, torch.float32).numbers("cpu")
+            PackedByBitsAndBytes(kind[0], [[name]], plain.__getitem__, torch.float32, 64).numbers("cpu")
             for name in names
         ]
         torch.testing.assert_close(found, torch.cat(rows), rtol=1e-6, atol=0)
@@ -199,8 +199,8 @@ def test_a_plan_without_the_weights_counts_the_same(tmp_path: Path, stays: tuple
 def test_a_layer_that_stays_plain_takes_what_was_packed(tmp_path: Path) -> None:
     folder = save_bitsandbytes(tmp_path / "model", "nf4", is_double=True, **WIDE)
     name = "model.layers.0.mlp.up_proj.weight"
-    packed = Prepacked(
-        "nf4", [[name]], load_file(folder / "model.safetensors").__getitem__, 64, torch.float32
+    packed = PackedByBitsAndBytes(
+        "nf4", [[name]], load_file(folder / "model.safetensors").__getitem__, torch.float32, 64
     )
     plain = torch.nn.ModuleDict({"up": torch.nn.Linear(128, 256, bias=False, device="meta")})
     quantize.pack_block(plain, {"up.weight": packed}, "cpu")
@@ -309,7 +309,7 @@ def test_numbers_of_rows_that_are_no_whole_blocks() -> None:
     weight = torch.randn(64, 48)
     data, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
     tensors = {"w": data} | {f"w.{part}": held for part, held in state.as_dict(packed=True).items()}
-    found = Prepacked("nf4", [["w"]], tensors.__getitem__, 64, torch.float32).numbers("cpu")
+    found = PackedByBitsAndBytes("nf4", [["w"]], tensors.__getitem__, torch.float32, 64).numbers("cpu")
     flat = functional.quantize_4bit(weight.flatten(), blocksize=64, quant_type="nf4")
     torch.testing.assert_close(found.flatten(), functional.dequantize_4bit(*flat).flatten())
 
@@ -344,7 +344,7 @@ def test_an_expert_that_is_missing(tmp_path: Path) -> None:
     "facts",
     [
         {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf9"},
-        {"quant_method": "awq"},
+        {"quant_method": "aqlm"},
     ],
 )
 def test_other_packed_weights_are_refused(facts: dict[str, Any], tmp_path: Path) -> None:
@@ -360,7 +360,7 @@ def test_files_without_packed_weights(tmp_path: Path) -> None:
     facts = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": facts}))
-    with pytest.raises(SourceError, match="packed in nf4, and none in its files is"):
+    with pytest.raises(SourceError, match=r"packed \(bitsandbytes: nf4\), and none in its files is"):
         BACKEND.layout(ModelSpec(str(folder)), silent)
 
 

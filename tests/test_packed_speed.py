@@ -93,6 +93,24 @@ def test_torchs_4_bit_kernel_takes_bfloat16_in_groups_of_128() -> None:
         assert share_of(kernel_of(layout), gpu) < quick / 5
     for capability in ("", "8.0", "12.0"):
         assert share_of(kernel_of(layout), replace(RTX3060, capability=capability)) == quick
+    for group in (0, 32, 64, 96, 128, 256):  # of a checkpoint that was packed before
+        share = share_of(kernel_of(replace(layout, details=layout.details | {"group": group})), RTX3060)
+        assert (share == quick) == (group in (32, 64, 128, 256))
+
+
+def test_a_plan_says_what_a_gpu_has_no_kernel_for() -> None:
+    roomy = replace(RTX3060, total_bytes=48 * GIB, free_bytes=47 * GIB)
+    layout = packed(llama8b(), "int4")
+    half = replace(layout, dtype="float16")
+    rows = replace(layout, details=layout.details | {"group": 0})
+    expected = {"": layout, "--dtype bfloat16 is": half, "--quantize nf4 is": rows}
+    for words, each in expected.items():
+        found = [text for text in planned(each, gpu=roomy).warnings if "by several kernels" in text]
+        assert len(found) == bool(words)
+        assert all(words in text for text in found)
+    old = planned(layout, gpu=replace(roomy, capability="7.5")).warnings
+    assert any("--quantize nf4 is" in text for text in old)
+    assert not any("by several kernels" in text for text in planned(packed(llama8b()), gpu=roomy).warnings)
 
 
 def test_a_gpu_that_unpacks_all_for_every_token_is_no_faster_than_with_plain_weights() -> None:

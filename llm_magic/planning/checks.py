@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from llm_magic.machine import Device
 from llm_magic.plan import DeviceUse, Plan, Workload
 from llm_magic.planning.budget import reserve_bytes, usable_bytes
 from llm_magic.planning.constants import Constants
 from llm_magic.planning.costs import activation_bytes, can_prefill_in_parts, streamed_bytes, unified_pool
-from llm_magic.planning.packed import slow_on_cpu
+from llm_magic.planning.packed import kernel_of, slow_on_cpu, slow_on_gpu
 from llm_magic.planning.policies import POLICIES
 from llm_magic.planning.setting import Setting
 from llm_magic.planning.ways import computing_places, lacking
@@ -204,6 +205,23 @@ def _unpacked(plan: Plan) -> Iterator[str]:
         yield (
             f"{format_bytes(plain)} of it stay {layout.dtype}: {layout.quantization} packs linear layers, "
             "and experts that are computed one by one."
+        )
+    yield from _slow_kernels(plan)
+
+
+def _slow_kernels(plan: Plan) -> Iterator[str]:
+    """Packed weights that what computes them has no good kernel for."""
+    layout = plan.layout
+    gpus = {place.compute for place in plan.placements if place.block.kind != "norm"} - {"cpu"}
+    slow = [
+        gpu for gpu in sorted(gpus) if layout.quantization and slow_on_gpu(layout, plan.machine.device(gpu))
+    ]
+    if slow:
+        floats = kernel_of(replace(layout, dtype="bfloat16")) != kernel_of(layout)
+        quick = floats and not slow_on_gpu(replace(layout, dtype="bfloat16"), plan.machine.device(slow[0]))
+        yield (
+            f"{', '.join(slow)} unpacks {layout.quantization} in {layout.dtype} for every token, by several kernels. "
+            f"{'--dtype bfloat16' if quick else '--quantize nf4'} is several times as fast there."
         )
     by_cpu = any("cpu" in place.computing for place in plan.placements)
     if layout.quantization and by_cpu and slow_on_cpu(layout, plan.machine.device("cpu")):

@@ -69,6 +69,9 @@ EXPERTS_IN_RUNS_BYTES = 16 * MIB
 host needs for it, and those that are there already need not come.
 """
 
+INT4_GROUPS = (32, 64, 128, 256)
+"""Columns that share a scale, of which torch's kernel for 4 bits takes one."""
+
 _MUCH_QUICKER = 4
 
 
@@ -91,12 +94,14 @@ class Kernel:
 def kernel_of(layout: ModelLayout) -> Kernel:
     """What computes the layers.
 
-    torch's kernels for quanto's integers take bfloat16 alone, and that for 4 bits groups of 128 weights.
+    torch's kernels for quanto's integers take bfloat16 alone, and that for 4 bits not all sizes of groups; quanto
+    itself uses it for 128 weights.
     """
     method, is_compiled = layout.quantization, not layout.details.get("no_cpu_kernels")
     if method in ("quanto-int8", "int4") and layout.dtype != "bfloat16":
         method = f"{method} unpacked"
-    if method == "int4" and layout.hidden_size % 128:
+    group = layout.details.get("group", 0 if layout.hidden_size % 128 else 128)
+    if method == "int4" and group not in INT4_GROUPS:
         method = "int4 unpacked"
     return Kernel(method, is_compiled)
 
@@ -123,6 +128,11 @@ def slow_on_cpu(layout: ModelLayout, cpu: Device) -> bool:
     """Whether the CPU computes these packed weights many times as slowly as it would with compiled kernels."""
     kernel = kernel_of(layout)
     return share_of(replace(kernel, is_compiled=True), cpu) > _MUCH_QUICKER * share_of(kernel, cpu)
+
+
+def slow_on_gpu(layout: ModelLayout, gpu: Device) -> bool:
+    """Whether a GPU computes these packed weights many times as slowly as those of nf4."""
+    return ON_GPU["nf4"] > _MUCH_QUICKER * share_of(kernel_of(layout), gpu)
 
 
 def _instructions(cpu: Device) -> int:

@@ -14,6 +14,8 @@ from llm_magic.plan import Plan
 
 _NUMBERED = re.compile(r"([\w.]+\.)(\d+)")
 Device = str | int
+_NEEDED = {"GPTQ": "gptqmodel", "AWQ": "gptqmodel", "compressed-tensors": "compressed-tensors"}
+"""What transformers needs for weights that these have packed."""
 
 
 def python_of(plan: Plan) -> str:
@@ -72,6 +74,8 @@ def _differences(plan: Plan) -> list[str]:
     if plan.layout.quantization and plan.layout.details.get("quantization"):
         method = plan.layout.details["quantization"]
         lines += [f"# Plain transformers takes no other quantization for {method} weights."]
+    if (needed := _NEEDED.get(plan.layout.details.get("packed_by", ""))) and plan.layout.quantization:
+        lines += [f"# Plain transformers reads these weights where {needed} is installed."]
     if _packs_experts(plan) and plan.layout.details.get("is_packed"):
         lines += ["# Plain transformers does not read experts that were packed one by one."]
     elif _packs_experts(plan):

@@ -15,12 +15,18 @@ pytestmark = pytest.mark.gpu
 
 from safetensors.torch import load_file  # noqa: E402
 
+from llm_magic.backends.accelerate.placement import packing  # noqa: E402
 from llm_magic.model import ModelSpec  # noqa: E402
 from tests import tiny  # noqa: E402
 from tests.engines import BACKEND, ask, request  # noqa: E402
 from tests.gpu.test_placed import DEVICE, RESIDENT, STREAMED, layers  # noqa: E402
 from tests.gpu.test_split import ON_CPU, SPLIT, VISITING_SPLIT, plan  # noqa: E402
-from tests.packed_checkpoints import save_bitsandbytes  # noqa: E402
+from tests.packed_checkpoints import (  # noqa: E402
+    save_awq,
+    save_bitsandbytes,
+    save_compressed,
+    save_gptq,
+)
 
 PROMPT = "The capital of France is"
 WIDE = {"hidden_size": 256, "head_dim": 64, "moe_intermediate_size": 128, "num_experts": 8}
@@ -43,8 +49,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def engine_of(folder: Path) -> Iterator[Callable[..., Any]]:
     made: list[Any] = []
 
-    def load(way: Any, source: Path = folder, quantize: str = "") -> Any:
-        spec = ModelSpec(str(source), quantize=quantize, dtype="float32")
+    def load(way: Any, source: Path = folder, quantize: str = "", dtype: str = "float32") -> Any:
+        spec = ModelSpec(str(source), quantize=quantize, dtype=dtype)
         made.append(BACKEND.load(spec, plan(source, way, spec), lambda _event: None))
         return made[-1]
 
@@ -62,6 +68,44 @@ def test_the_same_tokens_wherever_blocks_are(way: str, engine_of: Callable[..., 
     expected = answer(engine_of(layers(RESIDENT)))
     engine = engine_of(WAYS[way])
     assert [answer(engine), answer(engine)] == [expected, expected]
+
+
+@pytest.fixture(scope="module", params=["GPTQ", "AWQ", "fp8"])
+def grouped(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("packed-files") / "grouped"
+    shape = {"save": tiny.save_mixture, "layers": 3, **WIDE}
+    if request.param == "GPTQ":
+        return save_gptq(path, group=128, **shape)
+    if request.param == "AWQ":
+        return save_awq(path, group=32, **shape)
+    pytest.importorskip("compressed_tensors")
+    facts = {"num_bits": 8, "type": "float", "strategy": "channel"}
+    return save_compressed(path, "float-quantized", facts=facts, has_activations=True, **shape)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_others_have_packed(way: str, grouped: Path, engine_of: Callable[..., Any]) -> None:
+    expected = answer(engine_of(layers(RESIDENT), grouped))
+    engine = engine_of(WAYS[way], grouped)
+    assert [answer(engine), answer(engine)] == [expected, expected]
+
+
+def test_what_others_have_packed_by_the_kernel_for_4_bits(
+    tmp_path: Path, engine_of: Callable[..., Any]
+) -> None:
+    folder = save_awq(tmp_path / "mixture", tiny.save_mixture, group=128, layers=3, **WIDE)
+    found = []
+    for place in (layers(RESIDENT), layers(STREAMED)):
+        engine = engine_of(place, folder, dtype="bfloat16")
+        with torch.no_grad():
+            found.append(engine.model(torch.arange(40, device=DEVICE).view(1, 40) % 89 + 3).logits.cpu())
+        assert answer(engine)
+    assert torch.equal(*found)
+    numbers = load_file(tmp_path / "mixture-plain" / "model.safetensors")
+    name = "model.layers.1.self_attn.q_proj"
+    weight = engine_of(layers(RESIDENT), folder, dtype="bfloat16").model.get_submodule(name).weight
+    held = packing._numbers(weight).float().cpu()
+    torch.testing.assert_close(held, numbers[f"{name}.weight"], rtol=2e-2, atol=2**-7)
 
 
 @pytest.mark.parametrize("way", WAYS)

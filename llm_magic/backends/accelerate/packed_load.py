@@ -18,7 +18,7 @@ from llm_magic.backends.accelerate.placement.blocks import raw
 from llm_magic.backends.accelerate.placement.hooks import strip, weights_loader
 from llm_magic.backends.accelerate.placement.packed_stack import PackedStack
 from llm_magic.backends.accelerate.placement.placed import Fill
-from llm_magic.backends.accelerate.placement.quantize import pack_block, pack_stack, prepare
+from llm_magic.backends.accelerate.placement.quantize import Choice, pack_block, pack_stack, prepare
 from llm_magic.backends.accelerate.source.layout import build_skeleton
 from llm_magic.backends.accelerate.source.packed_checkpoint import find_packed
 from llm_magic.backends.accelerate.source.sources import ModelFiles
@@ -56,8 +56,8 @@ class PackedLoad:
         self._plan, self._progress = plan, progress
         checkpoint, model = find_packed(files), build_skeleton(config, self._dtype)
         self.hidden = checkpoint.keys if checkpoint else frozenset[str]()
-        self._stays = checkpoint.stays(model) if checkpoint else None
-        self._prepacked = checkpoint.weights(model, self._dtype) if checkpoint else {}
+        self._choice = checkpoint.choice(model, self._method) if checkpoint else Choice()
+        self._prepacked = checkpoint.weights(model, self._dtype, self._method) if checkpoint else {}
         self._modules = self._prepared(model)
         self._written: set[str] = set()
 
@@ -98,7 +98,7 @@ class PackedLoad:
         strip(model)
         tied = dict(model.all_tied_weights_keys or {})
         shared = set(tied.values())
-        prepare(model, self._method, self._dtype, self._stays)
+        prepare(model, self._method, self._dtype, self._choice)
         self._fill_loose_parameters(model, loader, names)
         done = 0
 
@@ -129,7 +129,7 @@ class PackedLoad:
 
     def _prepared(self, model: Any) -> dict[str, Any]:
         """The modules that hold packed weights, by the weights' names, without bytes."""
-        names = prepare(model, self._method, self._dtype, self._stays)
+        names = prepare(model, self._method, self._dtype, self._choice)
         return {name: model.get_submodule(name.removesuffix(".weight")) for name in names}
 
     def _packed(self, name: str, weight: Any) -> Iterator[tuple[str, Any]]:

@@ -20,6 +20,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from llm_magic.backends.accelerate.placement import int4_orders
 from llm_magic.backends.accelerate.placement.cpu_products import PackedWeights
+from llm_magic.planning.packed import INT4_GROUPS
 
 Parts = dict[str, Any]
 """Plain contiguous tensors by the name of what they are in their parameter; ``""`` is the data."""
@@ -521,19 +522,27 @@ class _QuantoKind(_Ordered):
                 target = _in_other_order(weight)
         elif fresh and _fits_tinygemm(weight) and _has_tinygemm(device):
             target = _for_tinygemm(weight, device)
+        elif fresh and weight.dtype != getattr(weight, "_shift", weight).dtype:
+            weight._shift = weight._shift.to(weight.dtype)  # of a checkpoint that was packed before
+            target = weight
         if target is not None:
             module._parameters[name] = _parameter(target)
             bind(template(module, name).bindings(parts(module, name)))
 
 
 def _fits_tinygemm(weight: Any) -> bool:
-    """Whether torch's 4-bit kernel takes it: quanto's rule, and the rows in 16s that it wants on CPUs."""
+    """Whether torch's 4-bit kernel takes it, whose rows come in 16s on CPUs.
+
+    What quanto has packed goes by its rule, groups of 128; other groups are of a checkpoint, with an exact shift.
+    """
     import torch
     from optimum.quanto import WeightQBitsTensor, qint4
 
     if not isinstance(weight, WeightQBitsTensor) or weight.qtype != qint4 or weight.ndim != 2:
         return False
-    grouped = weight._group_size == 128 and weight.axis == 0 and weight.shape[0] % 16 == 0
+    rows, columns = weight.shape
+    groups = (128,) if weight._shift.dtype == weight.dtype else INT4_GROUPS
+    grouped = weight._group_size in groups and weight.axis == 0 and not rows % 16 and not columns % 32
     return bool(grouped and weight.dtype == torch.bfloat16)
 
 
@@ -559,10 +568,12 @@ def _for_tinygemm(weight: Any, device: Any) -> Any:
     data, statistics = [], []
     for start in range(0, rows, step):
         of_rows = slice(start * groups, min(rows, start + step) * groups)
-        part, *both = (each[of_rows].to(device) for each in (plain, weight._scale, weight._shift))
+        part, *both = (
+            each[of_rows].to(device) for each in (plain, weight._scale.float(), weight._shift.float())
+        )
         made = _tinygemm(weight, part, both, (len(part) // groups, columns))
         data.append(made._data._data)
-        statistics.append(made._scale_shift)
+        statistics.append(made._scale_shift.to(weight.dtype))
     return _tinygemm(weight, _tinygemm_packed(weight, torch.cat(data)), torch.cat(statistics, 1))
 
 

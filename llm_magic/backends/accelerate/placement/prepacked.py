@@ -13,6 +13,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,19 +30,17 @@ Tensor = Callable[[str], Any]
 
 
 @dataclass(frozen=True)
-class Prepacked:
+class Prepacked(ABC):
     """A matrix, or a stack of them, as the files of a checkpoint hold it.
 
     Attributes
     ----------
     method
-        ``"nf4"``, ``"fp4"`` or ``"int8"``.
+        As which of ``METHODS`` it is taken; nothing where it is unpacked, and packed anew.
     matrices
         For each matrix the names of the weights whose rows it consists of, one below the other.
     tensor
         Gets what has a name.
-    block
-        Weights that share a scale, of 4 bits.
     dtype
         torch dtype in which they are computed.
     """
@@ -49,8 +48,30 @@ class Prepacked:
     method: str
     matrices: Sequence[Sequence[str]]
     tensor: Tensor
-    block: int
     dtype: Any
+
+    @abstractmethod
+    def numbers(self, device: Any, index: int = 0) -> Any:
+        """What a matrix stands for ``[out, in]``.
+
+        Raises
+        ------
+        SourceError
+            When the parts do not belong together, or are packed in a way that nothing here reads.
+        """
+
+
+@dataclass(frozen=True)
+class PackedByBitsAndBytes(Prepacked):
+    """What bitsandbytes has packed, in ``"nf4"``, ``"fp4"`` or ``"int8"``.
+
+    Attributes
+    ----------
+    block
+        Weights that share a scale, of 4 bits.
+    """
+
+    block: int
 
     def parts(self, index: int, device: Any) -> tuple[Any, Any, tuple[int, int]]:
         """Data and scales of a matrix on ``device``, as the library's layers hold them, and its shape ``(out, in)``.
@@ -65,15 +86,14 @@ class Prepacked:
         read = self._eight_bits if self.method == "int8" else self._four_bits
         found = [read(name, device) for name in self.matrices[index]]
         if len({columns for _, _, (_, columns) in found}) > 1:
-            raise _damaged(self.matrices[index][0])
+            raise damaged(self.matrices[index][0])
         data, scales = torch.cat([each[0] for each in found]), torch.cat([each[1] for each in found])
         return data, scales, (sum(rows for _, _, (rows, _) in found), found[0][2][1])
 
-    def numbers(self, device: Any) -> Any:
-        """What the only matrix stands for ``[out, in]``."""
+    def numbers(self, device: Any, index: int = 0) -> Any:
         import torch
 
-        data, scales, shape = self.parts(0, device)
+        data, scales, shape = self.parts(index, device)
         if self.method == "int8":
             return (data * (scales / 127).unsqueeze(-1)).to(self.dtype)
         unpack: Any = torch.ops.bitsandbytes.dequantize_4bit.default
@@ -86,7 +106,7 @@ class Prepacked:
 
         data, scales = self.tensor(name), self.tensor(f"{name.removesuffix('weight')}SCB")
         if data.dtype != torch.int8 or data.dim() != 2 or scales.shape != data.shape[:1]:
-            raise _damaged(name)
+            raise damaged(name)
         return data.to(device), scales.to(device, torch.float32), (data.shape[0], data.shape[1])
 
     def _four_bits(self, name: str, device: Any) -> tuple[Any, Any, tuple[int, int]]:
@@ -101,7 +121,7 @@ class Prepacked:
             state = QuantState.from_dict(held, device=torch.device(device))
             rows, columns = (int(extent) for extent in state.shape)
         except Exception:  # it is made of what the file says
-            raise _damaged(name) from None
+            raise damaged(name) from None
         if state.blocksize != self.block or not torch.allclose(
             state.code, get_4bit_type(self.method, device=device), atol=1e-6
         ):
@@ -115,7 +135,7 @@ class Prepacked:
             scales = dequantize_blockwise(scales, state.state2) + state.offset
         data = self.tensor(name).to(device).contiguous().view(torch.uint8).reshape(-1, 1)
         if rows * columns != 2 * len(data) or rows * columns != self.block * scales.numel():
-            raise _damaged(name)
+            raise damaged(name)
         return data, scales.float().reshape(-1), (rows, columns)
 
 
@@ -126,12 +146,13 @@ def _check_nested(name: str, scales: Any, state: Any) -> None:
     table, own = state.code, state.absmax
     is_whole = isinstance(state.blocksize, int) and state.blocksize > 0
     if not is_whole or table.numel() != 256 or table.dtype != torch.float32 or own.dtype != torch.float32:
-        raise _damaged(name)
+        raise damaged(name)
     if own.numel() != -(-scales.numel() // state.blocksize):
-        raise _damaged(name)
+        raise damaged(name)
 
 
-def _damaged(name: str) -> SourceError:
+def damaged(name: str) -> SourceError:
+    """What to say of a packed weight whose parts contradict each other."""
     return SourceError(
         f"The parts of the packed weight {name} do not belong together.", "Download the model again."
     )

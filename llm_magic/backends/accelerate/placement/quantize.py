@@ -25,7 +25,8 @@ from llm_magic.backends.accelerate.default_dtype import default_dtype_kept
 from llm_magic.backends.accelerate.placement import four_bits
 from llm_magic.backends.accelerate.placement.cpu_linear import serve
 from llm_magic.backends.accelerate.placement.packing import Parts, arrange, bind, has_order, parts, template
-from llm_magic.backends.accelerate.placement.prepacked import Prepacked
+from llm_magic.backends.accelerate.placement.prepacked import PackedByBitsAndBytes, Prepacked, damaged
+from llm_magic.backends.accelerate.placement.prepacked_groups import Groups, PackedInGroups
 from llm_magic.backends.accelerate.quiet import quiet
 from llm_magic.errors import OptionError, PlanError, SourceError
 
@@ -76,6 +77,22 @@ METHODS: Mapping[str, Method] = {
         Method("quanto-int8", "optimum.quanto", 8),
     )
 }
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a checkpoint that was packed before says of its layers, in place of the libraries' choice.
+
+    Attributes
+    ----------
+    stays
+        Patterns for layers that are left as they are; ``None``: as transformers chooses.
+    group
+        Columns that share a scale, 0 for all of a row; ``None``: as quanto chooses.
+    """
+
+    stays: Sequence[str] | None = None
+    group: int | None = None
 
 
 # ------------------------------------------------------------------------------ which method, and can it
@@ -177,7 +194,7 @@ def _no_kernels_from_the_hub() -> Iterator[None]:
 # --------------------------------------------------------------------------------- preparing the model
 
 
-def prepare(model: Any, name: str, dtype: Any, stays: Sequence[str] | None = None) -> tuple[str, ...]:
+def prepare(model: Any, name: str, dtype: Any, choice: Choice | None = None) -> tuple[str, ...]:
     """Replace the linear layers of a model on the meta device by packed ones, still without bytes.
 
     As transformers chooses: all but the head, tied layers and what is kept in float32. Layers
@@ -189,8 +206,8 @@ def prepare(model: Any, name: str, dtype: Any, stays: Sequence[str] | None = Non
     ----------
     dtype
         torch dtype in which the packed layers compute.
-    stays
-        Patterns for layers that are left as they are, in place of transformers' choice.
+    choice
+        Which layers, and in which groups, where that was chosen before.
 
     Returns
     -------
@@ -206,17 +223,18 @@ def prepare(model: Any, name: str, dtype: Any, stays: Sequence[str] | None = Non
 
     method = find_method(name)
     import_library(method.library)
-    skipped = _skipped(model, stays)
+    choice = choice or Choice()
+    skipped, group = _skipped(model, choice.stays), choice.group
     before = dict(model.named_modules())
     with quiet(), default_dtype_kept():
         outer = torch.get_default_dtype()
         torch.set_default_dtype(dtype)
         try:
-            _replace(model, method, dtype, skipped)
+            _replace(model, method, dtype, skipped, group)
             linear = {path: m for path, m in model.named_modules() if before.get(path) is not m}
             packed = (
                 *(f"{path}.weight" for path in linear),
-                *_replace_experts(model, method, dtype, skipped),
+                *_replace_experts(model, method, dtype, skipped, group),
             )
         finally:
             torch.set_default_dtype(outer)
@@ -294,7 +312,7 @@ def _weights_in_code(kind: Any) -> frozenset[str]:
     return frozenset(re.findall(r"self\.(\w+)\.weight\b(?!\.(?:dtype|device|shape))", code))
 
 
-def _replace(model: Any, method: Method, dtype: Any, skipped: list[str]) -> None:
+def _replace(model: Any, method: Method, dtype: Any, skipped: list[str], group: int | None) -> None:
     if method.library == "bitsandbytes":
         from transformers import BitsAndBytesConfig
         from transformers.integrations import replace_with_bnb_linear
@@ -314,9 +332,17 @@ def _replace(model: Any, method: Method, dtype: Any, skipped: list[str]) -> None
 
     config = QuantoConfig(weights=method.name.removeprefix("quanto-"))
     replace_with_quanto_layers(model, config, skipped)
+    if group is not None:
+        from optimum.quanto import QModuleMixin
+
+        for module in model.modules():
+            if isinstance(module, QModuleMixin):
+                module.weight_group_size = group or None
 
 
-def _replace_experts(model: Any, method: Method, dtype: Any, skipped: list[str]) -> Iterator[str]:
+def _replace_experts(
+    model: Any, method: Method, dtype: Any, skipped: list[str], group: int | None
+) -> Iterator[str]:
     """Let modules with stacks of experts hold packed ones; the names of the stacks."""
     from transformers.quantizers.quantizers_utils import should_convert_module
 
@@ -324,7 +350,7 @@ def _replace_experts(model: Any, method: Method, dtype: Any, skipped: list[str])
     from llm_magic.backends.accelerate.placement.packed_experts import replace_stacks
 
     def linear(inputs: int, outputs: int) -> Any:
-        return _packed_linear(method, dtype, inputs, outputs)
+        return _packed_linear(method, dtype, inputs, outputs, group)
 
     for path, module in list(model.named_modules()):
         # Transformers' interface for experts says how they are laid out.
@@ -332,13 +358,13 @@ def _replace_experts(model: Any, method: Method, dtype: Any, skipped: list[str])
             yield from (f"{path}.{name}" for name in replace_stacks(module, linear))
 
 
-def _packed_linear(method: Method, dtype: Any, inputs: int, outputs: int) -> Any:
+def _packed_linear(method: Method, dtype: Any, inputs: int, outputs: int, group: int | None) -> Any:
     """A layer of the library as `prepare` makes them, without bytes."""
     import torch
 
     with torch.device("meta"):
         alone = torch.nn.ModuleDict({"linear": torch.nn.Linear(inputs, outputs, bias=False, dtype=dtype)})
-    _replace(alone, method, dtype, [])
+    _replace(alone, method, dtype, [], group)
     return alone["linear"]
 
 
@@ -391,6 +417,9 @@ def pack_block(
 
 def _pack(module: Any, value: Any, device: Any, index: int = 0) -> None:
     """Give a layer its weight, packed: a tensor, or one of the matrices that were packed before."""
+    if isinstance(value, Prepacked) and not value.method:
+        value = value.numbers(device, index)
+        value = value.T if _is_transposed(module) else value
     if isinstance(value, Prepacked):
         pack = partial(_taken, index=index, device=device)
     else:
@@ -436,8 +465,15 @@ def _packer(module: Any) -> Any:
     return None
 
 
-def _taken(module: Any, value: Prepacked, *, index: int, device: Any) -> Any:
+def _taken(module: Any, value: Any, *, index: int, device: Any) -> Any:
     """The weight of a layer that was packed before."""
+    if isinstance(value, PackedByBitsAndBytes):
+        return _taken_from_bitsandbytes(module, value, index, device)
+    assert isinstance(value, PackedInGroups)
+    return _taken_from_groups(module, value, index, device)
+
+
+def _taken_from_bitsandbytes(module: Any, value: PackedByBitsAndBytes, index: int, device: Any) -> Any:
     from bitsandbytes.nn import Int8Params
 
     data, scales, shape = value.parts(index, device)
@@ -445,6 +481,57 @@ def _taken(module: Any, value: Prepacked, *, index: int, device: Any) -> Any:
     if value.method == "int8":
         return Int8Params(data, requires_grad=False, has_fp16_weights=False, CB=data, SCB=scales)
     return _four_bits(module, data, scales, value.dtype)
+
+
+def _taken_from_groups(module: Any, value: PackedInGroups, index: int, device: Any) -> Any:
+    import torch
+
+    held, name = value.groups(device, index), value.matrices[index][0]
+    (rows, columns), count = held.shape, held.scales.shape[1]
+    _check_shape(module, held.shape, f"The packed weight {name}")
+    if _packer(module) is _pack_8_bits:
+        from bitsandbytes.nn import Int8Params
+
+        entries, scales = (
+            _signed(held, name),
+            held.scales.reshape(-1) * 127,
+        )  # of the largest entry there can be
+        return Int8Params(entries, requires_grad=False, has_fp16_weights=False, CB=entries, SCB=scales)
+    kind, size = module.weight_qtype, (rows, columns)
+    _without_activations(module, device)
+    if kind.bits == 8:
+        from optimum.quanto import WeightQBytesTensor
+
+        entries = held.entries if kind.is_floating_point else _signed(held, name)
+        if entries.dtype != kind.dtype or count > 1:
+            raise damaged(name)
+        packed = WeightQBytesTensor(kind, 0, size, (columns, 1), entries, held.scales.to(value.dtype), None)
+        return torch.nn.Parameter(packed, requires_grad=False)
+    from optimum.quanto import WeightQBitsTensor
+
+    group = module.weight_group_size or columns
+    if held.entries.dtype != torch.uint8 or held.zeros is None or count * group != columns:
+        raise damaged(name)
+    # What torch's kernel wants in place of the shift is rounded once, from this: `arrange` makes either of it.
+    shift = (held.zeros * held.scales).reshape(-1, 1)
+    scale = held.scales.to(value.dtype).reshape(-1, 1)
+    packed = WeightQBitsTensor(
+        kind, 0, module.weight_group_size, size, (columns, 1), held.entries.view(-1, group), scale, shift
+    )
+    return torch.nn.Parameter(packed, requires_grad=False)
+
+
+def _signed(held: Groups, name: str) -> Any:
+    """Entries of 8 bits as integers with a sign, of which 0 stands for zero."""
+    import torch
+
+    if held.scales.shape[1] > 1:
+        raise damaged(name)
+    if held.zeros is None and held.entries.dtype == torch.int8:
+        return held.entries
+    if held.zeros is None or held.entries.dtype != torch.uint8 or bool((held.zeros != 128).any()):
+        raise damaged(name)
+    return (held.entries ^ 128).view(torch.int8)
 
 
 def _check_shape(module: Any, shape: tuple[int, ...], what: str) -> None:
@@ -522,10 +609,17 @@ def _pack_quanto(module: Any, value: Any) -> Any:
     packed = quantize_weight(
         value, kind, 0, scale, shift, group_size=groups, activation_qtype=None, optimized=False
     )
-    for scale_name in ("input_scale", "output_scale"):
-        meta = module._buffers[scale_name]
-        module._buffers[scale_name] = torch.ones(meta.shape, dtype=meta.dtype, device=value.device)
+    _without_activations(module, value.device)
     return torch.nn.Parameter(packed, requires_grad=False)
+
+
+def _without_activations(module: Any, device: Any) -> None:
+    """Give quanto's layer the scales of activations that it does not pack."""
+    import torch
+
+    for name in ("input_scale", "output_scale"):
+        meta = module._buffers[name]
+        module._buffers[name] = torch.ones(meta.shape, dtype=meta.dtype, device=device)
 
 
 # -------------------------------------------------------------------------------- bytes, before packing

@@ -22,7 +22,13 @@ from llm_magic.backends.accelerate.default_dtype import default_dtype_kept
 from llm_magic.backends.accelerate.placement import cpu_products
 from llm_magic.backends.accelerate.placement.experts import find_stacks
 from llm_magic.backends.accelerate.placement.prepacked import FOUR_BIT_PARTS
-from llm_magic.backends.accelerate.placement.quantize import Method, find_method, packed_bytes, prepare
+from llm_magic.backends.accelerate.placement.quantize import (
+    Choice,
+    Method,
+    find_method,
+    packed_bytes,
+    prepare,
+)
 from llm_magic.backends.accelerate.source import gguf_model, hub
 from llm_magic.backends.accelerate.source.architecture import (
     auto_class,
@@ -33,7 +39,7 @@ from llm_magic.backends.accelerate.source.architecture import (
 from llm_magic.backends.accelerate.source.cache_cost import cache_costs
 from llm_magic.backends.accelerate.source.config_values import values
 from llm_magic.backends.accelerate.source.convert import MARK, most_common_type
-from llm_magic.backends.accelerate.source.packed_checkpoint import find_packed
+from llm_magic.backends.accelerate.source.packed_checkpoint import PackedCheckpoint, find_packed
 from llm_magic.backends.accelerate.source.sources import (
     ModelFiles,
     processor_template,
@@ -65,8 +71,11 @@ def read_layout(spec: ModelSpec, files: ModelFiles) -> ModelLayout:
     """
     header = read_gguf_header(files.gguf) if files.gguf and not files.weight_files else None
     config = gguf_model.gguf_config(files.gguf, header) if files.gguf and header else load_config(files)
-    packed, dtype = find_packed(files), _dtype(spec, files, config, header)
+    packed = find_packed(files)
     quantize = packed.check(spec.quantize) if packed else spec.quantize
+    dtype = _dtype(spec, files, config, header)
+    if spec.dtype == "auto" and packed and quantize == packed.format.method:
+        dtype = packed.quick_dtype(dtype)
     method = find_method(quantize) if quantize else None
     model = build_skeleton(config, dtype)
     blocks = _read_blocks(model, dtype)
@@ -85,13 +94,9 @@ def read_layout(spec: ModelSpec, files: ModelFiles) -> ModelLayout:
     if _are_apart(model, blocks):
         details |= {"routed_experts": True}
     if method is not None:
-        stays = packed.stays(model) if packed else None
-        blocks = _with_packed(model, blocks, method, dtype, stays)
-        details |= {"unpacked_bytes": _unpacked_bytes(blocks, method)}
-        if not cpu_products.is_there():
-            details |= {"no_cpu_kernels": True}
-        if packed is not None:
-            details |= {"is_packed": True}
+        choice = packed.choice(model, method.name) if packed else Choice()
+        blocks = _with_packed(model, blocks, method, dtype, choice)
+        details |= _packing(packed, method, choice) | {"unpacked_bytes": _unpacked_bytes(blocks, method)}
     return ModelLayout(
         name=files.name,
         architecture=type(model).__name__,
@@ -109,6 +114,18 @@ def read_layout(spec: ModelSpec, files: ModelFiles) -> ModelLayout:
     )
 
 
+def _packing(packed: PackedCheckpoint | None, method: Method, choice: Choice) -> dict[str, Any]:
+    """What a plan should know of packed weights beside their method."""
+    details: dict[str, Any] = {} if cpu_products.is_there() else {"no_cpu_kernels": True}
+    if choice.group is not None:
+        details |= {"group": choice.group}
+    if packed is None:
+        return details
+    if packed.is_kept(method.name):
+        return details | {"is_packed": True, "packed_by": packed.format.library}
+    return details | {"quantization": packed.format.library}
+
+
 def with_draft(layout: ModelLayout, spec: ModelSpec, progress: Progress) -> ModelLayout:
     """The layout with that of the model that ``spec.draft`` names, if it names one.
 
@@ -116,6 +133,8 @@ def with_draft(layout: ModelLayout, spec: ModelSpec, progress: Progress) -> Mode
     ------
     SourceError
         When the draft model cannot be found or read.
+    OptionError
+        When the model cannot verify what a draft proposes, or that is packed in a way that transformers does not read.
     """
     if not spec.draft:
         return layout
@@ -125,7 +144,13 @@ def with_draft(layout: ModelLayout, spec: ModelSpec, progress: Progress) -> Mode
             "Leave --draft out.",
         )
     draft = draft_spec(spec)
-    return replace(layout, draft=read_layout(draft, resolve(draft, progress)))
+    files = resolve(draft, progress)
+    if (packed := find_packed(files)) and packed.format.library != "bitsandbytes":
+        raise OptionError(
+            f"A draft model is loaded by transformers, which does not read what {packed.format.library} has packed.",
+            f"Name the model that {files.name} was made of.",
+        )
+    return replace(layout, draft=read_layout(draft, files))
 
 
 def draft_spec(spec: ModelSpec) -> ModelSpec:
@@ -473,12 +498,12 @@ class _DtypePlan:
 
 
 def _with_packed(
-    model: Any, blocks: tuple[Block, ...], method: Method, dtype: Any, stays: Sequence[str] | None
+    model: Any, blocks: tuple[Block, ...], method: Method, dtype: Any, choice: Choice
 ) -> tuple[Block, ...]:
     """The blocks with the bytes that they will have once ``model`` is packed."""
     sizes = {
         name: packed_bytes(model.get_submodule(name.removesuffix(".weight")), dtype)
-        for name in prepare(model, method.name, dtype, stays)
+        for name in prepare(model, method.name, dtype, choice)
     }
     modules = dict(model.named_modules())
 

@@ -1,53 +1,51 @@
-"""Checkpoints that bitsandbytes has packed: by which method, which of their weights, and where those belong.
+"""Checkpoints with packed weights: by which method, which of their weights, and where those belong.
 
-They are read here, without transformers' own loader for them, which refuses a part on the disk and puts
-everything on one GPU first.
+They are read here, without transformers' own loaders for them, which want other libraries, refuse a part on the
+disk, or put everything on one GPU first.
 """
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from llm_magic.backends.accelerate.placement.prepacked import FOUR_BIT_PARTS, STATE, Prepacked
-from llm_magic.backends.accelerate.placement.quantize import BLOCK, require
+from llm_magic.backends.accelerate.placement.prepacked import (
+    FOUR_BIT_PARTS,
+    STATE,
+    PackedByBitsAndBytes,
+    Prepacked,
+)
+from llm_magic.backends.accelerate.placement.prepacked_groups import PackedInGroups
+from llm_magic.backends.accelerate.placement.quantize import BLOCK, METHODS, Choice, require
 from llm_magic.backends.accelerate.source.large_files import open_safetensors
+from llm_magic.backends.accelerate.source.packed_formats import PackedFormat, find_format
 from llm_magic.backends.accelerate.source.sources import ModelFiles, read_json
 from llm_magic.errors import OptionError, SourceError
 from llm_magic.headers import TensorEntry, read_safetensors_header
+from llm_magic.planning.packed import INT4_GROUPS
+
+_PACKED = ("I8", "U8", "I32", "F8_E4M3")
+"""dtypes in files that no plain weight has."""
 
 
 def find_packed(files: ModelFiles) -> PackedCheckpoint | None:
-    """What a folder says about its packed weights; ``None`` unless bitsandbytes has packed them."""
+    """What a folder says about its packed weights; ``None`` where there are none, or nothing here reads them."""
     if files.gguf is not None:
         return None
     raw = read_json(files.folder / "config.json")
     for part in (raw, *(value for value in raw.values() if isinstance(value, dict))):
-        facts = part.get("quantization_config")
-        if isinstance(facts, dict) and (method := _method(facts)):
-            skipped = facts.get("llm_int8_skip_modules")
-            names = [name for name in skipped if isinstance(name, str)] if isinstance(skipped, list) else None
+        facts = part.get("quantization_config") or part.get("compression_config")
+        if isinstance(facts, dict) and (form := find_format(facts)):
             weights = [path for path in files.weight_files if path.suffix == ".safetensors"]
             if files.weight_files and not weights:
                 return None  # pickled ones, which nothing here reads
-            return PackedCheckpoint(files.name, method, tuple(weights), names)
+            return PackedCheckpoint(files.name, form, tuple(weights))
     return None
-
-
-def _method(facts: Mapping[str, Any]) -> str:
-    """``"nf4"``, ``"fp4"`` or ``"int8"``; nothing for those of other libraries."""
-    if facts.get("quant_method") != "bitsandbytes":
-        return ""
-    if facts.get("load_in_8bit") or facts.get("_load_in_8bit"):
-        return "int8"
-    is_four = facts.get("load_in_4bit") or facts.get("_load_in_4bit")
-    kind = facts.get("bnb_4bit_quant_type", "fp4")
-    return kind if is_four and kind in ("nf4", "fp4") else ""
 
 
 @dataclass(frozen=True)
@@ -58,45 +56,79 @@ class PackedCheckpoint:
     ----------
     name
         Of the model.
-    method
-        ``"nf4"``, ``"fp4"`` or ``"int8"``.
+    format
+        How they are packed.
     files
         Its safetensors files, as far as they are here.
-    skipped
-        Names of modules that were not packed, or parts of names; ``None``: what transformers leaves as it is.
     """
 
     name: str
-    method: str
+    format: PackedFormat
     files: tuple[Path, ...]
-    skipped: Sequence[str] | None
     _open: dict[Path, Any] = field(default_factory=dict)
 
     def check(self, quantize: str) -> str:
-        """The method, whatever the user has said, unless that is another one.
+        """The method that they are taken as, or packed anew by.
 
         Raises
         ------
         OptionError
-            When weights would have to be packed twice, or the library is missing.
+            When a method is needed and none is named, the library is missing, or bitsandbytes' weights would have
+            to be packed anew.
         SourceError
             When the files hold none.
         """
-        require("bitsandbytes", f"{self.name} is packed by bitsandbytes, which")
-        if quantize not in ("", self.method):
+        if self.format.library == "bitsandbytes":
+            self._check_bitsandbytes(quantize)
+        elif not (quantize or self.format.method):
             raise OptionError(
-                f"{self.name} is packed already, in {self.method}.",
-                f"Leave out --quantize, or load the original model with --quantize {quantize}.",
+                f"The weights of {self.name} ({self.format.library}: {self.format.what}) cannot stay as they are.",
+                "Pack them anew, with --quantize int8, nf4 or another method.",
+            )
+        elif not quantize and self.format.method != "int8":  # for which either library will do
+            require(
+                "optimum.quanto",
+                f"{self.name} is packed by {self.format.library}: that needs optimum-quanto, which",
             )
         if self.files and not self._packed:
             raise SourceError(
-                f"config.json of {self.name} says that its weights are packed in {self.method}, and none in its files is.",
+                f"config.json of {self.name} says that its weights are packed ({self.format.library}: {self.format.what}), and none in its files is.",
                 "The files do not belong together: download the model again.",
             )
         self._check_parts()
-        return self.method
+        return quantize or self.format.method
 
-    def stays(self, model: Any) -> list[str] | None:
+    def is_kept(self, method: str) -> bool:
+        """Whether a model whose layers are packed by this method has the weights as they are in the files."""
+        return method == self.format.method or (method, self.format.method) == ("quanto-int8", "int8")
+
+    def choice(self, model: Any, method: str) -> Choice:
+        """What is to be packed of an unpacked model by this method, and in which groups."""
+        if not self.is_kept(method):
+            return Choice()
+        return Choice(self._stays(model), self.format.group if METHODS[method].bits == 4 else None)
+
+    def quick_dtype(self, dtype: Any) -> Any:
+        """The torch dtype to compute in where the user names none, of one that the files name.
+
+        torch's kernel for integers of 4 bits takes bfloat16 alone. Who packs them names float16 for the sake of
+        other kernels: their models were made in bfloat16, nearly all.
+        """
+        import torch
+
+        has_kernel = self.format.method == "int4" and self.format.group in INT4_GROUPS
+        return torch.bfloat16 if has_kernel and dtype == torch.float16 else dtype
+
+    def _check_bitsandbytes(self, quantize: str) -> None:
+        method = self.format.method
+        require("bitsandbytes", f"{self.name} is packed by bitsandbytes, which")
+        if quantize not in ("", method):
+            raise OptionError(
+                f"{self.name} is packed already, in {method}.",
+                f"Leave out --quantize, or load the original model with --quantize {quantize}.",
+            )
+
+    def _stays(self, model: Any) -> list[str] | None:
         """Patterns for the layers of an unpacked model that are not packed in the files.
 
         Without any files here: what the configuration says. ``None``: as transformers chooses.
@@ -104,32 +136,46 @@ class PackedCheckpoint:
         if self.files:
             packed = self._places(model)
             paths = [path for path, names in _layers(model) if packed.keys().isdisjoint(names)]
-        elif self.skipped is not None:
-            named = [f".{name}." for name in self.skipped]
+        elif self.format.skipped is not None:
+            named = [f".{name}." for name in self.format.skipped]
             paths = [path for path, _ in _layers(model) if any(name in f".{path}." for name in named)]
         else:
             return None
         return [f"{re.escape(path)}$" for path in paths]
 
-    def weights(self, model: Any, dtype: Any) -> dict[str, Prepacked]:
-        """The packed parameters of an unpacked model, by name, to be computed in ``dtype``.
+    def weights(self, model: Any, dtype: Any, method: str) -> dict[str, Prepacked]:
+        """The packed parameters of an unpacked model, by name.
+
+        Parameters
+        ----------
+        dtype
+            torch dtype in which they are computed.
+        method
+            By which the model's layers are packed.
 
         Raises
         ------
         SourceError
             When experts are stored in another way than one by one.
         """
-        places = self._places(model).items()
-        return {name: Prepacked(self.method, of, self._tensor, BLOCK, dtype) for name, of in places}
+        found, read = self._places(model), self.format.read
+        if read is None:
+            packed = (self.format.method, self._needed, dtype, BLOCK)
+            return {name: PackedByBitsAndBytes(packed[0], of, *packed[1:]) for name, of in found.items()}
+        kept = method if self.is_kept(method) else ""
+        return {name: PackedInGroups(kept, of, self._tensor, dtype, read) for name, of in found.items()}
 
     @cached_property
     def keys(self) -> frozenset[str]:
         """Names of all tensors in the files that are a packed weight or a part of one."""
-        if self.method == "int8":
+        if self.format.read is not None:
+            owners = (name.removesuffix("weight") for name in self._packed)
+            names = (f"{owner}{part.removesuffix('?')}" for owner in owners for part in self.format.parts)
+        elif self.format.method == "int8":
             owners = (name.removesuffix("weight") for name in self._packed)
             names = (f"{owner}{leaf}" for owner in owners for leaf in ("weight", "SCB", "weight_format"))
         else:
-            ends = ("", f"{STATE}{self.method}", *FOUR_BIT_PARTS)
+            ends = ("", f"{STATE}{self.format.method}", *FOUR_BIT_PARTS)
             names = (f"{name}{end}" for name in self._packed for end in ends)
         return frozenset(names).intersection(self._in_file)
 
@@ -145,23 +191,39 @@ class PackedCheckpoint:
 
     def _check_parts(self) -> None:
         """Refuse a packed weight without its parts, which would be taken for a plain one, and parts without theirs."""
+        form, names = self.format, self._in_file
+        own = {part.removesuffix("?") for part in form.parts} or {"weight", "absmax", "SCB"}
         for _, tensor in self._tensors:
-            is_packed = tensor.dtype in ("I8", "U8") and tensor.name.endswith(".weight")
-            is_part = tensor.name.endswith((".absmax", ".SCB"))
-            if (is_packed or is_part) and tensor.name not in self.keys:
+            owner, _, leaf = tensor.name.rpartition(".")
+            is_part = leaf in own and (tensor.dtype in _PACKED or leaf in ("absmax", "SCB"))
+            is_marked = bool(form.parts) and f".{leaf}" in form.marks
+            needed = (f"{owner}.{part}" for part in form.parts if not part.endswith("?"))
+            if (is_part and tensor.name not in self.keys) or (
+                is_marked and any(n not in names for n in needed)
+            ):
                 raise SourceError(
-                    f"{self.name} has {tensor.name}, and not all that belongs to a weight packed in {self.method}.",
+                    f"{self.name} has {tensor.name}, and not all that belongs to a packed weight ({form.library}: {form.what}).",
                     "Download the model again.",
+                )
+            if tensor.name.endswith(".act.scales"):  # AWQ's for models whose activations have scales
+                raise SourceError(
+                    f"{self.name} has scales of activations beside its packed weights, which nothing here computes.",
+                    "Load the original model, with --quantize.",
                 )
 
     @cached_property
     def _packed(self) -> list[str]:
-        """Names of the packed weights in the files; experts in the order of their numbers."""
-        if self.method == "int8":
-            found = (f"{name.removesuffix('.SCB')}.weight" for name in self._in_file if name.endswith(".SCB"))
+        """Names of the packed weights in the files, as of plain ones; experts in the order of their numbers."""
+        form = self.format
+        if form.read is not None:
+            ends, weight = tuple(form.marks), ".weight"
+        elif form.method == "int8":
+            ends, weight = (".SCB",), ".weight"
         else:
-            end = f"{STATE}{self.method}"
-            found = (name.removesuffix(end) for name in self._in_file if name.endswith(end))
+            ends, weight = (f"{STATE}{form.method}",), ""
+        found = {
+            name.removesuffix(end) + weight for end in ends for name in self._in_file if name.endswith(end)
+        }
         return sorted(found, key=_by_numbers)
 
     def _places(self, model: Any) -> dict[str, list[list[str]]]:
@@ -200,12 +262,19 @@ class PackedCheckpoint:
             list(of) for of in zip(*(keys[pattern] for pattern in converter.source_patterns), strict=True)
         ]
 
-    def _tensor(self, name: str) -> Any:
-        path = self._in_file.get(name)
-        if path is None:
+    def _needed(self, name: str) -> Any:
+        found = self._tensor(name)
+        if found is None:
             raise SourceError(
                 f"{self.name} lacks {name}, a part of a packed weight.", "Download the model again."
             )
+        return found
+
+    def _tensor(self, name: str) -> Any:
+        """A tensor of the files; ``None`` where there is no such."""
+        path = self._in_file.get(name)
+        if path is None:
+            return None
         if path not in self._open:
             self._open[path] = open_safetensors(path)
         return self._open[path].get_tensor(name)

@@ -1,0 +1,268 @@
+"""Weights that were saved as integers, or as floats of 8 bits, groups of which share a scale.
+
+Each format below stands for ``(q - zero) * scale``. Those of 4 bits have eight numbers in a word of 32 bits, the first
+in its lowest bits.
+
+=======================  ===================================================================================
+GPTQ
+``X.qweight``        int32 ``[in / 8, out]``
+``X.qzeros``         int32 ``[groups, out / 8]``, less one in the first version of the format
+``X.scales``         ``[groups, out]``
+``X.g_idx``          int32 ``[in]``: the group of each column; those need not be neighbours (``desc_act``)
+AWQ (GEMM)
+``X.qweight``        int32 ``[in, out / 8]``, a word has columns 0, 2, 4, 6, 1, 3, 5, 7
+``X.qzeros``         int32 ``[groups, out / 8]``, in the same order
+``X.scales``         ``[groups, out]``
+compressed-tensors
+``X.weight_packed``  int32 ``[out, in / 8]``, more by half of their range
+``X.weight``         or int8, or float8, ``[out, in]``
+``X.weight_scale``   ``[out, groups]``, ``[out, 1]``, ``[1]``, or of blocks ``[out / m, in / n]``
+``X.weight_zero_point``  as the weight: int32 ``[out / 8, groups]``, or one number each
+``X.weight_g_idx``   as ``g_idx`` of GPTQ
+===================  =======================================================================================
+
+Sources: AutoGPTQ's ``QuantLinear``, AutoAWQ's ``WQLinear_GEMM``, compressed-tensors' ``pack_to_int32``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from llm_magic.backends.accelerate.placement.prepacked import Prepacked, Tensor, damaged
+
+_AWQ_COLUMNS = (0, 4, 1, 5, 2, 6, 3, 7)
+"""Where in a word of AWQ each of its eight columns stands."""
+
+
+@dataclass(frozen=True)
+class Groups:
+    """A matrix: its entries, and what each group of them shares.
+
+    Attributes
+    ----------
+    entries
+        ``[out, in]``: uint8 of 4 bits, int8, or float8.
+    scales
+        float32 ``[out, groups]``.
+    zeros
+        The entry that stands for zero, float32 ``[out, groups]``; ``None`` where that is 0 itself.
+    group_of
+        The group of each column ``[in]``; ``None`` where as many neighbours each are one.
+    """
+
+    entries: Any
+    scales: Any
+    zeros: Any = None
+    group_of: Any = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(out, in)``."""
+        rows, columns = self.entries.shape
+        return int(rows), int(columns)
+
+    def numbers(self) -> Any:
+        """What it stands for, float32 ``[out, in]``."""
+        (rows, columns), count = self.shape, self.scales.shape[1]
+        entries, scales, zeros = self.entries.float(), self.scales, self.zeros
+        if self.group_of is not None:
+            scales, zeros = (each if each is None else each[:, self.group_of] for each in (scales, zeros))
+        else:
+            entries = entries.view(rows, count, columns // count)
+            scales, zeros = (each if each is None else each.unsqueeze(-1) for each in (scales, zeros))
+        return (entries * scales if zeros is None else (entries - zeros) * scales).view(rows, columns)
+
+
+Reader = Callable[[Tensor, str, Any], Groups]
+"""``(tensor, layer, device)``: reads the weight of the layer that has this name in the files."""
+
+
+@dataclass(frozen=True)
+class PackedInGroups(Prepacked):
+    """What other libraries have packed, taken as optimum-quanto or bitsandbytes would hold it.
+
+    Attributes
+    ----------
+    read
+        Of its format.
+    """
+
+    read: Reader
+
+    def numbers(self, device: Any, index: int = 0) -> Any:
+        import torch
+
+        rows = [groups.numbers() for groups in self._read(index, device)]
+        if len({each.shape[1] for each in rows}) > 1:
+            raise damaged(self.matrices[index][0])
+        return torch.cat(rows).to(self.dtype)
+
+    def groups(self, device: Any, index: int = 0) -> Groups:
+        """A matrix as it is in the files.
+
+        Raises
+        ------
+        SourceError
+            When parts do not belong together.
+        """
+        import torch
+
+        found = self._read(index, device)
+        kinds = {(each.entries.dtype, each.shape[1], each.scales.shape[1]) for each in found}
+        if len(kinds) > 1 or any(each.group_of is not None for each in found):
+            raise damaged(self.matrices[index][0])
+        if len(found) == 1:
+            return found[0]
+        zeros = [torch.zeros_like(each.scales) if each.zeros is None else each.zeros for each in found]
+        return Groups(
+            torch.cat([each.entries for each in found]),
+            torch.cat([each.scales for each in found]),
+            torch.cat(zeros) if any(each.zeros is not None for each in found) else None,
+        )
+
+    def _read(self, index: int, device: Any) -> list[Groups]:
+        found = []
+        for name in self.matrices[index]:
+            try:
+                groups = self.read(self.tensor, name.removesuffix(".weight"), device)
+            except (
+                RuntimeError,
+                ValueError,
+                LookupError,
+                TypeError,
+                ArithmeticError,
+            ):  # it does as the file says
+                raise damaged(name) from None
+            if not _belong_together(groups):
+                raise damaged(name)
+            found.append(groups)
+        return found
+
+
+def _belong_together(groups: Groups) -> bool:
+    (rows, columns), shape = groups.shape, tuple(groups.scales.shape)
+    if len(shape) != 2 or shape[0] != rows or not shape[1] or not columns:
+        return False
+    if groups.zeros is not None and tuple(groups.zeros.shape) != shape:
+        return False
+    if groups.group_of is None:
+        return not columns % shape[1]
+    group_of = groups.group_of
+    return len(group_of) == columns and bool(((group_of >= 0) & (group_of < shape[1])).all())
+
+
+# ------------------------------------------------------------------------------------------- the formats
+
+
+def read_gptq(find: Tensor, layer: str, device: Any, *, is_first_version: bool) -> Groups:
+    """GPTQ of 4 or 8 bits, which the shapes tell.
+
+    Parameters
+    ----------
+    is_first_version
+        Whether zeros are less by one.
+    """
+    words, zero_words, scales = _read(
+        find, device, *(f"{layer}.{part}" for part in ("qweight", "qzeros", "scales"))
+    )
+    bits = 32 * zero_words.shape[1] // scales.shape[1]
+    entries, zeros = _entries(words.T, bits), _entries(zero_words, bits)
+    if is_first_version:
+        zeros = (zeros + 1) & ((1 << bits) - 1)
+    order = _order(find(f"{layer}.g_idx"), device, entries.shape[1], len(scales))
+    return Groups(entries, scales.T.float(), zeros.T.float(), order)
+
+
+def read_awq(find: Tensor, layer: str, device: Any) -> Groups:
+    """AWQ of 4 bits, in the order of its GEMM kernels."""
+    words, zero_words, scales = _read(
+        find, device, *(f"{layer}.{part}" for part in ("qweight", "qzeros", "scales"))
+    )
+    entries, zeros = (
+        _entries(each, 4).unflatten(1, (-1, 8))[..., _AWQ_COLUMNS].flatten(1) for each in (words, zero_words)
+    )
+    return Groups(entries.T.contiguous(), scales.T.float(), zeros.T.float())
+
+
+def read_compressed(
+    find: Tensor, layer: str, device: Any, *, bits: int, is_symmetric: bool, block: tuple[int, int] | None
+) -> Groups:
+    """compressed-tensors, as words or as one number each.
+
+    Parameters
+    ----------
+    bits
+        Of an entry in words.
+    is_symmetric
+        Whether there are no zeros.
+    block
+        Rows and columns that share a scale, where it is not columns of one row.
+    """
+    import torch
+
+    entries, middle = _compressed_entries(find, layer, device, bits)
+    rows, columns = entries.shape
+    (held,) = _read(find, device, f"{layer}.weight_scale")
+    scales, zeros = _by_row(held, rows, block), None
+    if not is_symmetric:
+        (held,) = _read(find, device, f"{layer}.weight_zero_point")
+        held = (
+            _entries(held.T, bits)[:, :rows].T.float() if held.dtype == torch.int32 else held.float() + middle
+        )
+        zeros = _by_row(held, rows, block)
+    elif middle:
+        zeros = torch.full_like(scales, middle)
+    if block is None:
+        order = _order(find(f"{layer}.weight_g_idx"), device, columns, scales.shape[1])
+    else:  # the last one may be smaller
+        order = torch.arange(columns, device=device) // block[1] if columns % block[1] else None
+    return Groups(entries, scales, zeros, order)
+
+
+def _compressed_entries(find: Tensor, layer: str, device: Any, bits: int) -> tuple[Any, int]:
+    """Entries ``[out, in]``, and what they are more than is meant."""
+    if (words := find(f"{layer}.weight_packed")) is None:
+        return _read(find, device, f"{layer}.weight")[0], 0
+    rows, columns = _read(find, "cpu", f"{layer}.weight_shape")[0].tolist()
+    entries = _entries(words.to(device), bits)[:, :columns].contiguous()
+    if entries.shape != (rows, columns):
+        raise ValueError(columns)
+    return entries, 1 << (bits - 1)
+
+
+def _read(find: Tensor, device: Any, *names: str) -> list[Any]:
+    found = [find(name) for name in names]
+    if any(tensor is None for tensor in found):
+        raise LookupError
+    return [tensor.to(device) for tensor in found]
+
+
+def _entries(words: Any, bits: int) -> Any:
+    """The numbers in the words ``[..., n]`` of 32 bits, uint8 ``[..., n * 32 / bits]``, the lowest first."""
+    import torch
+
+    if words.dtype != torch.int32 or bits not in (4, 8):
+        raise ValueError(bits)
+    pairs = words.contiguous().view(torch.uint8)
+    return pairs if bits == 8 else torch.stack((pairs & 15, pairs >> 4), -1).flatten(-2)
+
+
+def _by_row(values: Any, rows: int, block: tuple[int, int] | None) -> Any:
+    """What groups share, float32 ``[out, groups]``, of one for each row, for all rows, or for blocks of them."""
+    values = values.float().reshape(-1, 1) if values.dim() < 2 else values.float()
+    if block is not None:
+        values = values.repeat_interleave(block[0], 0)[:rows]
+    return values.expand(rows, -1)
+
+
+def _order(group_of: Any, device: Any, columns: int, count: int) -> Any:
+    """The group of each column, if those of one are no neighbours."""
+    import torch
+
+    if group_of is None:
+        return None
+    group_of = group_of.to(device).long()
+    usual = torch.arange(columns, device=device) // (columns // count)
+    return None if torch.equal(group_of, usual) else group_of

@@ -1,0 +1,262 @@
+"""What ``quantization_config`` says of packed weights: who packed them, how, and as what they can be taken here.
+
+A format is taken as it is where one of ``--quantize``'s methods means the same numbers. Where none does, its numbers
+are unpacked, matrix by matrix, and packed anew by a method that the user names.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from llm_magic.backends.accelerate.placement.prepacked_groups import (
+    Reader,
+    read_awq,
+    read_compressed,
+    read_gptq,
+)
+
+_WORDS = ("qweight", "qzeros", "scales")
+
+
+@dataclass(frozen=True)
+class PackedFormat:
+    """How weights were packed.
+
+    Attributes
+    ----------
+    library
+        Who packed them, as people call it: ``"bitsandbytes"``, ``"GPTQ"``, ``"AWQ"``, ``"compressed-tensors"``.
+    method
+        The one of ``--quantize`` that means the same numbers; nothing where none does.
+    what
+        What they are, in a few words.
+    skipped
+        Names of modules that were not packed, or parts of names; ``None``: what transformers leaves as it is.
+    marks
+        Ends of the names of a layer's tensors, any of which says that its weight is packed.
+    parts
+        Ends of the names of all of them; those without a question mark are in every packed layer.
+    group
+        Columns that share a scale, 0 for all of a row; ``None`` where ``method`` has its own rule.
+    read
+        Reads a weight; ``None`` for those of bitsandbytes.
+    """
+
+    library: str
+    method: str
+    what: str
+    skipped: Sequence[str] | None = None
+    marks: Sequence[str] = ()
+    parts: Sequence[str] = ()
+    group: int | None = None
+    read: Reader | None = None
+
+
+def find_format(facts: Mapping[str, Any]) -> PackedFormat | None:
+    """The format that a ``quantization_config`` describes; ``None`` for one that nothing here reads."""
+    method = facts.get("quant_method")
+    if method == "auto-round":
+        method = str(facts.get("packing_format", "")).rpartition("auto_")[2]  # auto_round:auto_gptq
+    if method == "bitsandbytes":
+        return _bitsandbytes(facts)
+    if method == "gptq":
+        return _gptq(facts)
+    if method == "awq":
+        return _awq(facts)
+    return _compressed(facts) if method == "compressed-tensors" else None
+
+
+def _names(value: object) -> list[str] | None:
+    return [name for name in value if isinstance(name, str)] if isinstance(value, list) else None
+
+
+def _bitsandbytes(facts: Mapping[str, Any]) -> PackedFormat | None:
+    skipped = _names(facts.get("llm_int8_skip_modules"))
+    if facts.get("load_in_8bit") or facts.get("_load_in_8bit"):
+        return PackedFormat("bitsandbytes", "int8", "int8", skipped)
+    is_four = facts.get("load_in_4bit") or facts.get("_load_in_4bit")
+    kind = facts.get("bnb_4bit_quant_type", "fp4")
+    return PackedFormat("bitsandbytes", kind, kind, skipped) if is_four and kind in ("nf4", "fp4") else None
+
+
+def _gptq(facts: Mapping[str, Any]) -> PackedFormat | None:
+    bits, group = facts.get("bits"), _group(facts.get("group_size", 128))
+    version = facts.get("checkpoint_format") or facts.get("format") or "gptq"
+    if (
+        bits not in (4, 8)
+        or group is None
+        or version not in ("gptq", "gptq_v2")
+        or facts.get("is_marlin_format")
+    ):
+        return None
+    has_order = bool(facts.get("desc_act")) and group > 0
+    what = f"{bits} bits{_of(group)}{_in_order(has_order)}"
+    # Its 8 bits have zeros, and groups.
+    method = "int4" if bits == 4 and not has_order else ""
+    read = partial(read_gptq, is_first_version=version == "gptq")
+    return PackedFormat("GPTQ", method, what, None, (".qweight",), (*_WORDS, "g_idx?"), group, read)
+
+
+def _awq(facts: Mapping[str, Any]) -> PackedFormat | None:
+    bits, group = (
+        facts.get("bits", facts.get("w_bit")),
+        _group(facts.get("group_size", facts.get("q_group_size", 128))),
+    )
+    version = str(facts.get("version", facts.get("format", "gemm"))).lower()
+    if bits != 4 or group is None or version != "gemm":
+        return None
+    skipped = _names(facts.get("modules_to_not_convert"))
+    return PackedFormat("AWQ", "int4", f"4 bits{_of(group)}", skipped, (".qweight",), _WORDS, group, read_awq)
+
+
+def _compressed(facts: Mapping[str, Any]) -> PackedFormat | None:
+    sparsity = facts.get("sparsity_config") or {}
+    is_dense = isinstance(sparsity, dict) and sparsity.get("format", "dense") == "dense"
+    is_compressed = facts.get("quantization_status", "compressed") == "compressed"
+    schemes = _schemes(facts)
+    # Transforms are products between the layers.
+    if not (is_dense and is_compressed and schemes) or facts.get("transform_config"):
+        return None
+    first = schemes[0]
+    if not first.is_read or any(scheme != first for scheme in schemes):
+        return None
+    weight = ("weight_packed", "weight_shape") if first.is_in_words else ("weight",)
+    zero = "weight_zero_point?" if first.is_symmetric else "weight_zero_point"
+    beside = ("weight_scale", zero, "weight_g_idx?", "input_scale?", "input_zero_point?")
+    mark = ".weight_packed" if first.is_in_words else ".weight_scale"
+    read = partial(read_compressed, bits=first.bits, is_symmetric=first.is_symmetric, block=first.block)
+    names = _ignored(facts)
+    return PackedFormat(
+        "compressed-tensors", first.method, first.what, names, (mark,), (*weight, *beside), first.group, read
+    )
+
+
+@dataclass(frozen=True)
+class _Scheme:
+    """How compressed-tensors has packed weights, as far as that decides how to read them.
+
+    Attributes
+    ----------
+    style
+        Its ``format``.
+    strategy
+        What shares a scale: ``"group"`` of columns, ``"channel"`` (a row), ``"tensor"`` or ``"block"``.
+    group
+        Columns of a group, 0 for all; ``None`` for what is no size.
+    """
+
+    style: str
+    bits: int
+    strategy: str
+    group: int | None
+    block: tuple[int, int] | None
+    is_float: bool
+    is_symmetric: bool
+    has_order: bool
+
+    @property
+    def is_in_words(self) -> bool:
+        return self.style == "pack-quantized"
+
+    @property
+    def is_read(self) -> bool:
+        if self.group is None or self.strategy not in ("group", "channel", "tensor", "block"):
+            return False
+        if (self.strategy == "block") != (self.block is not None):
+            return False
+        if self.is_in_words:
+            return self.bits in (4, 8) and not self.is_float
+        return self.bits == 8 and self.style in (
+            "naive-quantized",
+            f"{'float' if self.is_float else 'int'}-quantized",
+        )
+
+    @property
+    def method(self) -> str:
+        """As what its numbers can be taken; nothing where no method means the same."""
+        if self.block is not None or self.has_order:
+            return ""
+        if self.bits == 4:
+            return "int4"
+        is_by_row = self.is_symmetric and not self.group
+        return ("float8" if self.is_float else "int8") if is_by_row else ""
+
+    @property
+    def what(self) -> str:
+        kind = "floats of 8 bits" if self.is_float else f"{self.bits} bits"
+        return kind + (" in blocks" if self.block else _of(self.group or 0)) + _in_order(self.has_order)
+
+
+def _schemes(facts: Mapping[str, Any]) -> list[_Scheme]:
+    """How each group of layers is packed; nothing where one of them is not described."""
+    groups = facts.get("config_groups")
+    found = list(groups.values()) if isinstance(groups, dict) else []
+    if not all(isinstance(group, dict) and isinstance(group.get("weights"), dict) for group in found):
+        return []
+    return [_scheme(group["weights"], group.get("format") or facts.get("format")) for group in found]
+
+
+def _scheme(weights: Mapping[str, Any], style: object) -> _Scheme:
+    bits, strategy = weights.get("num_bits"), str(weights.get("strategy"))
+    return _Scheme(
+        style=str(style),
+        bits=bits if type(bits) is int else 0,
+        strategy=strategy,
+        group=_group(weights.get("group_size")) if strategy == "group" else 0,
+        block=_block(weights.get("block_structure")) if strategy == "block" else None,
+        is_float=weights.get("type") == "float",
+        is_symmetric=weights.get("symmetric", True) is True,
+        has_order=weights.get("actorder") in ("group", "dynamic"),
+    )
+
+
+def _block(extents: object) -> tuple[int, int] | None:
+    if isinstance(extents, str):  # "128x128"
+        extents = [int(extent) if extent.isdecimal() else 0 for extent in extents[:20].split("x")]
+    if not isinstance(extents, list) or len(extents) != 2:
+        return None
+    rows, columns = extents
+    return (rows, columns) if type(rows) is int and type(columns) is int and min(rows, columns) > 0 else None
+
+
+def _group(size: object) -> int | None:
+    """Columns of a group, 0 for a whole row; ``None`` for what is no size."""
+    if type(size) is not int or size < -1 or size == 0:
+        return None
+    return max(size, 0)
+
+
+def _of(group: int) -> str:
+    return f" in groups of {group}" if group else ""
+
+
+def _in_order(has_order: bool) -> str:
+    return ", columns in the order of their activations" if has_order else ""
+
+
+def _ignored(facts: Mapping[str, Any]) -> list[str] | None:
+    """Layers that compressed-tensors left as they are; ``None`` where only patterns would tell.
+
+    Patterns come from strangers, and some would run for ages: those that are a plain name with anything before it
+    are known, the others make it transformers' choice.
+    """
+    names = []
+    for entry in _names(facts.get("ignore")) or []:
+        if entry.startswith("re:"):
+            plain = (
+                entry.removeprefix("re:")
+                .removeprefix(".*")
+                .removesuffix("$")
+                .removesuffix(".*")
+                .replace("\\.", ".")
+            )
+            if not re.fullmatch(r"[\w.]+", plain):
+                return None
+            names.append(plain.strip("."))
+        else:
+            names.append(entry)
+    return names

@@ -1,0 +1,555 @@
+"""Checkpoints of GPTQ, AWQ and compressed-tensors: the numbers that their files mean, wherever blocks are."""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from llm_magic.backends.accelerate.placement import quantize
+from llm_magic.backends.accelerate.placement.packed_stack import PackedStack
+from llm_magic.backends.accelerate.placement.prepacked_groups import Reader, read_awq, read_gptq
+from llm_magic.backends.accelerate.source.layout import build_skeleton, load_config, read_layout
+from llm_magic.backends.accelerate.source.packed_checkpoint import find_packed
+from llm_magic.backends.accelerate.source.packed_formats import find_format
+from llm_magic.backends.accelerate.source.sources import resolve
+from llm_magic.errors import OptionError, SourceError
+from llm_magic.model import ModelSpec
+from llm_magic.planning.planner import make_plan
+from llm_magic.planning.select import edited
+from llm_magic.views.python import python_of
+from tests import tiny
+from tests.engines import BACKEND, ask, load, plan_for
+from tests.packed_checkpoints import save_awq, save_compressed, save_gptq
+
+PROMPT = "The capital of France"
+WIDE = {"hidden_size": 128, "intermediate_size": 256}
+GROUPS = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": True}
+ROWS = {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True}
+FLOATS = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True}
+BLOCKS = FLOATS | {"strategy": "block", "block_structure": [128, 128]}
+
+Save = Callable[..., Path]
+
+KEPT: dict[str, tuple[str, Save]] = {
+    "GPTQ": ("int4", save_gptq),
+    "GPTQ, whole rows": ("int4", partial(save_gptq, group=-1)),
+    "GPTQ of its second version": ("int4", partial(save_gptq, group=64, version="gptq_v2")),
+    "GPTQ by AutoRound": (
+        "int4",
+        partial(save_gptq, facts={"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq"}),
+    ),
+    "AWQ": ("int4", partial(save_awq, group=64)),
+    "4 bits": ("int4", partial(save_compressed, style="pack-quantized", facts=GROUPS)),
+    "4 bits with zeros": (
+        "int4",
+        partial(save_compressed, style="pack-quantized", facts=GROUPS | {"symmetric": False}),
+    ),
+    "4 bits, whole rows": (
+        "int4",
+        partial(
+            save_compressed,
+            style="pack-quantized",
+            facts=GROUPS | {"strategy": "channel", "group_size": None},
+        ),
+    ),
+    "8 bits in words": ("int8", partial(save_compressed, style="pack-quantized", facts=ROWS)),
+    "8 bits": ("int8", partial(save_compressed, style="int-quantized", facts=ROWS, has_activations=True)),
+    "fp8": ("float8", partial(save_compressed, style="float-quantized", facts=FLOATS, has_activations=True)),
+    "fp8 with one scale": (
+        "float8",
+        partial(save_compressed, style="naive-quantized", facts=FLOATS | {"strategy": "tensor"}),
+    ),
+}
+"""What is taken as it is: as which method, and how to make it."""
+
+REPACKED: dict[str, Save] = {
+    "GPTQ, columns in order": partial(save_gptq, is_ordered=True),
+    "GPTQ of 8 bits": partial(save_gptq, bits=8),
+    "fp8 in blocks": partial(save_compressed, style="float-quantized", facts=BLOCKS, has_activations=True),
+    "fp8 in blocks that do not come out even": partial(
+        save_compressed, style="naive-quantized", facts=BLOCKS | {"block_structure": [96, 48]}
+    ),
+    "8 bits in groups": partial(save_compressed, style="pack-quantized", facts=GROUPS | {"num_bits": 8}),
+    "8 bits with zeros": partial(save_compressed, style="pack-quantized", facts=ROWS | {"symmetric": False}),
+}
+"""What is unpacked, and packed anew."""
+
+
+def silent(_event: Any) -> None:
+    """Progress that nobody wants to see."""
+
+
+@pytest.fixture(scope="module", params=KEPT)
+def kind(request: pytest.FixtureRequest) -> tuple[str, Save]:
+    return KEPT[request.param]
+
+
+@pytest.fixture(scope="module")
+def folder(kind: tuple[str, Save], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return kind[1](folder=tmp_path_factory.mktemp("groups") / "model", **WIDE)
+
+
+@pytest.fixture(scope="module")
+def mixture(kind: tuple[str, Save], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("groups") / "mixture"
+    return kind[1](folder=path, save=tiny.save_mixture, hidden_size=128, moe_intermediate_size=128)
+
+
+def plain_of(folder: Path) -> dict[str, Any]:
+    """The numbers that the files mean, by the names of the weights."""
+    return load_file(folder.with_name(f"{folder.name}-plain") / "model.safetensors")
+
+
+def numbers(weight: Any) -> Any:
+    """What a packed weight stands for, by its library."""
+    return weight.data * (weight.SCB / 127).unsqueeze(-1) if hasattr(weight, "SCB") else weight.dequantize()
+
+
+def is_packed(module: Any) -> bool:
+    return quantize.is_packed(module)
+
+
+# --------------------------------------------------------------------------------- as they are in the files
+
+
+def test_the_numbers_are_those_of_the_files(kind: tuple[str, Save], folder: Path) -> None:
+    plain, count = plain_of(folder), 0
+    engine = load(folder, "ram")
+    try:
+        assert engine.plan.layout.quantization == kind[0]
+        for path, module in engine.model.named_modules():
+            if is_packed(module):
+                count += 1
+                torch.testing.assert_close(
+                    numbers(module.weight), plain[f"{path}.weight"], rtol=1e-5, atol=1e-7
+                )
+        assert count == 4 * 7, "all linear layers of four"
+        for name, weight in engine.model.named_parameters():
+            if name in plain and not is_packed(engine.model.get_submodule(name.rpartition(".")[0])):
+                assert torch.equal(weight, plain[name])
+    finally:
+        engine.close()
+
+
+def test_a_prompt_is_read_as_by_the_plain_model(folder: Path) -> None:
+    ids, found = torch.arange(40).view(1, 40) % 89 + 3, []
+    for source in (folder, folder.with_name(f"{folder.name}-plain")):
+        engine = load(source, "half")
+        try:
+            with torch.no_grad():
+                found.append(engine.model(ids).logits)
+        finally:
+            engine.close()
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("which", ["folder", "mixture"])
+def test_the_same_tokens_wherever_blocks_are(
+    which: str, kind: tuple[str, Save], folder: Path, mixture: Path, tmp_path: Path
+) -> None:
+    texts = set()
+    for placement in ("ram", "half", "disk", "mapped"):
+        source = {"folder": folder, "mixture": mixture}[which]
+        engine = load(source, placement, options={"offload_folder": str(tmp_path)})
+        try:
+            texts.add(ask(engine, PROMPT).text)
+            memory = engine.memory()
+            held = sum(memory[device]["weights"] for device in memory if "weights" in memory[device])
+            assert held == engine.plan.layout.bytes
+        finally:
+            engine.close()
+        assert list(tmp_path.iterdir()) == []
+    assert len(texts) == 1
+
+
+def test_experts_are_those_of_the_files(kind: tuple[str, Save], mixture: Path) -> None:
+    """One below the other, as transformers joins their projections."""
+    plain = plain_of(mixture)
+    engine = load(mixture, "ram")
+    try:
+        for layer in range(4):
+            experts = engine.model.model.layers[layer].mlp.experts
+            assert isinstance(experts.gate_up_proj, PackedStack)
+            for expert in range(experts.num_experts):
+                rows = [
+                    plain[f"model.layers.{layer}.mlp.experts.{expert}.{name}_proj.weight"]
+                    for name in ("gate", "up", "down")
+                ]
+                for stack, expected in (
+                    (experts.gate_up_proj, torch.cat(rows[:2])),
+                    (experts.down_proj, rows[2]),
+                ):
+                    found = stack[expert].unpacked(torch.float32)
+                    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+    finally:
+        engine.close()
+
+
+def test_blocks_move_and_come_back(folder: Path) -> None:
+    engine = load(folder, "half")
+    try:
+        before = ask(engine, PROMPT).text
+        for device in ("disk", "cpu"):
+            plan = engine.plan
+            homes = edited(plan, {block.name: device for block in plan.layout.layers})
+            moved = make_plan(plan.layout, plan.machine, plan.workload, placement=homes, policy="moved")
+            engine.apply(moved, silent)
+            assert ask(engine, PROMPT).text == before
+    finally:
+        engine.close()
+
+
+def test_a_plan_without_the_weights_counts_the_same(folder: Path) -> None:
+    """As before a download."""
+    spec = ModelSpec(str(folder))
+    files = resolve(spec, silent)
+    with_files, without = (read_layout(spec, each) for each in (files, replace(files, weight_files=())))
+    assert with_files.blocks == without.blocks
+    assert with_files.quantization == without.quantization
+
+
+@pytest.mark.parametrize(
+    ("style", "facts"), [("pack-quantized", GROUPS), ("pack-quantized", ROWS), ("float-quantized", FLOATS)]
+)
+def test_transformers_reads_the_same_numbers(style: str, facts: Mapping[str, Any], tmp_path: Path) -> None:
+    """By compressed-tensors, whose own code unpacks them."""
+    from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+
+    folder = save_compressed(
+        tmp_path / "model", style, facts=facts, has_activations=style == "float-quantized", **WIDE
+    )
+    with warnings.catch_warnings():  # that the files have a config, too
+        warnings.simplefilter("ignore", UserWarning)
+        unpacking = CompressedTensorsConfig(dequantize=True)
+        theirs = AutoModelForCausalLM.from_pretrained(
+            folder, quantization_config=unpacking, dtype=torch.float32
+        )
+    engine = load(folder, "ram")
+    try:
+        for path, module in engine.model.named_modules():
+            if is_packed(module):
+                expected = theirs.get_submodule(path).weight
+                torch.testing.assert_close(numbers(module.weight), expected, rtol=1e-5, atol=1e-7)
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize(
+    ("save", "read"),
+    [
+        (partial(save_gptq, group=128), partial(read_gptq, is_first_version=True)),
+        (partial(save_awq, group=128), read_awq),
+        (partial(save_awq, group=32), read_awq),
+    ],
+)
+def test_what_stands_for_zero_is_rounded_once(save: Save, read: Reader, tmp_path: Path) -> None:
+    """torch's kernel for 4 bits takes the number in the middle instead, in bfloat16."""
+    folder = save(folder=tmp_path / "model", **WIDE)
+    files = load_file(folder / "model.safetensors")
+    spec, plan = plan_for(folder, "ram", spec=ModelSpec(str(folder), dtype="bfloat16"))
+    engine = BACKEND.load(spec, plan, silent)
+    try:
+        for path, module in engine.model.named_modules():
+            if is_packed(module):
+                groups = read(files.get, path, "cpu")
+                scales, middles = module.weight._scale_shift.transpose(0, 1).unbind(-1)
+                assert torch.equal(scales, groups.scales.bfloat16())
+                assert torch.equal(
+                    middles, (8 * groups.scales.bfloat16().float() - groups.zeros * groups.scales).bfloat16()
+                )
+        assert ask(engine, PROMPT).text
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize(
+    ("group", "quantize", "dtype", "expected"),
+    [
+        (32, "", "auto", "bfloat16"),
+        (32, "int4", "auto", "bfloat16"),
+        (32, "", "float16", "float16"),
+        (32, "nf4", "auto", "float16"),
+        (-1, "", "auto", "float16"),
+    ],
+)
+def test_the_dtype_that_has_a_kernel(
+    group: int, quantize: str, dtype: str, expected: str, tmp_path: Path
+) -> None:
+    """Their files name float16, for the sake of other kernels."""
+    folder = save_gptq(tmp_path / "model", group=group, **WIDE)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": "float16"}))
+    layout = BACKEND.layout(ModelSpec(str(folder), quantize=quantize, dtype=dtype), silent)
+    assert layout.dtype == expected
+
+
+def test_names_that_transformers_changes(tmp_path: Path) -> None:
+    """Files of models of images and text have other names for their layers than the models."""
+    for number, save in enumerate((tiny.save_qwen2_5_vl, tiny.save_llava, tiny.save_gemma3)):
+        folder = save_awq(tmp_path / str(number), save, stays="vis", group=16)
+        assert any(name.endswith("_proj.qzeros") for name in load_file(folder / "model.safetensors"))
+        engine = load(folder, "half")
+        try:
+            assert any(is_packed(module) for module in engine.model.modules())
+            assert ask(engine, PROMPT).text
+        finally:
+            engine.close()
+
+
+def test_the_python_of_a_plan_says_what_transformers_needs(folder: Path) -> None:
+    _, plan = plan_for(folder, "ram")
+    code = python_of(plan)
+    assert "QuantoConfig" not in code
+    assert "BitsAndBytesConfig" not in code
+    assert re.search("where (gptqmodel|compressed-tensors) is installed", code)
+    compile(code, "plan", "exec")
+
+
+# ------------------------------------------------------------------------------------------ packed anew
+
+
+@pytest.fixture(scope="module", params=REPACKED)
+def save_other(request: pytest.FixtureRequest) -> Save:
+    return REPACKED[request.param]
+
+
+@pytest.fixture(scope="module")
+def other(save_other: Save, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_other(folder=tmp_path_factory.mktemp("groups") / "other", **WIDE)
+
+
+def test_what_cannot_stay_asks_for_a_method(other: Path) -> None:
+    with pytest.raises(OptionError, match="cannot stay as they are") as caught:
+        BACKEND.layout(ModelSpec(str(other)), silent)
+    assert "--quantize" in caught.value.next_step
+
+
+def test_packed_anew_from_the_numbers_of_the_files(other: Path) -> None:
+    plain = other.with_name(f"{other.name}-plain")
+    held = []
+    for source in (other, plain):
+        spec, plan = plan_for(source, "half", spec=ModelSpec(str(source), quantize="int8"))
+        engine = BACKEND.load(spec, plan, silent)
+        try:
+            held.append(
+                (ask(engine, PROMPT).text, {n: w.clone() for n, w in engine.model.named_parameters()})
+            )
+            assert engine.memory()["cpu"]["weights"] == sum(
+                place.block.bytes for place in plan.placements if place.home == "cpu"
+            )
+        finally:
+            engine.close()
+    (text, weights), (expected, of_plain) = held
+    assert text == expected
+    for name, weight in weights.items():
+        if weight.device.type != "meta":
+            assert (weight.float() - of_plain[name].float()).abs().max() <= 1, "a rounding at most"
+
+
+@pytest.mark.parametrize("method", ["nf4", "int8", "float8"])
+def test_a_method_that_the_user_prefers(method: str, tmp_path: Path) -> None:
+    folder = save_gptq(tmp_path / "model", tiny.save_mixture, hidden_size=128, moe_intermediate_size=128)
+    spec, plan = plan_for(folder, "half", spec=ModelSpec(str(folder), quantize=method))
+    assert plan.layout.quantization == method
+    assert "takes no other quantization for GPTQ" in python_of(plan)
+    engine = BACKEND.load(spec, plan, silent)
+    try:
+        assert ask(engine, PROMPT).text
+    finally:
+        engine.close()
+
+
+def test_numbers_of_experts_that_are_packed_anew(save_other: Save, tmp_path: Path) -> None:
+    """Each by itself, joined as transformers joins them."""
+    folder = save_other(
+        folder=tmp_path / "model", save=tiny.save_mixture, hidden_size=128, moe_intermediate_size=128
+    )
+    plain = plain_of(folder)
+    files = resolve(ModelSpec(str(folder)), silent)
+    packed = find_packed(files)
+    assert packed is not None
+    weights = packed.weights(build_skeleton(load_config(files), torch.float32), torch.float32, "nf4")
+    prefix = "model.layers.1.mlp.experts"
+    found = weights[f"{prefix}.gate_up_proj"].numbers("cpu", 2)
+    expected = torch.cat([plain[f"{prefix}.2.{name}_proj.weight"] for name in ("gate", "up")])
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+
+
+# ----------------------------------------------------------------------------------- what is refused
+
+
+def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+UP = "model.layers.2.mlp.up_proj"
+
+DAMAGE: dict[str, Callable[[dict[str, Any]], object]] = {
+    "too few scales": lambda t: t.update({f"{UP}.scales": t[f"{UP}.scales"][:3].clone()}),
+    "scales in a row": lambda t: t.update({f"{UP}.scales": t[f"{UP}.scales"].flatten()}),
+    "one scale": lambda t: t.update({f"{UP}.scales": torch.tensor(1.0)}),
+    "no scales": lambda t: t.update({f"{UP}.scales": torch.ones(0, 256)}),
+    "zeros of another layer": lambda t: t.update(
+        {f"{UP}.qzeros": t["model.layers.2.mlp.down_proj.qzeros"].clone()}
+    ),
+    "words of 64 bits": lambda t: t.update({f"{UP}.qweight": t[f"{UP}.qweight"].long()}),
+    "floats for words": lambda t: t.update({f"{UP}.qweight": t[f"{UP}.qweight"].float()}),
+    "too few words": lambda t: t.update({f"{UP}.qweight": t[f"{UP}.qweight"][:8].clone()}),
+    "another layer's words": lambda t: t.update(
+        {f"{UP}.qweight": t["model.layers.2.mlp.down_proj.qweight"].clone()}
+    ),
+    "groups that there are not": lambda t: t.update({f"{UP}.g_idx": t[f"{UP}.g_idx"] + 100}),
+    "groups before the first": lambda t: t.update({f"{UP}.g_idx": t[f"{UP}.g_idx"] - 100}),
+    "columns in order": lambda t: t.update({f"{UP}.g_idx": t[f"{UP}.g_idx"].flip(0)}),
+    "groups of too few columns": lambda t: t.update({f"{UP}.g_idx": t[f"{UP}.g_idx"][:5].clone()}),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_parts_that_do_not_belong_together(damage: str, tmp_path: Path) -> None:
+    folder = save_gptq(tmp_path / "model", **WIDE)
+    edit(folder, DAMAGE[damage])
+    with pytest.raises(SourceError, match=r"up_proj") as caught:
+        load(folder, "half")
+    assert caught.value.next_step
+
+
+@pytest.mark.parametrize("part", ["qweight", "qzeros", "scales"])
+def test_a_part_that_is_missing(part: str, tmp_path: Path) -> None:
+    folder = save_gptq(tmp_path / "model", **WIDE)
+    edit(folder, lambda tensors: tensors.pop(f"{UP}.{part}"))
+    with pytest.raises(SourceError, match="not all that belongs to"):
+        BACKEND.layout(ModelSpec(str(folder)), silent)
+
+
+@pytest.mark.parametrize("shape", [[256, 1 << 40], [256, -128], [7], [256, 64]])
+def test_a_shape_that_is_not_that_of_the_words(shape: list[int], tmp_path: Path) -> None:
+    folder = save_compressed(tmp_path / "model", "pack-quantized", facts=GROUPS, **WIDE)
+    edit(folder, lambda tensors: tensors.update({f"{UP}.weight_shape": torch.tensor(shape)}))
+    with pytest.raises(SourceError, match="up_proj"):
+        load(folder, "ram")
+
+
+def test_fp8_without_its_scale_is_no_plain_weight(tmp_path: Path) -> None:
+    folder = save_compressed(
+        tmp_path / "model", "float-quantized", facts=FLOATS, has_activations=True, **WIDE
+    )
+    edit(folder, lambda tensors: tensors.pop(f"{UP}.weight_scale"))
+    with pytest.raises(SourceError, match="not all that belongs to"):
+        BACKEND.layout(ModelSpec(str(folder)), silent)
+
+
+def test_scales_of_activations_are_not_ignored(tmp_path: Path) -> None:
+    folder = save_awq(tmp_path / "model", **WIDE)
+    edit(folder, lambda tensors: tensors.update({"model.layers.0.mlp.act.scales": torch.ones(256)}))
+    with pytest.raises(SourceError, match="scales of activations"):
+        BACKEND.layout(ModelSpec(str(folder)), silent)
+
+
+def test_without_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save_awq(tmp_path / "model", **WIDE)
+    monkeypatch.setattr(quantize, "_installed", lambda library: library != "optimum.quanto")
+    with pytest.raises(OptionError, match="optimum-quanto, which is not installed") as caught:
+        BACKEND.layout(ModelSpec(str(folder)), silent)
+    assert "pip install" in caught.value.next_step
+
+
+def test_rows_of_8_bits_by_quanto_where_bitsandbytes_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save_compressed(tmp_path / "model", "pack-quantized", facts=ROWS, **WIDE)
+    monkeypatch.setattr(quantize, "_installed", lambda library: library != "bitsandbytes")
+    engine = load(folder, "ram")
+    try:
+        assert engine.plan.layout.quantization == "quanto-int8"
+        found = numbers(engine.model.get_submodule(UP).weight)
+        torch.testing.assert_close(found, plain_of(folder)[f"{UP}.weight"], rtol=1e-5, atol=1e-7)
+    finally:
+        engine.close()
+
+
+def test_a_draft_that_transformers_would_not_read(tmp_path: Path) -> None:
+    folder = save_gptq(tmp_path / "model", **WIDE)
+    plain = folder.with_name("model-plain")
+    with pytest.raises(OptionError, match="what GPTQ has packed"):
+        BACKEND.layout(ModelSpec(str(plain), draft=str(folder)), silent)
+
+
+def compressed(**changes: Any) -> dict[str, Any]:
+    facts = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
+    return facts | {"config_groups": {"group_0": {"weights": GROUPS}}} | changes
+
+
+REFUSED: dict[str, dict[str, Any]] = {
+    "GPTQ of 3 bits": {"quant_method": "gptq", "bits": 3},
+    "GPTQ of words": {"quant_method": "gptq", "bits": "4"},
+    "GPTQ for Marlin": {"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"},
+    "GPTQ in groups of nothing": {"quant_method": "gptq", "bits": 4, "group_size": 0},
+    "AWQ for GEMV": {"quant_method": "awq", "bits": 4, "version": "gemv"},
+    "AutoRound's own": {"quant_method": "auto-round", "packing_format": "auto_round:llm_compressor"},
+    "AutoRound without": {"quant_method": "auto-round", "packing_format": 7},
+    "rotations between layers": compressed(transform_config={"config_groups": {"u": {}}}),
+    "holes": compressed(sparsity_config={"format": "sparse-24-bitmask"}),
+    "holes of another kind": compressed(sparsity_config=[]) | {"format": "marlin-24"},
+    "not yet packed": compressed(quantization_status="frozen"),
+    "two kinds": compressed(
+        config_groups={"a": {"weights": GROUPS}, "b": {"weights": GROUPS | {"group_size": 64}}}
+    ),
+    "no kinds": compressed(config_groups={}),
+    "kinds of nothing": compressed(config_groups={"a": None}),
+    "3 bits": compressed(config_groups={"a": {"weights": GROUPS | {"num_bits": 3}}}),
+    "bits in words": compressed(config_groups={"a": {"weights": GROUPS | {"num_bits": "4"}}}),
+    "no groups": compressed(config_groups={"a": {"weights": GROUPS | {"group_size": None}}}),
+    "floats of 4 bits": compressed(format="nvfp4-pack-quantized"),
+    "blocks without a size": compressed(
+        format="float-quantized", config_groups={"a": {"weights": BLOCKS | {"block_structure": [0, 128]}}}
+    ),
+}
+
+
+@pytest.mark.parametrize("facts", REFUSED.values(), ids=REFUSED.keys())
+def test_others_are_refused(facts: dict[str, Any], tmp_path: Path) -> None:
+    assert find_format(facts) is None
+    folder = tiny.save_llama(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": facts}))
+    with pytest.raises(SourceError, match="cannot be placed"):
+        BACKEND.layout(ModelSpec(str(folder)), silent)
+
+
+@pytest.mark.parametrize(
+    ("ignored", "expected"),
+    [
+        (["lm_head"], ["lm_head"]),
+        (["re:.*lm_head", r"re:.*mlp\.gate$", "re:visual.*"], ["lm_head", "mlp.gate", "visual"]),
+        (["lm_head", "re:(a|a)*$"], None),
+        (None, []),
+        ([7, "lm_head"], ["lm_head"]),
+    ],
+)
+def test_layers_that_are_named_as_not_packed(ignored: Any, expected: list[str] | None) -> None:
+    """Patterns of strangers are not run."""
+    found = find_format(compressed(ignore=ignored))
+    assert found is not None
+    assert found.skipped == expected
+
+
+def test_blocks_may_be_words() -> None:
+    facts = compressed(
+        format="float-quantized", config_groups={"a": {"weights": BLOCKS | {"block_structure": "128x128"}}}
+    )
+    found = find_format(facts)
+    assert found is not None
+    assert found.what == "floats of 8 bits in blocks"
