@@ -559,22 +559,33 @@ def _rows_at_a_time(columns: int) -> int:
 
 
 def _for_tinygemm(weight: Any, device: Any) -> Any:
-    """The weight as torch's kernel takes it; some rows at a time, because quanto makes them int32 first."""
+    """The weight as torch's kernel takes it; some rows at a time, because on a GPU they are put in order as int32."""
     import torch
 
     rows, columns = weight.shape
     groups, step = columns // weight._group_size, _rows_at_a_time(columns)
-    plain = _unpacked(weight._data)
+    plain = _unpacked(weight._data).view(rows, columns)
     data, statistics = [], []
     for start in range(0, rows, step):
-        of_rows = slice(start * groups, min(rows, start + step) * groups)
-        part, *both = (
-            each[of_rows].to(device) for each in (plain, weight._scale.float(), weight._shift.float())
+        stop = min(rows, start + step)
+        data.append(_in_order(plain[start:stop].to(device)))
+        of_rows = slice(start * groups, stop * groups)
+        scale, shift = (
+            each[of_rows].to(device).float().view(-1, groups) for each in (weight._scale, weight._shift)
         )
-        made = _tinygemm(weight, part, both, (len(part) // groups, columns))
-        data.append(made._data._data)
-        statistics.append(made._scale_shift.to(weight.dtype))
-    return _tinygemm(weight, _tinygemm_packed(weight, torch.cat(data)), torch.cat(statistics, 1))
+        # In place of what stands for zero the kernel wants the number in the middle, which is rounded here.
+        statistics.append(torch.stack((scale, 8 * scale - shift), -1).to(weight.dtype))
+    held = torch.cat(statistics).transpose(0, 1).contiguous()  # [groups, rows, 2]
+    return _tinygemm(weight, _tinygemm_packed(weight, torch.cat(data)), held)
+
+
+def _in_order(plain: Any) -> Any:
+    """Integers in the order of the kernel of their device."""
+    if plain.device.type == "cpu":
+        return int4_orders.to_cpu(plain)
+    from optimum.quanto.tensor.weights.tinygemm import TinyGemmPackedTensor
+
+    return TinyGemmPackedTensor.pack(plain)._data
 
 
 def _in_other_order(weight: Any) -> Any:
@@ -600,10 +611,10 @@ def _tinygemm_numbers(weight: Any) -> Any:
     return ((integers.to(scales.dtype) - 8) * scales + middles).view(rows, columns)
 
 
-def _tinygemm(weight: Any, data: Any, statistics: Any, size: tuple[int, int] | None = None) -> Any:
+def _tinygemm(weight: Any, data: Any, statistics: Any) -> Any:
     from optimum.quanto.tensor.weights.tinygemm import TinyGemmWeightQBitsTensor
 
-    shape = (weight.size() if size is None else size, weight.stride())
+    shape = (weight.size(), weight.stride())
     return TinyGemmWeightQBitsTensor(weight.qtype, weight.axis, weight._group_size, *shape, data, statistics)
 
 

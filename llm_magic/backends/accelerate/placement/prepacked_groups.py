@@ -32,8 +32,8 @@ from typing import Any
 
 from llm_magic.backends.accelerate.placement.prepacked import Prepacked, Tensor, damaged
 
-_AWQ_COLUMNS = (0, 4, 1, 5, 2, 6, 3, 7)
-"""Where in a word of AWQ each of its eight columns stands."""
+_AWQ_PAIRS = ((0, 2), (4, 6), (1, 3), (5, 7))
+"""The columns that each byte of a word of AWQ has in its low half and in its high one."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,9 @@ class Groups:
             scales, zeros = (each if each is None else each.unsqueeze(-1) for each in (scales, zeros))
         return (entries * scales if zeros is None else (entries - zeros) * scales).view(rows, columns)
 
+
+_OF_WRONG_PARTS = (RuntimeError, ValueError, LookupError, TypeError, ArithmeticError)
+"""What reading raises where a file has other shapes and dtypes than it should."""
 
 Reader = Callable[[Tensor, str, Any], Groups]
 """``(tensor, layer, device)``: reads the weight of the layer that has this name in the files."""
@@ -127,13 +130,7 @@ class PackedInGroups(Prepacked):
         for name in self.matrices[index]:
             try:
                 groups = self.read(self.tensor, name.removesuffix(".weight"), device)
-            except (
-                RuntimeError,
-                ValueError,
-                LookupError,
-                TypeError,
-                ArithmeticError,
-            ):  # it does as the file says
+            except _OF_WRONG_PARTS:
                 raise damaged(name) from None
             if not _belong_together(groups):
                 raise damaged(name)
@@ -180,10 +177,21 @@ def read_awq(find: Tensor, layer: str, device: Any) -> Groups:
     words, zero_words, scales = _read(
         find, device, *(f"{layer}.{part}" for part in ("qweight", "qzeros", "scales"))
     )
-    entries, zeros = (
-        _entries(each, 4).unflatten(1, (-1, 8))[..., _AWQ_COLUMNS].flatten(1) for each in (words, zero_words)
-    )
-    return Groups(entries.T.contiguous(), scales.T.float(), zeros.T.float())
+    entries, zeros = (_awq_columns(each) for each in (words, zero_words))
+    return Groups(entries, scales.T.float(), zeros.float())
+
+
+def _awq_columns(words: Any) -> Any:
+    """AWQ's words ``[n, out / 8]`` as numbers ``[out, n]``."""
+    import torch
+
+    if words.dtype != torch.int32:
+        raise ValueError(words.dtype)
+    pairs = words.T.reshape(-1).view(torch.uint8).view(words.shape[1], -1, 4)  # [out / 8, n, 4]
+    numbers = pairs.new_empty(len(pairs), 8, pairs.shape[1])
+    for pair, (low, high) in zip(pairs.unbind(-1), _AWQ_PAIRS, strict=True):
+        numbers[:, low], numbers[:, high] = pair & 15, pair >> 4
+    return numbers.flatten(0, 1)
 
 
 def read_compressed(
@@ -245,7 +253,7 @@ def _entries(words: Any, bits: int) -> Any:
 
     if words.dtype != torch.int32 or bits not in (4, 8):
         raise ValueError(bits)
-    pairs = words.contiguous().view(torch.uint8)
+    pairs = words.reshape(-1).view(torch.uint8).view(*words.shape[:-1], -1)
     return pairs if bits == 8 else torch.stack((pairs & 15, pairs >> 4), -1).flatten(-2)
 
 
