@@ -353,10 +353,10 @@ class _Shares:
 def _can_visit(setting: Setting) -> bool:
     """Whether blocks of the CPU may compute in a prefill where they would compute without it.
 
-    Their keys and values must be able to go along and come back, and quanto's 4 bits lie in another
-    order on a GPU. There is room for the KV cache of one block at a time: all of these gave theirs away.
+    Their keys and values must be able to go along and come back. There is room for the KV cache of one block at a
+    time: all of these gave theirs away.
     """
-    return setting.layout.quantization != "int4" and can_prefill_in_parts(setting.layout)
+    return can_prefill_in_parts(setting.layout)
 
 
 def _could_be_computed_by_cpu(place: Placement) -> bool:
@@ -389,13 +389,12 @@ def _split(setting: Setting, placed: Placements) -> Placements | None:
     can_be = setting.machine.has("cpu") and setting.layout.details.get("routed_experts")
     if not candidates or not can_be or unified_pool(setting.machine):
         return None
-    prefill = setting.layout.quantization != "int4"  # whose bytes lie in another order on a GPU
     on_cpu = _on_cpu(placed, in_ram, visits=_can_visit(setting))
 
     def with_split(count: int) -> Placements:
         chosen = set(evenly(candidates, count))
         return tuple(
-            replace(base, is_split=True, prefill=base.compute if prefill else "") if i in chosen else other
+            replace(base, is_split=True, prefill=base.compute) if i in chosen else other
             for i, (base, other) in enumerate(zip(placed, on_cpu, strict=True))
         )
 

@@ -91,11 +91,15 @@ def stand_ins(twin: Any) -> list[Any]:
     return [each for each in twin.__dict__.values() if isinstance(each, expert_runs._Runs)]
 
 
-def test_an_integer_of_4_bits_streams_in_the_order_of_the_gpu(engine_of: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_integers_of_4_bits_come_in_either_order(way: str, engine_of: Callable[..., Any]) -> None:
+    """In that of the GPU where it decodes with them, in that of the CPU where they are there for a prompt alone."""
     expected = logits(engine_of(layers(RESIDENT), "int4", "bfloat16"))
-    engine = engine_of(layers(STREAMED), "int4", "bfloat16")
-    assert torch.equal(logits(engine), expected)
+    engine = engine_of(WAYS[way], "int4", "bfloat16")
+    for _ in range(2):
+        assert torch.equal(logits(engine), expected)
     assert runs_of(engine).lane.fetched
+    assert ask(engine, request(PROMPT, max_new_tokens=6)).text
 
 
 def test_biases_come_along(engine_of: Callable[..., Any], tmp_path: Path) -> None:

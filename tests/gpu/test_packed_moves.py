@@ -23,10 +23,12 @@ from tests import tiny  # noqa: E402
 from tests.engines import BACKEND, ask, plan_for  # noqa: E402
 from tests.gpu.conftest import IS_SIMULATED  # noqa: E402
 
+Where = tuple[str, str, bool] | tuple[str, str, bool, str]
 DEVICE = "cuda:0"
 PROMPT = [[7, 11, 13, 17, 19, 23]]
 RESIDENT, STREAMED, READ = ("cuda:0", DEVICE, False), ("cpu", DEVICE, False), ("disk", DEVICE, False)
 ON_CPU, KEPT_BY_CPU, READ_BY_CPU = ("cpu", "cpu", False), ("disk", "cpu", True), ("disk", "cpu", False)
+VISITING, KEPT_VISITING = ("cpu", "cpu", False, DEVICE), ("disk", "cpu", True, DEVICE)
 METHODS = ("int4", "nf4")  # one whose bytes lie in another order for a CPU, and one whose do not
 
 
@@ -38,7 +40,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return tiny.save_llama(path, layers=3, hidden_size=256, intermediate_size=512)
 
 
-def loaded(folder: Path, method: str, where: tuple[str, str, bool]) -> Any:
+def loaded(folder: Path, method: str, where: Where) -> Any:
     spec = ModelSpec(str(folder), quantize=method, dtype="bfloat16")
     _, plan = plan_for(folder, "ram", spec=spec)
     gpu = Device(DEVICE, "gpu", "GPU", 8 * GIB, 7 * GIB)
@@ -46,13 +48,13 @@ def loaded(folder: Path, method: str, where: tuple[str, str, bool]) -> Any:
     return BACKEND.load(spec, with_layers(plan, where), lambda _event: None)
 
 
-def with_layers(plan: Plan, where: tuple[str, str, bool]) -> Plan:
+def with_layers(plan: Plan, where: Where) -> Plan:
     """The plan with the layers there, and the rest resident."""
     placed = (
         Placement(p.block, *(where if p.block.label.startswith("layers.") else RESIDENT))
         for p in plan.placements
     )
-    return replace(plan, placements=tuple(placed))
+    return replace(plan, placements=tuple(placed), long_sweep=100)
 
 
 def logits(engine: Any) -> Any:
@@ -80,6 +82,25 @@ def test_blocks_move_to_the_cpu_from_wherever_a_gpu_computes_them(
         # one file for each of three layers, and one for its experts; none in the order of before
         parts = 2 if folder.name == "mixture" else 1
         assert len(list((tmp_path / "cache").rglob("model.layers.*.bin"))) == 3 * parts
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize("where", [VISITING, KEPT_VISITING])
+@pytest.mark.parametrize("method", METHODS)
+def test_layers_of_the_cpu_visit_in_its_order(method: str, where: Where, folder: Path) -> None:
+    engine = loaded(folder, method, RESIDENT)
+    try:
+        ids = torch.arange(150, device=DEVICE)[None] % 89 + 3
+        with torch.no_grad():
+            expected = engine.model(ids).logits
+            for _ in range(2):
+                engine.apply(with_layers(engine.plan, where), lambda _event: None)
+                text = ask(engine, "Hello").text
+                assert torch.equal(engine.model(ids).logits, expected)
+                assert ask(engine, "Hello").text == text
+                engine.apply(with_layers(engine.plan, RESIDENT), lambda _event: None)
+                assert torch.equal(engine.model(ids).logits, expected)
     finally:
         engine.close()
 

@@ -94,7 +94,8 @@ def _from_block(packed: Any, columns: int, rows: int) -> Any:
     import torch
 
     pairs = packed.view(-1, columns, rows // 2).transpose(1, 2).contiguous()
-    return torch.cat((pairs & 15, pairs >> 4), 1)[:, _cpu_places(rows)].view(-1, columns)
+    places = _cpu_places(rows, packed.device)
+    return torch.cat((pairs & 15, pairs >> 4), 1).index_select(1, places).view(-1, columns)
 
 
 def to_cpu(plain: Any) -> Any:
@@ -130,11 +131,11 @@ def _cpu_block() -> int:
 
 
 @cache
-def _cpu_places(rows: int) -> Any:
+def _cpu_places(rows: int, device: Any) -> Any:
     """Where each row of a block is in a column: by their bytes those in low halves, then those in high ones."""
     import torch
 
-    return torch.cat(_cpu_halves(rows)).argsort()
+    return torch.cat(_cpu_halves(rows)).argsort().to(device)
 
 
 @cache

@@ -608,7 +608,8 @@ def _tinygemm_numbers(weight: Any) -> Any:
     rows, columns = weight.shape
     integers = int4_orders.integers(weight._data._data, columns).view(rows, -1, weight._group_size)
     scales, middles = weight._scale_shift.transpose(0, 1).unsqueeze(-2).unbind(-1)  # [rows, groups, 1]
-    return ((integers.to(scales.dtype) - 8) * scales + middles).view(rows, columns)
+    numbers = integers.to(scales.dtype)
+    return numbers.sub_(8).mul_(scales).add_(middles).view(rows, columns)  # a large one is there once
 
 
 def _tinygemm(weight: Any, data: Any, statistics: Any) -> Any:
@@ -665,9 +666,12 @@ def _shell(tensor: Any) -> _Shell:
     from optimum.quanto.tensor.packed import PackedTensor
 
     names, meta = tensor.__tensor_flatten__()
+    kind = _torch_packed() if type(tensor) is PackedTensor else type(tensor)
+    if isinstance(tensor, _guest_class()):
+        kind = kind.__base__  # it is none where it lives
     tensors = {name: getattr(tensor, name) for name in names}
     inner = {name: None if type(part) is torch.Tensor else _shell(part) for name, part in tensors.items()}
-    return _Shell(_torch_packed() if type(tensor) is PackedTensor else type(tensor), meta, inner)
+    return _Shell(kind, meta, inner)
 
 
 @dataclass(frozen=True)
@@ -681,10 +685,53 @@ class _QuantoTemplate(Template):
 
     def weight(self, parts: Mapping[str, Any]) -> Any:
         assert self.shell is not None  # no parameter, which cannot be made of these in inference mode
-        return self.shell.fill(parts)
+        made = self.shell.fill(parts)
+        return _as_a_guest(made) if _is_a_guest(made) else made
 
     def bindings(self, parts: Mapping[str, Any]) -> list[Assignment]:
         return [(self.module._parameters, self.name, _parameter(self.weight(parts)))]
+
+
+def _is_a_guest(weight: Any) -> bool:
+    """Whether it is in the order of torch's kernel for CPUs, and on a device: for a prompt, from RAM."""
+    return hasattr(weight, "_scale_shift") and not (
+        weight.device.type in ("cpu", "meta") or int4_orders.is_for_cuda(weight._data._data)
+    )
+
+
+def _as_a_guest(weight: Any) -> Any:
+    shape = (weight.size(), weight.stride())
+    return _guest_class()(
+        weight.qtype, weight.axis, weight._group_size, *shape, weight._data, weight._scale_shift
+    )
+
+
+@cache
+def _guest_class() -> Any:
+    """A weight of torch's kernel for CPUs where another device multiplies with it: it becomes numbers first.
+
+    For the many tokens of a prompt that is quick, and the bytes in RAM stay as they are.
+    """
+    import torch
+    from optimum.quanto.tensor.weights.tinygemm import TinyGemmWeightQBitsTensor
+
+    class Guest(TinyGemmWeightQBitsTensor):  # type: ignore[misc]  # its library has no types
+        @classmethod
+        def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is not torch.nn.functional.linear:
+                return super().__torch_function__(func, types, args, kwargs)
+
+            def linear(inputs: Any, weight: Any, bias: Any = None) -> Any:
+                return torch.nn.functional.linear(inputs, _tinygemm_numbers(weight), bias)
+
+            return linear(*args, **(kwargs or {}))
+
+        @classmethod
+        def __torch_dispatch__(cls, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = super().__torch_dispatch__(op, types, args, kwargs)
+            return _as_a_guest(result) if _is_a_guest(result) else result
+
+    return Guest
 
 
 @cache
