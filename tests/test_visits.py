@@ -13,12 +13,17 @@ from typing import Any
 import pytest
 import torch
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer
 
 from llm_magic.backends.accelerate.decoding.sweep_times import SweepTimes
-from llm_magic.backends.accelerate.placement import visits as visits_module
 from llm_magic.backends.accelerate.placement.blocks import BlockTensors
-from llm_magic.backends.accelerate.placement.layer_cache import Stay, find_layers, layer_indices, take_along
+from llm_magic.backends.accelerate.placement.cache_lane import CacheLane, Stay
+from llm_magic.backends.accelerate.placement.layer_cache import (
+    find_cache,
+    find_layers,
+    layer_indices,
+    take_along,
+)
 from llm_magic.backends.accelerate.placement.placed import PlacedModel
 from llm_magic.backends.accelerate.placement.visits import VisitingHook
 from tests import tiny
@@ -213,21 +218,21 @@ def test_keys_and_values_come_along_and_go_back(
 ) -> None:
     folder = tiny_model("llama")
     placed = load_placed(folder, placed_plan(folder, layers_to("visiting")), streams)
-    stays, ended = list[str](), list[int]()
+    visits, ended = list[Any](), list[int]()
 
-    class Noted(Stay):
-        def __init__(self, layer: Any, device: Any, home: Any) -> None:
-            super().__init__(layer, device, home)
-            stays.append(f"{home} to {device}")
+    def visit(lane: CacheLane, layer: Any, usual: Any = CacheLane.visit) -> Stay:
+        visits.append(layer)
+        return usual(lane, layer)
 
-        def end(self) -> None:
-            super().end()
-            ended.append(len(stays))
+    def leave(lane: CacheLane, stay: Stay, usual: Any = CacheLane.leave) -> None:
+        usual(lane, stay)
+        ended.append(len(visits))
 
-    monkeypatch.setattr(visits_module, "Stay", Noted)
+    monkeypatch.setattr(CacheLane, "visit", visit)
+    monkeypatch.setattr(CacheLane, "leave", leave)
     tokens(placed.model, 3)
     layers = len(placed.model.model.layers)
-    assert stays == [f"cpu to {GPU}"] * layers
+    assert len({id(layer) for layer in visits}) == len(visits) == layers
     assert ended == list(range(1, layers + 1))  # each before the next block's begins
     placed.close()
 
@@ -265,50 +270,17 @@ def test_all_that_a_layer_holds_is_taken_or_nothing(monkeypatch: pytest.MonkeyPa
     take_along(DynamicLayer(), META)  # nothing in it yet
 
 
-def test_what_was_at_home_stays_and_what_is_new_joins_it() -> None:
-    layer, twin = DynamicLayer(), DynamicLayer()
-    for tokens_ in (3, 2, 4):
-        keys, values = torch.rand(1, 2, tokens_, 4), torch.rand(1, 2, tokens_, 4)
-        twin.update(keys, values)
-        stay = Stay(layer, torch.device(GPU), CPU)
-        layer.update(keys, values)
-        layer.keys[..., :-tokens_, :] = float("nan")  # it is not brought home again
-        stay.end()
-        assert torch.equal(layer.keys, twin.keys)
-        assert torch.equal(layer.values, twin.values)
-        assert layer.device == CPU
-
-
-def test_a_layer_that_forgets_comes_home_as_it_is() -> None:
-    layer, twin = (DynamicSlidingWindowLayer(sliding_window=4) for _ in range(2))
-    for tokens_ in (3, 1, 5, 2):
-        keys, values = torch.rand(1, 2, tokens_, 4), torch.rand(1, 2, tokens_, 4)
-        twin.update(keys, values)
-        stay = Stay(layer, torch.device(GPU), CPU)
-        layer.update(keys, values)
-        stay.end()
-        assert torch.equal(layer.keys, twin.keys)
-        assert torch.equal(layer.values, twin.values)
-
-
-def test_a_layer_that_a_failed_pass_left_elsewhere_is_brought_home_first() -> None:
-    layer = filled(DynamicLayer())
-    expected = layer.keys
-    Stay(layer, torch.device(GPU), CPU)
-    stay = Stay(layer, torch.device(GPU), CPU)
-    stay.end()
-    assert torch.equal(layer.keys, expected)
-
-
 def test_the_layers_of_a_cache_are_found_among_arguments() -> None:
     cache = DynamicCache()
     for index in range(2):
         cache.update(torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 2, 2), index)
-    assert find_layers([PROMPT, None, cache], (1,)) == [cache.layers[1]]
-    assert find_layers([cache], (0, 1)) == cache.layers
-    assert find_layers([PROMPT], (0,)) == []
-    assert find_layers([cache], (2,)) is None
-    assert find_layers([cache], ()) is None
+    assert find_cache([PROMPT, None, cache]) is cache
+    assert find_cache([PROMPT, None]) is None
+    assert find_layers(cache, (1,)) == [cache.layers[1]]
+    assert find_layers(cache, (0, 1)) == cache.layers
+    assert find_layers(None, (0,)) == []
+    assert find_layers(cache, (2,)) is None
+    assert find_layers(cache, ()) is None
 
 
 def test_a_block_may_have_several_layers_of_the_cache(tiny_model: TinyModel) -> None:

@@ -1,7 +1,8 @@
 """What a placement costs on every device, by purpose: weights, buffers, KV cache, activations, slots.
 
 A block in RAM or on disk that a GPU computes arrives in one of a few slots there; from the disk it
-passes a ring of pinned buffers in RAM. A block that the CPU computes has its KV cache in RAM. Of a block
+passes a ring of pinned buffers in RAM, and so do keys and values of a block that visits a GPU. A block that the
+CPU computes has its KV cache in RAM. Of a block
 that is split its experts are in RAM, and everything else, with its KV cache, is on the GPU. On a
 map without a GPU, blocks on disk are used where the system's page cache holds them when there is
 room for all of them, and arrive in a ring of buffers in RAM when there is not.
@@ -26,6 +27,15 @@ SCAN_CHUNK_TOKENS = 64
 
 SCORES_BYTES = 128 * MIB
 """Of scores that attention without a kernel of torch makes at a time, where it is computed in parts."""
+
+CACHE_PIECES = 4
+"""Pinned buffers that keys and values of visiting blocks pass, a piece at a time: half of them in each direction."""
+
+CACHES_GOING_BACK = 2
+"""Layers whose new keys and values are on the GPU still, on their way back to RAM."""
+
+_CACHE_PIECE_BYTES = 8 * MIB
+"""Of such a piece: it takes a bus a hundred times as long as to be told of it."""
 
 _EXPERTS_ON_THE_WAY = 4
 """One of so many experts of a layer has room where those of the CPU compute in a long sweep, one after the other."""
@@ -123,10 +133,16 @@ def longest_pass(plan: Plan, context: int, cached: int = 0, taken: Mapping[str, 
     taken = taken or {}
     spares = (use.spare - taken.get(use.device, 0) for use in plan.uses if use.device in computing)
     spare = min(spares, default=0)
-    room = activation_bytes(layout, plan.workload) + max(0, spare)
+
+    def needed(workload: Workload) -> int:
+        return activation_bytes(layout, workload) + max(
+            _visit_bytes(plan.placements, workload).values(), default=0
+        )
+
+    room = needed(plan.workload) + max(0, spare)
 
     def is_too_long(tokens: int) -> bool:
-        return activation_bytes(layout, Workload(context, batch, tokens)) > room
+        return needed(Workload(context, batch, tokens)) > room
 
     if not can_prefill_in_parts(layout) or not is_too_long(left):
         return left
@@ -187,7 +203,7 @@ def device_uses(
         )
         for device in placeable(machine)
     )
-    slots = _slot_bytes(layout, machine, placed, is_mapped=reads_mapped(machine, uses, placed))
+    slots = _slot_bytes(layout, machine, workload, placed, is_mapped=reads_mapped(machine, uses, placed))
     shared = {device.id for device in unified_pool(machine) if device.kind == "cpu"}
     uses = tuple(replace(use, slots=slots[use.device]) for use in uses)
     return tuple(use for use in uses if use.planned or use.device not in shared)
@@ -218,8 +234,8 @@ def _bytes_by_purpose(
         purposes["cpu"]["kept"] += place.home_bytes if place.kept else 0
         purposes[place.modules_on]["buffers"] += place.block.buffer_bytes
         purposes[place.compute]["kv_cache"] += workload.cache_bytes(place.block)
-    for device, visitors in _visitors(placed).items():  # keys and values come along, a block's at a time
-        purposes[device]["activations"] += max(workload.cache_bytes(block) for block in visitors)
+    for device, size in _visit_bytes(placed, workload).items():
+        purposes[device]["activations"] += size
     for device, kinds in _kinds_by_device(placed).items():
         # Looking up rows makes hidden states only.
         looks_up = kinds == {"embedding"}
@@ -236,6 +252,29 @@ def _bytes_by_purpose(
 def draft_bytes(draft: ModelLayout, workload: Workload) -> int:
     """Weights, buffers and KV cache of a draft model."""
     return sum(block.bytes + block.buffer_bytes + workload.cache_bytes(block) for block in draft.blocks)
+
+
+def cache_piece_bytes(visitors: Iterable[Block], workload: Workload) -> int:
+    """Of the keys or values of these blocks, what is copied at a time."""
+    most = max((workload.cache_bytes(block) // 2 for block in visitors), default=0)
+    return min(_CACHE_PIECE_BYTES, max(1, most))
+
+
+def new_cache_bytes(block: Block, workload: Workload) -> int:
+    """KV cache of the tokens of one prefill pass."""
+    return workload.batch * block.cache.bytes_for(min(workload.prefill_tokens, workload.context_length))
+
+
+def _visit_bytes(placed: Sequence[Placement], workload: Workload) -> dict[str, int]:
+    """GPU -> bytes of the keys and values of blocks on a visit.
+
+    They come along, a block's at a time; the new ones of the blocks before are on their way back.
+    """
+    return {
+        device: max(workload.cache_bytes(block) for block in visitors)
+        + min(CACHES_GOING_BACK, len(visitors)) * max(new_cache_bytes(block, workload) for block in visitors)
+        for device, visitors in _visitors(placed).items()
+    }
 
 
 def _visitors(placed: Sequence[Placement]) -> dict[str, list[Block]]:
@@ -257,7 +296,12 @@ def _kinds_by_device(placed: Sequence[Placement]) -> dict[str, set[str]]:
 
 
 def _slot_bytes(
-    layout: ModelLayout, machine: Machine, placed: Sequence[Placement], *, is_mapped: bool
+    layout: ModelLayout,
+    machine: Machine,
+    workload: Workload,
+    placed: Sequence[Placement],
+    *,
+    is_mapped: bool,
 ) -> Counter[str]:
     """Room in which blocks arrive: on the GPUs, and in RAM for those that come from the disk."""
     arriving: defaultdict[str, list[int]] = defaultdict(list)
@@ -271,6 +315,8 @@ def _slot_bytes(
         if place.way == "read" and place.compute != "cpu":
             staged[place.compute].append(size)
     slots = Counter[str]()
+    for visitors in _visitors(placed).values():
+        slots["cpu"] += CACHE_PIECES * cache_piece_bytes(visitors, workload)
     for place in placed:
         if place.is_split and place.prefill:
             slots[place.prefill] = max(slots[place.prefill], _on_the_way(place.block))

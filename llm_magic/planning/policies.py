@@ -19,9 +19,11 @@ from llm_magic.machine import Machine
 from llm_magic.model import Block, ModelLayout
 from llm_magic.plan import MemoryBudget, Workload
 from llm_magic.planning.costs import (
+    CACHES_GOING_BACK,
     activation_bytes,
     draft_bytes,
     logits_bytes,
+    new_cache_bytes,
     placeable,
     slots_for,
     streamed_bytes,
@@ -45,11 +47,15 @@ Homes = dict[int, str]  # index of a unit -> device
 
 @dataclass(frozen=True)
 class Unit:
-    """Blocks that move together. ``kept`` is what stays on the computing device: buffers, KV cache."""
+    """Blocks that move together. ``kept`` is what stays on the computing device: buffers, KV cache.
+
+    ``new_cache`` is the part of the latter that one prefill pass adds.
+    """
 
     blocks: tuple[Block, ...]
     weights: int
     kept: int
+    new_cache: int
     largest: int  # bytes of a slot for it
     is_layer: bool
     looks_up: bool
@@ -112,11 +118,13 @@ class Task:
     def kept(self, units: Sequence[Unit]) -> int:
         """Bytes that offloaded units need on a computing device, beside slots.
 
-        Those of a layer may be in RAM, and come along for a prompt, a layer's at a time.
+        Those of a layer may be in RAM, and come along for a prompt, a layer's at a time; what is new goes back.
         """
         there = [unit for unit in units if not (self.beside_cpu and unit.is_layer)]
         visits = self.beside_cpu and self.prefills
-        visiting = max((unit.kept for unit in units if visits and unit.is_layer), default=0)
+        visitors = [unit for unit in units if visits and unit.is_layer]
+        visiting = max((unit.kept for unit in visitors), default=0)
+        visiting += CACHES_GOING_BACK * max((unit.new_cache for unit in visitors), default=0)
         return visiting + sum(unit.kept + unit.logits for unit in there)
 
     @cached_property
@@ -271,6 +279,7 @@ def _unit(blocks: tuple[Block, ...], head: Block, layout: ModelLayout, workload:
         blocks=blocks,
         weights=sum(block.bytes for block in blocks),
         kept=sum(block.buffer_bytes + workload.cache_bytes(block) for block in blocks),
+        new_cache=sum(new_cache_bytes(block, workload) for block in blocks),
         largest=max(streamed_bytes(block, layout) for block in blocks),
         is_layer=any(block.kind in ("encoder", "decoder") for block in blocks),
         looks_up=all(block.looks_up for block in blocks),

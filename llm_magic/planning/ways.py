@@ -19,7 +19,9 @@ from functools import cached_property
 from llm_magic.model import Block
 from llm_magic.plan import DeviceUse, Placement
 from llm_magic.planning.costs import (
+    CACHE_PIECES,
     activation_bytes,
+    cache_piece_bytes,
     can_prefill_in_parts,
     reads_mapped,
     streamed_bytes,
@@ -298,6 +300,9 @@ class _Shares:
         uses = setting.uses(placed)
         room = next(use for use in uses if use.device == "cpu").spare
         room -= activation_bytes(setting.layout, setting.workload)
+        if _can_visit(setting):
+            blocks = (placed[i].block for i in candidates)
+            room -= CACHE_PIECES * cache_piece_bytes(blocks, setting.workload)
         self._streams = engine_of(setting, placed, uses)
         self._are_alike = len({_kind(placed[i]) for i in candidates}) == 1
         self.counts = self._counts_within(room)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
-_Name = tuple[str, Hashable]
+Name = tuple[str, Hashable]
 """Of a tensor in a layer: the attribute, and the key in it where that is a dictionary (``None``: it is none)."""
 
 
@@ -25,67 +26,30 @@ def _index(module: Any) -> int | None:
     return next((index for index in named if isinstance(index, int)), None)
 
 
-def find_layers(arguments: Iterable[Any], indices: Sequence[int]) -> list[Any] | None:
-    """These layers of the KV cache that is among a module's arguments; no layers when no cache is.
+def find_cache(arguments: Iterable[Any]) -> Any:
+    """The KV cache that is among a module's arguments; ``None`` when none is."""
+    return next((each for each in arguments if isinstance(getattr(each, "layers", None), list)), None)
+
+
+def find_layers(cache: Any, indices: Sequence[int]) -> list[Any] | None:
+    """These layers of a KV cache; no layers where there is no cache.
 
     ``None`` when there is a cache, and nobody knows what of it is the module's.
     """
-    for argument in arguments:
-        layers = getattr(argument, "layers", None)
-        if isinstance(layers, list):
-            is_known = bool(indices) and max(indices) < len(layers)
-            return [layers[index] for index in indices] if is_known else None
-    return []
+    if cache is None:
+        return []
+    is_known = bool(indices) and max(indices) < len(cache.layers)
+    return [cache.layers[index] for index in indices] if is_known else None
 
 
 def take_along(layer: Any, device: Any) -> None:
     """Move all tensors of a layer, as far as there are any, to ``device``: all of them, or none."""
     there = {name: value.to(device) for name, value in layer_tensors(layer).items() if value.device != device}
     if there:
-        _replace(layer, there, device)
+        put(layer, there, device)
 
 
-class Stay:
-    """A layer's keys and values on another device for one pass, and their way back.
-
-    Parameters
-    ----------
-    layer
-        Of the KV cache.
-    device, home
-        Torch devices: where the pass computes, and where the layer is between passes.
-    """
-
-    def __init__(self, layer: Any, device: Any, home: Any) -> None:
-        self._layer, self._home = layer, home
-        take_along(layer, home)  # a pass that failed may have left it elsewhere
-        self._before = layer_tensors(layer)
-        take_along(layer, device)
-
-    def end(self) -> None:
-        """Bring home what is new; what has only grown was there all the time."""
-        back = {name: self._brought(name, value) for name, value in layer_tensors(self._layer).items()}
-        if back:
-            _replace(self._layer, back, self._home)
-
-    def _brought(self, name: _Name, value: Any) -> Any:
-        import torch
-
-        before = self._before.get(name)
-        if before is None or not _has_grown(self._layer, before, value):
-            return value.to(self._home)
-        return torch.cat([before, value[..., before.shape[-2] :, :].to(self._home)], dim=-2)
-
-
-def _has_grown(layer: Any, before: Any, now: Any) -> bool:
-    """Whether tokens were added behind those that were there, which stay as they are."""
-    from transformers.cache_utils import DynamicLayer
-
-    both_have_tokens = before.dim() == now.dim() == 4  # [batch, heads, tokens, width]
-    return type(layer) is DynamicLayer and both_have_tokens and now.shape[-2] >= before.shape[-2]
-
-
-def layer_tensors(layer: Any) -> dict[_Name, Any]:
+def layer_tensors(layer: Any) -> dict[Name, Any]:
     """All that a layer keeps, by attribute, and by key where that is a dictionary: states are, by number or use."""
     import torch
 
@@ -97,7 +61,8 @@ def layer_tensors(layer: Any) -> dict[_Name, Any]:
     return {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
 
 
-def _replace(layer: Any, tensors: Mapping[_Name, Any], device: Any) -> None:
+def put(layer: Any, tensors: Mapping[Name, Any], device: Any) -> None:
+    """Let a layer keep these tensors from now on, which are on ``device``."""
     attributes = vars(layer)
     for (name, key), value in tensors.items():
         if key is None:
@@ -105,3 +70,60 @@ def _replace(layer: Any, tensors: Mapping[_Name, Any], device: Any) -> None:
         else:
             attributes[name][key] = value
     attributes["device"] = device
+
+
+def tokens_seen(layer: Any) -> int:
+    """Tokens of a sequence that were added to a layer, whether it keeps them all or the last ones."""
+    return int(layer.get_seq_length()) if hasattr(layer, "get_seq_length") else 0
+
+
+def is_plain(layer: Any) -> bool:
+    """Whether tokens are only added behind those that are there, as keys and values, and nothing else is kept."""
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+    return type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
+
+
+def rows_from(tensor: Any, first: int) -> Any:
+    """Keys or values ``[batch, heads, tokens, width]`` from a token on; anything else as a whole."""
+    return tensor[..., first:, :] if first else tensor
+
+
+class GrowingTensors:
+    """Keys and values in RAM with room behind their last token, so that more come without a copy of all.
+
+    Rows that were handed out are never written to again. What is cut, or has grown in another way, gets a new place.
+
+    Parameters
+    ----------
+    tokens
+        Room of a layer.
+    """
+
+    def __init__(self, tokens: int) -> None:
+        self._tokens = tokens
+        self._room: dict[int, tuple[Callable[[], Any], int]] = {}
+
+    def grown(self, before: Any, shape: Sequence[int]) -> Any:
+        """``before`` and the room behind it, as far as ``shape``; ``None`` when there is none. Once for each tensor."""
+        held, room = self._room.pop(id(before), (_no_tensor, 0))
+        if before is None or held() is not before or room < shape[-2] or before.shape[:-2] != shape[:-2]:
+            return None
+        return self._noted(before.as_strided(shape, before.stride(), before.storage_offset()), room)
+
+    def new(self, like: Any) -> Any:
+        """Memory in RAM for such a tensor, with room."""
+        import torch
+
+        room = max(self._tokens, like.shape[-2])
+        memory = torch.empty((*like.shape[:-2], room, like.shape[-1]), dtype=like.dtype)
+        return self._noted(memory[..., : like.shape[-2], :], room)
+
+    def _noted(self, tensor: Any, room: int) -> Any:
+        number = id(tensor)
+        self._room[number] = weakref.ref(tensor, lambda _: self._room.pop(number, None)), room
+        return tensor
+
+
+def _no_tensor() -> None:
+    """What is known of a tensor that came from elsewhere."""

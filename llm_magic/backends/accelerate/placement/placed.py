@@ -27,12 +27,14 @@ from llm_magic.backends.accelerate.placement.blocks import (
     is_equal,
     write_block,
 )
+from llm_magic.backends.accelerate.placement.cache_lane import CacheLane
 from llm_magic.backends.accelerate.placement.checkpoint import Checkpoint
 from llm_magic.backends.accelerate.placement.cpu_experts import CpuExperts, Rows
 from llm_magic.backends.accelerate.placement.expert_lanes import DeviceExperts, ExpertTraveller
 from llm_magic.backends.accelerate.placement.experts import advise_routed, find_stacks
 from llm_magic.backends.accelerate.placement.extents import Extent
-from llm_magic.backends.accelerate.placement.lanes import DeviceLane, Traveller
+from llm_magic.backends.accelerate.placement.lanes import DeviceLane, Traveller, make_streams
+from llm_magic.backends.accelerate.placement.layer_cache import layer_indices
 from llm_magic.backends.accelerate.placement.lookups import Tables
 from llm_magic.backends.accelerate.placement.mapped import MappedFiles
 from llm_magic.backends.accelerate.placement.model_device import models_in, show_device
@@ -43,7 +45,7 @@ from llm_magic.backends.accelerate.placement.stream import Watch
 from llm_magic.backends.accelerate.placement.uninterrupted import uninterrupted
 from llm_magic.backends.accelerate.placement.visits import Route, SweepHook, VisitingHook, Visits
 from llm_magic.plan import Placement, Plan
-from llm_magic.planning.costs import slots_for
+from llm_magic.planning.costs import cache_piece_bytes, slots_for
 from llm_magic.units import MIB
 
 Moved = Mapping[tuple[str, str], int]
@@ -182,6 +184,7 @@ class PlacedModel:
         self._checkpoint = Checkpoint(model, files)
         self._mapped = MappedFiles()
         self._lanes: dict[str, DeviceLane] = {}
+        self._cache_lanes: dict[str, CacheLane] = {}
         self._expert_lanes: dict[str, DeviceExperts] = {}
         self._cpu_experts: dict[str, list[CpuExperts]] = {}
         self._stream_hooks: list[hooks.StreamHook] = []
@@ -221,18 +224,21 @@ class PlacedModel:
         for device, lane in self._lanes.items():
             held[device]["slots"] += lane.slot_bytes
             held["cpu"]["slots"] += lane.staging_bytes
+        held["cpu"]["slots"] += sum(caches.staging_bytes for caches in self._cache_lanes.values())
         for device, experts in self._expert_lanes.items():
             held[device]["slots"] += experts.device_bytes
             held["cpu"]["slots"] += experts.staging_bytes
         return held
 
     def beyond_plan(self) -> dict[str, int]:
-        """Device -> bytes that experts have there of what the plan leaves spare."""
+        """Device -> bytes that experts, and keys and values ahead of their blocks, have there of what the plan leaves spare."""
         planned = {use.device: use.slots for use in self.plan.uses}
         held = {device: experts.device_bytes for device, experts in self._expert_lanes.items()}
         for device in held:
             held[device] += self._lanes[device].slot_bytes if device in self._lanes else 0
-        return {device: max(0, size - planned.get(device, 0)) for device, size in held.items()}
+        beyond = {device: max(0, size - planned.get(device, 0)) for device, size in held.items()}
+        ahead = {device: caches.bytes_ahead for device, caches in self._cache_lanes.items()}
+        return {device: beyond.get(device, 0) + ahead.get(device, 0) for device in beyond | ahead}
 
     def apply(self, plan: Plan, report: Report = lambda *_: None) -> Moved:
         """Move the blocks that ``plan`` places elsewhere.
@@ -293,6 +299,8 @@ class PlacedModel:
         """Tell ``watch`` of every wait for weights from now on; ``None``: nobody."""
         for lane in self.lanes:
             lane.watch = watch
+        for caches in self._cache_lanes.values():
+            caches.watch = watch
         for experts in self._expert_lanes.values():
             experts.watch(watch)
 
@@ -347,6 +355,8 @@ class PlacedModel:
             self._settle_hooks()
             for lane in self.lanes:
                 lane.settle()
+            for caches in self._cache_lanes.values():
+                caches.settle()
             self.visits.end()
             for experts in self._expert_lanes.values():
                 experts.settle()
@@ -651,6 +661,9 @@ class PlacedModel:
         for lane in self._lanes.values():
             lane.close()
         self._lanes.clear()
+        for caches in self._cache_lanes.values():
+            caches.close()
+        self._cache_lanes.clear()
         for experts in self._expert_lanes.values():
             experts.close()
         self._expert_lanes.clear()
@@ -689,7 +702,8 @@ class PlacedModel:
 
         Whatever is not pinned goes through staging, which is several times slower when it is not either.
         """
-        lanes: list[DeviceLane | DeviceExperts] = [*self._lanes.values(), *self._expert_lanes.values()]
+        lanes: list[DeviceLane | CacheLane | DeviceExperts] = [*self._lanes.values()]
+        lanes += [*self._cache_lanes.values(), *self._expert_lanes.values()]
         staging, was_refused = sum(lane.refused_bytes for lane in lanes), self._pins_no_more
         self._pins_no_more = False
         wanted = staging + _SPARE_PINNED_BYTES if staging or was_refused else 0
@@ -722,8 +736,9 @@ class PlacedModel:
                 hooks.align_inputs(block.module, block.place.compute, self._skip_keys)
         self.visits = Visits((plan or self.plan).long_sweep)
         for device, blocks in travellers.items():
-            self._attach_lane(device, blocks, align=len(devices) > 1)
+            self._attach_lane(device, blocks, plan or self.plan, align=len(devices) > 1)
         self._attach_experts(plan or self.plan)
+        self._let_caches_go_ahead(plan or self.plan)
         self._place_bare(plan or self.plan)
         self._attach_tables()
         self._attach_model(devices)
@@ -762,15 +777,19 @@ class PlacedModel:
         elif devices != {"cpu"}:
             hooks.align_both_ways(self.model, first, self._skip_keys)
 
-    def _attach_lane(self, device: str, blocks: list[PlacedBlock], *, align: bool) -> None:
+    def _attach_lane(self, device: str, blocks: list[PlacedBlock], plan: Plan, *, align: bool) -> None:
         travellers: list[Traveller] = [(b.tensors, b.store) for b in blocks if b.store is not None]
         lane = DeviceLane(device, travellers, self._slots(device), self._streams(device))
         self._lanes[device] = lane
-        if any(block.visits for block in blocks):
-            self.visits.add(lane.lane, [number for number, block in enumerate(blocks) if block.travels])
+        visitors = [block for block in blocks if block.visits]
+        if visitors:
+            caches = self._cache_lanes[device] = self._cache_lane(device, visitors, plan)
+            usual = [number for number, block in enumerate(blocks) if block.travels]
+            self.visits.add(lane.lane, usual, caches)
+        order = {block.name: number for number, block in enumerate(visitors)}
         for number, (block, (tensors, _)) in enumerate(zip(blocks, travellers, strict=True)):
             if block.visits:
-                self._attach_visitor(device, block, lane, number)
+                self._attach_visitor(device, block, lane, number, order[block.name])
                 continue
             hook = hooks.StreamHook(
                 tensors,
@@ -786,15 +805,41 @@ class PlacedModel:
             hooks.attach(block.module, hook)
         lane.lane.prime()
 
-    def _attach_visitor(self, device: str, block: PlacedBlock, lane: DeviceLane, number: int) -> None:
+    def _cache_lane(self, device: str, visitors: Sequence[PlacedBlock], plan: Plan) -> CacheLane:
+        """What brings the keys and values of these blocks to a device."""
+        import torch
+
+        workload = plan.workload
+        return CacheLane(
+            torch.device(device),
+            [layer_indices(block.module) for block in visitors],
+            cache_piece_bytes((block.place.block for block in visitors), workload),
+            lambda: self._streams(device) or make_streams(device),
+            workload.context_length,
+        )
+
+    def _let_caches_go_ahead(self, plan: Plan) -> None:
+        """Keys and values may come before their block does where the plan leaves the room spare for a second layer's."""
+        taken = self.beyond_plan()
+        for use in plan.uses:
+            caches = self._cache_lanes.get(use.device)
+            visitors = [place.block for place in plan.placements if place.prefill == use.device]
+            size = max(map(plan.workload.cache_bytes, visitors), default=0) if len(visitors) > 1 else 0
+            if caches is not None and size <= use.spare - taken.get(use.device, 0):
+                caches.let_go_ahead(size)
+
+    def _attach_visitor(
+        self, device: str, block: PlacedBlock, lane: DeviceLane, number: int, visitor: int
+    ) -> None:
         import torch
 
         assert block.store is not None
+        there = torch.device(device)
         hook = VisitingHook(
             block.tensors,
             block.tensors.binding(block.store.tensors()),
             self.visits,
-            Route(lane.lane, number, lane.bindings(number), torch.device(device)),
+            Route(lane.lane, number, lane.bindings(number), there, self._cache_lanes[device], visitor),
             skip_keys=self._skip_keys,
         )
         self._visiting_hooks[block.name] = hook

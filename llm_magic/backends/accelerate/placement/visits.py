@@ -2,8 +2,8 @@
 
 A CPU decodes a token as fast as it reads the weights, but it multiplies slowly: a prompt is read many
 times faster by a GPU to which its blocks stream like any others. So in a long sweep a lane brings
-them, with their keys and values, which go back to RAM behind each block. In all other sweeps they are
-no part of what the lane brings, and compute where they are.
+them, and a `CacheLane` their keys and values, of which the new ones go back to RAM behind each block. In all other
+sweeps they are no part of what the lane brings, and compute where they are.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from accelerate.hooks import AlignDevicesHook
 from accelerate.utils import send_to_device
 
 from llm_magic.backends.accelerate.placement.blocks import Binding, BlockTensors
+from llm_magic.backends.accelerate.placement.cache_lane import CacheLane
 from llm_magic.backends.accelerate.placement.hooks import InputHook
-from llm_magic.backends.accelerate.placement.layer_cache import Stay, find_layers, layer_indices, take_along
+from llm_magic.backends.accelerate.placement.layer_cache import find_cache, find_layers, layer_indices
 from llm_magic.backends.accelerate.placement.packing import bind
 from llm_magic.backends.accelerate.placement.stream import Lane
 from llm_magic.backends.accelerate.placement.uninterrupted import uninterrupted
@@ -42,26 +43,41 @@ class Visits:
         self.is_on = False
         self._long_sweep = long_sweep
         self._lanes: dict[Lane, tuple[int, ...]] = {}
+        self._caches: list[CacheLane] = []
 
-    def add(self, lane: Lane, usual: Sequence[int]) -> None:
-        """A lane that brings blocks on visits; ``usual`` are the numbers of those that always travel."""
+    def add(self, lane: Lane, usual: Sequence[int], caches: CacheLane) -> None:
+        """A lane that brings blocks on visits; ``usual`` are the numbers of those that always travel.
+
+        ``caches`` brings their keys and values.
+        """
         self._lanes[lane] = tuple(usual)
+        self._caches.append(caches)
         lane.follow(usual)
 
-    def begin(self, tokens: int) -> None:
-        """A sweep over so many tokens begins."""
+    def begin(self, tokens: int, cache: Any = None) -> None:
+        """A sweep over so many tokens begins, behind those in a KV cache."""
         is_long = 0 < self._long_sweep <= tokens
         if is_long:
             self.is_on = True  # first: then an interrupt in the midst of this is mended by `end`
             for lane, usual in self._lanes.items():
                 lane.follow(None, then=usual)
                 lane.prime()
+            for caches in self._caches:
+                caches.prepare(cache, 0)
         else:
             self.end()
+
+    def finish(self) -> None:
+        """All blocks have computed: wait until the new keys and values are in RAM, and end it."""
+        for caches in self._caches:
+            caches.finish()
+        self.end()
 
     def end(self) -> None:
         """It is over, or will never be."""
         if self.is_on:
+            for caches in self._caches:
+                caches.settle()
             for lane, usual in self._lanes.items():
                 lane.follow(usual)
                 lane.prime()
@@ -80,12 +96,16 @@ class Route:
         For each slot of the lane, what puts the slot's views into the block.
     device
         The torch device.
+    caches, visitor
+        What brings its keys and values, and its number there.
     """
 
     lane: Lane
     index: int
     bindings: Sequence[Binding]
     device: Any
+    caches: CacheLane
+    visitor: int
 
 
 class VisitingHook(AlignDevicesHook):  # type: ignore[misc]  # accelerate has no types
@@ -130,15 +150,17 @@ class VisitingHook(AlignDevicesHook):  # type: ignore[misc]  # accelerate has no
 
     def pre_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ARG002 (Accelerate's signature)
         """Be where the sweep computes, with the inputs."""
-        layers = find_layers((*args, *kwargs.values()), self._indices)
+        cache = find_cache((*args, *kwargs.values()))
+        layers, caches = find_layers(cache, self._indices), self._route.caches
         self._own.stays = []
         if self._starts_away(can_go=layers is not None):
             where = self._route.device
-            self._own.stays = [Stay(layer, where, self._host) for layer in layers or ()]
+            self._own.stays = [caches.visit(layer) for layer in layers or ()]
+            caches.prepare(cache, self._route.visitor + 1)
         else:
             where = self._host
             for layer in layers or ():
-                take_along(layer, where)  # a pass that failed may have left it elsewhere
+                caches.come_home(layer)
         return send_to_device(args, where), send_to_device(kwargs, where, skip_keys=self.skip_keys)
 
     def post_forward(self, module: Any, output: Any) -> Any:  # noqa: ARG002
@@ -197,11 +219,11 @@ class SweepHook(InputHook):
         self._visits = visits
 
     def pre_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
-        self._visits.begin(_tokens(*args, **kwargs))
+        self._visits.begin(_tokens(*args, **kwargs), find_cache((*args, *kwargs.values())))
         return super().pre_forward(module, *args, **kwargs)
 
     def post_forward(self, module: Any, output: Any) -> Any:
-        self._visits.end()
+        self._visits.finish()
         return super().post_forward(module, output)
 
 
