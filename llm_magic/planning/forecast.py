@@ -8,7 +8,8 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 
-from llm_magic.plan import DeviceUse, Forecast, Placement
+from llm_magic.plan import DeviceUse, Forecast, Placement, Plan
+from llm_magic.planning.constants import Constants
 from llm_magic.planning.costs import reads_mapped
 from llm_magic.planning.packed import kernel_of
 from llm_magic.planning.setting import Setting
@@ -24,6 +25,7 @@ from llm_magic.planning.sweep import (
     seconds,
     slowest,
     sweep_of,
+    tokens_before,
 )
 
 _USUALLY_LONG = 32
@@ -36,7 +38,7 @@ llama.cpp has its GPU compute from as many on what lies in RAM.
 def make_forecast(setting: Setting, placed: Sequence[Placement], uses: Sequence[DeviceUse]) -> Forecast:
     """Decode and prefill speed; 0 and ``"unknown"`` when a needed bandwidth is not known.
 
-    Decode is the rate right after a prompt of ``prefill_tokens``, one token a sweep. Each sweep
+    Prefill is the rate of a prompt of ``prefill_tokens``, decode that right after it, one token a sweep. Each sweep
     serves ``batch`` sequences.
     """
     workload, engine = setting.workload, engine_of(setting, placed, uses)
@@ -47,7 +49,9 @@ def make_forecast(setting: Setting, placed: Sequence[Placement], uses: Sequence[
     bound = slowest(legs)
     decode_tps = workload.batch / max(bound.seconds, 1e-9)
     limit_tps = workload.batch / max(_least_seconds(decode, engine), 1e-9)
-    prefill_tps = _prefill_tps(setting, in_long_sweep(placed), engine)
+    tokens = min(workload.prefill_tokens, workload.context_length)
+    prompt_s = _prompt_s(setting, placed, engine, tokens)
+    prefill_tps = tokens * workload.batch / max(prompt_s, 1e-9) if prompt_s is not None else 0.0
     return Forecast(decode_tps, prefill_tps, bound.words, moved, limit_tps)
 
 
@@ -56,10 +60,13 @@ def long_sweep_of(setting: Setting, placed: Sequence[Placement], uses: Sequence[
     if not any(place.prefill for place in placed):
         return 0
     workload, engine = setting.workload, engine_of(setting, placed, uses)
-    streamed = in_long_sweep(placed)
+    streamed, cached = in_long_sweep(placed), tokens_before(workload, setting.layout)
 
     def is_long(tokens: int) -> bool:
-        pair = (sweep_of(setting.layout, workload, each, tokens=tokens) for each in (streamed, placed))
+        pair = (
+            sweep_of(setting.layout, workload, each, tokens=tokens, cached=cached)
+            for each in (streamed, placed)
+        )
         there, here = (seconds(sweep, engine, is_prefill=True) for sweep in pair)
         return tokens >= _USUALLY_LONG if there is None or here is None else there < here
 
@@ -82,12 +89,24 @@ def engine_of(setting: Setting, placed: Sequence[Placement], uses: Sequence[Devi
     )
 
 
-def _prefill_tps(setting: Setting, placed: Sequence[Placement], engine: Engine) -> float:
-    workload = setting.workload
-    tokens = min(workload.prefill_tokens, workload.context_length)
-    sweep = sweep_of(setting.layout, workload, placed, tokens=tokens)
-    spent = seconds(sweep, engine, is_prefill=True)
-    return tokens * workload.batch / max(spent, 1e-9) if spent is not None else 0.0
+def prompt_seconds(plan: Plan, tokens: int) -> float | None:
+    """How long it takes to read a prompt of so many tokens, pass by pass; ``None`` when a bandwidth is unknown."""
+    setting = Setting.of(plan, Constants.from_json(plan.constants))
+    return _prompt_s(setting, plan.placements, engine_of(setting, plan.placements, plan.uses), tokens)
+
+
+def _prompt_s(setting: Setting, placed: Sequence[Placement], engine: Engine, tokens: int) -> float | None:
+    """Each pass finds what the ones before it have left in the KV cache."""
+    layout, workload, streamed = setting.layout, setting.workload, in_long_sweep(placed)
+    spent = 0.0
+    for cached in range(0, tokens, workload.prefill_tokens):
+        new = min(workload.prefill_tokens, tokens - cached)
+        sweep = sweep_of(layout, workload, streamed, tokens=new, cached=cached)
+        each = seconds(sweep, engine, is_prefill=True)
+        if each is None:
+            return None
+        spent += each
+    return spent
 
 
 def _moved(sweep: Sweep, engine: Engine) -> dict[tuple[str, str], int]:

@@ -21,7 +21,7 @@ from llm_magic.planning.budget import device_name, make_budget
 from llm_magic.planning.constants import Constants
 from llm_magic.planning.costs import dtype_bytes, placeable, reads_mapped
 from llm_magic.planning.device_map import read_device_map, resolve_device_map
-from llm_magic.planning.forecast import long_sweep_of, make_forecast
+from llm_magic.planning.forecast import long_sweep_of, make_forecast, prompt_seconds
 from llm_magic.planning.policies import POLICIES
 from llm_magic.planning.policies import auto as _auto
 from llm_magic.planning.setting import Setting
@@ -137,10 +137,8 @@ def with_room_for_prompts(plan: Plan, planned: Callable[[int], Plan]) -> Plan:
 
 
 def _answer_s(plan: Plan) -> float:
-    forecast = plan.forecast
-    if not forecast.decode_tps or not forecast.prefill_tps:
-        return math.inf
-    return _PROMPT / forecast.prefill_tps + _ANSWER / forecast.decode_tps
+    decode_tps, prompt_s = plan.forecast.decode_tps, prompt_seconds(plan, _PROMPT)
+    return prompt_s + _ANSWER / decode_tps if decode_tps and prompt_s else math.inf
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from llm_magic.machine import Machine
 from llm_magic.model import Block, ModelLayout
 from llm_magic.plan import Placement, Workload
 from llm_magic.planning.constants import Constants
-from llm_magic.planning.costs import dtype_bytes, streamed_bytes
+from llm_magic.planning.costs import can_prefill_in_parts, dtype_bytes, streamed_bytes
 from llm_magic.planning.packed import EXPERTS_IN_RUNS_BYTES, Kernel, share_of
 from llm_magic.units import format_bandwidth
 
@@ -78,7 +78,8 @@ class Sweep:
     ``reads``: device -> bytes of weights and caches that it computes with, of which ``mapped`` lie in
     the page cache and ``packed`` must be unpacked; ``copied``: device -> bytes that it reads and writes before
     that; ``moves``: (where from, computing device) -> bytes,
-    of which ``routed`` are known to be needed only when the block runs; ``layers``: device -> layers;
+    of which ``routed`` are known to be needed only when the block runs; ``staged``: GPU -> bytes of them that are
+    copied to or from pinned buffers in RAM on the way; ``layers``: device -> layers;
     ``splits``: device -> layers of which it computes the experts alone; ``experts``: device -> those that a GPU's host
     launches one after the other, of which one that comes alone counts several times; ``flops``: device -> operations.
     """
@@ -89,6 +90,7 @@ class Sweep:
     copied: Counter[str] = field(default_factory=Counter)
     moves: Counter[Way] = field(default_factory=Counter)
     routed: Counter[Way] = field(default_factory=Counter)
+    staged: Counter[str] = field(default_factory=Counter)
     layers: Counter[str] = field(default_factory=Counter)
     splits: Counter[str] = field(default_factory=Counter)
     experts: Counter[str] = field(default_factory=Counter)
@@ -111,26 +113,45 @@ class Leg:
 
 
 def in_long_sweep(placed: Iterable[Placement]) -> tuple[Placement, ...]:
-    """The placements as a sweep of many tokens finds them: blocks of the CPU stream to where they prefill."""
+    """The placements as a sweep of many tokens finds them: blocks of the CPU stream to where they prefill.
+
+    Those that have their keys and values in RAM still name that device as their ``prefill``: they visit it.
+    """
     return tuple(
-        replace(place, compute=place.prefill, prefill="", is_split=False) if place.prefill else place
+        replace(place, compute=place.prefill, prefill="" if place.is_split else place.prefill, is_split=False)
+        if place.prefill
+        else place
         for place in placed
     )
 
 
-def sweep_of(layout: ModelLayout, workload: Workload, placed: Iterable[Placement], *, tokens: int) -> Sweep:
-    """What a pass over ``tokens`` tokens of each sequence does, every block where it computes."""
+def tokens_before(workload: Workload, layout: ModelLayout) -> int:
+    """Tokens that the KV cache holds before a pass through a prompt, half-way through the context."""
+    if not can_prefill_in_parts(layout):
+        return 0
+    return max(0, workload.context_length - workload.prefill_tokens) // 2
+
+
+def sweep_of(
+    layout: ModelLayout, workload: Workload, placed: Iterable[Placement], *, tokens: int, cached: int = 0
+) -> Sweep:
+    """What a pass over ``tokens`` tokens of each sequence does, every block where it computes.
+
+    ``cached`` tokens are in the KV cache before a prefill.
+    """
     alike: dict[object, tuple[Placement, int]] = {}
     for place in placed:
-        key = (place.block.likeness, place.home, place.compute, place.kept, place.is_split)
+        key = (place.block.likeness, place.home, place.compute, place.kept, place.is_split, place.prefill)
         alike[key] = place, alike.get(key, (place, 0))[1] + 1
     whole = Sweep()
     for place, times in alike.values():
-        whole.add(block_sweep(layout, workload, place, tokens=tokens), times)
+        whole.add(block_sweep(layout, workload, place, tokens=tokens, cached=cached), times)
     return whole
 
 
-def block_sweep(layout: ModelLayout, workload: Workload, place: Placement, *, tokens: int) -> Sweep:
+def block_sweep(
+    layout: ModelLayout, workload: Workload, place: Placement, *, tokens: int, cached: int = 0
+) -> Sweep:
     """The part of one block; an encoder runs once, in the prefill, and an idle block never."""
     block, device, part = place.block, place.compute, Sweep()
     source = "cpu" if place.kept else place.home
@@ -139,9 +160,9 @@ def block_sweep(layout: ModelLayout, workload: Workload, place: Placement, *, to
     if place.is_looked_up:  # a few rows, wherever they are
         return part
     if place.is_split:
-        return _split_sweep(layout, workload, place, tokens=tokens)
+        return _split_sweep(layout, workload, place, tokens=tokens, cached=cached)
     read = _read_bytes(block, layout, tokens)
-    part.reads[device] = read + _cache_read(block, workload)
+    part.reads[device] = read + _cache_read(block, workload, tokens, cached)
     is_layer = block.kind in ("encoder", "decoder")
     if layout.quantization and is_layer:
         part.packed[device] = read
@@ -152,24 +173,39 @@ def block_sweep(layout: ModelLayout, workload: Workload, place: Placement, *, to
     part.layers[device] = int(is_layer)
     if device != "cpu" and tokens > 1:
         part.experts[device] = _launched_experts(layout, workload, place, tokens=tokens)
-    part.flops[device] = _flops(block, tokens) * workload.batch
+    part.flops[device] = _flops(block, layout, tokens, cached) * workload.batch
     if source != device:
         part.moves[source, device] = _moved_bytes(block, layout, workload, tokens)
         part.routed[source, device] = _routed_bytes(block, workload, tokens)
+    if place.prefill == device:
+        part.add(_visiting_cache(block, workload, device, tokens=tokens, cached=cached))
     return part
 
 
-def _split_sweep(layout: ModelLayout, workload: Workload, place: Placement, *, tokens: int) -> Sweep:
+def _visiting_cache(block: Block, workload: Workload, device: str, *, tokens: int, cached: int) -> Sweep:
+    """The way of keys and values that are in RAM: all that there are to the GPU, and the new ones back."""
+    part = Sweep()
+    there, back = (workload.batch * block.cache.bytes_for(count) for count in (cached, tokens))
+    part.moves["cpu", device], part.moves[device, "cpu"] = there, back
+    part.staged[device] = there + back
+    return part
+
+
+def _split_sweep(
+    layout: ModelLayout, workload: Workload, place: Placement, *, tokens: int, cached: int
+) -> Sweep:
     """The part of a block whose experts the CPU computes; what goes to them and comes back is a few rows."""
     rest, part = place.rest_bytes, Sweep()
     experts = place.block.expert_bytes - _idle_expert_bytes(place.block, workload, tokens)
-    part.reads.update({place.compute: rest + _cache_read(place.block, workload), "cpu": experts})
+    part.reads["cpu"] = experts
+    part.reads[place.compute] = rest + _cache_read(place.block, workload, tokens, cached)
     if layout.quantization:
         part.packed.update({place.compute: rest, "cpu": experts})
     part.layers[place.compute], part.splits["cpu"] = 1, 1
-    flops = _flops(place.block, tokens) * workload.batch
+    flops = _flops(place.block, layout, tokens) * workload.batch
     part.flops["cpu"] = flops * experts // max(rest + experts, 1)
-    part.flops[place.compute] = flops - part.flops["cpu"]
+    attention = _attention_flops(place.block, layout, tokens, cached) * workload.batch
+    part.flops[place.compute] = flops - part.flops["cpu"] + attention
     return part
 
 
@@ -310,16 +346,19 @@ def _waits(sweep: Sweep, engine: Engine) -> tuple[Leg, ...]:
 
 
 def _buses(sweep: Sweep, engine: Engine) -> tuple[Leg, ...] | None:
-    """The way to each GPU; what comes from the disk takes it too."""
-    counts = Counter[str]()
-    for (_, target), count in sweep.moves.items():
-        counts[target] += count if target != "cpu" else 0
+    """The way to each GPU, which what comes from the disk takes too, and the way back: a bus carries both at once."""
+    counts = Counter[Way]()
+    for (source, target), count in sweep.moves.items():
+        if target != "cpu":
+            counts["to", target] += count
+        elif source != "disk":
+            counts["from", source] += count
     legs = []
-    for target, count in (+counts).items():
-        speed = _bus_speed(target, engine)
+    for (direction, device), count in (+counts).items():
+        speed = _bus_speed(device, engine)
         if not speed:
             return None
-        legs.append(Leg(_bus_words(target, engine), count / speed, "bus_share"))
+        legs.append(Leg(_bus_words(device, engine, direction), count / speed, "bus_share"))
     return tuple(legs)
 
 
@@ -334,8 +373,8 @@ def _bus_speed(device: str, engine: Engine) -> float:
     return link_bytes_per_s(engine.machine, device) * engine.constants.bus_share
 
 
-def _bus_words(device: str, engine: Engine) -> str:
-    return f"bus to {device}, {format_bandwidth(link_bytes_per_s(engine.machine, device))}"
+def _bus_words(device: str, engine: Engine, direction: str = "to") -> str:
+    return f"bus {direction} {device}, {format_bandwidth(link_bytes_per_s(engine.machine, device))}"
 
 
 def _disk(sweep: Sweep, engine: Engine) -> tuple[Leg, ...] | None:
@@ -355,16 +394,21 @@ def disk_bytes_per_s(machine: Machine) -> float:
 
 
 def _ram(sweep: Sweep, engine: Engine) -> tuple[Leg, ...]:
-    """Buses and CPU share what RAM gives; it matters when more than one of them takes from it."""
+    """Buses and CPU share what RAM gives; it matters when more than one of them takes from it.
+
+    What is staged is read and written once more, by the CPU.
+    """
     machine = engine.machine
     alone = machine.device("cpu").read_bytes_per_s if machine.has("cpu") else 0.0
     targets = {target for (_, target), count in sweep.moves.items() if count and target != "cpu"}
     links = [0.0, *(machine.bytes_per_s("cpu", target) for target in targets)]
     speed = engine.constants.dram_factor * max(alone, *links)
-    takers = len(targets) + bool(sweep.reads["cpu"])
+    staged = sum(sweep.staged.values())
+    takers = len(targets) + bool(sweep.reads["cpu"] or staged)
     if takers < 2 or not speed:
         return ()
-    count = _copies(sweep) + sweep.reads["cpu"]
+    returned = sum(count for (_, target), count in sweep.moves.items() if target == "cpu") if staged else 0
+    count = _copies(sweep) + returned + 2 * staged + sweep.reads["cpu"]
     return (Leg(f"RAM for CPU and buses, {format_bandwidth(speed)}", count / speed, "dram_factor"),)
 
 
@@ -416,16 +460,24 @@ def _gathered_bytes(block: Block, workload: Workload, tokens: int) -> int:
     return 2 * workload.batch * block.expert_bytes * block.active_experts // block.experts
 
 
-def _cache_read(block: Block, workload: Workload) -> int:
-    tokens = min(workload.prefill_tokens, workload.context_length)
-    return workload.batch * block.cache.bytes_for(tokens)
+def _cache_read(block: Block, workload: Workload, tokens: int, cached: int) -> int:
+    whole = cached + tokens if cached else workload.prefill_tokens
+    return workload.batch * block.cache.bytes_for(min(whole, workload.context_length))
 
 
-def _flops(block: Block, tokens: int) -> int:
+def _flops(block: Block, layout: ModelLayout, tokens: int, cached: int = 0) -> int:
     """Two operations for each weight that works on a token; the head works on the last one only."""
     if block.kind not in ("encoder", "decoder") or not block.bytes:
         return 0
-    return 2 * tokens * block.parameters * block.bytes_per_token // block.bytes
+    weights = 2 * tokens * block.parameters * block.bytes_per_token // block.bytes
+    return weights + _attention_flops(block, layout, tokens, cached)
+
+
+def _attention_flops(block: Block, layout: ModelLayout, tokens: int, cached: int) -> int:
+    """Of each token with those before the pass: two operations for each value of its query, and two for its output."""
+    cache = block.cache
+    reach = min(cached, cache.window or cached) if cache.bytes_per_token else 0
+    return 4 * tokens * reach * layout.hidden_size
 
 
 def _memory(device: str) -> str:

@@ -38,6 +38,7 @@ from llm_magic.planning.sweep import (
     link_bytes_per_s,
     seconds,
     sweep_of,
+    tokens_before,
 )
 
 ANSWER_TOKENS = 64
@@ -210,10 +211,11 @@ def _kept(placed: Placements, chosen: Sequence[int]) -> Placements:
 
 @dataclass(frozen=True)
 class _Swap:
-    """What changes in a sweep that decodes, and in a prefill, when the CPU computes a block."""
+    """What changes when the CPU computes a block: in a sweep that decodes, in a prefill, and in one that it visits."""
 
     decode: Sweep
     prefill: Sweep
+    visit: Sweep
 
 
 def _with_cpu(setting: Setting, placed: Placements) -> Placements:
@@ -329,7 +331,7 @@ class _Shares:
         decode_s = self._times.decode_s(chosen, self._mixed)
         if decode_s is None:
             return None
-        here_s, there_s = self._times.prefill_s(chosen, self._mixed), self._streamed_prefill_s
+        here_s, there_s = (self._times.prefill_s(chosen, self._mixed, visits=v) for v in (False, True))
         visits = has_room_to_visit and _can_visit(self._setting) and (not here_s or there_s <= here_s)
         return _Share(decode_s, there_s if visits else here_s, visits)
 
@@ -430,7 +432,8 @@ def _answer_s(setting: Setting, placed: Placements) -> float | None:
     engine = engine_of(setting, placed, setting.uses(placed))
     tokens = min(workload.prefill_tokens, workload.context_length)
     decode_s = seconds(sweep_of(layout, workload, placed, tokens=1), engine)
-    prompt = sweep_of(layout, workload, in_long_sweep(placed), tokens=tokens)
+    cached = tokens_before(workload, layout)
+    prompt = sweep_of(layout, workload, in_long_sweep(placed), tokens=tokens, cached=cached)
     prefill_s = seconds(prompt, engine, is_prefill=True) or 0.0
     return None if decode_s is None else decode_s + prefill_s / ANSWER_TOKENS
 
@@ -444,33 +447,39 @@ class _Times:
     def __init__(self, setting: Setting, placed: Placements, candidates: Sequence[int]) -> None:
         layout, workload = setting.layout, setting.workload
         self._tokens = min(workload.prefill_tokens, workload.context_length)
-        self._whole = _Swap(*(sweep_of(layout, workload, placed, tokens=n) for n in (1, self._tokens)))
+        self._cached = tokens_before(workload, layout)
+        self._decode = sweep_of(layout, workload, placed, tokens=1)
+        self._prefill = sweep_of(layout, workload, placed, tokens=self._tokens, cached=self._cached)
         self._kinds = {i: _kind(placed[i]) for i in candidates}
         examples = {kind: placed[i] for i, kind in self._kinds.items()}
         self._swaps = {kind: self._swap(setting, place) for kind, place in examples.items()}
 
     def decode_s(self, chosen: Sequence[int], engine: Engine) -> float | None:
-        return seconds(self._sweep(chosen, lambda swap: swap.decode), engine)
+        return seconds(self._sweep(self._decode, chosen, lambda swap: swap.decode), engine)
 
-    def prefill_s(self, chosen: Sequence[int], engine: Engine) -> float:
+    def prefill_s(self, chosen: Sequence[int], engine: Engine, *, visits: bool = False) -> float:
         """0 when it is unknown: then decoding alone decides."""
-        return seconds(self._sweep(chosen, lambda swap: swap.prefill), engine, is_prefill=True) or 0.0
+        sweep = self._sweep(self._prefill, chosen, lambda swap: swap.visit if visits else swap.prefill)
+        return seconds(sweep, engine, is_prefill=True) or 0.0
 
-    def _sweep(self, chosen: Sequence[int], of: Callable[[_Swap], Sweep]) -> Sweep:
+    def _sweep(self, whole: Sweep, chosen: Sequence[int], of: Callable[[_Swap], Sweep]) -> Sweep:
         sweep = Sweep()
-        sweep.add(of(self._whole))
+        sweep.add(whole)
         for kind, times in Counter(self._kinds[i] for i in chosen).items():
             sweep.add(of(self._swaps[kind]), times)
         return sweep
 
     def _swap(self, setting: Setting, place: Placement) -> _Swap:
-        there = replace(place, compute="cpu")
-        changes = []
-        for tokens in (1, self._tokens):
-            change = block_sweep(setting.layout, setting.workload, there, tokens=tokens)
-            change.add(block_sweep(setting.layout, setting.workload, place, tokens=tokens), -1)
-            changes.append(change)
-        return _Swap(*changes)
+        by_cpu, visiting = replace(place, compute="cpu"), replace(place, prefill=place.compute)
+
+        def change(there: Placement, tokens: int, cached: int) -> Sweep:
+            swap = block_sweep(setting.layout, setting.workload, there, tokens=tokens, cached=cached)
+            before = block_sweep(setting.layout, setting.workload, place, tokens=tokens, cached=cached)
+            swap.add(before, -1)
+            return swap
+
+        prefill = (change(there, self._tokens, self._cached) for there in (by_cpu, visiting))
+        return _Swap(change(by_cpu, 1, 0), *prefill)
 
 
 def _kind(place: Placement) -> tuple[object, ...]:
