@@ -18,9 +18,11 @@ from llm_magic.model import CacheCost, ModelLayout
 from llm_magic.plan import Placement, Plan, Workload
 from llm_magic.planning.constants import Constants, limits
 from llm_magic.planning.fitting import fit
+from llm_magic.planning.forecast import engine_of, prompt_seconds
 from llm_magic.planning.planner import make_plan
 from llm_magic.planning.policies import POLICIES
 from llm_magic.planning.setting import Setting
+from llm_magic.planning.sweep import block_sweep, in_long_sweep, parts, sweep_of
 from llm_magic.planning.ways import shared_out
 from llm_magic.units import GIB, KIB, MIB
 from tests.layouts import (
@@ -337,6 +339,75 @@ def test_a_sweep_is_long_from_where_streaming_is_faster_on():
     assert plan_for(llama8b(), with_flops(cpu=1e11), HALF).long_sweep < plan.long_sweep
     assert plan_for(llama8b(), with_flops(cpu=0), HALF).long_sweep == 32
     assert plan_for(llama8b(), without_cpu(), HALF).long_sweep == 0
+
+
+LAYER_BYTES, TOKEN_BYTES = 2 * 218_112_000, 4096  # of a layer, and of a token's keys and values in it
+
+
+def test_keys_and_values_of_a_block_that_visits_cross_the_bus_both_ways():
+    plan = plan_for(llama8b(), h100(), HALF)
+    visiting = next(place for place in in_long_sweep(plan.placements) if place.prefill)
+    sweep = block_sweep(plan.layout, plan.workload, visiting, tokens=64, cached=400)
+    assert sweep.moves["cpu", "cuda:0"] == LAYER_BYTES + 400 * TOKEN_BYTES
+    assert sweep.moves["cuda:0", "cpu"] == 64 * TOKEN_BYTES
+    assert sweep.staged["cuda:0"] == 464 * TOKEN_BYTES
+    # 4096 values of a query, and as many of the output, for each token with each of those before it
+    products = 2 * 64 * 218_112_000
+    assert sweep.flops["cuda:0"] == pytest.approx(products + 4 * 64 * 400 * 4096, rel=1e-3)
+    streamed = replace(visiting, prefill="")
+    sweep = block_sweep(plan.layout, plan.workload, streamed, tokens=64, cached=400)
+    assert +sweep.moves == {("cpu", "cuda:0"): LAYER_BYTES}
+    assert not +sweep.staged
+
+
+def test_each_pass_of_a_prompt_takes_along_what_the_ones_before_have_left():
+    plan = plan_for(llama8b(), h100(), HALF)
+    bus = 0.97 * 5.47e10
+    first_s = 16 * LAYER_BYTES / bus
+    assert prompt_seconds(plan, 512) == pytest.approx(first_s)
+    assert prompt_seconds(plan, 512) == pytest.approx(512 / plan.forecast.prefill_tps)
+    second_s = (16 * LAYER_BYTES + 6 * 512 * TOKEN_BYTES) / bus
+    assert prompt_seconds(plan, 1024) == pytest.approx(first_s + second_s)
+    unknown = replace(h100(), links=())
+    assert prompt_seconds(plan_for(llama8b(), unknown, HALF), 512) is None
+
+
+def test_new_keys_and_values_on_their_way_back_may_be_what_a_prompt_waits_for():
+    # 2 MiB for each token of a layer: 1 GiB of new ones from each of 16, beside 436 MB to each; RAM, which
+    # gives twice the CPU's 60 GB/s, sees them three times
+    blocks = tuple(
+        replace(b, cache=CacheCost(2 * MIB)) if b.kind == "decoder" else b for b in llama8b().blocks
+    )
+    plan = plan_for(replace(llama8b(), blocks=blocks), h100(), HALF)
+    placed = tuple(
+        replace(p, compute="cpu", prefill="cuda:0") if p.home == "cpu" else p for p in plan.placements
+    )
+    engine = engine_of(Setting.of(plan, Constants()), placed, plan.uses)
+    sweep = sweep_of(plan.layout, plan.workload, in_long_sweep(placed), tokens=512)
+    legs = {leg.words.split(",")[0]: leg.seconds for leg in parts(sweep, engine, is_prefill=True)}
+    assert legs["bus to cuda:0"] == pytest.approx(16 * LAYER_BYTES / (0.97 * 5.47e10))
+    assert legs["bus from cuda:0"] == pytest.approx(16 * 512 * 2 * MIB / (0.97 * 5.47e10))
+    assert legs["RAM for CPU and buses"] == pytest.approx(16 * (LAYER_BYTES + 3 * 512 * 2 * MIB) / (2 * 6e10))
+
+
+def test_blocks_stay_with_the_cpu_when_their_keys_and_values_take_longer():
+    # Half-way through 4096 tokens a pass comes behind 1792. The CPU multiplies six layers for 512 more in 119 ms, and
+    # the GPU launches the others in 26; all 16 are on the bus for 132 ms, with 256 KiB a token in each of six 53 more.
+    def visiting(token_bytes: int) -> set[str]:
+        cache = CacheCost(token_bytes)
+        blocks = tuple(replace(b, cache=cache) if b.kind == "decoder" else b for b in llama8b().blocks)
+        plan = make_plan(
+            replace(llama8b(), blocks=blocks),
+            with_flops(cpu=3e13),
+            Workload(4096),
+            placement=HALF,
+            policy="test",
+        )
+        assert plan.fits
+        return {place.prefill for place in plan.placements if place.way == "cpu"}
+
+    assert visiting(TOKEN_BYTES) == {"cuda:0"}
+    assert visiting(256 * KIB) == {""}
 
 
 def test_a_cpu_that_multiplies_slowly_still_decodes():
