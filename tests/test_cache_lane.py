@@ -260,8 +260,13 @@ def test_what_came_in_vain_is_forgotten(lane: Lane) -> None:
     for end in (lane.lane.settle, lane.lane.finish):
         for number in range(3):  # there is no third block
             lane.lane.prepare(cache, number)
+        coming = [each.arrival.result().parts[-1] for each in lane.lane._coming.values()]
         end()
         assert not lane.lane._coming
+        assert len(coming) == 2
+        assert all(
+            copy._arrival._event.query() for copy in coming
+        )  # or others would have the memory too early
     lane.lane.prepare(None, 0)
     assert not lane.lane._coming
 

@@ -256,6 +256,7 @@ def test_an_interrupt_at_any_line_of_a_sweep(home: str, tiny_model: TinyModel, s
     expected, short = logits(model), logits(model, SHORT)
     placed = load_placed(folder, placed_plan(folder, layers_to(home)), streams)
     files = ("stream.py", "hooks.py", "lanes.py", "blocks.py", "reader.py", "packing.py", "visits.py")
+    files += ("cache_lane.py",)
     with Interrupting(0, files) as counted:
         logits(placed.model)
     interrupted = 0
@@ -270,6 +271,50 @@ def test_an_interrupt_at_any_line_of_a_sweep(home: str, tiny_model: TinyModel, s
         for prompt, right in ((SHORT, short), (PROMPT, expected)):
             assert torch.equal(logits(placed.model, prompt), right)
     assert interrupted > 40
+    placed.close()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+@pytest.mark.parametrize("is_ahead", [False, True])
+def test_an_interrupt_at_any_line_while_keys_and_values_come_along(
+    is_ahead: bool, tiny_model: TinyModel, streams: Streams
+) -> None:
+    """Of a later pass of a prompt, which is taken back and repeated then."""
+    folder = tiny_model("llama")
+    model = stock(folder)
+    placed = load_placed(folder, placed_plan(folder, layers_to("visiting")), streams)
+    (lane,) = placed._cache_lanes.values()
+    if is_ahead:
+        lane.let_go_ahead(0)
+
+    def read(reader: Any, kept: Any = None) -> Any:
+        with torch.inference_mode():
+            return reader(PROMPT, past_key_values=kept, use_cache=True)
+
+    expected = read(model, read(model).past_key_values)
+    files = ("cache_lane.py", "layer_cache.py", "pieces.py", "visits.py")
+    kept = read(placed.model).past_key_values
+    with Interrupting(0, files) as counted:
+        read(placed.model, kept)
+    interrupted = 0
+    for at in range(1, counted.places + 1, max(1, counted.places // 80)):
+        kept = read(placed.model).past_key_values
+        try:
+            with Interrupting(at, files):
+                read(placed.model, kept)
+        except KeyboardInterrupt:
+            interrupted += 1
+        placed.settle()
+        assert not lane._coming
+        assert not lane._going
+        for layer in kept.layers:
+            layer.crop(PROMPT.shape[1] - layer.get_seq_length())
+        again = read(placed.model, kept)
+        assert torch.equal(again.logits, expected.logits)
+        for layer, right in zip(again.past_key_values.layers, expected.past_key_values.layers, strict=True):
+            assert torch.equal(layer.keys, right.keys)
+            assert torch.equal(layer.values, right.values)
+    assert interrupted > 60
     placed.close()
 
 
