@@ -150,27 +150,27 @@ def test_plan_text():
 
 MAP_TEXT = """\
 Qwen3-32B  bfloat16 · 61.0 GiB · 64 layers · context 8,192
-✓ fits, 10.0 MiB to spare in RAM · forecast 0.62 tok/s · bound by bus to cuda:0,
+✓ fits, 26.0 MiB to spare in RAM · forecast 0.61 tok/s · bound by bus to cuda:0,
   25.1 GB/s
 
-cuda:0  [███████████████░░▓▓-/]                                      21.5 GiB
-        488.1 MiB spare · now 19.0 GiB · RTX 4090 · 24.0 GiB
-     ↑  29.1 GiB to cuda:0 for every token · link 25.1 GB/s
+cuda:0  [███████████████░░▓▓-/]                                      21.6 GiB
+        452.1 MiB spare · now 19.0 GiB · RTX 4090 · 24.0 GiB
+     ↑  30.0 GiB to cuda:0 for every token · link 25.1 GB/s
 RAM     [███████████████████████████████░░--/////////////////////]   37.6 GiB
-        10.0 MiB spare · DDR5 · 64.0 GiB
+        26.0 MiB spare · DDR5 · 64.0 GiB
      ↑  7.3 GiB to cuda:0 for every token · link 6.8 GB/s
 Disk    [████████ …                                                  8.7 GiB
         read from its files · NVMe SSD · 1000.0 GiB, 412.0 GiB free
 
 blocks in model order: 0 cuda:0; R RAM, streamed; C RAM, by the CPU; L Disk,
   looked up; D Disk
-  LR0RDC0RRR0RDR0CR0RRD0RCR0RRD0RR0C
-  RR0DRR0RCR0DRR0RC0RDR0RRR0CDR0R00
+  LR0RDR0CRR0RDR0RC0RRD0RRR0RCD0RR0R
+  RR0DCR0RRR0DRR0CR0RDR0RRC0RDR0R00
   cuda:0: layers.1, 5, 9, 13, 16, 20, 24, 28, 31, 35, 39, 43, 47, 50, 54, 58,
     62, norm, head
-  RAM, streamed: layers.0, 2, 6–8, 10, 12, 15, 17–18, 21, 23, 25–26, 29–30,
-    33–34, 37–38, 40, 42, 45–46, 48, 51, 53, 55–57, 61, 63
-  RAM, by the CPU: layers.4, 14, 22, 32, 41, 49, 59
+  RAM, streamed: layers.0, 2, 4, 7–8, 10, 12, 14, 17–18, 21–23, 25, 29–30,
+    32–34, 38, 40–42, 45–46, 49, 51, 53, 55–56, 59, 61, 63
+  RAM, by the CPU: layers.6, 15, 26, 37, 48, 57
   Disk, looked up: embed
   Disk: layers.3, 11, 19, 27, 36, 44, 52, 60
 
@@ -195,11 +195,11 @@ def test_a_plan_says_which_prompts_the_gpu_reads():
 
 def test_words_and_bars():
     plan = PLANS["one GPU"]()
-    words = "28 % GPU · 2 % looked up · 48 % RAM streamed · 10 % RAM on the CPU · 12 % disk"
+    words = "28 % GPU · 2 % looked up · 49 % RAM streamed · 9 % RAM on the CPU · 12 % disk"
     assert placement_words(plan) == words
     assert processor_words(plan) == "12%/58%/30% disk/CPU/GPU"
     text, html = placement_bar(plan)
-    assert text == f"[█████▄▓▓▓▓▓▓▓▓▓▓▒▒░░] {words}"
+    assert text == f"[█████▄▓▓▓▓▓▓▓▓▓▓▓▒░░] {words}"
     assert "28 % GPU" in html
     assert placement_words(half_on_disk()) == "50 % RAM · 50 % disk"
     text, _ = placement_bar(PLANS["hybrid"]())

@@ -34,8 +34,8 @@ CACHE_PIECES = 4
 CACHES_GOING_BACK = 2
 """Layers whose new keys and values are on the GPU still, on their way back to RAM."""
 
-_CACHE_PIECE_BYTES = 8 * MIB
-"""Of such a piece: it takes a bus a hundred times as long as to be told of it."""
+_CACHE_PIECE_BYTES = 4 * MIB
+"""Of such a piece: more than a bus carries while it is told of the next one, and little in RAM that may be full."""
 
 _EXPERTS_ON_THE_WAY = 4
 """One of so many experts of a layer has room where those of the CPU compute in a long sweep, one after the other."""
