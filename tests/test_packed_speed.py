@@ -8,9 +8,10 @@ import pytest
 
 from llm_magic.machine import Device, Link, Machine
 from llm_magic.model import ModelLayout
-from llm_magic.plan import Plan, Workload
-from llm_magic.planning.packed import kernel_of, share_of
+from llm_magic.plan import Placement, Plan, Workload
+from llm_magic.planning.packed import GUEST_PASSES, kernel_of, share_of
 from llm_magic.planning.planner import make_plan
+from llm_magic.planning.sweep import block_sweep
 from llm_magic.units import GIB
 from tests.engines import POLICY
 from tests.layouts import llama8b, packed, qwen32b
@@ -120,3 +121,13 @@ def test_a_gpu_that_unpacks_all_for_every_token_is_no_faster_than_with_plain_wei
     floats = planned(packed(llama8b(), "float8", bits=8), **resident).forecast.decode_tps
     halves = planned(packed(llama8b(), "nf4"), **resident).forecast.decode_tps
     assert floats < integers < plain < halves
+
+
+def test_integers_in_the_order_of_a_cpu_cost_a_gpu_that_they_visit() -> None:
+    layout = packed(llama8b(), "int4")
+    block = next(block for block in layout.blocks if block.kind == "decoder")
+    streamed = Placement(block, "cpu", "cuda:0")
+    visiting = replace(streamed, prefill="cuda:0")
+    for each, passes in ((layout, GUEST_PASSES), (replace(layout, dtype="float16"), 0)):
+        there, usual = (block_sweep(each, Workload(1024), p, tokens=512) for p in (visiting, streamed))
+        assert there.copied["cuda:0"] - usual.copied["cuda:0"] == passes * there.packed["cuda:0"]

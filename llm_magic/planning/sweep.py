@@ -21,7 +21,7 @@ from llm_magic.model import Block, ModelLayout
 from llm_magic.plan import Placement, Workload
 from llm_magic.planning.constants import Constants
 from llm_magic.planning.costs import can_prefill_in_parts, dtype_bytes, streamed_bytes
-from llm_magic.planning.packed import EXPERTS_IN_RUNS_BYTES, Kernel, share_of
+from llm_magic.planning.packed import EXPERTS_IN_RUNS_BYTES, GUEST_PASSES, Kernel, kernel_of, share_of
 from llm_magic.units import format_bandwidth
 
 RECORDED_SHARE = 0.15
@@ -179,7 +179,13 @@ def block_sweep(
         part.routed[source, device] = _routed_bytes(block, workload, tokens)
     if place.prefill == device:
         part.add(_visiting_cache(block, workload, device, tokens=tokens, cached=cached))
+        part.copied[device] += _reordered_bytes(layout, read)
     return part
+
+
+def _reordered_bytes(layout: ModelLayout, read: int) -> int:
+    """What a GPU reads and writes for weights in the order of a CPU's kernel, until they are numbers."""
+    return GUEST_PASSES * read if kernel_of(layout).name == "int4" else 0
 
 
 def _visiting_cache(block: Block, workload: Workload, device: str, *, tokens: int, cached: int) -> Sweep:
