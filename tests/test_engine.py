@@ -262,6 +262,20 @@ def test_extra_parameters_reach_generate_and_unknown_ones_are_named(llama: Any) 
 LONG = "The capital of France is Paris, and the capital of Italy is Rome. " * 9
 
 
+def test_a_token_that_the_model_does_not_know_is_refused_before_the_answer(llama: Any) -> None:
+    events: list[Any] = []
+    asked = request("The", extra={"forced_eos_token_id": tiny.VOCABULARY})
+    with pytest.raises(OptionError, match=f"forced_eos_token_id has the token {tiny.VOCABULARY}"):
+        ask(llama, asked, events.append)
+    assert events == []
+
+
+@pytest.mark.parametrize("name", ["min_length", "min_new_tokens"])
+def test_an_answer_that_cannot_be_as_long_as_it_must_ends_without_a_warning(llama: Any, name: str) -> None:
+    answer = ask(llama, request("The", max_new_tokens=4, extra={name: 1000}))
+    assert answer.finish.generated_tokens == 4
+
+
 @pytest.fixture(params=["ram", "half"])
 def tight(request: pytest.FixtureRequest, tiny_model: TinyModel) -> Iterator[Any]:
     """A llama whose plan leaves no byte beside a prefill of 16 tokens."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -124,3 +125,20 @@ def test_a_prompt_lasts_where_no_template_tells_otherwise(tmp_path: Path) -> Non
     )
     prompt = tokenize(asked, tokenizer, False)
     assert lasting(asked, tokenizer, prompt) == len(prompt.ids)
+
+
+@pytest.mark.parametrize("is_encoder_decoder", [False, True])
+@pytest.mark.parametrize("use_template", [False, True])
+def test_the_tokenizer_says_nothing_of_long_prompts(
+    chat: Any, caplog: pytest.LogCaptureFixture, is_encoder_decoder: bool, use_template: bool
+) -> None:
+    library = logging.getLogger("transformers")
+    library.addHandler(caplog.handler)  # it hands nothing on
+    request = Request((Message("user", "word " * tiny.CONTEXT),), use_template=use_template)
+    try:
+        prompt = tokenize(request, chat, is_encoder_decoder)
+        lasting(request, chat, prompt)
+    finally:
+        library.removeHandler(caplog.handler)
+    assert len(prompt.ids) > chat.model_max_length
+    assert caplog.messages == []

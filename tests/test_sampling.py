@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GenerationConfig, GenerationMixin, WatermarkingConfig
+from transformers import GenerationConfig, GenerationMixin, LlamaConfig, WatermarkingConfig
 
 from llm_magic.backends.accelerate.decoding.parameters import TAKEN
 from llm_magic.backends.accelerate.decoding.sampling import (
@@ -26,7 +26,9 @@ TOKENIZER = SimpleNamespace(eos_token_id=1, pad_token_id=None)
 
 
 def config_for(sampling: Sampling, **model_defaults: Any) -> Any:
-    model = SimpleNamespace(generation_config=GenerationConfig(**model_defaults))
+    model = SimpleNamespace(
+        generation_config=GenerationConfig(**model_defaults), config=LlamaConfig(vocab_size=100)
+    )
     return generation_config(model, TOKENIZER, sampling, sampling.max_new_tokens)
 
 
@@ -79,7 +81,7 @@ def test_parameters_without_effect_are_refused_with_the_reason(name: str) -> Non
 
 @pytest.mark.parametrize("has_encoder", [True, False])
 def test_only_an_answer_without_the_prompt_begins_with_a_token(has_encoder: bool) -> None:
-    config = SimpleNamespace(is_encoder_decoder=has_encoder)
+    config = LlamaConfig(vocab_size=8, is_encoder_decoder=has_encoder)
     model = SimpleNamespace(generation_config=GenerationConfig(), config=config)
     sampling = Sampling(extra={"forced_bos_token_id": 7})
     if has_encoder:
@@ -148,12 +150,60 @@ def test_a_watermark_is_given_as_a_map() -> None:
         ("use_cache", "no", "Give true or false."),
         ("watermarking_config", {"bia": 2.0}, 'Give a map, such as {"bias": 2.0}.'),
         ("watermarking_config", 2.0, 'Give a map, such as {"bias": 2.0}.'),
+        ("eos_token_id", "</s>", "Give the id of a token, or a list of ids."),
+        ("eos_token_id", True, "Give the id of a token, or a list of ids."),
+        ("forced_eos_token_id", -5, "Give the id of a token, or a list of ids."),
+        ("suppress_tokens", [1.5], "Give the id of a token, or a list of ids."),
+        ("bad_words_ids", 7, "Give lists of token ids, such as [[7], [8, 9]]."),
+        ("bad_words_ids", [[]], "Give lists of token ids, such as [[7], [8, 9]]."),
+        ("bad_words_ids", [7], "Give lists of token ids, such as [[7], [8, 9]]."),
+        ("sequence_bias", [[7, 2.0]], "Give pairs of token ids and a number, such as [[[7, 8], -2.0]]."),
+        ("sequence_bias", {}, "Give pairs of token ids and a number, such as [[[7, 8], -2.0]]."),
+        ("exponential_decay_length_penalty", [1], "Give a number of tokens and a factor, such as [50, 1.1]."),
+        ("exponential_decay_length_penalty", 5, "Give a number of tokens and a factor, such as [50, 1.1]."),
     ],
 )
 def test_a_value_that_a_parameter_cannot_have_is_named(name: str, value: Any, next_step: str) -> None:
     with pytest.raises(OptionError, match=f"{name} cannot be ") as caught:
         config_for(Sampling(extra={name: value}))
     assert caught.value.next_step == next_step
+
+
+TOKENS = [
+    ("bad_words_ids", [[7, 100]], [[7, 99]]),
+    ("begin_suppress_tokens", [100], [99]),
+    ("eos_token_id", 100, [99]),
+    ("eos_token_id", [7, 100], [7, 99]),
+    ("forced_eos_token_id", 100, [99]),
+    ("sequence_bias", [[[7, 100], 2]], [[[7, 99], 2.0]]),
+    ("sequence_bias", {(7, 100): 2.0}, [[[7, 99], 2.0]]),
+    ("suppress_tokens", [100], [99]),
+]
+
+
+@pytest.mark.parametrize(("name", "beyond", "kept"), TOKENS)
+def test_a_token_beyond_the_vocabulary_is_refused(name: str, beyond: Any, kept: Any) -> None:
+    with pytest.raises(
+        OptionError, match=f"^{name} has the token 100, which this model does not know"
+    ) as caught:
+        config_for(Sampling(extra={name: beyond}))
+    assert caught.value.next_step == "Give ids from 0 to 99."
+    assert getattr(config_for(Sampling(extra={name: kept})), name) == kept
+
+
+def test_a_token_to_begin_with_is_one_of_the_vocabulary() -> None:
+    config = LlamaConfig(vocab_size=8, is_encoder_decoder=True)
+    model = SimpleNamespace(generation_config=GenerationConfig(), config=config)
+    with pytest.raises(OptionError, match="forced_bos_token_id has the token 8"):
+        generation_config(model, TOKENIZER, Sampling(extra={"forced_bos_token_id": 8}), 5)
+
+
+def test_an_answer_that_must_be_longer_than_it_may_is_as_long_as_it_may() -> None:
+    sampling = Sampling(max_new_tokens=4, extra={"min_new_tokens": 1000})
+    assert config_for(sampling, min_length=56).min_new_tokens == 4
+    model = SimpleNamespace(generation_config=GenerationConfig(min_length=56))
+    assert generation_config(model, TOKENIZER, Sampling(), 5, beginning=31).min_length == 36
+    assert generation_config(model, TOKENIZER, Sampling(), 50, beginning=31).min_length == 56
 
 
 def test_what_transformers_says_of_a_value_is_handed_on() -> None:

@@ -118,7 +118,9 @@ class TransformersEngine:
         prompt = self._tokenize(request)
         room = self._room(prompt)
         wanted = min(request.sampling.max_new_tokens, room)
-        config = generation_config(self.model, self.tokenizer, request.sampling, wanted)
+        config = generation_config(
+            self.model, self.tokenizer, request.sampling, wanted, self._beginning(prompt)
+        )
         steps = Steps(Detokenizer(self.tokenizer), emit, stop, self._input_device(), started)
         repair = Repair(lambda: self.plan, self._quick.free, self._caches.drop, self._move)
 
@@ -204,6 +206,7 @@ class TransformersEngine:
             self.tokenizer,
             Sampling(temperature=0, max_new_tokens=self._context - count),
             self._context - count,
+            beginning=count,
         )
         config.eos_token_id = None
 
@@ -289,8 +292,11 @@ class TransformersEngine:
                 f"The prompt has {length} tokens, and the context holds {self._context} with the answer.",
                 "Shorten it, start over with --new, or load the model with a larger -c N if it allows.",
             )
-        taken = len(prompt.beginning) + 1 if self.model.config.is_encoder_decoder else length
-        return max(1, self._context - taken)
+        return max(1, self._context - self._beginning(prompt))
+
+    def _beginning(self, prompt: TokenizedPrompt) -> int:
+        """Tokens that stand before the answer."""
+        return len(prompt.beginning) + 1 if self.model.config.is_encoder_decoder else len(prompt.ids)
 
     def _move(
         self, plan: Plan, report: Callable[[int, int, str], None] = lambda *_: None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from numbers import Integral, Real
 from typing import Any
 
@@ -52,7 +52,10 @@ def set_parameters(config: Any, extra: Mapping[str, Any], model: Any) -> None:
     """
     for name, value in extra.items():
         _check_name(config, name, model)
-        setattr(config, name, None if value is None else _converted(name, value))
+        taken = None if value is None else _converted(name, value)
+        if name in _OF_TOKENS and taken is not None:
+            _check_tokens(name, taken, model.config.get_text_config(decoder=True).vocab_size)
+        setattr(config, name, taken)
 
 
 def _check_name(config: Any, name: str, model: Any) -> None:
@@ -83,6 +86,16 @@ def _converted(name: str, value: Any) -> Any:
         raise OptionError(f"{name} cannot be {value!r}.", f"Give {words}.") from None
 
 
+def _check_tokens(name: str, value: Any, vocabulary: int) -> None:
+    """Refuse tokens that no answer has, which transformers overlooks, or comes upon at the end of the answer."""
+    for token in _OF_TOKENS[name](value):
+        if token >= vocabulary:
+            raise OptionError(
+                f"{name} has the token {token}, which this model does not know.",
+                f"Give ids from 0 to {vocabulary - 1}.",
+            )
+
+
 def _number(value: Any) -> float:
     if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError
@@ -107,6 +120,29 @@ def _flag(value: Any) -> bool:
     return value
 
 
+def _tokens(value: Any) -> list[int]:
+    """One id or several."""
+    return [_count(token) for token in (value if isinstance(value, list | tuple) else [value])]
+
+
+def _words(value: Any) -> list[list[int]]:
+    if not value or not all(isinstance(word, list | tuple) and word for word in value):
+        raise TypeError
+    return [_tokens(word) for word in value]
+
+
+def _biases(value: Any) -> list[list[Any]]:
+    """Words and what is added to their scores, as pairs or in a map."""
+    pairs = list(value.items() if isinstance(value, Mapping) else value)
+    words = _words([word for word, _ in pairs])
+    return [[word, _number(bias)] for word, (_, bias) in zip(words, pairs, strict=True)]
+
+
+def _decay(value: Any) -> tuple[int, float]:
+    start, factor = value
+    return _count(start), _number(factor)
+
+
 def _watermark(value: Any) -> Any:
     from transformers import WatermarkingConfig
 
@@ -118,19 +154,19 @@ _NUMBER: _Kind = ("a number", _number)
 _SHARE: _Kind = ("a number from 0 to 1", _share)
 _COUNT: _Kind = ("a whole number of at least 0", _count)
 _FLAG: _Kind = ("true or false", _flag)
-_LEFT_TO_TRANSFORMERS: _Kind = ("", lambda value: value)  # it checks these itself, and says what is wrong
+_TOKENS: _Kind = ("the id of a token, or a list of ids", _tokens)
 
 TAKEN: Mapping[str, _Kind] = {
-    "bad_words_ids": _LEFT_TO_TRANSFORMERS,
-    "begin_suppress_tokens": _LEFT_TO_TRANSFORMERS,
+    "bad_words_ids": ("lists of token ids, such as [[7], [8, 9]]", _words),
+    "begin_suppress_tokens": _TOKENS,
     "encoder_no_repeat_ngram_size": _COUNT,
     "encoder_repetition_penalty": _NUMBER,
-    "eos_token_id": _LEFT_TO_TRANSFORMERS,
+    "eos_token_id": _TOKENS,
     "epsilon_cutoff": _SHARE,
     "eta_cutoff": _SHARE,
-    "exponential_decay_length_penalty": _LEFT_TO_TRANSFORMERS,
-    "forced_bos_token_id": _COUNT,
-    "forced_eos_token_id": _LEFT_TO_TRANSFORMERS,
+    "exponential_decay_length_penalty": ("a number of tokens and a factor, such as [50, 1.1]", _decay),
+    "forced_bos_token_id": ("the id of a token", _count),
+    "forced_eos_token_id": _TOKENS,
     "guidance_scale": _NUMBER,
     "max_time": _NUMBER,
     "min_length": _COUNT,
@@ -139,11 +175,27 @@ TAKEN: Mapping[str, _Kind] = {
     "prompt_lookup_num_tokens": ("a whole number; 0 switches it off", _count),
     "remove_invalid_values": _FLAG,
     "repetition_penalty": _NUMBER,
-    "sequence_bias": _LEFT_TO_TRANSFORMERS,
-    "suppress_tokens": _LEFT_TO_TRANSFORMERS,
+    "sequence_bias": ("pairs of token ids and a number, such as [[[7, 8], -2.0]]", _biases),
+    "suppress_tokens": _TOKENS,
     "top_h": _SHARE,
     "typical_p": _SHARE,
     "use_cache": _FLAG,
     "watermarking_config": ('a map, such as {"bias": 2.0}', _watermark),
 }
 """What changes an answer -> what it takes, in words, and how that is read."""
+
+
+def _of_words(words: list[list[int]]) -> Iterator[int]:
+    return (token for word in words for token in word)
+
+
+_OF_TOKENS: Mapping[str, Callable[[Any], Iterable[int]]] = {
+    "bad_words_ids": _of_words,
+    "begin_suppress_tokens": list,
+    "eos_token_id": list,
+    "forced_bos_token_id": lambda token: [token],
+    "forced_eos_token_id": list,
+    "sequence_bias": lambda biases: _of_words([word for word, _ in biases]),
+    "suppress_tokens": list,
+}
+"""Of the above, those of tokens -> which ones a value names."""

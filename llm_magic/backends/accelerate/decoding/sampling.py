@@ -17,8 +17,15 @@ from llm_magic.events import Sampling
 _SAMPLING_ONLY = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "min_p": None, **SAMPLING_ONLY}
 
 
-def generation_config(model: Any, tokenizer: Any, sampling: Sampling, max_new_tokens: int) -> Any:
+def generation_config(
+    model: Any, tokenizer: Any, sampling: Sampling, max_new_tokens: int, beginning: int = 0
+) -> Any:
     """The model's own generation config with the request's choices.
+
+    Parameters
+    ----------
+    beginning
+        Tokens before the answer that transformers counts as a part of it: those of the prompt, as a rule.
 
     Raises
     ------
@@ -38,6 +45,7 @@ def generation_config(model: Any, tokenizer: Any, sampling: Sampling, max_new_to
     for name, value in given.items() if config.do_sample else ():
         setattr(config, name, value)
     set_parameters(config, sampling.extra, model)
+    _keep_within(config, beginning)
     if not config.do_sample:
         for name, neutral in _SAMPLING_ONLY.items():
             setattr(config, name, neutral)
@@ -104,6 +112,15 @@ def _refuse_beside_greedy(sampling: Sampling) -> None:
                 f"{name} has no effect here: at a temperature of 0 the likeliest token is taken.",
                 "Give another --temperature, or leave it out.",
             )
+
+
+def _keep_within(config: Any, beginning: int) -> None:
+    """Let an answer be no longer than it may, however short it must not be: transformers warns of that."""
+    longest = config.max_new_tokens
+    for name, most in (("min_new_tokens", longest), ("min_length", beginning + longest)):
+        least = getattr(config, name)
+        if least is not None:
+            setattr(config, name, min(least, most))
 
 
 def _validate(config: Any) -> None:

@@ -46,13 +46,13 @@ def tokenize(request: Request, tokenizer: Any, is_encoder_decoder: bool) -> Toke
     if template:
         text = _render(template, request, tokenizer)
         # The template has written the beginning-of-sequence token already.
-        ids = tokenizer(text, add_special_tokens=False).input_ids
+        ids = _ids(tokenizer, text, add_special_tokens=False)
     else:
         text = _plain(request)
-        ids = tokenizer(text).input_ids
+        ids = _ids(tokenizer, text)
     if not ids:
         raise PromptError("The prompt has no tokens.", "Write something under %%llm.")
-    return TokenizedPrompt(text, list(ids))
+    return TokenizedPrompt(text, ids)
 
 
 def lasting(request: Request, tokenizer: Any, prompt: TokenizedPrompt) -> int:
@@ -68,9 +68,14 @@ def lasting(request: Request, tokenizer: Any, prompt: TokenizedPrompt) -> int:
         text = _render(template, replace(request, messages=later), tokenizer, opens_turn=False)
     except PromptError:
         return len(prompt.ids)
-    ids = tokenizer(text, add_special_tokens=False).input_ids
+    ids = _ids(tokenizer, text, add_special_tokens=False)
     same = (first == second for first, second in zip(prompt.ids, ids, strict=False))
     return sum(takewhile(bool, same))
+
+
+def _ids(tokenizer: Any, text: str, **options: bool) -> list[int]:
+    # Not verbose: it would warn of texts beyond the context, which are refused with what to do about it.
+    return list(tokenizer(text, verbose=False, **options).input_ids)
 
 
 def _render(template: str, request: Request, tokenizer: Any, *, opens_turn: bool = True) -> str:
@@ -121,8 +126,8 @@ def _for_encoder(request: Request, tokenizer: Any) -> TokenizedPrompt:
     """Encoder-decoder models map one text to another: system text and the last question."""
     messages, beginning = list(request.messages), ()
     if request.continue_last and messages[-1].role == "assistant":
-        beginning = tuple(tokenizer(messages.pop().content, add_special_tokens=False).input_ids)
+        beginning = tuple(_ids(tokenizer, messages.pop().content, add_special_tokens=False))
     system = [message.content for message in messages if message.role == "system"]
     questions = [message.content for message in messages if message.role == "user"]
     text = "\n".join([*system, *questions[-1:]])
-    return TokenizedPrompt(text, list(tokenizer(text).input_ids), beginning)
+    return TokenizedPrompt(text, _ids(tokenizer, text), beginning)
