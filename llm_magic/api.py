@@ -7,7 +7,7 @@ from dataclasses import fields
 from os import PathLike
 from typing import Any
 
-from llm_magic.errors import OptionError
+from llm_magic.errors import OptionError, interrupts_in_a_line
 from llm_magic.events import RenderedPrompt, Sampling
 from llm_magic.options import AskOptions
 from llm_magic.placing import Moved, Target
@@ -66,6 +66,7 @@ class LLM:
         """The current model's placement."""
         return self.session.model().plan
 
+    @interrupts_in_a_line("llm.load was interrupted.")
     def load(self, source: str | PathLike[str], name: str = "", **options: Any) -> LoadedModel:
         """Load a model and make it the current one.
 
@@ -88,6 +89,7 @@ class LLM:
 
         return self.session.load(*options_from_python(source, options), name)
 
+    @interrupts_in_a_line("llm was interrupted.")
     def __call__(self, prompt: str = "", **options: Any) -> Generation:
         """Answer a prompt, without showing it.
 
@@ -102,6 +104,7 @@ class LLM:
         with self.session.answers_bound():
             return self.session.ask(prompt, _ask_options(options), SilentScreen().answer(""))
 
+    @interrupts_in_a_line("llm.render was interrupted.")
     def render(self, prompt: str = "", **options: Any) -> RenderedPrompt:
         """The final prompt and its length in tokens, without running the model; options as for a prompt."""
         return self.session.render(prompt, _ask_options(options))
@@ -120,18 +123,22 @@ class LLM:
         """End the answer that ``agenerate`` is waiting for; it returns what came. False when there is none."""
         return self.session.stop()
 
+    @interrupts_in_a_line("llm.move was interrupted.")
     def move(self, blocks: str, device: str) -> Moved:
         """Move blocks of the current model (``"layers.20-31"``) to a device; it stays loaded."""
         return self.session.move(blocks, device)
 
+    @interrupts_in_a_line("llm.apply was interrupted.")
     def apply(self, placement: Target) -> Moved:
         """Place the current model anew: a policy or a ``.json`` file by name, a device map, or a plan."""
         return self.session.apply(placement)
 
+    @interrupts_in_a_line("llm.undo was interrupted.")
     def undo(self) -> Moved:
         """Take the last ``move`` or ``apply`` back."""
         return self.session.undo()
 
+    @interrupts_in_a_line("llm.view was interrupted.")
     def view(self, name: str = "map") -> Any:
         """A live view as a widget of its own: ``"map"`` of the current model, or ``"machine"``.
 
@@ -142,6 +149,7 @@ class LLM:
 
         return view_widget(self.session, name)
 
+    @interrupts_in_a_line("llm.close was interrupted.")
     def close(self) -> None:
         """Unload everything and begin with a new session."""
         if self._session is not None:

@@ -6,6 +6,9 @@ these ever shows our own stack to the user.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from llm_magic.harmless.paths import without_paths
 from llm_magic.harmless.terminal import sanitize
 
@@ -74,6 +77,16 @@ def shown_in_a_line(interrupt: KeyboardInterrupt, words: str) -> None:
     """
     line = f"KeyboardInterrupt: {_one_line(words)}"
     vars(interrupt).setdefault("_render_traceback_", lambda: [line])
+
+
+@contextmanager
+def interrupts_in_a_line(words: str) -> Iterator[None]:
+    """Have an interrupt that comes in here, wherever that is, shown by these words; also as a decorator."""
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        shown_in_a_line(interrupt, words)
+        raise
 
 
 def has_own_words(error: BaseException) -> bool:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 from IPython.core import magic as ipython_magic
@@ -15,7 +14,7 @@ from llm_magic.arguments import HELP_FLAGS, split_words
 from llm_magic.cell import CellLine, parse_cell_line
 from llm_magic.commands.help import cell_help, command_help, command_parser
 from llm_magic.display import UI, NotebookScreen, TextScreen, choose_ui
-from llm_magic.errors import OptionError, has_own_words, shown_in_a_line
+from llm_magic.errors import OptionError, has_own_words, interrupts_in_a_line
 from llm_magic.events import RenderedPrompt
 from llm_magic.formats import extract_code
 from llm_magic.notebook import Notebook
@@ -104,7 +103,7 @@ class LLMMagic(ipython_magic.Magics, Settings):
             screen.show(command_help(command))
             return
         found = command_parser(command).parse([self._argument(word) for word in words[1:]])
-        with _briefly(f"%llm {command.name}"), self.session.answers_bound():
+        with interrupts_in_a_line(f"%llm {command.name} was interrupted."), self.session.answers_bound():
             shown = command.run(self.session, found)
         if shown is not None:
             screen.show(shown)
@@ -142,7 +141,7 @@ class LLMMagic(ipython_magic.Magics, Settings):
         self._ask(text, parsed)
 
     def _ask(self, text: str, parsed: CellLine) -> None:
-        with _briefly("%%llm"), self.session.answers_bound(parsed.out):
+        with interrupts_in_a_line("%%llm was interrupted."), self.session.answers_bound(parsed.out):
             generation = self.session.ask(text, parsed.ask)
         if generation.display_format == "code" and (code := extract_code(generation.text)):
             self.notebook.set_next_input(code)
@@ -171,16 +170,6 @@ def _screen(ui: UI, session: Session) -> Screen:
 
         return RichScreen(formats, session)
     return TextScreen(formats) if ui == "text" else NotebookScreen(formats)
-
-
-@contextmanager
-def _briefly(what: str) -> Iterator[None]:
-    """Tell in a line of an interrupt that comes in here, wherever that is."""
-    try:
-        yield
-    except KeyboardInterrupt as interrupt:
-        shown_in_a_line(interrupt, f"{what} was interrupted.")
-        raise
 
 
 def _command_name(words: list[str]) -> str:

@@ -25,6 +25,7 @@ from llm_magic.errors import (
     OptionError,
     PlanError,
     SessionError,
+    interrupts_in_a_line,
     shown_in_a_line,
 )
 from llm_magic.events import Message, PhaseEvent, Progress, RenderedPrompt, Request, StopFlag
@@ -658,7 +659,8 @@ class Session:
             shown_in_a_line(interrupt, f"{title} was interrupted; everything is as it was before.")
             worker.stop()
             if worker.has_started:
-                with suppress(Exception):
+                again = f"{title} was interrupted again while it was taken back; %llm shows what is there."
+                with interrupts_in_a_line(again), suppress(Exception):
                     undo(worker.result())
             raise
         finally:

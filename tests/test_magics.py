@@ -366,6 +366,56 @@ def test_an_interrupt_is_told_in_a_line_and_is_one_still(
     assert capsys.readouterr().out == f"KeyboardInterrupt: {says}\n"
 
 
+@pytest.mark.parametrize(
+    ("cell", "method", "says"),
+    [
+        ("llm.move('layers.1', 'disk')", "edited", "llm.move was interrupted."),
+        ("llm.apply('cpu')", "model", "llm.apply was interrupted."),
+        ("llm.undo()", "model", "llm.undo was interrupted."),
+        ("llm.load('fake:b')", "_named", "llm.load was interrupted."),
+        ("llm.render('hello')", "render", "llm.render was interrupted."),
+        ("llm('hello')", "model", "llm was interrupted."),
+        ("llm.close()", "close", "llm.close was interrupted."),
+    ],
+)
+def test_an_interrupt_before_or_after_the_work_is_told_in_a_line_in_python_too(
+    loaded, session, capsys, monkeypatch, cell, method, says
+) -> None:
+    loaded.user_ns["llm"] = LLM()
+    loaded.user_ns["llm"]._session = session
+    capsys.readouterr()
+    with monkeypatch.context() as only_now:
+        only_now.setattr(session, method, stuck)
+        result = loaded.run_cell(cell)
+    assert type(result.error_in_exec) is KeyboardInterrupt
+    assert capsys.readouterr().out == f"KeyboardInterrupt: {says}\n"
+
+
+@pytest.mark.parametrize("cell", ["llm.move('layers.1', 'disk')", "%llm move layers.1 disk", "llm.undo()"])
+def test_a_second_interrupt_while_blocks_go_back_is_told_in_a_line(
+    loaded, session, backend, capsys, monkeypatch, cell
+) -> None:
+    loaded.user_ns["llm"] = LLM()
+    loaded.user_ns["llm"]._session = session
+    session.move("layers.2", "disk")
+    (engine,) = backend.engines
+
+    class TooLate(Interrupted):
+        def update(self, _) -> None:
+            if not session._lock.locked():  # the blocks have moved
+                engine.while_moving = stuck
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(session.screen, "progress", lambda *_: TooLate())
+    capsys.readouterr()
+    result = loaded.run_cell(cell)
+    assert type(result.error_in_exec) is KeyboardInterrupt
+    assert capsys.readouterr().out == (
+        "KeyboardInterrupt: Moving blocks of a was interrupted again while it was taken back; "
+        "%llm shows what is there.\n"
+    )
+
+
 def test_an_interrupt_of_the_users_own_code_shows_where_it_came(loaded, capsys) -> None:
     loaded.run_cell("def slow():\n    raise KeyboardInterrupt\n")
     loaded.run_cell("%%llm\n{slow()}\n")

@@ -124,7 +124,8 @@ def _plain(request: Request) -> str:
 
 def _for_encoder(request: Request, tokenizer: Any) -> TokenizedPrompt:
     """Encoder-decoder models map one text to another: system text and the last question."""
-    messages, beginning = list(request.messages), ()
+    messages = list(request.messages)
+    beginning: tuple[int, ...] = ()
     if request.continue_last and messages[-1].role == "assistant":
         beginning = tuple(_ids(tokenizer, messages.pop().content, add_special_tokens=False))
     system = [message.content for message in messages if message.role == "system"]
