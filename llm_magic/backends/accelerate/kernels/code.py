@@ -1,4 +1,4 @@
-"""What LLVM's builder lacks for kernels: loops, vectors, the words of an argument."""
+"""What LLVM's builder lacks for kernels: loops and vectors."""
 
 from __future__ import annotations
 
@@ -13,11 +13,6 @@ from llm_magic.backends.accelerate.kernels.compiler import I32, I64, POINTER, VO
 I8, I16, F32 = ir.IntType(8), ir.IntType(16), ir.FloatType()
 
 _SIZES = {"i8": 1, "i16": 2, "half": 2, "float": 4, "i64": 8}
-
-
-def word(builder: ir.IRBuilder, words: Any, index: int, kind: Any = I64) -> Any:
-    """One of the 64-bit words that ``words`` points to, as a number or a pointer."""
-    return builder.load(builder.gep(words, [I64(index)], source_etype=I64), typ=kind)
 
 
 def at(builder: ir.IRBuilder, start: Any, index: Any, kind: Any) -> Any:

@@ -19,10 +19,65 @@ WORK = ir.FunctionType(VOID, [POINTER])
 _THREAD, _THREADS = "llm_magic_thread", "llm_magic_threads"
 
 
-def compiled(module: ir.Module, name: str) -> Callable[[Any], None]:
+def compiled_for_a_team(
+    module: ir.Module,
+    work: ir.Function,
+    threads: int,
+    before: Callable[[ir.IRBuilder, Any], None] | None = None,
+) -> Callable[[Any], None]:
+    """Compile a function that does ``work`` with a team of threads, and something else before, alone.
+
+    Parameters
+    ----------
+    threads
+        Which of the words that its argument points to says how many: one, or all of torch's.
+    before
+        Gets a builder and the argument.
+
+    Raises
+    ------
+    RuntimeError
+        When LLVM finds a mistake, or has no such instruction for this processor.
+    """
+    run = ir.Function(module, WORK, "run")
+    builder = ir.IRBuilder(run.append_basic_block())
+    argument = run.args[0]
+    if before is not None:
+        before(builder, argument)
+    _run_by_a_team(module, builder, work, argument, word(builder, argument, threads))
+    builder.ret_void()
+    return _compiled(module, run.name)
+
+
+def word(builder: ir.IRBuilder, words: Any, index: int, kind: Any = I64) -> Any:
+    """One of the 64-bit words that ``words`` points to, the argument of ``WORK``, as a number or a pointer."""
+    return builder.load(builder.gep(words, [I64(index)], source_etype=I64), typ=kind)
+
+
+def instructions() -> frozenset[str]:
+    """What LLVM knows of this processor, such as ``"avx2"``; on ARM ``"neon"``."""
+    _initialize()
+    found = frozenset(name for name, has in llvm.get_host_cpu_features().items() if has)
+    return found | {"neon"} if _triple().startswith(("aarch64", "arm64")) else found
+
+
+def share_of_a_thread(module: ir.Module, builder: ir.IRBuilder, count: Any) -> tuple[Any, Any]:
+    """First and last (exclusive) of ``count`` things that the thread is to do which runs this."""
+    if not _openmp():
+        return I64(0), count
+    kind = ir.FunctionType(I32, [])
+    number, all_of_them = (
+        builder.zext(builder.call(ir.Function(module, kind, name), []), I64) for name in (_THREAD, _THREADS)
+    )
+    first = builder.udiv(builder.mul(number, count), all_of_them)
+    last = builder.udiv(builder.mul(builder.add(number, I64(1)), count), all_of_them)
+    return first, last
+
+
+def _compiled(module: ir.Module, name: str) -> Callable[[Any], None]:
     """Compile a module, and return its function ``name``, of one pointer.
 
-    The module needs no library, but for what `run_by_a_team` refers to.
+    The module needs no library, but for what `_run_by_a_team` refers to.
 
     Raises
     ------
@@ -41,14 +96,7 @@ def compiled(module: ir.Module, name: str) -> Callable[[Any], None]:
     return function
 
 
-def instructions() -> frozenset[str]:
-    """What LLVM knows of this processor, such as ``"avx2"``; on ARM ``"neon"``."""
-    _initialize()
-    found = frozenset(name for name, has in llvm.get_host_cpu_features().items() if has)
-    return found | {"neon"} if _triple().startswith(("aarch64", "arm64")) else found
-
-
-def run_by_a_team(
+def _run_by_a_team(
     module: ir.Module, builder: ir.IRBuilder, work: ir.Function, argument: Any, threads: Any
 ) -> None:
     """Have every thread that torch computes with call ``work(argument)``, and wait for all of them.
@@ -73,19 +121,6 @@ def _fork(module: ir.Module, builder: ir.IRBuilder, work: ir.Function, argument:
         builder.call(fork, [_place(module), I32(1), _task(module, work), argument])
     else:
         builder.call(work, [argument])
-
-
-def share_of_a_thread(module: ir.Module, builder: ir.IRBuilder, count: Any) -> tuple[Any, Any]:
-    """First and last (exclusive) of ``count`` things that the thread is to do which runs this."""
-    if not _openmp():
-        return I64(0), count
-    kind = ir.FunctionType(I32, [])
-    number, all_of_them = (
-        builder.zext(builder.call(ir.Function(module, kind, name), []), I64) for name in (_THREAD, _THREADS)
-    )
-    first = builder.udiv(builder.mul(number, count), all_of_them)
-    last = builder.udiv(builder.mul(builder.add(number, I64(1)), count), all_of_them)
-    return first, last
 
 
 def _task(module: ir.Module, work: ir.Function) -> ir.Function:

@@ -21,16 +21,15 @@ from llm_magic.backends.accelerate.kernels.code import (
     stored,
     stored_kind,
     vector,
-    word,
 )
 from llm_magic.backends.accelerate.kernels.compiler import (
     I32,
     I64,
     POINTER,
     WORK,
-    compiled,
-    run_by_a_team,
+    compiled_for_a_team,
     share_of_a_thread,
+    word,
 )
 
 _FLOATS = 16
@@ -74,11 +73,7 @@ def packing(bounds: Sequence[float], codes: Sequence[int], group: int, dtype: st
     builder = ir.IRBuilder(work.append_basic_block())
     _pack_share(module, builder, work.args[0], (bounds, codes), group=group, dtype=dtype)
     builder.ret_void()
-    run = ir.Function(module, WORK, "run")
-    builder = ir.IRBuilder(run.append_basic_block())
-    run_by_a_team(module, builder, work, run.args[0], word(builder, run.args[0], _THREADS))
-    builder.ret_void()
-    return compiled(module, "run")
+    return compiled_for_a_team(module, work, _THREADS)
 
 
 def _pack_share(

@@ -30,15 +30,14 @@ from llm_magic.backends.accelerate.kernels.code import (
     total,
     variable,
     vector,
-    word,
 )
 from llm_magic.backends.accelerate.kernels.compiler import (
     I64,
     POINTER,
     WORK,
-    compiled,
-    run_by_a_team,
+    compiled_for_a_team,
     share_of_a_thread,
+    word,
 )
 from llm_magic.backends.accelerate.kernels.numbers import Reader
 
@@ -83,7 +82,9 @@ def products(reader: Reader, tokens: int, dtype: str, scales: str) -> Callable[[
     builder = ir.IRBuilder(work.append_basic_block())
     _products(_Row(module, builder, reader, work.args[0], scales), tokens, dtype)
     builder.ret_void()
-    return _run(module, work, lambda builder, words: _arrange(builder, reader, words, dtype))
+    return compiled_for_a_team(
+        module, work, _THREADS, lambda builder, words: _arrange(builder, reader, words, dtype)
+    )
 
 
 def unpacking(reader: Reader, dtype: str, scales: str) -> Callable[[Any], None]:
@@ -99,20 +100,7 @@ def unpacking(reader: Reader, dtype: str, scales: str) -> Callable[[Any], None]:
     builder = ir.IRBuilder(work.append_basic_block())
     _unpacking(_Row(module, builder, reader, work.args[0], scales), dtype)
     builder.ret_void()
-    return _run(module, work)
-
-
-def _run(
-    module: ir.Module, work: ir.Function, before: Callable[[ir.IRBuilder, Any], None] | None = None
-) -> Callable[[Any], None]:
-    """Compile a function that does ``work`` with all threads, and something else before."""
-    run = ir.Function(module, WORK, "run")
-    builder = ir.IRBuilder(run.append_basic_block())
-    if before is not None:
-        before(builder, run.args[0])
-    run_by_a_team(module, builder, work, run.args[0], word(builder, run.args[0], _THREADS))
-    builder.ret_void()
-    return compiled(module, "run")
+    return compiled_for_a_team(module, work, _THREADS)
 
 
 def _arrange(builder: ir.IRBuilder, reader: Reader, words: Any, dtype: str) -> None:
