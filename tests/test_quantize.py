@@ -299,12 +299,13 @@ def test_the_bytes_are_known_before(wide: Path, name: str, dtype: str) -> None:
 
     torch_dtype = getattr(torch, dtype)
     model = skeleton(wide, torch_dtype)
-    for width, height in ((160, 33), (1, 2), (131, 5), (384, 1), (192, 130)):
+    odd = ((160, 33), (1, 2), (131, 5), (384, 1), (192, 130), (64, 1), (129, 1), (128, 1))
+    for width, height in odd:
         path = f"model.layers.0.mlp.odd_{width}"
         with torch.device("meta"):
             model.set_submodule(path, torch.nn.Linear(width, height, bias=False, dtype=torch_dtype))
     names = prepare(model, name, torch_dtype)
-    assert len(names) == 14 + 5
+    assert len(names) == 14 + len(odd)
     for path in names:
         module = model.get_submodule(path.removesuffix(".weight"))
         expected = packed_bytes(module, torch_dtype)

@@ -649,5 +649,5 @@ def packed_bytes(module: Any, dtype: Any) -> int:
         return rows * columns + itemsize * rows
     if groups := module.weight_group_size:
         rows, columns = rows * columns // int(groups), int(groups)
-    # Rows are packed on top of each other; each has a scale and a shift.
-    return -(-rows * bits // 8) * columns + 2 * itemsize * rows
+    # Rows are packed on top of each other; each has a scale and a shift, and of a single one each number.
+    return -(-rows * bits // 8) * columns + 2 * itemsize * (columns if rows == 1 else rows)
