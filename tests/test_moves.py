@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable
@@ -17,8 +18,12 @@ import pytest
 import torch
 
 from llm_magic.backends.accelerate.placement.placed import PlacedModel
+from llm_magic.errors import PlanError
 from llm_magic.plan import Plan
+from llm_magic.planning.planner import make_plan
+from llm_magic.planning.select import edited
 from tests import tiny
+from tests.engines import ask, load
 from tests.placements import (
     HOMES,
     everywhere,
@@ -334,3 +339,43 @@ def test_close_after_moves_leaves_no_folder_and_no_open_file(
     assert list(offload.iterdir()) == []
     open_files = {Path(file.path) for file in psutil.Process().open_files()}
     assert not [path for path in open_files if path.is_relative_to(tmp_path)]
+
+
+@pytest.mark.parametrize("home", ["cpu", "disk"])
+@pytest.mark.parametrize("name", ["llama", "llama-tied"])
+@pytest.mark.parametrize("rows", [tiny.VOCABULARY + 16, tiny.VOCABULARY - 16])
+def test_a_resized_embedding_stays_and_says_what_to_do(
+    name: str, home: str, rows: int, tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    engine = load(tiny_model(name))
+    if home == "disk":
+        engine.apply(moved(engine.plan, "embed", "disk"), lambda _: None)
+    engine.model.resize_token_embeddings(rows, mean_resizing=False)
+    expected, before = ask(engine, "The capital").text, engine.plan
+    other = "cpu" if home == "disk" else "disk"
+    for label in ("embed", "head"):
+        with pytest.raises(PlanError, match="has another shape than it was loaded with") as caught:
+            engine.apply(moved(before, label, other), lambda _: None)
+        assert "save_pretrained" in caught.value.next_step
+        assert engine.plan is before
+    if home == "cpu":  # then nothing is held elsewhere
+        engine.apply(moved(before, "layers.1", "disk"), lambda _: None)
+    assert engine.model.get_input_embeddings().weight.shape[0] == rows
+    assert ask(engine, "The capital").text == expected
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # Accelerate's, of offloaded modules
+        engine.model.save_pretrained(tmp_path / "again")
+    engine.tokenizer.save_pretrained(tmp_path / "again")
+    engine.close()
+    again = load(tmp_path / "again")
+    again.apply(moved(again.plan, "embed", "disk"), lambda _: None)
+    assert ask(again, "The capital").text == expected
+    again.close()
+
+
+def moved(plan: Plan, label: str, device: str) -> Plan:
+    """A plan with one block elsewhere, and what is tied to it."""
+    name = next(place.block.name for place in plan.placements if place.block.label == label)
+    return make_plan(
+        plan.layout, plan.machine, plan.workload, placement=edited(plan, {name: device}), policy="hand"
+    )

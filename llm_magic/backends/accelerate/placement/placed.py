@@ -44,6 +44,7 @@ from llm_magic.backends.accelerate.placement.reader import FileReader, choose_di
 from llm_magic.backends.accelerate.placement.stream import Watch
 from llm_magic.backends.accelerate.placement.uninterrupted import uninterrupted
 from llm_magic.backends.accelerate.placement.visits import Route, SweepHook, VisitingHook, Visits
+from llm_magic.errors import PlanError
 from llm_magic.plan import Placement, Plan
 from llm_magic.planning.costs import cache_piece_bytes, slots_for
 from llm_magic.units import MIB
@@ -251,11 +252,12 @@ class PlacedModel:
         Raises
         ------
         PlanError
-            When the disk is full or cannot be written.
+            When the disk is full or cannot be written, or a block has other shapes than it was loaded with.
         BaseException
             What went wrong, or was raised by ``report``; every block is back in its place then.
         """
         changed = [place for place in plan.placements if self._is_elsewhere(place, plan)]
+        self._refuse_other_shapes({place.block.name for place in changed})
         before = {place.block.name: self.blocks[place.block.name].planned for place in changed}
         # To the slowest first: that makes room.
         changed.sort(key=lambda place: _turn(before[place.block.name], place))
@@ -279,6 +281,19 @@ class PlacedModel:
                 raise full from None
             raise
         return _moved(before, changed)
+
+    def _refuse_other_shapes(self, moving: Collection[str]) -> None:
+        """Refuse to bring back, from a file or a buffer, what somebody gave another shape meanwhile.
+
+        As ``resize_token_embeddings`` does; what stays in its module keeps it.
+        """
+        for name, block in self.blocks.items():
+            is_held_elsewhere = block.store is not None or block.place.home == "disk"
+            if (name in moving or is_held_elsewhere) and not block.tensors.has_shapes_in(self.model):
+                raise PlanError(
+                    f"{block.place.block.label} has another shape than it was loaded with, and cannot be moved.",
+                    "Save the model and its tokenizer (llm.model.save_pretrained(FOLDER)), and load that.",
+                )
 
     def check_files(self) -> None:
         """Refuse to go on with blocks in files that changed: what is mapped would be gone, or another's.
