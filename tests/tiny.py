@@ -371,6 +371,42 @@ def save_gemma3(folder: Path) -> Path:
     return _save(Gemma3ForConditionalGeneration, config, folder)
 
 
+def save_gemma4_vision(folder: Path, *, tied: bool = True) -> Path:
+    """Gemma 4 with a tower: its inner model reads a row of the embedding without calling it."""
+    from transformers import Gemma4Config, Gemma4ForConditionalGeneration
+
+    text = _text("gemma4_text") | {
+        "initializer_range": 0.05,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "global_head_dim": 32,
+        "sliding_window": 16,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 2,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": VOCABULARY,
+        "tie_word_embeddings": tied,
+    }
+    vision = _vision("gemma4_vision") | {"num_key_value_heads": 4, "head_dim": 8, "patch_size": 4}
+    names = (
+        "video_token_id",
+        "audio_token_id",
+        "boi_token_id",
+        "eoi_token_id",
+        "boa_token_id",
+        "eoa_token_index",
+    )
+    config = Gemma4Config(
+        text_config=text,
+        vision_config=vision | {"position_embedding_size": 16},
+        image_token_id=IMAGE_TOKEN,
+        tie_word_embeddings=tied,
+        dtype="float32",
+        **dict.fromkeys(names, 3),
+    )
+    return _save(Gemma4ForConditionalGeneration, config, folder)
+
+
 VISION_MODELS: dict[str, Callable[[Path], Path]] = {
     "mistral3": save_mistral3,
     "llava": save_llava,

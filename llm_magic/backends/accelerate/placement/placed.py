@@ -40,6 +40,7 @@ from llm_magic.backends.accelerate.placement.mapped import MappedFiles
 from llm_magic.backends.accelerate.placement.model_device import models_in, show_device
 from llm_magic.backends.accelerate.placement.offload_folder import OffloadFolder, disk_error
 from llm_magic.backends.accelerate.placement.open_file import OpenFile
+from llm_magic.backends.accelerate.placement.read_rows import ShownRow, read_rows
 from llm_magic.backends.accelerate.placement.reader import FileReader, choose_direct
 from llm_magic.backends.accelerate.placement.stream import Watch
 from llm_magic.backends.accelerate.placement.uninterrupted import uninterrupted
@@ -192,6 +193,7 @@ class PlacedModel:
         self._visiting_hooks: dict[str, VisitingHook] = {}
         self.tables = Tables()
         self._advice: list[Any] = []
+        self._shown_rows: list[ShownRow] = []
         self._usual_experts: dict[str, str | None] | None = None
         self._skip_keys = getattr(model, "_skip_keys_device_placement", None)
         self._pins_no_more = False
@@ -334,8 +336,7 @@ class PlacedModel:
             computing = {place.block.name: place.modules_on for place in self.plan.placements}
             self.model.hf_device_map = accelerate_device_map(computing)
             for part in parts:
-                held = part.store.tensors() if isinstance(part.store, RamStore) else self._map(part)
-                part.tensors.bind(held)
+                part.tensors.bind(self._without_a_copy(part))
             yield
         finally:
             with uninterrupted():
@@ -635,6 +636,10 @@ class PlacedModel:
             return block.file.tensors()
         return block.tensors.current()
 
+    def _without_a_copy(self, block: PlacedBlock) -> list[Any]:
+        """The tensors of a block that travels: in RAM, or in a mapped file."""
+        return block.store.tensors() if isinstance(block.store, RamStore) else self._map(block)
+
     def _map(self, block: PlacedBlock) -> list[Any]:
         assert block.file is not None
         return self._views(block.file, block.tensors.pieces)
@@ -692,6 +697,8 @@ class PlacedModel:
         for block in self.blocks.values():
             hooks.detach(block.module)
         self.tables.detach()
+        while self._shown_rows:
+            self._shown_rows.pop().detach()
 
     def _settle_hooks(self) -> None:
         for stream_hook in self._stream_hooks:
@@ -756,6 +763,7 @@ class PlacedModel:
         self._let_caches_go_ahead(plan or self.plan)
         self._place_bare(plan or self.plan)
         self._attach_tables()
+        self._show_rows()
         self._attach_model(devices)
         self._advise()
         self.model.hf_device_map = _running_first((plan or self.plan).device_map, str(self.model.device))
@@ -763,6 +771,20 @@ class PlacedModel:
     def _attach_tables(self) -> None:
         tables = [(block.place, block.module) for block in self.blocks.values()]
         self.tables.attach(self.model, tables, self._skip_keys)
+
+    def _show_rows(self) -> None:
+        """Let the model find rows that it reads beside calling an embedding, wherever the weight is then."""
+        for name, reader, index in self._read_rows:
+            block = self.blocks.get(name)
+            if block is None or not (block.travels or block.visits or block.place.is_looked_up):
+                continue
+            held = self._without_a_copy(block) if block.travels else block.tensors.current()
+            row = block.tensors.parameter("weight", held)[index : index + 1].detach().clone()
+            self._shown_rows.append(ShownRow(reader, block.module, row, block.place.compute))
+
+    @cached_property
+    def _read_rows(self) -> list[tuple[str, Any, int]]:
+        return list(read_rows(self.model))
 
     def _place_bare(self, plan: Plan) -> None:
         """Parameters and buffers between the modules go where the plan computes with them; no hook brings them."""
