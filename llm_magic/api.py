@@ -30,6 +30,7 @@ _RENAMED = {
     "no_template": ("use_template", False),
     "no_stream": ("stream", False),
 }
+_UNTIL_STOPPED_S = 0.05
 _ELSEWHERE = {
     "out": "Write: answer = llm(…)",
     "dry_run": "llm.render(…) gives the final prompt and its length.",
@@ -110,13 +111,18 @@ class LLM:
         return self.session.render(prompt, _ask_options(options))
 
     async def agenerate(self, prompt: str = "", **options: Any) -> Generation:
-        """The same for ``await``: the event loop goes on meanwhile; cancelling it stops the answer."""
+        """The same for ``await``: the event loop goes on meanwhile; cancelling it stops the answer, and waits for that."""
         import asyncio  # 30 ms that only this needs
 
+        answer = asyncio.ensure_future(asyncio.to_thread(self, prompt, **options))
         try:
-            return await asyncio.to_thread(self, prompt, **options)
+            return await asyncio.shield(answer)
         except asyncio.CancelledError:
-            self.stop()
+            # Or the next prompt would find a model at work. There is nothing to stop before it has begun.
+            while not answer.done():
+                self.stop()
+                await asyncio.wait([answer], timeout=_UNTIL_STOPPED_S)
+            answer.exception()  # or asyncio says that nobody asked for it
             raise
 
     def stop(self) -> bool:

@@ -679,7 +679,7 @@ class Session:
     def _acquire(self) -> None:
         if not self._lock.acquire(blocking=False):
             raise SessionError(
-                "A model is still at work.", "Wait for it, or interrupt it first (■ or Ctrl-C)."
+                "A model is still at work.", "Wait for it, interrupt it (■ or Ctrl-C), or end it: llm.stop()."
             )
 
     def _chat(self, options: AskOptions) -> Chat | None:
@@ -794,6 +794,6 @@ def _model_name(source: str) -> str:
 
 
 def _check_model_name(name: str) -> str:
-    if len(name) > _LONGEST_NAME or not re.fullmatch(r"\w[\w.:-]*", name):
+    if not isinstance(name, str) or len(name) > _LONGEST_NAME or not re.fullmatch(r"\w[\w.:-]*", name):
         raise OptionError(f"{name!r} cannot name a model.", "Use letters, digits, dots, '-' and '_'.")
     return name

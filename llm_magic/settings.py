@@ -68,6 +68,9 @@ class Settings(Configurable):
         return value
 
 
+_TAKEN = {"ctx_size": "a whole number of at least 16", "history": "true or false"}
+
+
 def setting_names() -> list[str]:
     """Names that ``%llm set`` takes."""
     return sorted(Settings.class_own_traits(config=True))
@@ -91,7 +94,7 @@ def check_name(name: str) -> str:
 
 
 def change_setting(settings: Settings, name: str, text: str) -> object:
-    """Set one default from what a person typed; ``none`` clears it. Returns the new value.
+    """Set one default from what a person typed; ``none`` clears it, or brings its default back. Returns the new value.
 
     Raises
     ------
@@ -100,10 +103,10 @@ def change_setting(settings: Settings, name: str, text: str) -> object:
     """
     trait = Settings.class_traits()[check_name(name)]
     try:
-        value = None if text.lower() == "none" else trait.from_string(text)
-        setattr(settings, name, value)
+        cleared = None if trait.allow_none else trait.default_value
+        setattr(settings, name, cleared if text.lower() == "none" else trait.from_string(text))
     except (TraitError, ValueError):
-        limits = SAMPLING_LIMITS.get(name)
-        takes = f"{name} is {limits.words}." if limits else f"{name}: {trait.help}"
+        words = SAMPLING_LIMITS[name].words if name in SAMPLING_LIMITS else _TAKEN.get(name)
+        takes = f"{name} is {words}." if words else f"{name}: {trait.help}"
         raise OptionError(f"{text!r} is no value for {name}.", takes) from None
     return getattr(settings, name)

@@ -197,6 +197,42 @@ def test_an_awaited_answer_is_stopped_softly(llm, backend, how) -> None:
     assert llm("again") == "next"
 
 
+def test_once_an_answer_is_cancelled_the_next_one_may_begin(llm, backend) -> None:
+    async def main() -> None:
+        loop, go = asyncio.get_running_loop(), threading.Event()
+
+        def take_a_while_to_stop(stop) -> None:
+            stop.wait()
+            loop.call_soon_threadsafe(loop.call_later, 0.1, go.set)
+            go.wait()
+
+        backend.enqueue("a", "b", before={1: take_a_while_to_stop})
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(llm.agenerate("Hi"), 0.05)
+        backend.enqueue("next")
+        assert await llm.agenerate("again") == "next"
+
+    run_loop(main)
+
+
+def test_an_answer_that_is_cancelled_before_it_began_is_none(llm, backend) -> None:
+    async def main() -> None:
+        backend.enqueue("a", "b", before={1: lambda stop: stop.wait()})
+        asked = asyncio.create_task(llm.agenerate("Hi"))
+        await asyncio.sleep(0)
+        asked.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asked
+        assert not llm.stop()
+
+    run_loop(main)
+
+
+def test_what_no_name_can_be_is_refused(llm) -> None:
+    with pytest.raises(OptionError, match="3 cannot name a model"):
+        llm.load("fake:b", name=3)
+
+
 def test_blocks_of_the_current_model_move_and_come_back(llm) -> None:
     moved = llm.move("layers.0-1", "disk")
     assert repr(moved).startswith("<Moved a: layers.0–1 (2.0 MiB) RAM → disk, ")

@@ -16,6 +16,9 @@ from llm_magic.settings import Settings, change_setting, setting_names
         ("history", "false", False),
         ("system", "You are brief.", "You are brief."),
         ("ctx_size", "4096", 4096),
+        ("system", "none", ""),
+        ("max_new_tokens", "none", 512),
+        ("history", "none", True),
     ],
 )
 def test_a_value_is_read_as_its_kind(name: str, text: str, value: object) -> None:
@@ -32,7 +35,6 @@ def test_a_value_is_read_as_its_kind(name: str, text: str, value: object) -> Non
         ("temperature", "hot"),
         ("top_p", "1.5"),
         ("max_new_tokens", "0"),
-        ("max_new_tokens", "none"),
         ("seed", "99999999999999999999"),
         ("top_k", "99999999999999999999"),
         ("ctx_size", "2"),
@@ -45,6 +47,20 @@ def test_a_value_out_of_range_changes_nothing(name: str, text: str) -> None:
     with pytest.raises(OptionError, match=name):
         change_setting(settings, name, text)
     assert getattr(settings, name) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "takes"),
+    [
+        ("temperature", "temperature is a number from 0 to 10."),
+        ("ctx_size", "ctx_size is a whole number of at least 16."),
+        ("history", "history is true or false."),
+    ],
+)
+def test_an_error_says_what_a_setting_takes(name: str, takes: str) -> None:
+    with pytest.raises(OptionError) as caught:
+        change_setting(Settings(), name, "maybe")
+    assert caught.value.next_step == takes
 
 
 def test_an_unknown_setting_gets_its_closest_name() -> None:
