@@ -103,12 +103,17 @@ def number(low: float, high: float, kind: type[int] | type[float] = float) -> Ca
             value = math.nan
         if math.isnan(value) or not low <= value <= high:
             is_bounded = high < 10**9 or value > high
-            bounds = f"from {low:g} to {high:g}" if is_bounded else f"of at least {low:g}"
+            bounds = f"from {_plain(low)} to {_plain(high)}" if is_bounded else f"of at least {_plain(low)}"
             what = "a whole number" if kind is int else "a number"
             raise argparse.ArgumentTypeError(f"{text!r} is not {what} {bounds}")
         return value
 
     return convert
+
+
+def _plain(value: float) -> str:
+    """Without an exponent, or a point that says nothing."""
+    return str(int(value)) if value == int(value) else str(value)
 
 
 def add_max_memory(parser: argparse.ArgumentParser, words: str, default: dict[str, int] | None) -> None:

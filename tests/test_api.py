@@ -269,6 +269,11 @@ def test_a_model_is_loaded_with_the_options_of_the_command(llm, backend) -> None
     [
         ({"ctx": 64}, "no option --ctx", "Did you mean --ctx-size?"),
         ({"ctx_size": "long"}, "'long' is not a whole number", "%llm load --help"),
+        (
+            {"ctx_size": 2**40},
+            "'1099511627776' is not a whole number from 1 to 2147483648",
+            "%llm load --help",
+        ),
         ({"ctx_size": [64]}, "ctx_size cannot be", "a text or a number"),
         ({"allow_pickle": 1}, "allow_pickle cannot be 1", "Give True or False."),
         ({"dtype": "f8"}, "invalid choice: 'f8'", "%llm load --help"),

@@ -80,14 +80,23 @@ def test_parameters_without_effect_are_refused_with_the_reason(name: str) -> Non
 
 
 @pytest.mark.parametrize("has_encoder", [True, False])
-def test_only_an_answer_without_the_prompt_begins_with_a_token(has_encoder: bool) -> None:
+@pytest.mark.parametrize(
+    ("name", "value", "is_of_encoders", "why"),
+    [
+        ("forced_bos_token_id", 7, True, "begins with the prompt"),
+        ("guidance_scale", 1.5, False, "has no prompt to leave out"),
+    ],
+)
+def test_some_parameters_are_of_models_with_an_encoder_or_without(
+    name: str, value: float, is_of_encoders: bool, why: str, has_encoder: bool
+) -> None:
     config = LlamaConfig(vocab_size=8, is_encoder_decoder=has_encoder)
     model = SimpleNamespace(generation_config=GenerationConfig(), config=config)
-    sampling = Sampling(extra={"forced_bos_token_id": 7})
-    if has_encoder:
-        assert generation_config(model, TOKENIZER, sampling, 5).forced_bos_token_id == 7
+    sampling = Sampling(extra={name: value})
+    if has_encoder == is_of_encoders:
+        assert getattr(generation_config(model, TOKENIZER, sampling, 5), name) == value
         return
-    with pytest.raises(OptionError, match="begins with the prompt"):
+    with pytest.raises(OptionError, match=why):
         generation_config(model, TOKENIZER, sampling, 5)
 
 

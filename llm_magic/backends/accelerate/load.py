@@ -29,7 +29,7 @@ from llm_magic.backends.accelerate.placement.placed import Fill, PlacedModel, ac
 from llm_magic.backends.accelerate.placement.quantize import refuse_devices
 from llm_magic.backends.accelerate.quiet import bars_into, quiet
 from llm_magic.backends.accelerate.source.large_files import large_files_opened
-from llm_magic.errors import EngineError, LLMMagicError, PlanError, SourceError
+from llm_magic.errors import EngineError, LLMMagicError, OptionError, PlanError, SourceError
 from llm_magic.events import PhaseEvent, Progress
 from llm_magic.harmless.paths import without_paths
 from llm_magic.host.memory import host_memory
@@ -82,12 +82,13 @@ def load(files: ModelFiles, spec: ModelSpec, plan: Plan, progress: Progress) -> 
         # One load at a time: both replace functions of the libraries, and put back what they found.
         with quiet(), default_dtype_kept(), large_files_opened():
             tokenizer = _read_tokenizer(files)
+            draft_files = _find_draft(spec, tokenizer, progress)
             model, fill = _read_model(files, spec, plan, folder, progress)
             if folder:
                 folder.protect()
             placed = PlacedModel(model, plan, () if fill else files.weight_files, folder, fill=fill)
-            draft, name = _read_draft(spec, plan, tokenizer, progress)
-        return LoadedWeights(placed, tokenizer, draft, name)
+            draft = _read_draft(draft_files, plan, progress) if draft_files else None
+        return LoadedWeights(placed, tokenizer, draft, draft_files.name if draft_files else "")
     except BaseException as error:
         # Frames of the failed call still hold the tensors that were read.
         traceback.clear_frames(error.__traceback__)
@@ -150,19 +151,31 @@ def _read_tokenizer(files: ModelFiles) -> Any:
     return tokenizer
 
 
-def _read_draft(spec: ModelSpec, plan: Plan, tokenizer: Any, progress: Progress) -> tuple[Any, str]:
-    """The draft model, whole where the model computes first, and its name; ``None`` and nothing without."""
+def _find_draft(spec: ModelSpec, tokenizer: Any, progress: Progress) -> ModelFiles | None:
+    """The files of the draft model, if there is one, once it is known that it can propose tokens."""
     if not spec.draft:
-        return None, ""
-    import torch
-
-    from llm_magic.backends.accelerate.source.architecture import auto_class
+        return None
     from llm_magic.backends.accelerate.source.layout import draft_spec, load_config
     from llm_magic.backends.accelerate.source.sources import fetch_weights, resolve
 
     small = draft_spec(spec)
     files = fetch_weights(small, resolve(small, progress), progress)
+    if load_config(files).is_encoder_decoder:
+        raise OptionError(
+            f"{files.name} does not go on with a text, and cannot propose what comes next in one.",
+            "Take a smaller model of the same family for --draft, or leave it out.",
+        )
     require_same_vocabulary(tokenizer, _read_tokenizer(files), files.name)
+    return files
+
+
+def _read_draft(files: ModelFiles, plan: Plan, progress: Progress) -> Any:
+    """The draft model, whole where the model computes first."""
+    import torch
+
+    from llm_magic.backends.accelerate.source.architecture import auto_class
+    from llm_magic.backends.accelerate.source.layout import load_config
+
     with bars_into(_reporter(progress, lambda _name: "")), default_dtype_kept():
         model = auto_class(load_config(files)).from_pretrained(
             str(files.folder),
@@ -172,7 +185,7 @@ def _read_draft(spec: ModelSpec, plan: Plan, tokenizer: Any, progress: Progress)
             local_files_only=True,
             trust_remote_code=False,
         )
-    return model.eval().requires_grad_(False), files.name
+    return model.eval().requires_grad_(False)
 
 
 def block_labels(layout: ModelLayout) -> Callable[[str], str]:

@@ -38,6 +38,11 @@ _REASONS: Mapping[str, frozenset[str]] = {
         "output_attentions", "output_hidden_states", "output_logits", "output_scores", "return_dict_in_generate",
     }),
 }  # fmt: skip
+_OF_ONE_KIND: Mapping[str, tuple[bool, str]] = {
+    "forced_bos_token_id": (True, "an answer of this model begins with the prompt"),
+    "guidance_scale": (False, "an answer of this model has no prompt to leave out"),
+}
+"""Those of models with an encoder alone, or of those without -> why others do not take them."""
 _OTHER_REASON = "the decoding loop is our own"
 
 
@@ -65,8 +70,8 @@ def _check_name(config: Any, name: str, model: Any) -> None:
         raise OptionError(f"The model takes no parameter {name!r}.", _near_names(config, name))
     reason = "" if name in TAKEN else _OTHER_REASON
     reason = next((why for why, names in _REASONS.items() if name in names), reason)
-    if name == "forced_bos_token_id" and not model.config.is_encoder_decoder:
-        reason = "an answer of this model begins with the prompt"
+    if name in _OF_ONE_KIND and _OF_ONE_KIND[name][0] != bool(model.config.is_encoder_decoder):
+        reason = _OF_ONE_KIND[name][1]
     if reason:
         raise OptionError(f"{name} has no effect here: {reason}.", "Leave it out.")
 
