@@ -43,7 +43,7 @@ def build_request(text: str, options: AskOptions, chat: Chat | None, settings: S
     Raises
     ------
     PromptError
-        When the prompt is empty, or no text.
+        When the prompt is empty, no text, or has halves of characters.
     OptionError
         When an option has a value that it cannot take, or ``--continue`` a prompt.
     SessionError
@@ -61,6 +61,7 @@ def build_request(text: str, options: AskOptions, chat: Chat | None, settings: S
     system = options.system
     if system is None:
         system = (chat.system if chat else "") or settings.system
+    _check_characters(text + system)
     if system:
         history.insert(0, Message("system", system))
     return Request(
@@ -150,6 +151,17 @@ def _measured(answer: Answer, ending: Ending, request: Request) -> Footprint:
 def _share(sweeps_per_s: float, limit: float) -> float:
     """Sweeps a second as a share of the limit; a limit that was measured a little low is reached, not passed."""
     return min(1.0, sweeps_per_s / limit) if limit > 0 else 0.0
+
+
+def _check_characters(text: str) -> None:
+    """Refuse halves of characters, which names of files may have, and no tokenizer reads."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise PromptError(
+            f"The prompt has {text[error.start]!r}, which is half of a character.",
+            'Leave it out, or replace it: text.encode("utf-8", "replace").decode().',
+        ) from None
 
 
 def _check_can_continue(text: str, history: list[Message]) -> None:

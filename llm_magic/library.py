@@ -66,7 +66,7 @@ def pull(spec: ModelSpec, progress: Progress) -> LocalModel:
     """
     from llm_magic.backends.accelerate.source.sources import fetch_weights, resolve
 
-    if Path(spec.source).expanduser().exists() or spec.source == "starter":
+    if os.path.exists(os.path.expanduser(spec.source)) or spec.source == "starter":
         raise SourceError(f"{spec.source} is on this computer already.", f"Run: %llm load {spec.source}")
     files = fetch_weights(spec, resolve(spec, progress), progress)
     size = sum(file.stat().st_size for file in files.weight_files)

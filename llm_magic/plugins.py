@@ -159,9 +159,9 @@ def pick(table: Mapping[str, Item], name: str, kind: str) -> Item:
     OptionError
         When there is none; it names the closest one.
     """
-    if name in table:
+    if isinstance(name, str) and name in table:
         return table[name]
-    close = difflib.get_close_matches(name, table, n=1, cutoff=0.65)
+    close = difflib.get_close_matches(str(name), table, n=1, cutoff=0.65)
     known = ", ".join(sorted(table)) or "none"
     raise OptionError(
         f"There is no {kind} {name!r}.", f"Did you mean {close[0]}?" if close else f"Known: {known}."

@@ -120,6 +120,10 @@ def test_a_whole_number_is_a_temperature(llm, backend) -> None:
     [
         (lambda llm: llm(None), "A prompt is a text, and cannot be None"),
         (lambda llm: llm(["Hi"]), "A prompt is a text"),
+        (lambda llm: llm("a\ud800b"), "The prompt has '\\\\ud800', which is half of a character"),
+        (lambda llm: llm("a", system="\udc80"), "half of a character"),
+        (lambda llm: llm.session.use(3), "There is no loaded model 3"),
+        (lambda llm: llm.session.unload(["a"]), "There is no loaded model"),
         (lambda llm: llm.apply(None), "None is no placement"),
         (lambda llm: llm.move(0, "disk"), "0 names no blocks"),
         (lambda llm: llm.load(None), "None is no source"),

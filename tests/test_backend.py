@@ -26,6 +26,10 @@ from llm_magic.model import ModelSpec
         ("http://host/model", False),
         ("./no/such/folder", True),
         ("", True),
+        ("~nobody-of-this-name/model", True),
+        ("x" * 5000, True),
+        ("x/" * 5000, True),
+        ("a\0b", True),
     ],
 )
 def test_what_it_accepts_by_its_look(source: str, accepted: bool) -> None:

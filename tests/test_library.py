@@ -120,3 +120,9 @@ def test_what_is_here_is_not_pulled(source: str) -> None:
 def test_what_is_no_hub_id_is_not_pulled() -> None:
     with pytest.raises(SourceError):
         pull(ModelSpec("no such thing"), ignore)
+
+
+@pytest.mark.parametrize("source", ["~nobody-of-this-name/model", "x" * 5000])
+def test_what_cannot_be_a_path_is_not_pulled(source: str) -> None:
+    with pytest.raises(SourceError, match="no path that can be read"):
+        pull(ModelSpec(source), lambda _: None)

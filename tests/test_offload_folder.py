@@ -76,6 +76,16 @@ def test_a_link_as_its_place_is_refused(tmp_path: Path) -> None:
     assert list(elsewhere.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("place", "says"),
+    [("~nobody-of-this-name/x", "Nobody is known"), ("x" * 5000, "No offload folder can be made")],
+)
+def test_a_place_that_cannot_be_is_refused(place: str, says: str) -> None:
+    with pytest.raises(PlanError, match=says) as caught:
+        OffloadFolder(place)
+    assert "--offload-folder" in caught.value.next_step
+
+
 def test_removing_follows_no_link(tmp_path: Path) -> None:
     precious = tmp_path / "precious"
     precious.mkdir()

@@ -5,8 +5,8 @@ Light on purpose: torch, transformers and accelerate are imported by the functio
 
 from __future__ import annotations
 
+import os
 import re
-from pathlib import Path
 
 from llm_magic.backends.accelerate.spinning import import_torch_calmly
 from llm_magic.events import PhaseEvent, Progress
@@ -27,10 +27,11 @@ class TransformersBackend:
         """How well it can load ``spec``: 0 to 1, from the source's look alone."""
         if spec.source == "starter":
             return 1.0
-        path = Path(spec.source).expanduser()
-        if path.is_dir():
-            return 0.9 if (path / "config.json").is_file() else 0.1
-        if path.suffix.lower() == ".gguf":
+        # These of `os.path` say no to what cannot be a path, where those of `Path` fail.
+        path = os.path.expanduser(spec.source)
+        if os.path.isdir(path):
+            return 0.9 if os.path.isfile(os.path.join(path, "config.json")) else 0.1
+        if path.lower().endswith(".gguf"):
             return 0.5
         if _HUB_ID.fullmatch(spec.source):
             return 0.8

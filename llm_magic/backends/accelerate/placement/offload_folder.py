@@ -41,7 +41,7 @@ class OffloadFolder:
     """
 
     def __init__(self, parent: str = "") -> None:
-        base = Path(parent).expanduser() if parent else cache_folder() / "offload"
+        base = _base(parent)
         self.path = _make_private(base)
         self._given: Counter[str] = Counter()
         lock = _locked(self.path)
@@ -99,8 +99,17 @@ def disk_error(error: BaseException, parent: str = "") -> PlanError | None:
     return None
 
 
+def _base(parent: str) -> Path:
+    try:
+        return Path(parent).expanduser() if parent else cache_folder() / "offload"
+    except RuntimeError:
+        raise PlanError(
+            f"Nobody is known whose folder {parent} would be.", "Choose another place: --offload-folder DIR"
+        ) from None
+
+
 def _make_private(base: Path) -> Path:
-    if base.is_symlink():
+    if os.path.islink(base):  # that of `Path` fails where a name is too long
         raise PlanError(
             f"{display_path(base.parent)}/{base.name} is a link, which an offload folder may not be.",
             "Give the folder itself: --offload-folder DIR",
