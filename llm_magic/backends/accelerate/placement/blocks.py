@@ -98,10 +98,9 @@ class BlockTensors:
         """Whether every parameter is its own only tensor, as it is in files."""
         return all(not piece.part for piece in self.pieces)
 
-    def has_shapes_in(self, model: Any) -> bool:
-        """Whether its module is in ``model`` still, and what it holds has the shapes that it had at first."""
-        if all(module is not self.module for module in model.modules()):
-            return False
+    @property
+    def has_first_shapes(self) -> bool:
+        """Whether what is in the module has the shapes that it had at first."""
         found = [(piece, self._owners[piece.name]) for piece in self.pieces if not piece.part]
         return all(tuple(owner._parameters[leaf].shape) == piece.shape for piece, (owner, leaf) in found)
 

@@ -289,9 +289,11 @@ class PlacedModel:
 
         As ``resize_token_embeddings`` does; what stays in its module keeps it.
         """
+        modules = {id(module) for module in self.model.modules()}
         for name, block in self.blocks.items():
-            is_held_elsewhere = block.store is not None or block.place.home == "disk"
-            if (name in moving or is_held_elsewhere) and not block.tensors.has_shapes_in(self.model):
+            is_concerned = name in moving or block.store is not None or block.place.home == "disk"
+            is_as_loaded = id(block.module) in modules and block.tensors.has_first_shapes
+            if is_concerned and not is_as_loaded:
                 raise PlanError(
                     f"{block.place.block.label} has another shape than it was loaded with, and cannot be moved.",
                     "Save the model and its tokenizer (llm.model.save_pretrained(FOLDER)), and load that.",
