@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch")
 from llm_magic.backends.accelerate.placement.blocks import pin  # noqa: E402
 from llm_magic.backends.accelerate.placement.reader import page_buffer  # noqa: E402
 from tests.gpu.conftest import IS_SIMULATED  # noqa: E402
-from tests.simulated_cuda import fail_allocation_in, races, set_total_memory  # noqa: E402
+from tests.simulated_cuda import driver_bytes, fail_allocation_in, races, set_total_memory  # noqa: E402
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not IS_SIMULATED, reason="of the simulated device alone")]
 DEVICE = "cuda:0"
@@ -162,10 +162,62 @@ def _registers_memory(_here: Any, _there: Any) -> None:
     assert not pin(memory)
 
 
+def _pins_memory(_here: Any, _there: Any) -> None:
+    torch.empty(1000, pin_memory=True)
+
+
+def _takes_by_a_mask(_here: Any, there: Any) -> None:
+    there[there > 0].add_(1)
+
+
+def _puts_by_a_mask(_here: Any, there: Any) -> None:
+    there[there == 0] = torch.ones(1000, device=DEVICE)
+
+
+def _puts_a_number_that_is_here(_here: Any, there: Any) -> None:
+    there[torch.arange(2, device=DEVICE)] = 5
+
+
+def _fills_with_a_number_that_is_there(_here: Any, there: Any) -> None:
+    there.masked_fill_(there == 0, there[0])
+
+
+def _chooses_a_number_that_is_here(_here: Any, there: Any) -> None:
+    torch.where(there == 0, torch.tensor(2.0), there)
+
+
+def _multiplies_groups(_here: Any, _there: Any) -> None:
+    states, weights = torch.ones(32, 16, device=DEVICE), torch.ones(2, 16, 16, device=DEVICE)
+    torch._grouped_mm(
+        states, weights, offs=torch.full((2,), 16, dtype=torch.int32, device=DEVICE).cumsum(0).int()
+    )
+
+
+def _gives_memory_back(_here: Any, _there: Any) -> None:
+    torch.cuda.empty_cache()
+
+
+def _lets_a_graph_go(here: Any, there: Any) -> None:
+    assert _graphs.pop()
+    there.copy_(here, non_blocking=True)
+
+
+_graphs: list[Any] = []
+
+
 @pytest.mark.parametrize(
     "work",
     [
         _registers_memory,
+        _pins_memory,
+        _takes_by_a_mask,
+        _puts_by_a_mask,
+        _puts_a_number_that_is_here,
+        _fills_with_a_number_that_is_there,
+        _chooses_a_number_that_is_here,
+        _multiplies_groups,
+        _gives_memory_back,
+        _lets_a_graph_go,
         _waits_for_the_device,
         _copies_from_pageable_memory,
         _waits_for_uncaptured_work,
@@ -175,12 +227,60 @@ def _registers_memory(_here: Any, _there: Any) -> None:
 )
 def test_what_cannot_be_captured(work: Any) -> None:
     here, there = pinned(), torch.zeros(1000, device=DEVICE)
+    _graphs[:] = [torch.cuda.CUDAGraph()]
+    with torch.cuda.graph(_graphs[0]):
+        there.mul_(1)
     with pytest.raises(RuntimeError), torch.cuda.stream(torch.cuda.current_stream()):  # noqa: SIM117
         with torch.cuda.graph(torch.cuda.CUDAGraph()):
             work(here, there)
+    _graphs.clear()
     assert there.sum() == 0
     torch.cuda.synchronize()
     races()
+
+
+def test_what_looks_like_it_and_can_be_captured() -> None:
+    there, graph = torch.zeros(1000, device=DEVICE), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        there[there == 0] = 2
+        there.masked_fill_(there == 1, 3.0)
+        there += torch.where(there == 2, 1.0, 0.0)
+        torch.ones(3, device=DEVICE).repeat_interleave(
+            torch.ones(3, dtype=torch.int64, device=DEVICE), output_size=3
+        )
+    graph.replay()
+    assert there.tolist() == [3] * 1000
+
+
+def test_two_products_that_share_a_workspace(copies: Any) -> None:
+    states, graph = torch.ones(8, 8, device=DEVICE), torch.cuda.CUDAGraph()
+    with torch.cuda.stream(copies):
+        states @ states
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph, stream=copies):
+        states @ states
+    torch.cuda.synchronize()
+    graph.replay()
+    with torch.cuda.stream(copies):
+        states @ states
+    assert any("(captured) aten::mm" in race for race in races())
+
+
+def test_graphs_take_memory_that_no_allocator_counts() -> None:
+    states, graph = torch.ones(8, device=DEVICE), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        states.mul_(1)
+    free, reserved = torch.cuda.mem_get_info()[0], torch.cuda.memory_reserved()
+    held = driver_bytes()
+    del graph
+    assert driver_bytes() < held
+    assert (torch.cuda.mem_get_info()[0] > free, torch.cuda.memory_reserved()) == (True, reserved)
+    before = set_total_memory(reserved + driver_bytes() + 4096)
+    try:
+        with pytest.raises(RuntimeError, match="out of memory"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+            states.mul_(1)
+    finally:
+        set_total_memory(before)
 
 
 def test_devices_do_not_mix() -> None:
@@ -191,7 +291,7 @@ def test_devices_do_not_mix() -> None:
 
 def test_memory_runs_out() -> None:
     torch.cuda.empty_cache()
-    before = set_total_memory(torch.cuda.memory_reserved() + 4096)
+    before = set_total_memory(torch.cuda.memory_reserved() + driver_bytes() + 4096)
     try:
         held = torch.empty(2048, dtype=torch.uint8, device=DEVICE)
         with pytest.raises(torch.OutOfMemoryError, match="GPU 0"):

@@ -8,6 +8,12 @@ reported by `races`, however the delays of a run fall.
 It says nothing of speed, and has no compiler: ``torch.compile`` does not know it.
 """
 
-from tests.simulated_cuda.patches import fail_allocation_in, install, races, set_total_memory
+from tests.simulated_cuda.patches import (
+    driver_bytes,
+    fail_allocation_in,
+    install,
+    races,
+    set_total_memory,
+)
 
-__all__ = ["fail_allocation_in", "install", "races", "set_total_memory"]
+__all__ = ["driver_bytes", "fail_allocation_in", "install", "races", "set_total_memory"]

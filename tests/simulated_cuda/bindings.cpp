@@ -240,6 +240,7 @@ static std::map<std::string, int64_t> memory_stats(int on) {
           {"peak", memory.peak},
           {"peak_reserved", memory.peak_reserved},
           {"total", memory.total},
+          {"driver", memory.driver},
           {"allocations", memory.allocations}};
 }
 

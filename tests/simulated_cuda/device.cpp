@@ -135,8 +135,10 @@ static void release(Block& block) {
   device().blocks.erase(block.base);
 }
 
+// While anything is captured torch gives nothing back, whoever asks.
 void empty_cache() {
   Lock lock;
+  TORCH_CHECK(device().captures.empty(), "captures_underway.empty() INTERNAL ASSERT FAILED");
   auto& idle = device().idle;
   for (auto of_kind = idle.begin(); of_kind != idle.end();) {
     auto& blocks = of_kind->second;
@@ -177,8 +179,8 @@ c10::DataPtr allocate(size_t bytes, int on) {
   Block* block = idle_block({size, on, stream.number, pool.get()});
   bool is_refused = device().fail_allocation_in >= 0 && device().fail_allocation_in-- == 0;
   if (is_refused || !block) {
-    if (!stream.capture && memory.reserved + int64_t(size) > memory.total) empty_cache();  // as torch does
-    if (is_refused || memory.reserved + int64_t(size) > memory.total)
+    if (device().captures.empty() && int64_t(size) > memory.free()) empty_cache();  // as torch does
+    if (is_refused || int64_t(size) > memory.free())
       TORCH_CHECK_WITH(OutOfMemoryError, false, "CUDA out of memory. Tried to allocate ", size, " bytes. GPU ", on,
                        " has a total capacity of ", memory.total, " bytes, ", memory.reserved, " reserved");
     auto* base = static_cast<char*>(std::aligned_alloc(GRAIN, size));
@@ -194,6 +196,46 @@ c10::DataPtr allocate(size_t bytes, int on) {
   memory.allocations += 1;
   memory.peak = std::max(memory.peak, memory.allocated);
   return {block->base, block, &free_block, where};
+}
+
+void take_driver_memory(int on, int64_t bytes) {
+  auto& memory = device().memories[on];
+  TORCH_CHECK(bytes <= memory.free(), "CUDA error: out of memory");
+  memory.driver += bytes;
+}
+
+// --- cuBLAS
+
+static std::vector<size_t>& idle_handles() {
+  static auto* all = new std::vector<size_t>();
+  return *all;
+}
+
+// Each thread that lives has one of its own; the next thread gets that of one that has ended.
+struct Handle {
+  size_t number;
+  Handle() {
+    static size_t made = 0;
+    Lock lock;
+    auto& idle = idle_handles();
+    number = idle.empty() ? made++ : idle.back();
+    if (!idle.empty()) idle.pop_back();
+  }
+  ~Handle() {
+    std::lock_guard<std::recursive_mutex> lock(device().mutex);
+    idle_handles().push_back(number);
+  }
+};
+
+static constexpr size_t WORKSPACE_BYTES = 16 << 10;  // 8 to 32 MiB of a real one
+
+// Made at the first matrix product of a handle on a stream, and kept as long as the process.
+std::pair<const char*, const char*> workspace(Stream& stream) {
+  thread_local Handle handle;
+  auto& held = device().workspaces[{handle.number, stream.device, stream.id}];
+  if (!held) held = allocate(WORKSPACE_BYTES, stream.device);
+  auto* low = static_cast<const char*>(held.get());
+  return {low, low + WORKSPACE_BYTES};
 }
 
 static Block* find_block(const char* address) {

@@ -83,6 +83,8 @@ struct HostCopy {
 
 struct Memory {
   int64_t total, allocated = 0, reserved = 0, peak = 0, peak_reserved = 0, allocations = 0;
+  int64_t driver = 0;  // of executable graphs, which no allocator counts
+  int64_t free() const { return total - reserved - driver; }
 };
 
 struct Device {
@@ -95,6 +97,7 @@ struct Device {
   std::map<Kind, std::vector<Block*>> idle;
   std::map<const char*, size_t> pinned;
   std::vector<HostCopy> host_copies;
+  std::map<std::tuple<size_t, int, int64_t>, c10::DataPtr> workspaces;  // of cuBLAS: handle, device, stream
   std::vector<Graph*> captures;
   Clock host;
   std::vector<std::string> races;
@@ -132,6 +135,8 @@ void forbid_in_capture(bool of_whole_device = false);
 
 c10::DataPtr allocate(size_t bytes, int device);
 void empty_cache();
+void take_driver_memory(int device, int64_t bytes);
+std::pair<const char*, const char*> workspace(Stream& stream);  // of cuBLAS, for this thread
 bool is_pinned(const void* address, size_t bytes = 1);
 void note(Stream& stream, uint64_t tick, const void* low, const void* high, bool writes, const std::string& what,
           const Pool* pool);

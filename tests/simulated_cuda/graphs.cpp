@@ -33,15 +33,20 @@ Graph::~Graph() {
   reset();
 }
 
+// A graph that goes in the midst of a capture of the same thread ends it, but for the newest torch.
 void Graph::reset() {
   Lock lock;
+  if (is_ready)
+    for (auto* graph : device().captures) graph->is_broken = graph->is_broken || graph->forbids_here();
+  if (driver_bytes) device().memories[origin->device].driver -= driver_bytes;
+  driver_bytes = 0;
   nodes.clear();
   numbers.clear();
   device().idle_branches.insert(device().idle_branches.end(), branches.begin(), branches.end());
   branches.clear();
   if (memory) memory->graphs -= 1;
   memory = nullptr;
-  is_ready = false;
+  has_ended = is_ready = false;
 }
 
 void Graph::save(const std::vector<Range>& ranges) {
@@ -118,11 +123,21 @@ void Graph::capture_end() {
   ended() = std::move(computed);
   TORCH_CHECK(!is_broken, "CUDA error: operation failed due to a previous error during capture");
   TORCH_CHECK(is_joined, "CUDA error: capturing stream has unjoined work");
+  has_ended = true;
+  instantiate();
   is_ready = true;
 }
 
+static constexpr int64_t NODE_BYTES = 10 << 10;  // 64 KiB before CUDA 12.4
+
+void Graph::instantiate() {
+  auto size = NODE_BYTES * std::count_if(nodes.begin(), nodes.end(), [](auto& node) { return bool(node.run); });
+  take_driver_memory(origin->device, size);
+  driver_bytes = size;
+}
+
 std::pair<uint64_t, uint64_t> Graph::pool() const {
-  TORCH_CHECK(memory, "Called CUDAGraph::pool() without a preceding successful capture.");
+  TORCH_CHECK(has_ended, "Called CUDAGraph::pool() without a preceding successful capture.");
   return memory->id;
 }
 

@@ -50,7 +50,9 @@ struct Graph {
 
  private:
   void abandon();
+  void instantiate();
   std::vector<Node> nodes;
+  int64_t driver_bytes = 0;
   std::vector<std::pair<char*, std::string>> saved;
   std::map<size_t, size_t> numbers;  // of branches, by number of the stream that is captured
   std::vector<Stream*> branches;
@@ -58,6 +60,7 @@ struct Graph {
   Stream* origin = nullptr;
   std::thread::id thread;
   std::string mode;
+  bool has_ended = false;  // well, if it was not made executable
   bool is_ready = false;
 };
 

@@ -88,10 +88,61 @@ static bool takes_host_indices(const std::string& name) {
   return names.count(name);
 }
 
-static bool waits_for_device(const std::string& name) {
+static bool is_mask(const at::Tensor& index) {
+  return index.scalar_type() == at::kBool || index.scalar_type() == at::kByte;
+}
+
+// A number of the host's for all that one mask says: no index is made then.
+static bool fills_by_mask(const std::string& name, at::ArrayRef<c10::IValue> arguments) {
+  if (!takes_host_indices(name) || name == "aten::index" || name == "aten::_unsafe_index") return false;
+  auto& value = arguments[2].toTensor();
+  size_t count = 0, masks = 0;
+  for (const std::optional<at::Tensor>& index : arguments[1].toOptionalTensorList().vec())
+    if (index && index->defined()) {
+      ++count;
+      masks += is_mask(*index);
+    }
+  return count == 1 && masks == 1 && value.numel() == 1 && !value.is_cuda();
+}
+
+// The host looks for what is true in a mask among the indices.
+static bool looks_at_masks(const std::string& name, at::ArrayRef<c10::IValue> arguments) {
+  if (!takes_host_indices(name) || fills_by_mask(name, arguments)) return false;
+  bool found = false;
+  for (const std::optional<at::Tensor>& index : arguments[1].toOptionalTensorList().vec())
+    found = found || (index && index->defined() && is_mask(*index));
+  return found;
+}
+
+// Kernels that take a number take it from the host, and ask the device for one that is there.
+static bool asks_for_number(const std::string& name, at::ArrayRef<c10::IValue> arguments) {
+  static const std::unordered_set<std::string> names{"aten::masked_fill", "aten::masked_fill_", "aten::index_fill",
+                                                     "aten::index_fill_"};
+  return names.count(name) && arguments.back().isTensor() && arguments.back().toTensor().is_cuda();
+}
+
+// Most kernels take a number of the host's along; these copy it to the device first.
+static bool copies_numbers(const std::string& name, at::ArrayRef<c10::IValue> arguments) {
+  return name == "aten::where" || (takes_host_indices(name) && !fills_by_mask(name, arguments));
+}
+
+// Matrix products of groups have a kernel for one type alone; for others the host reads where groups end.
+static bool reads_groups(const std::string& name, at::ArrayRef<c10::IValue> arguments) {
+  return name == "aten::_grouped_mm" && arguments[0].toTensor().scalar_type() != at::kBFloat16;
+}
+
+static bool waits_for_device(const std::string& name, at::ArrayRef<c10::IValue> arguments) {
   static const std::unordered_set<std::string> names{
       "aten::nonzero",  "aten::masked_select", "aten::_unique2", "aten::unique_consecutive", "aten::unique_dim",
-      "aten::equal",    "aten::bincount",      "aten::unique",   "aten::repeat_interleave"};
+      "aten::equal",    "aten::bincount",      "aten::unique",   "aten::_unique"};
+  if (name == "aten::repeat_interleave") return arguments.back().isNone();  // nobody says how many there are
+  return names.count(name) || looks_at_masks(name, arguments) || asks_for_number(name, arguments) ||
+         reads_groups(name, arguments);
+}
+
+static bool uses_blas(const std::string& name) {
+  static const std::unordered_set<std::string> names{"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm",
+                                                     "aten::mv", "aten::addmv", "aten::dot"};
   return names.count(name);
 }
 
@@ -133,10 +184,12 @@ static Call read(const c10::FunctionSchema& schema, at::ArrayRef<c10::IValue> ar
   return call;
 }
 
-static bool reads_host_memory(const Call& call, const std::string& name) {
+static bool reads_host_memory(const Call& call, const std::string& name, at::ArrayRef<c10::IValue> arguments) {
   bool found = false;
   for (auto& use : call.uses)
-    if (!use.tensor.is_cuda() && use.tensor.dim() > 0) {
+    if (!use.tensor.is_cuda() && use.tensor.dim() == 0) {
+      found = found || copies_numbers(name, arguments);
+    } else if (!use.tensor.is_cuda()) {
       TORCH_CHECK(takes_host_indices(name) && !use.writes,
                   "Expected all tensors to be on the same device, but found at least two devices, cuda:", call.on,
                   " and cpu! (", name, ")");
@@ -302,13 +355,17 @@ static void kernel(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   auto call = read(schema, arguments);
   auto& stream = current_stream(call.on);
   bool views = makes_views(schema);
-  bool waits = reads_host_memory(call, schema.name()) || waits_for_device(schema.name());
+  bool waits = reads_host_memory(call, schema.name(), arguments) || waits_for_device(schema.name(), arguments);
   if (waits) forbid_in_capture();
   TORCH_CHECK(!waits || !stream.capture, "CUDA error: operation not permitted when stream is capturing");
 
   auto values = host_values(schema, arguments, call.on);
   auto ranges = ranges_of(call);
   if (stream.capture && !views) stream.capture->save(ranges);
+  if (uses_blas(schema.name())) {
+    auto [low, high] = workspace(stream);
+    ranges.push_back({low, high, true});
+  }
   auto began = now();
   torch::jit::Stack results(values);
   run(op, results);

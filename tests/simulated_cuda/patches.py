@@ -39,6 +39,11 @@ def races() -> list[str]:
     return list(core().take_races())
 
 
+def driver_bytes(index: int = 0) -> int:
+    """What executable graphs take of a GPU, which torch counts nowhere."""
+    return int(core().memory_stats(index)["driver"])
+
+
 def set_total_memory(size: int, index: int = 0) -> int:
     """Bytes that a GPU has from now on; returns what it had."""
     before = int(core().memory_stats(index)["total"])
@@ -118,7 +123,7 @@ def _runtime() -> types.SimpleNamespace:
 
 def _memory_info(index: int) -> tuple[int, int]:
     stats = core().memory_stats(index)
-    return stats["total"] - stats["reserved"], stats["total"]
+    return stats["total"] - stats["reserved"] - stats["driver"], stats["total"]
 
 
 def _properties(index: int) -> types.SimpleNamespace:
