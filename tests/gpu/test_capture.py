@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from llm_magic.backends.accelerate.decoding.decode import Decoding  # noqa: E402
 from llm_magic.backends.accelerate.decoding.warmup import WarmUp  # noqa: E402
 from llm_magic.backends.accelerate.placement import cpu_experts  # noqa: E402
 from llm_magic.backends.accelerate.placement.blocks import BlockTensors, flat_buffer, pin, unpin  # noqa: E402
+from llm_magic.backends.accelerate.placement.reader import page_buffer  # noqa: E402
 from llm_magic.backends.accelerate.placement.stream import AcceleratorStreams, Lane, RamSource  # noqa: E402
 from tests.gpu.conftest import IS_SIMULATED  # noqa: E402
 
@@ -317,6 +319,72 @@ def test_everything_is_given_back() -> None:
     assert answer(model, prompt(), steps) == answer(model, prompt())
 
 
+def test_recorders_that_follow_each_other_take_no_more_memory() -> None:
+    """Blocks move, and steps are made anew: the workspace that cuBLAS has on a recorder's stream stays for good."""
+    states, held = torch.ones(8, 8, device=DEVICE), []
+    for _ in range(5):
+        recorder = CudaGraphs(torch.device(DEVICE))
+        replay = recorder.record(lambda: states.copy_(states @ states))
+        replay()
+        del recorder, replay
+        torch.cuda.synchronize()
+        held.append(torch.cuda.memory_allocated())
+    assert len(set(held)) == 1
+
+
+@pytest.mark.parametrize("frees_memory", [False, True])
+def test_no_garbage_is_collected_while_a_sweep_is_captured(frees_memory: bool) -> None:
+    """There may be pinned memory in it, and graphs: to let these go would end the capture."""
+    recorder = CudaGraphs(torch.device(DEVICE), frees_memory=frees_memory)
+    states = torch.zeros(4, device=DEVICE)
+
+    class Garbage:
+        def __init__(self, held: Any) -> None:
+            self.itself, self.held = self, held
+
+    def sweep() -> None:
+        states.add_(1)
+        if torch.cuda.is_current_stream_capturing():
+            assert [[] for _ in range(100_000)]  # collects what nobody uses, and often
+            return
+        memory = page_buffer(4096)
+        assert pin(memory)
+        Garbage(memory)
+
+    recorder.record(sweep)()
+    torch.cuda.synchronize()
+    assert states.tolist() == [2, 2, 2, 2]
+    gc.collect()
+
+
+@pytest.mark.skipif(not IS_SIMULATED, reason="sets a limit to the driver's memory")
+def test_graphs_that_nobody_needs_now_give_way() -> None:
+    """No plan counts them: blocks would have to go for a graph of a longer text."""
+    from tests.simulated_cuda import driver_bytes, set_total_memory
+
+    model, ids = new_model("tiny"), prompt(1, 516)
+    with torch.no_grad():
+        wanted = model(ids).logits
+        cache = model(ids[:, :509], use_cache=True).past_key_values
+    steps = new_steps(model)
+    steps.prepare(540)
+    before = 0
+    for place in range(509, 516):
+        step = steps.step(cache, 1, 1)
+        assert step is steps
+        logits = step(ids[:, place : place + 1], place)
+        torch.testing.assert_close(logits, wanted[:, place : place + 1], rtol=0, atol=1e-3)
+        if not before:
+            torch.cuda.synchronize()
+            one = driver_bytes()
+            before = set_total_memory(torch.cuda.memory_reserved() + one + one // 2)
+    try:
+        assert (steps.status, driver_bytes()) == ("captured decode", one)
+    finally:
+        set_total_memory(before)
+        steps.close()
+
+
 def test_what_waits_for_the_host_is_not_captured() -> None:
     model = new_model("tiny")
     wanted = answer(model, prompt())
@@ -401,6 +469,34 @@ def test_graphs_that_had_ended_before_a_capture_failed_give_their_memory_back() 
         torch.cuda.empty_cache()
         reserved.append(torch.cuda.memory_reserved())
     assert len(set(reserved)) == 1
+
+
+@pytest.mark.skipif(not IS_SIMULATED, reason="sets a limit to the driver's memory")
+def test_a_graph_that_finds_no_memory_to_be_executable_gives_its_own_back() -> None:
+    from tests.simulated_cuda import set_total_memory
+
+    recorder, states = CudaGraphs(torch.device(DEVICE)), torch.zeros(4, device=DEVICE)
+
+    def sweep() -> None:
+        torch.zeros(1 << 20, device=DEVICE)
+        for _ in range(200):
+            states.add_(1)
+
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info()
+    reserved = torch.cuda.memory_reserved()
+    before = set_total_memory(total - free + (5 << 20))
+    try:
+        with pytest.raises(torch.OutOfMemoryError, match=r"\bGPU 0\b"):
+            recorder.record(sweep)
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        assert torch.cuda.memory_reserved() == reserved
+    finally:
+        set_total_memory(before)
+    recorder.record(sweep)()
+    torch.cuda.synchronize()
+    assert states.tolist() == [600] * 4
 
 
 def test_half_precision_differs_by_rounding_only() -> None:

@@ -23,6 +23,7 @@ from llm_magic.events import Message, Request, Sampling, TokenEvent  # noqa: E40
 from tests import tiny  # noqa: E402
 from tests.engines import BACKEND, ask, plan_for, request  # noqa: E402
 from tests.families import FAMILIES, save  # noqa: E402
+from tests.gpu.conftest import IS_SIMULATED  # noqa: E402
 from tests.gpu.test_families import EAGER  # noqa: E402
 from tests.gpu.test_placed import DEVICE, HYBRID, ON_CPU, RESIDENT, STREAMED, layers  # noqa: E402
 from tests.placements import Place, placed_plan  # noqa: E402
@@ -280,6 +281,26 @@ def test_a_move_that_finds_no_memory_for_a_copy_leaves_the_cpus_layers_alone(
     handle = engine.model.get_submodule(layers_of(engine)[2].block.name).register_forward_pre_hook(fail)
     assert ask(engine, request(PROMPT, max_new_tokens=24)).text == expected("llama")
     assert calls > 1
+
+
+@pytest.mark.skipif(not IS_SIMULATED, reason="sets a limit to the driver's memory")
+def test_graphs_that_nobody_needs_now_give_way(
+    engine_of: Callable[..., Any], expected: Callable[..., str]
+) -> None:
+    """No plan counts them: blocks would have to go for those of sweeps of more tokens."""
+    from tests.simulated_cuda import driver_bytes, set_total_memory
+
+    engine = engine_of("llama", layers(RESIDENT, ON_CPU))
+    assert ask(engine, request(PROMPT, max_new_tokens=24)).text == expected("llama")
+    of_one_token = driver_bytes()
+    before = set_total_memory(torch.cuda.memory_reserved() + of_one_token + of_one_token // 2)
+    try:
+        asked = request(REPEATING, max_new_tokens=24, extra={"prompt_lookup_num_tokens": 3})
+        answer = ask(engine, asked)
+        assert answer.text == expected("llama", REPEATING, 24)
+        assert (answer.finish.notes, len({key[2].tokens for key in graphs_of(engine)})) == ((), 1)
+    finally:
+        set_total_memory(before)
 
 
 def test_a_layer_that_cannot_be_recorded_runs_as_it_is(

@@ -30,7 +30,7 @@ from tests.simulated_cuda import fail_allocation_in, set_total_memory  # noqa: E
 
 WAYS = {**ON_GPU, **HYBRID}
 MANY = 1_000_000
-_GRAPHS = 256 * 1024  # what recorded sweeps of so small a model keep
+_GRAPHS = 4 << 20  # what recorded sweeps of so small a model keep, most of it in the driver's memory
 TRIALS = 10  # of the allocations of some answers, evenly spread
 ASKED = [
     request("The capital of France", max_new_tokens=12, chat="a"),

@@ -11,11 +11,12 @@ Whatever cannot be captured runs as it is over the same cache, and the step says
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
-from weakref import WeakSet
 
 from llm_magic.backends.accelerate.decoding import attention
 from llm_magic.backends.accelerate.decoding.capturable import attention_of, kinds_of, windows_of
@@ -31,8 +32,12 @@ from llm_magic.backends.accelerate.placement.cpu_experts import (
 
 _FIRST_VISIBLE = 512
 _FIRST_CAPACITY = 2048  # a usual chat's: its graphs need not be captured again after two turns
+MOST_FORGOTTEN = 4
+"""Times an answer that graphs go for others: to capture them anew and anew would be slower than fewer blocks."""
 FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError)
 """What a capture may end with, after which sweeps run as they are."""
+_idle_streams: dict[int, list[Any]] = {}
+"""Of recorders that are no more: GPU -> streams for the next ones."""
 
 
 class Recorder(Protocol):
@@ -234,6 +239,7 @@ class CapturedSteps:
         self._attention_mask: Any = None
         self._room = context
         self._has_room = True
+        self._forgotten = 0
         attention.use(model)
 
     def prepare(self, room: int, attention_mask: Any = None) -> None:
@@ -248,7 +254,7 @@ class CapturedSteps:
         """
         self.reset()
         self._room, self._attention_mask = room, attention_mask
-        self._has_room = True
+        self._has_room, self._forgotten = True, 0
         self._prefer_compiled()
 
     # What the decoding loop calls
@@ -524,6 +530,29 @@ class CapturedSteps:
             self._warm_up.want(shape)
 
     def _record(self, shape: Shape, *, compiled: bool) -> None:
+        """Capture; where no memory is left for it, graphs of other shapes go.
+
+        They take 10 to 64 KB of the driver's memory for each kernel, which no plan counts. They go a few times an
+        answer; then blocks do.
+        """
+        if self._graphs and self._forgotten < MOST_FORGOTTEN:
+            if self._is_recorded(shape, compiled=compiled):
+                return
+            self._forgotten += 1
+            self._forget_graphs()
+        self._record_once(shape, compiled=compiled)
+
+    def _is_recorded(self, shape: Shape, *, compiled: bool) -> bool:
+        """``False`` when memory ran out; the error is gone then, and what its frames held."""
+        try:
+            self._record_once(shape, compiled=compiled)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            return False
+        return True
+
+    def _record_once(self, shape: Shape, *, compiled: bool) -> None:
         """Capture; after anything that ends it early, streamed blocks must not wait for what it left."""
         with self._states_as_before():
             try:
@@ -685,7 +714,7 @@ class Graphs:
 
     def give_up(self) -> list[Any]:
         """After a capture that failed: let all graphs go but those that have not ended, which are returned."""
-        left = self._graphs[self._ended :]
+        left = [graph for graph in self._graphs[self._ended :] if not _has_ended(graph)]
         self._graphs.clear()
         self._works.clear()
         return left
@@ -713,6 +742,15 @@ class Graphs:
             self._graphs[-1].replay()
 
 
+def _has_ended(graph: Any) -> bool:
+    """Whether its capture has, although there was no memory to make it executable."""
+    try:
+        graph.pool()
+    except RuntimeError:
+        return False
+    return True
+
+
 class CudaGraphs:
     """Captures on one GPU; all graphs share one pool of memory, since only one runs at a time.
 
@@ -730,9 +768,12 @@ class CudaGraphs:
         self._device, self._frees_memory = device, frees_memory
         cuda: Any = torch.cuda
         with cuda.device(device):
-            self._stream = cuda.Stream()
+            # torch keeps a workspace for matrix products on each stream that had one, 32 MiB on an H100, for good.
+            idle = _idle_streams.setdefault(self._index, [])
+            self._stream = idle.pop() if idle else cuda.Stream()
+        weakref.finalize(self, idle.append, self._stream).atexit = False
         self._pool: Any = None
-        self._alive: WeakSet[Any] = WeakSet()
+        self._alive: weakref.WeakSet[Any] = weakref.WeakSet()
         self._failed: list[Any] = []
 
     def record(self, sweep: Callable[[], None]) -> Callable[[], object]:
@@ -770,11 +811,19 @@ class CudaGraphs:
                     self._capture(graph, sweep, current, frees_memory=frees_memory)
             except BaseException as error:
                 self._clean_up(graph, current)
+                if "CUDA error: out of memory" in str(error) and frees_memory:  # the driver names no GPU
+                    raise torch.OutOfMemoryError(f"{error} on GPU {self._index}") from error
                 if frees_memory or not is_out_of_memory(error):
                     raise
             else:
                 break
         return graph
+
+    @property
+    def _index(self) -> int:
+        import torch
+
+        return self._device.index if self._device.index is not None else torch.cuda.current_device()
 
     def _capture(
         self, graph: Any, sweep: Callable[[], object], current: Any, *, frees_memory: bool = True
@@ -787,6 +836,7 @@ class CudaGraphs:
         # A capture that fails leaves its own stream behind as the current one: the outer context ends that.
         with (
             torch.cuda.stream(current),
+            _without_garbage(),
             capture(graph, pool=self._pool, stream=self._stream, capture_error_mode=mode),
         ):
             sweep()
@@ -801,13 +851,27 @@ class CudaGraphs:
 
         self._failed += graph.give_up()  # the allocator knows it by its address
         library: Any = torch._C
-        index = self._device.index if self._device.index is not None else torch.cuda.current_device()
         with suppress(RuntimeError):
-            library._cuda_endAllocateToPool(index, self._pool)
+            library._cuda_endAllocateToPool(self._index, self._pool)
         self._pool = torch.cuda.graph_pool_handle()
         with suppress(RuntimeError):
             self._capture(torch.cuda.CUDAGraph(), lambda: torch.zeros(1, device=self._device), current)
         self._pool = None
+
+
+@contextmanager
+def _without_garbage() -> Iterator[None]:
+    """While it lasts, nothing is collected: to unpin memory or to let a graph go would end a capture.
+
+    torch collects nothing before a capture from 2.9 on.
+    """
+    is_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if is_on:
+            gc.enable()
 
 
 @contextmanager

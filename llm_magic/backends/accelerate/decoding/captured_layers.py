@@ -18,7 +18,14 @@ from types import SimpleNamespace
 from typing import Any
 
 from llm_magic.backends.accelerate.decoding.capturable import kinds_of
-from llm_magic.backends.accelerate.decoding.capture import FAILURES, CapturedSteps, Inputs, Recorder, Shape
+from llm_magic.backends.accelerate.decoding.capture import (
+    FAILURES,
+    MOST_FORGOTTEN,
+    CapturedSteps,
+    Inputs,
+    Recorder,
+    Shape,
+)
 from llm_magic.backends.accelerate.decoding.rollback import Rollback
 from llm_magic.backends.accelerate.decoding.running import below_its_hook, running
 from llm_magic.backends.accelerate.decoding.static_cache import SWEEP_TOKENS, StaticCache
@@ -363,7 +370,7 @@ class CapturedLayers(CapturedSteps):
             run()
             return kept[0]
         try:
-            replay = where.recorder.record(run)
+            replay = self._replay_of(run, where)
         except FAILURES as error:
             if is_out_of_memory(error) or not kept:
                 raise
@@ -372,11 +379,26 @@ class CapturedLayers(CapturedSteps):
         finally:
             COMPILING.release()
         if len(self._layer_graphs) >= _MOST_GRAPHS:
-            self._layer_graphs.clear()
-            where.forget_results()
+            self._begin_graphs_anew(where)
         self._layer_graphs[key] = LayerGraph(replay, fed, _plain(flat), kept[0])
         where.made(kept[0])
         return kept[0]
+
+    def _replay_of(self, run: Callable[[], None], where: Where) -> Callable[[], object]:
+        """What runs it again; as of `CapturedSteps`, graphs of other layers and shapes may have to go for it."""
+        if self._layer_graphs and self._forgotten < MOST_FORGOTTEN:
+            try:
+                return where.recorder.record(run)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+            self._forgotten += 1  # here the error is gone, and what its frames held
+            self._begin_graphs_anew(where)
+        return where.recorder.record(run)
+
+    def _begin_graphs_anew(self, where: Where) -> None:
+        self._layer_graphs.clear()
+        where.forget_results()
 
     def _is_fed(self, leaf: Any) -> bool:
         import torch

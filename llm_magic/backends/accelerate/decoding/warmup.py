@@ -37,6 +37,9 @@ The compiler times kernels and synchronizes the device for that, which would end
 """
 
 _MOST_MISFITS = 3
+_streams: dict[
+    int, Any
+] = {}  # GPU -> where layers are run while they are compiled, one compilation at a time
 
 Compile = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -379,7 +382,9 @@ def _own_stream(device: Any, after: Any) -> Iterator[None]:
         return
     cuda: Any = torch.cuda
     with cuda.device(device):
-        stream = cuda.Stream()
+        # Always the same one: torch keeps a workspace for matrix products on each stream, for good.
+        stream = _streams.get(cuda.current_device()) or cuda.Stream()
+        _streams[cuda.current_device()] = stream
         stream.wait_event(after)
     with cuda.device(device), cuda.stream(stream):
         try:
