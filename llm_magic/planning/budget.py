@@ -37,8 +37,10 @@ def make_budget(machine: Machine, max_memory: Mapping[str, int]) -> MemoryBudget
 def reserve_bytes(device: Device) -> int:
     """Bytes that stay out of every plan.
 
-    GPU: 512 MiB for the driver's context and kernels, and 2 % for fragmentation of the caching
-    allocator. RAM: 512 MiB for the interpreter with torch and transformers, and 3 % so that the
+    GPU: 512 MiB for what the driver takes once a model computes, and 2 % for fragmentation of the
+    caching allocator. Its context is there already when free bytes are asked for. What comes are kernels
+    as they are loaded, cuBLAS's workspaces (8 MiB for each of two or three streams; 32 from an H100 on), and
+    graphs: 10 KB for each of a thousand kernels, 64 before CUDA 12.4, for a handful of shapes. RAM: 512 MiB for the interpreter with torch and transformers, and 3 % so that the
     system does not swap; twice that where GPU and CPU share it. Disk: 1 GiB. Never more than an
     eighth of the device.
     """
