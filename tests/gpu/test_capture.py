@@ -333,6 +333,22 @@ def test_recorders_that_follow_each_other_take_no_more_memory() -> None:
 
 
 @pytest.mark.parametrize("frees_memory", [False, True])
+def test_a_graph_that_goes_leaves_others_the_workspaces_of_their_products(frees_memory: bool) -> None:
+    """torch gives back those of a stream with any graph that was captured on it, pytorch/pytorch#193402."""
+    recorder = CudaGraphs(torch.device(DEVICE), frees_memory=frees_memory)
+    states = torch.eye(512, device=DEVICE)
+    first, second = (recorder.record(lambda: states.copy_(2 * states @ states)) for _ in range(2))
+    del first
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    held = torch.zeros(1 << 20, device=DEVICE)
+    second()
+    torch.cuda.synchronize()
+    assert states.sum() == 512 * 128  # 1, 2, 8, 128
+    assert not held.any()
+
+
+@pytest.mark.parametrize("frees_memory", [False, True])
 def test_no_garbage_is_collected_while_a_sweep_is_captured(frees_memory: bool) -> None:
     """There may be pinned memory in it, and graphs: to let these go would end the capture."""
     recorder = CudaGraphs(torch.device(DEVICE), frees_memory=frees_memory)

@@ -274,6 +274,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("sleep", &simulated::sleep, no_gil);
   module.def("elapsed_ms", &elapsed_ms);
   module.def("empty_cache", &empty_cache, no_gil);
+  module.def("clear_workspaces", [] { clear_workspaces(); }, no_gil);
   module.def("memory_stats", &memory_stats, no_gil);
   module.def("set_total", [](int on, int64_t bytes) { device().memories.at(size_t(on)).total = bytes; });
   module.def("reset_peak", [](int on) {

@@ -229,13 +229,21 @@ struct Handle {
 
 static constexpr size_t WORKSPACE_BYTES = 16 << 10;  // 8 to 32 MiB of a real one
 
-// Made at the first matrix product of a handle on a stream, and kept as long as the process.
+// Made at the first matrix product of a handle on a stream, and kept until somebody clears them.
 std::pair<const char*, const char*> workspace(Stream& stream) {
   thread_local Handle handle;
   auto& held = device().workspaces[{handle.number, stream.device, stream.id}];
   if (!held) held = allocate(WORKSPACE_BYTES, stream.device);
   auto* low = static_cast<const char*>(held.get());
   return {low, low + WORKSPACE_BYTES};
+}
+
+void clear_workspaces(const Stream* only) {
+  Lock lock;
+  std::erase_if(device().workspaces, [&](const auto& entry) {
+    auto& [handle, on, id] = entry.first;
+    return !only || (on == only->device && id == only->id);
+  });
 }
 
 static Block* find_block(const char* address) {

@@ -137,6 +137,7 @@ c10::DataPtr allocate(size_t bytes, int device);
 void empty_cache();
 void take_driver_memory(int device, int64_t bytes);
 std::pair<const char*, const char*> workspace(Stream& stream);  // of cuBLAS, for this thread
+void clear_workspaces(const Stream* only = nullptr);
 bool is_pinned(const void* address, size_t bytes = 1);
 void note(Stream& stream, uint64_t tick, const void* low, const void* high, bool writes, const std::string& what,
           const Pool* pool);

@@ -38,6 +38,7 @@ void Graph::reset() {
   Lock lock;
   if (is_ready)
     for (auto* graph : device().captures) graph->is_broken = graph->is_broken || graph->forbids_here();
+  if (has_ended) clear_workspaces(origin);  // as torch does, though others may have been captured there
   if (driver_bytes) device().memories[origin->device].driver -= driver_bytes;
   driver_bytes = 0;
   nodes.clear();

@@ -179,6 +179,7 @@ def _patch_library() -> None:
         "_cuda_synchronize": lambda: core().synchronize(core().current_device()),
         "_cuda_sleep": core().sleep,
         "_cuda_emptyCache": core().empty_cache,
+        "_cuda_clearCublasWorkspaces": core().clear_workspaces,
         "_cuda_memoryStats": _stats,
         "_cuda_resetPeakMemoryStats": core().reset_peak,
         "_cuda_endAllocateToPool": lambda device, pool: None,

@@ -768,7 +768,7 @@ class CudaGraphs:
         self._device, self._frees_memory = device, frees_memory
         cuda: Any = torch.cuda
         with cuda.device(device):
-            # torch keeps a workspace for matrix products on each stream that had one, 32 MiB on an H100, for good.
+            # torch keeps a workspace for matrix products on each stream that had one, 32 MiB on an H100.
             idle = _idle_streams.setdefault(self._index, [])
             self._stream = idle.pop() if idle else cuda.Stream()
         weakref.finalize(self, idle.append, self._stream).atexit = False
@@ -837,6 +837,7 @@ class CudaGraphs:
         with (
             torch.cuda.stream(current),
             _without_garbage(),
+            _own_workspaces(),
             capture(graph, pool=self._pool, stream=self._stream, capture_error_mode=mode),
         ):
             sweep()
@@ -872,6 +873,25 @@ def _without_garbage() -> Iterator[None]:
     finally:
         if is_on:
             gc.enable()
+
+
+@contextmanager
+def _own_workspaces() -> Iterator[None]:
+    """Around a capture: workspaces for its matrix products come from the graphs' own pool, and go back there.
+
+    torch has one for each stream, made before the capture, whose address would become part of the graph. 2.13 and
+    2.14 give that back with any graph that was captured on the stream, though others go on using it
+    (pytorch/pytorch#193402). What belongs to the pool stays as long as they do, and only one of them runs at a time.
+    """
+    import torch
+
+    library: Any = torch._C
+    clear = getattr(library, "_cuda_clearCublasWorkspaces", lambda: None)
+    clear()
+    try:
+        yield
+    finally:
+        clear()
 
 
 @contextmanager

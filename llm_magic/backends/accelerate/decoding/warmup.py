@@ -382,7 +382,7 @@ def _own_stream(device: Any, after: Any) -> Iterator[None]:
         return
     cuda: Any = torch.cuda
     with cuda.device(device):
-        # Always the same one: torch keeps a workspace for matrix products on each stream, for good.
+        # Always the same one: torch keeps a workspace for matrix products on each stream.
         stream = _streams.get(cuda.current_device()) or cuda.Stream()
         _streams[cuda.current_device()] = stream
         stream.wait_event(after)
