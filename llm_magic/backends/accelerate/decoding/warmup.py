@@ -37,9 +37,8 @@ The compiler times kernels and synchronizes the device for that, which would end
 """
 
 _MOST_MISFITS = 3
-_streams: dict[
-    int, Any
-] = {}  # GPU -> where layers are run while they are compiled, one compilation at a time
+_streams: dict[int, Any] = {}
+"""GPU -> where layers are run while they are compiled, one compilation at a time."""
 
 Compile = Callable[[Callable[..., Any]], Callable[..., Any]]
 
