@@ -29,7 +29,7 @@ from llm_magic.backends.accelerate.placement.placed import Fill, PlacedModel, ac
 from llm_magic.backends.accelerate.placement.quantize import refuse_devices
 from llm_magic.backends.accelerate.quiet import bars_into, quiet
 from llm_magic.backends.accelerate.source.large_files import large_files_opened
-from llm_magic.errors import EngineError, LLMMagicError, OptionError, PlanError, SourceError
+from llm_magic.errors import EngineError, LLMMagicError, PlanError, SourceError
 from llm_magic.events import PhaseEvent, Progress
 from llm_magic.harmless.paths import without_paths
 from llm_magic.host.memory import host_memory
@@ -155,16 +155,11 @@ def _find_draft(spec: ModelSpec, tokenizer: Any, progress: Progress) -> ModelFil
     """The files of the draft model, if there is one, once it is known that it can propose tokens."""
     if not spec.draft:
         return None
-    from llm_magic.backends.accelerate.source.layout import draft_spec, load_config
+    from llm_magic.backends.accelerate.source.layout import draft_spec
     from llm_magic.backends.accelerate.source.sources import fetch_weights, resolve
 
     small = draft_spec(spec)
     files = fetch_weights(small, resolve(small, progress), progress)
-    if load_config(files).is_encoder_decoder:
-        raise OptionError(
-            f"{files.name} does not go on with a text, and cannot propose what comes next in one.",
-            "Take a smaller model of the same family for --draft, or leave it out.",
-        )
     require_same_vocabulary(tokenizer, _read_tokenizer(files), files.name)
     return files
 

@@ -150,7 +150,13 @@ def with_draft(layout: ModelLayout, spec: ModelSpec, progress: Progress) -> Mode
             f"A draft model is loaded by transformers, which does not read what {packed.format.library} has packed.",
             f"Name the model that {files.name} was made of.",
         )
-    return replace(layout, draft=read_layout(draft, files))
+    small = read_layout(draft, files)
+    if small.is_encoder_decoder:
+        raise OptionError(
+            f"{small.name} does not go on with a text, and cannot propose what comes next in one.",
+            "Take a smaller model of the same family for --draft, or leave it out.",
+        )
+    return replace(layout, draft=small)
 
 
 def draft_spec(spec: ModelSpec) -> ModelSpec:
