@@ -15,9 +15,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llm_magic.backends.accelerate.placement import quantize
+from llm_magic.backends.accelerate.placement import experts, prepacked_groups, quantize
 from llm_magic.backends.accelerate.placement.packed_stack import PackedStack
-from llm_magic.backends.accelerate.placement.prepacked_groups import Reader, read_awq, read_gptq
+from llm_magic.backends.accelerate.placement.prepacked_groups import (
+    Groups,
+    Reader,
+    read_awq,
+    read_compressed,
+    read_gptq,
+)
 from llm_magic.backends.accelerate.source.layout import build_skeleton, load_config, read_layout
 from llm_magic.backends.accelerate.source.packed_checkpoint import find_packed
 from llm_magic.backends.accelerate.source.packed_formats import find_format
@@ -29,7 +35,7 @@ from llm_magic.planning.select import edited
 from llm_magic.views.python import python_of
 from tests import tiny
 from tests.engines import BACKEND, ask, load, plan_for
-from tests.packed_checkpoints import save_awq, save_compressed, save_gptq
+from tests.packed_checkpoints import _words, save_awq, save_compressed, save_gptq
 
 PROMPT = "The capital of France"
 WIDE = {"hidden_size": 128, "intermediate_size": 256}
@@ -37,6 +43,8 @@ GROUPS = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "
 ROWS = {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True}
 FLOATS = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True}
 BLOCKS = FLOATS | {"strategy": "block", "block_structure": [128, 128]}
+
+UP = "model.layers.2.mlp.up_proj"
 
 Save = Callable[..., Path]
 
@@ -293,6 +301,38 @@ def test_the_dtype_that_has_a_kernel(
     assert layout.dtype == expected
 
 
+@pytest.mark.parametrize(("bits", "one"), [(4, 0x11111111), (8, 0x01010101)])
+def test_zeros_of_the_first_version_take_from_their_neighbours(bits: int, one: int) -> None:
+    """Who writes it subtracts from words: GPTQModel and AutoRound, as they do for ranges without a zero."""
+    count = 32 // bits
+    zeros = torch.tensor([[0, 5, 0, 0, 15, 1, 0, 8][:count], [8] * count])
+    words = _words(zeros, bits) - one
+    held = {"x.qweight": torch.zeros(bits, count, dtype=torch.int32), "x.qzeros": words}
+    held |= {"x.scales": torch.ones(2, count)}
+    found = read_gptq(held.get, "x", "cpu", is_first_version=True)
+    assert torch.equal(found.zeros, zeros.T.float())
+
+
+def test_numbers_are_made_some_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = torch.randint(0, 16, (10, 64), dtype=torch.uint8)
+    scales, zeros, order = torch.rand(10, 4), torch.rand(10, 4), torch.randperm(64) // 16
+    for found in (
+        Groups(entries, scales, zeros),
+        Groups(entries, scales),
+        Groups(entries, scales, zeros, order),
+    ):
+        whole = found.numbers(torch.bfloat16)
+        with monkeypatch.context() as patch:
+            patch.setattr(prepacked_groups, "_AT_A_TIME", 3 * 64)
+            assert torch.equal(found.numbers(torch.bfloat16), whole)
+
+
+def test_what_is_kept_is_no_page_of_a_file() -> None:
+    held = {"x.weight": torch.ones(4, 8, dtype=torch.int8), "x.weight_scale": torch.ones(4, 1)}
+    found = read_compressed(held.get, "x", "cpu", bits=8, is_symmetric=True, block=None)
+    assert found.entries.data_ptr() != held["x.weight"].data_ptr()
+
+
 def test_names_that_transformers_changes(tmp_path: Path) -> None:
     """Files of models of images and text have other names for their layers than the models."""
     for number, save in enumerate((tiny.save_qwen2_5_vl, tiny.save_llava, tiny.save_gemma3)):
@@ -326,6 +366,13 @@ def save_other(request: pytest.FixtureRequest) -> Save:
 @pytest.fixture(scope="module")
 def other(save_other: Save, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_other(folder=tmp_path_factory.mktemp("groups") / "other", **WIDE)
+
+
+def tell(folder: Path, **facts: Any) -> None:
+    """Write more into the ``quantization_config`` of a folder."""
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] |= facts
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 def test_what_cannot_stay_asks_for_a_method(other: Path) -> None:
@@ -369,6 +416,48 @@ def test_a_method_that_the_user_prefers(method: str, tmp_path: Path) -> None:
         engine.close()
 
 
+@pytest.mark.parametrize("way", [{"bits": 8}, {"group": 64}])
+@pytest.mark.parametrize("facts", ["dynamic", "extra_config", ""])
+def test_layers_that_are_packed_otherwise(facts: str, way: Mapping[str, int], tmp_path: Path) -> None:
+    """GPTQModel and AutoRound may give some layers more bits."""
+    folder = save_gptq(tmp_path / "model", **WIDE)
+    beside = save_gptq(tmp_path / "other", **way, **WIDE)
+    others = {name: held for name, held in load_file(beside / "model.safetensors").items() if UP in name}
+    edit(folder, lambda tensors: tensors.update(others))
+    own = {"bits": way.get("bits", 4), "group_size": way.get("group", 32)}
+    tell(folder, **({facts: {rf"+:.*{UP}.*": own, "-:.*head.*": {}, "x": {"bits": 16}}} if facts else {}))
+    if not facts:  # and nobody says so
+        with pytest.raises(SourceError, match="up_proj"):
+            load(folder, "ram")
+        return
+    with pytest.raises(OptionError, match="some layers otherwise"):
+        BACKEND.layout(ModelSpec(str(folder)), silent)
+    spec, plan = plan_for(folder, "ram", spec=ModelSpec(str(folder), quantize="int8"))
+    engine = BACKEND.load(spec, plan, silent)
+    try:
+        expected = load_file(tmp_path / "other-plain" / "model.safetensors")[f"{UP}.weight"]
+        found = numbers(engine.model.get_submodule(UP).weight)
+        torch.testing.assert_close(found, expected, rtol=0, atol=expected.abs().max().item() / 127)
+    finally:
+        engine.close()
+
+
+def test_experts_that_are_computed_as_a_stack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are numbers again, all of them."""
+    monkeypatch.setattr(experts, "can_route", lambda _module: False)
+    folder = save_gptq(tmp_path / "model", tiny.save_mixture, hidden_size=128, moe_intermediate_size=128)
+    plain = plain_of(folder)
+    engine = load(folder, "ram")
+    try:
+        stack = engine.model.model.layers[1].mlp.experts.gate_up_proj
+        for number, matrix in enumerate(stack):
+            prefix = f"model.layers.1.mlp.experts.{number}"
+            rows = [plain[f"{prefix}.{name}_proj.weight"] for name in ("gate", "up")]
+            torch.testing.assert_close(matrix, torch.cat(rows), rtol=1e-5, atol=1e-7)
+    finally:
+        engine.close()
+
+
 def test_numbers_of_experts_that_are_packed_anew(save_other: Save, tmp_path: Path) -> None:
     """Each by itself, joined as transformers joins them."""
     folder = save_other(
@@ -393,8 +482,6 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
     change(tensors)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
-
-UP = "model.layers.2.mlp.up_proj"
 
 DAMAGE: dict[str, Callable[[dict[str, Any]], object]] = {
     "too few scales": lambda t: t.update({f"{UP}.scales": t[f"{UP}.scales"][:3].clone()}),
@@ -451,6 +538,37 @@ def test_fp8_without_its_scale_is_no_plain_weight(tmp_path: Path) -> None:
         BACKEND.layout(ModelSpec(str(folder)), silent)
 
 
+def test_words_of_more_bits_than_the_configuration_says(tmp_path: Path) -> None:
+    folder = save_compressed(tmp_path / "model", "pack-quantized", facts=ROWS, **WIDE)
+    groups = json.loads((folder / "config.json").read_text())["quantization_config"]["config_groups"]
+    groups["group_0"]["weights"]["num_bits"] = 4
+    tell(folder, config_groups=groups)
+    with pytest.raises(SourceError, match="do not belong together"):
+        load(folder, "ram")
+
+
+def test_weights_that_only_look_as_if_they_were_packed(tmp_path: Path) -> None:
+    """Whoever stops halfway has the scales, and weights that are multiplied by them already."""
+    folder = save_compressed(
+        tmp_path / "model", "float-quantized", facts=FLOATS, has_activations=True, **WIDE
+    )
+    plain = plain_of(folder)
+    edit(folder, lambda tensors: tensors.update(plain))
+    for quantize_by in ("", "nf4"):
+        with pytest.raises(SourceError, match="not all that belongs to"):
+            BACKEND.layout(ModelSpec(str(folder), quantize=quantize_by), silent)
+
+
+def test_blocks_that_are_larger_than_the_weight() -> None:
+    """Nothing is repeated as often as a file says."""
+    held = {"x.weight": torch.ones(128, 128, dtype=torch.int8), "x.weight_scale": torch.ones(64, 1)}
+    read = partial(read_compressed, held.get, "x", "cpu", bits=8, is_symmetric=True)
+    with pytest.raises(ValueError, match="64"):
+        read(block=(1 << 20, 128))
+    held |= {"x.weight_scale": torch.ones(1, 1)}
+    assert read(block=(1 << 40, 128)).scales.shape == (128, 1)
+
+
 def test_scales_of_activations_are_not_ignored(tmp_path: Path) -> None:
     folder = save_awq(tmp_path / "model", **WIDE)
     edit(folder, lambda tensors: tensors.update({"model.layers.0.mlp.act.scales": torch.ones(256)}))
@@ -499,11 +617,22 @@ REFUSED: dict[str, dict[str, Any]] = {
     "GPTQ in groups of nothing": {"quant_method": "gptq", "bits": 4, "group_size": 0},
     "AWQ for GEMV": {"quant_method": "awq", "bits": 4, "version": "gemv"},
     "AutoRound's own": {"quant_method": "auto-round", "packing_format": "auto_round:llm_compressor"},
+    "AutoRound with rotations": {
+        "quant_method": "auto-round",
+        "packing_format": "auto_round:auto_gptq",
+        "bits": 4,
+        "rotation_config": {"hadamard": 1},
+    },
+    "GPTQ of some layers of 3 bits": {"quant_method": "gptq", "bits": 4, "dynamic": {"+:up": {"bits": 3}}},
+    "GPTQ in short words": {"quant_method": "gptq", "bits": 4, "pack_dtype": "int16"},
+    "AWQ for GEMV, by GPTQModel": {"quant_method": "awq", "bits": 4, "checkpoint_format": "gemv"},
+    "AWQ of its first authors": {"quant_method": "awq", "bits": 4, "backend": "llm-awq"},
+    "AWQ of some layers of 8 bits": {"quant_method": "awq", "bits": 4, "dynamic": {"+:up": {"bits": 8}}},
     "AutoRound without": {"quant_method": "auto-round", "packing_format": 7},
     "rotations between layers": compressed(transform_config={"config_groups": {"u": {}}}),
     "holes": compressed(sparsity_config={"format": "sparse-24-bitmask"}),
     "holes of another kind": compressed(sparsity_config=[]) | {"format": "marlin-24"},
-    "not yet packed": compressed(quantization_status="frozen"),
+    "not yet packed": compressed(quantization_status="initialized"),
     "two kinds": compressed(
         config_groups={"a": {"weights": GROUPS}, "b": {"weights": GROUPS | {"group_size": 64}}}
     ),
@@ -553,3 +682,89 @@ def test_blocks_may_be_words() -> None:
     found = find_format(facts)
     assert found is not None
     assert found.what == "floats of 8 bits in blocks"
+
+
+@pytest.mark.parametrize(
+    ("packing", "library", "is_first_version"),
+    [
+        ("auto_round:auto_gptq", "GPTQ", True),
+        ("auto_round:gptq", "GPTQ", True),
+        ("auto_round", "GPTQ", False),
+        ("auto_round:gptqmodel", "GPTQ", False),
+        ("auto_round:auto_awq", "AWQ", None),
+        ("auto_round:awq", "AWQ", None),
+    ],
+)
+def test_layouts_of_auto_round(packing: str, library: str, is_first_version: bool | None) -> None:
+    facts = {"quant_method": "auto-round", "bits": 4, "group_size": 128, "packing_format": packing}
+    found = find_format(facts)
+    assert found is not None
+    assert (found.library, found.method) == (library, "int4")
+    read: Any = found.read
+    assert getattr(read, "keywords", {}).get("is_first_version") is is_first_version
+
+
+def test_what_was_packed_before_files_said_so() -> None:
+    """And groups of layers that have no weights."""
+    attention = {"targets": ["LlamaAttention"], "weights": None, "input_activations": {"num_bits": 8}}
+    groups = {"a": {"weights": FLOATS}, "b": attention}
+    found = find_format(
+        compressed(format="naive-quantized", quantization_status="frozen", config_groups=groups)
+    )
+    assert found is not None
+    assert found.method == "float8"
+
+
+@pytest.mark.parametrize(
+    ("name", "save", "facts"),
+    [
+        ("quantize_config.json", save_gptq, {"bits": 4, "group_size": 32, "desc_act": False, "sym": True}),
+        ("quant_config.json", save_awq, {"w_bit": 4, "q_group_size": 32, "version": "GEMM"}),
+    ],
+)
+def test_a_file_beside_the_configuration(
+    name: str, save: Save, facts: Mapping[str, Any], tmp_path: Path
+) -> None:
+    """As the first ones had it."""
+    folder = save(folder=tmp_path / "model", **WIDE)
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("quantization_config")
+    for path in (folder, folder.with_name("model-plain")):  # where it may have been left behind
+        (path / "config.json").write_text(json.dumps(config))
+        (path / name).write_text(json.dumps(facts))
+    assert BACKEND.layout(ModelSpec(str(folder.with_name("model-plain"))), silent).quantization == ""
+    engine = load(folder, "ram")
+    try:
+        found = numbers(engine.model.get_submodule(UP).weight)
+        torch.testing.assert_close(found, plain_of(folder)[f"{UP}.weight"], rtol=1e-5, atol=1e-7)
+    finally:
+        engine.close()
+    (folder / name).write_text(json.dumps({**facts, "bits": 3, "w_bit": 3}))
+    with pytest.raises(SourceError, match="cannot be placed"):
+        BACKEND.layout(ModelSpec(str(folder)), silent)
+
+
+def test_layers_that_stay_are_one_pattern(tmp_path: Path) -> None:
+    """Python compiles a pattern anew for each module once there are more than it keeps."""
+    folder = save_awq(tmp_path / "model", stays="self_attn", **WIDE)
+    files = resolve(ModelSpec(str(folder)), silent)
+    packed, model = find_packed(files), build_skeleton(load_config(files), torch.float32)
+    assert packed is not None
+    assert len(packed.choice(model, "int4").stays or ()) == 1
+    quantize.prepare(model, "int4", torch.float32, packed.choice(model, "int4"))
+    layer = model.model.layers[3]
+    assert not is_packed(layer.self_attn.q_proj)
+    assert is_packed(layer.mlp.up_proj)
+
+
+def test_experts_that_transformers_does_not_know_one_by_one(tmp_path: Path) -> None:
+    """Those of Llama 4 are stacks in its own files; who packs them takes them apart."""
+    folder = save_awq(tmp_path / "model", tiny.save_mixture, hidden_size=128, moe_intermediate_size=128)
+
+    def rename(tensors: dict[str, Any]) -> None:
+        for name in [name for name in tensors if ".experts." in name]:
+            tensors[name.replace("_proj", "_projection")] = tensors.pop(name)
+
+    edit(folder, rename)
+    with pytest.raises(SourceError, match="cannot be put together"):
+        BACKEND.layout(ModelSpec(str(folder)), silent)

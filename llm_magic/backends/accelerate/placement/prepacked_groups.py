@@ -32,6 +32,9 @@ from typing import Any
 
 from llm_magic.backends.accelerate.placement.prepacked import Prepacked, Tensor, damaged
 
+_AT_A_TIME = 1 << 22
+"""Weights that become numbers at a time; each takes several bytes meanwhile."""
+
 _AWQ_PAIRS = ((0, 2), (4, 6), (1, 3), (5, 7))
 """The columns that each byte of a word of AWQ has in its low half and in its high one."""
 
@@ -63,16 +66,24 @@ class Groups:
         rows, columns = self.entries.shape
         return int(rows), int(columns)
 
-    def numbers(self) -> Any:
-        """What it stands for, float32 ``[out, in]``."""
-        (rows, columns), count = self.shape, self.scales.shape[1]
-        entries, scales, zeros = self.entries.float(), self.scales, self.zeros
+    def numbers(self, dtype: Any) -> Any:
+        """What it stands for ``[out, in]``, in ``dtype``; some rows at a time, because they are float32 first."""
+        rows, columns = self.shape
+        found, step = self.entries.new_empty(rows, columns, dtype=dtype), max(1, _AT_A_TIME // columns)
+        for start in range(0, rows, step):
+            found[start : start + step] = self._numbers(slice(start, start + step))
+        return found
+
+    def _numbers(self, of_rows: slice) -> Any:
+        entries, scales = self.entries[of_rows].float(), self.scales[of_rows]
+        (rows, columns), count = entries.shape, scales.shape[1]
+        zeros = None if self.zeros is None else self.zeros[of_rows]
         if self.group_of is not None:
             scales, zeros = (each if each is None else each[:, self.group_of] for each in (scales, zeros))
         else:
             entries = entries.view(rows, count, columns // count)
             scales, zeros = (each if each is None else each.unsqueeze(-1) for each in (scales, zeros))
-        return (entries * scales if zeros is None else (entries - zeros) * scales).view(rows, columns)
+        return (entries if zeros is None else entries.sub_(zeros)).mul_(scales).view(rows, columns)
 
 
 _OF_WRONG_PARTS = (RuntimeError, ValueError, LookupError, TypeError, ArithmeticError)
@@ -97,10 +108,10 @@ class PackedInGroups(Prepacked):
     def numbers(self, device: Any, index: int = 0) -> Any:
         import torch
 
-        rows = [groups.numbers() for groups in self._read(index, device)]
+        rows = [groups.numbers(self.dtype) for groups in self._read(index, device)]
         if len({each.shape[1] for each in rows}) > 1:
             raise damaged(self.matrices[index][0])
-        return torch.cat(rows).to(self.dtype)
+        return torch.cat(rows) if len(rows) > 1 else rows[0]
 
     def groups(self, device: Any, index: int = 0) -> Groups:
         """A matrix as it is in the files.
@@ -153,21 +164,25 @@ def _belong_together(groups: Groups) -> bool:
 # ------------------------------------------------------------------------------------------- the formats
 
 
-def read_gptq(find: Tensor, layer: str, device: Any, *, is_first_version: bool) -> Groups:
+def read_gptq(find: Tensor, layer: str, device: Any, *, is_first_version: bool, bits: int = 0) -> Groups:
     """GPTQ of 4 or 8 bits, which the shapes tell.
 
     Parameters
     ----------
     is_first_version
         Whether zeros are less by one.
+    bits
+        Of an entry, where all layers have as many.
     """
     words, zero_words, scales = _read(
         find, device, *(f"{layer}.{part}" for part in ("qweight", "qzeros", "scales"))
     )
-    bits = 32 * zero_words.shape[1] // scales.shape[1]
-    entries, zeros = _entries(words.T, bits), _entries(zero_words, bits)
-    if is_first_version:
-        zeros = (zeros + 1) & ((1 << bits) - 1)
+    own = 32 * zero_words.shape[1] // scales.shape[1]
+    if bits not in (0, own):
+        raise ValueError(own)
+    if is_first_version:  # as it was subtracted: from words, where a zero takes one from its neighbour
+        zero_words = zero_words + (0x11111111 if own == 4 else 0x01010101)
+    entries, zeros = _entries(words.T, own), _entries(zero_words, own)
     order = _order(find(f"{layer}.g_idx"), device, entries.shape[1], len(scales))
     return Groups(entries, scales.T.float(), zeros.T.float(), order)
 
@@ -231,12 +246,20 @@ def read_compressed(
 
 def _compressed_entries(find: Tensor, layer: str, device: Any, bits: int) -> tuple[Any, int]:
     """Entries ``[out, in]``, and what they are more than is meant."""
+    import torch
+
     if (words := find(f"{layer}.weight_packed")) is None:
-        return _read(find, device, f"{layer}.weight")[0], 0
-    rows, columns = _read(find, "cpu", f"{layer}.weight_shape")[0].tolist()
-    entries = _entries(words.to(device), bits)[:, :columns].contiguous()
-    if entries.shape != (rows, columns):
+        entries = find(f"{layer}.weight")
+        if entries is None or entries.dtype not in (torch.int8, torch.float8_e4m3fn):
+            raise TypeError
+        return entries.to(device, copy=True), 0  # what comes from a file may be pages of it
+    (shape,) = _read(find, "cpu", f"{layer}.weight_shape")
+    if shape.shape != (2,):
+        raise ValueError
+    rows, columns = shape.tolist()
+    if words.shape != (rows, -(-columns * bits // 32)):
         raise ValueError(columns)
+    entries = _entries(words.to(device), bits)[:, :columns].contiguous()
     return entries, 1 << (bits - 1)
 
 
@@ -261,7 +284,9 @@ def _by_row(values: Any, rows: int, block: tuple[int, int] | None) -> Any:
     """What groups share, float32 ``[out, groups]``, of one for each row, for all rows, or for blocks of them."""
     values = values.float().reshape(-1, 1) if values.dim() < 2 else values.float()
     if block is not None:
-        values = values.repeat_interleave(block[0], 0)[:rows]
+        if len(values) != -(-rows // block[0]):
+            raise ValueError(len(values))
+        values = values.repeat_interleave(min(rows, block[0]), 0)[:rows]
     return values.expand(rows, -1)
 
 

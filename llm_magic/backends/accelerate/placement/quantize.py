@@ -408,11 +408,21 @@ def pack_block(
         if leaf == "weight" and _packer(module) is not None:
             _pack(module, value if isinstance(value, Prepacked) else value.to(device, meta.dtype), device)
         else:
-            numbers = value.numbers(device) if isinstance(value, Prepacked) else value
+            numbers = _unpacked(value, meta, device) if isinstance(value, Prepacked) else value
             # A copy: what comes from a file may be pages of it.
             held = numbers.to(device, copy=True)
             module._parameters[leaf] = torch.nn.Parameter(held, requires_grad=False)
     arrange(block, device if compute is None else compute, fresh=True)
+
+
+def _unpacked(value: Prepacked, meta: Any, device: Any) -> Any:
+    """The numbers of what is no packed layer: of an embedding, or of experts that are computed as a stack."""
+    import torch
+
+    matrices = [value.numbers(device, index) for index in range(len(value.matrices))]
+    numbers = torch.stack(matrices) if len(meta.shape) > 2 else matrices[0]
+    _check_shape(tuple(meta.shape), tuple(numbers.shape), f"The packed weight {value.matrices[0][0]}")
+    return numbers
 
 
 def _pack(module: Any, value: Any, device: Any, index: int = 0) -> None:
@@ -424,7 +434,9 @@ def _pack(module: Any, value: Any, device: Any, index: int = 0) -> None:
         pack = partial(_taken, index=index, device=device)
     else:
         pack = _packer(module)
-        _check_shape(module, tuple(value.T.shape if _is_transposed(module) else value.shape), "A weight")
+        _check_shape(
+            _shape(module), tuple(value.T.shape if _is_transposed(module) else value.shape), "A weight"
+        )
     module._parameters["weight"] = pack(module, value)
     # Once through the template: what it binds now is what every later buffer gets.
     bind(template(module, "weight").bindings(parts(module, "weight")))
@@ -477,7 +489,7 @@ def _taken_from_bitsandbytes(module: Any, value: PackedByBitsAndBytes, index: in
     from bitsandbytes.nn import Int8Params
 
     data, scales, shape = value.parts(index, device)
-    _check_shape(module, shape, f"The packed weight {value.matrices[index][0]}")
+    _check_shape(_shape(module), shape, f"The packed weight {value.matrices[index][0]}")
     if value.method == "int8":
         return Int8Params(data, requires_grad=False, has_fp16_weights=False, CB=data, SCB=scales)
     return _four_bits(module, data, scales, value.dtype)
@@ -488,7 +500,7 @@ def _taken_from_groups(module: Any, value: PackedInGroups, index: int, device: A
 
     held, name = value.groups(device, index), value.matrices[index][0]
     (rows, columns), count = held.shape, held.scales.shape[1]
-    _check_shape(module, held.shape, f"The packed weight {name}")
+    _check_shape(_shape(module), held.shape, f"The packed weight {name}")
     if _packer(module) is _pack_8_bits:
         from bitsandbytes.nn import Int8Params
 
@@ -534,9 +546,12 @@ def _signed(held: Groups, name: str) -> Any:
     return (held.entries ^ 128).view(torch.int8)
 
 
-def _check_shape(module: Any, shape: tuple[int, ...], what: str) -> None:
+def _shape(module: Any) -> tuple[int, ...]:
+    return module.out_features, module.in_features
+
+
+def _check_shape(expected: tuple[int, ...], shape: tuple[int, ...], what: str) -> None:
     """What computes with the weight reads as many bytes as its shape says."""
-    expected = (module.out_features, module.in_features)
     if shape != expected:
         raise SourceError(
             f"{what} has the shape {shape} where config.json says {expected}.",

@@ -7,7 +7,7 @@ tree is cut into the blocks that are placed as a whole.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -39,7 +39,11 @@ from llm_magic.backends.accelerate.source.architecture import (
 from llm_magic.backends.accelerate.source.cache_cost import cache_costs
 from llm_magic.backends.accelerate.source.config_values import values
 from llm_magic.backends.accelerate.source.convert import MARK, most_common_type
-from llm_magic.backends.accelerate.source.packed_checkpoint import PackedCheckpoint, find_packed
+from llm_magic.backends.accelerate.source.packed_checkpoint import (
+    PackedCheckpoint,
+    find_packed,
+    packing_facts,
+)
 from llm_magic.backends.accelerate.source.sources import (
     ModelFiles,
     processor_template,
@@ -177,9 +181,8 @@ def load_config(files: ModelFiles) -> Any:
     """
     from transformers import AutoConfig
 
-    raw = read_json(files.folder / "config.json")
-    _refuse_packed(raw, files)
-    model_type = raw.get("model_type")
+    _refuse_packed(files)
+    model_type = read_json(files.folder / "config.json").get("model_type")
     try:
         config = AutoConfig.from_pretrained(str(files.folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # a hostile configuration can fail in any way a constructor can
@@ -204,7 +207,7 @@ def load_config(files: ModelFiles) -> Any:
     return config
 
 
-def _refuse_packed(raw: Mapping[str, Any], files: ModelFiles) -> None:
+def _refuse_packed(files: ModelFiles) -> None:
     """Refuse packed weights whose bytes and placement nobody here has checked.
 
     Raises
@@ -212,8 +215,7 @@ def _refuse_packed(raw: Mapping[str, Any], files: ModelFiles) -> None:
     SourceError
         For any ``quant_method`` that is not unpacked while it loads.
     """
-    for part in (raw, *(value for value in raw.values() if isinstance(value, dict))):
-        packed = part.get("quantization_config") or part.get("compression_config")
+    for packed in packing_facts(files):
         method = packed.get("quant_method", "unknown") if isinstance(packed, dict) else packed
         if method and method not in UNPACKED and find_packed(files) is None:
             raise SourceError(

@@ -31,21 +31,41 @@ from llm_magic.planning.packed import INT4_GROUPS
 
 _PACKED = ("I8", "U8", "I32", "F8_E4M3")
 """dtypes in files that no plain weight has."""
+_BESIDE = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+"""Where those who packed weights said so before ``config.json`` had a place for it."""
 
 
 def find_packed(files: ModelFiles) -> PackedCheckpoint | None:
     """What a folder says about its packed weights; ``None`` where there are none, or nothing here reads them."""
     if files.gguf is not None:
         return None
-    raw = read_json(files.folder / "config.json")
-    for part in (raw, *(value for value in raw.values() if isinstance(value, dict))):
-        facts = part.get("quantization_config") or part.get("compression_config")
+    for facts in packing_facts(files):
         if isinstance(facts, dict) and (form := find_format(facts)):
             weights = [path for path in files.weight_files if path.suffix == ".safetensors"]
             if files.weight_files and not weights:
                 return None  # pickled ones, which nothing here reads
             return PackedCheckpoint(files.name, form, tuple(weights))
     return None
+
+
+def packing_facts(files: ModelFiles) -> list[Any]:
+    """All that a folder says of packed weights, at best one ``quantization_config``; or whatever it has there."""
+    raw = read_json(files.folder / "config.json")
+    parts = (raw, *(value for value in raw.values() if isinstance(value, dict)))
+    found = [part.get("quantization_config") or part.get("compression_config") for part in parts]
+    if any(found):
+        return [facts for facts in found if facts]
+    beside = [(name, method) for name, method in _BESIDE.items() if (files.folder / name).is_file()]
+    if not beside or not _may_be_in_words(files):
+        return []
+    return [{"quant_method": method} | read_json(files.folder / name) for name, method in beside]
+
+
+def _may_be_in_words(files: ModelFiles) -> bool:
+    """Whether there are words of packed weights in the files, or no files yet."""
+    held = [path for path in files.weight_files if path.suffix == ".safetensors"]
+    names = (tensor.name for path in held for tensor in read_safetensors_header(path).tensors)
+    return not files.weight_files or any(name.endswith(".qweight") for name in names)
 
 
 @dataclass(frozen=True)
@@ -141,7 +161,8 @@ class PackedCheckpoint:
             paths = [path for path, _ in _layers(model) if any(name in f".{path}." for name in named)]
         else:
             return None
-        return [f"{re.escape(path)}$" for path in paths]
+        # One pattern: they are asked for each module, and Python forgets all of them if they are too many.
+        return [f"(?:{'|'.join(re.escape(path) for path in paths)})$"] if paths else []
 
     def weights(self, model: Any, dtype: Any, method: str) -> dict[str, Prepacked]:
         """The packed parameters of an unpacked model, by name.
@@ -191,16 +212,16 @@ class PackedCheckpoint:
 
     def _check_parts(self) -> None:
         """Refuse a packed weight without its parts, which would be taken for a plain one, and parts without theirs."""
-        form, names = self.format, self._in_file
+        form, dtypes = self.format, {tensor.name: tensor.dtype for _, tensor in self._tensors}
         own = {part.removesuffix("?") for part in form.parts} or {"weight", "absmax", "SCB"}
         for _, tensor in self._tensors:
             owner, _, leaf = tensor.name.rpartition(".")
             is_part = leaf in own and (tensor.dtype in _PACKED or leaf in ("absmax", "SCB"))
             is_marked = bool(form.parts) and f".{leaf}" in form.marks
-            needed = (f"{owner}.{part}" for part in form.parts if not part.endswith("?"))
-            if (is_part and tensor.name not in self.keys) or (
-                is_marked and any(n not in names for n in needed)
-            ):
+            needed = [f"{owner}.{part}" for part in form.parts if not part.endswith("?")]
+            is_whole = all(n in dtypes for n in needed)
+            is_plain = "weight" in form.parts and dtypes.get(f"{owner}.weight") not in _PACKED
+            if (is_part and tensor.name not in self.keys) or (is_marked and (is_plain or not is_whole)):
                 raise SourceError(
                     f"{self.name} has {tensor.name}, and not all that belongs to a packed weight ({form.library}: {form.what}).",
                     "Download the model again.",
@@ -236,6 +257,7 @@ class PackedCheckpoint:
         converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
         by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
         names = model.state_dict()
+        stacks = {name.rpartition(".")[0] for name in names if name.rpartition(".")[0].endswith(".experts")}
         found: dict[str, list[list[str]]] = {}
         made: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
         for key in self._packed:
@@ -244,6 +266,8 @@ class PackedCheckpoint:
                 made[target][pattern].append(key)
             elif target in names:
                 found[target] = [[key]]
+            elif f"{target.partition('.experts.')[0]}.experts" in stacks:
+                raise self._cannot_be_put_together()  # as of Llama 4, whose plain weights are stacks in files, too
         for target, keys in made.items():
             found[target] = self._stacked(by_pattern[next(iter(keys))], keys)
         return found
@@ -254,13 +278,16 @@ class PackedCheckpoint:
         counts = {len(keys.get(pattern, ())) for pattern in converter.source_patterns}
         is_known = made_by in (["MergeModulelist"], ["MergeModulelist", "Concatenate"])
         if not is_known or len(counts) > 1:
-            raise SourceError(
-                f"The packed weights of {self.name} cannot be put together as transformers does.",
-                "Load the original model, with --quantize.",
-            )
+            raise self._cannot_be_put_together()
         return [
             list(of) for of in zip(*(keys[pattern] for pattern in converter.source_patterns), strict=True)
         ]
+
+    def _cannot_be_put_together(self) -> SourceError:
+        return SourceError(
+            f"The packed weights of {self.name} cannot be put together as transformers does.",
+            "Load the original model, with --quantize.",
+        )
 
     def _needed(self, name: str) -> Any:
         found = self._tensor(name)

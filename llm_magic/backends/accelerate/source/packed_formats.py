@@ -20,6 +20,18 @@ from llm_magic.backends.accelerate.placement.prepacked_groups import (
 )
 
 _WORDS = ("qweight", "qzeros", "scales")
+_AUTO_ROUND = {
+    "auto": ("gptq", "gptq"),
+    "auto_round:gptq": ("gptq", "gptq"),
+    "auto_round:auto_gptq": ("gptq", "gptq"),
+    "auto_round": ("gptq", "gptq_v2"),
+    "auto_round:gptqmodel": ("gptq", "gptq_v2"),
+    "auto_round:awq": ("awq", "gemm"),
+    "auto_round:auto_awq": ("awq", "gemm"),
+}
+"""Whose layout AutoRound's ``packing_format`` is, and which version of it."""
+_PLAIN_BITS = 16
+"""Layers of so many bits are not packed."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +71,11 @@ class PackedFormat:
 def find_format(facts: Mapping[str, Any]) -> PackedFormat | None:
     """The format that a ``quantization_config`` describes; ``None`` for one that nothing here reads."""
     method = facts.get("quant_method")
-    if method == "auto-round":
-        method = str(facts.get("packing_format", "")).rpartition("auto_")[2]  # auto_round:auto_gptq
+    if method in ("auto-round", "intel/auto-round"):
+        method, version = _AUTO_ROUND.get(str(facts.get("packing_format")), ("", ""))
+        facts = {**facts, "checkpoint_format": version}
+        if facts.get("rotation_config"):  # activations are multiplied between the layers
+            return None
     if method == "bitsandbytes":
         return _bitsandbytes(facts)
     if method == "gptq":
@@ -86,18 +101,22 @@ def _bitsandbytes(facts: Mapping[str, Any]) -> PackedFormat | None:
 def _gptq(facts: Mapping[str, Any]) -> PackedFormat | None:
     bits, group = facts.get("bits"), _group(facts.get("group_size", 128))
     version = facts.get("checkpoint_format") or facts.get("format") or "gptq"
+    others = _others(facts)
     if (
         bits not in (4, 8)
         or group is None
         or version not in ("gptq", "gptq_v2")
         or facts.get("is_marlin_format")
+        or facts.get("pack_dtype") not in (None, "int32")
+        or any(own.get("bits", bits) not in (4, 8) for own in others)
     ):
         return None
-    has_order = bool(facts.get("desc_act")) and group > 0
-    what = f"{bits} bits{_of(group)}{_in_order(has_order)}"
+    has_order = any(own.get("desc_act") for own in (facts, *others)) and group > 0
+    is_uniform = _is_uniform(others, bits, facts.get("group_size", 128))
+    what = f"{bits} bits{_of(group)}{_in_order(has_order)}{_but(is_uniform)}"
     # Its 8 bits have zeros, and groups.
-    method = "int4" if bits == 4 and not has_order else ""
-    read = partial(read_gptq, is_first_version=version == "gptq")
+    method = "int4" if bits == 4 and not has_order and is_uniform else ""
+    read = partial(read_gptq, is_first_version=version == "gptq", bits=bits if is_uniform else 0)
     return PackedFormat("GPTQ", method, what, None, (".qweight",), (*_WORDS, "g_idx?"), group, read)
 
 
@@ -106,17 +125,47 @@ def _awq(facts: Mapping[str, Any]) -> PackedFormat | None:
         facts.get("bits", facts.get("w_bit")),
         _group(facts.get("group_size", facts.get("q_group_size", 128))),
     )
-    version = str(facts.get("version", facts.get("format", "gemm"))).lower()
-    if bits != 4 or group is None or version != "gemm":
+    versions = (facts.get(name) for name in ("version", "format", "checkpoint_format"))
+    is_gemm = all(version is None or str(version).lower() == "gemm" for version in versions)
+    others = _others(facts)
+    if bits != 4 or group is None or not is_gemm or facts.get("backend") == "llm-awq":
         return None
-    skipped = _names(facts.get("modules_to_not_convert"))
-    return PackedFormat("AWQ", "int4", f"4 bits{_of(group)}", skipped, (".qweight",), _WORDS, group, read_awq)
+    if any(own.get("bits", bits) != bits for own in others):
+        return None
+    is_uniform = _is_uniform(others, bits, facts.get("group_size", group))
+    skipped, what = _names(facts.get("modules_to_not_convert")), f"4 bits{_of(group)}{_but(is_uniform)}"
+    method = "int4" if is_uniform else ""
+    return PackedFormat("AWQ", method, what, skipped, (".qweight",), _WORDS, group, read_awq)
+
+
+def _others(facts: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """What GPTQModel and AutoRound say of packed layers that are not as the rest."""
+    found: list[Mapping[str, Any]] = []
+    for name in ("dynamic", "extra_config"):
+        held = facts.get(name)
+        for layers, own in held.items() if isinstance(held, dict) else ():
+            if isinstance(own, dict) and not layers.startswith("-:") and not _is_plain(own.get("bits")):
+                found.append(own)
+    return found
+
+
+def _is_plain(bits: object) -> bool:
+    return type(bits) is int and bits >= _PLAIN_BITS
+
+
+def _is_uniform(others: Sequence[Mapping[str, Any]], bits: object, group: object) -> bool:
+    return all(own.get("bits", bits) == bits and own.get("group_size", group) == group for own in others)
+
+
+def _but(is_uniform: bool) -> str:
+    return "" if is_uniform else ", some layers otherwise"
 
 
 def _compressed(facts: Mapping[str, Any]) -> PackedFormat | None:
     sparsity = facts.get("sparsity_config") or {}
     is_dense = isinstance(sparsity, dict) and sparsity.get("format", "dense") == "dense"
-    is_compressed = facts.get("quantization_status", "compressed") == "compressed"
+    # Files that were packed before that word was known are "frozen", too.
+    is_compressed = facts.get("quantization_status", "compressed") in ("compressed", "frozen")
     schemes = _schemes(facts)
     # Transforms are products between the layers.
     if not (is_dense and is_compressed and schemes) or facts.get("transform_config"):
@@ -195,9 +244,15 @@ def _schemes(facts: Mapping[str, Any]) -> list[_Scheme]:
     """How each group of layers is packed; nothing where one of them is not described."""
     groups = facts.get("config_groups")
     found = list(groups.values()) if isinstance(groups, dict) else []
+    found = [group for group in found if not _is_of_activations(group)]
     if not all(isinstance(group, dict) and isinstance(group.get("weights"), dict) for group in found):
         return []
     return [_scheme(group["weights"], group.get("format") or facts.get("format")) for group in found]
+
+
+def _is_of_activations(group: object) -> bool:
+    """Whether its layers have no packed weights, as attention has none."""
+    return isinstance(group, dict) and "weights" in group and group["weights"] is None
 
 
 def _scheme(weights: Mapping[str, Any], style: object) -> _Scheme:
@@ -210,7 +265,7 @@ def _scheme(weights: Mapping[str, Any], style: object) -> _Scheme:
         block=_block(weights.get("block_structure")) if strategy == "block" else None,
         is_float=weights.get("type") == "float",
         is_symmetric=weights.get("symmetric", True) is True,
-        has_order=weights.get("actorder") in ("group", "dynamic"),
+        has_order=weights.get("actorder") in (True, "group", "dynamic"),
     )
 
 
