@@ -416,6 +416,29 @@ def test_a_method_that_the_user_prefers(method: str, tmp_path: Path) -> None:
         engine.close()
 
 
+@pytest.mark.parametrize("has_places", [True, False])
+@pytest.mark.parametrize("save", [partial(save_gptq, group=96), partial(save_awq, group=96)])
+def test_groups_that_do_not_come_out_even(save: Save, has_places: bool, tmp_path: Path) -> None:
+    """As 576 columns in groups of 128: those layers become numbers, the others stay packed."""
+    folder = save(folder=tmp_path / "model", hidden_size=128, intermediate_size=192)
+    plain = plain_of(folder)
+    if not has_places:
+        edit(folder, lambda tensors: [tensors.pop(name) for name in list(tensors) if "g_idx" in name])
+    engine = load(folder, "ram")
+    try:
+        layer = engine.model.model.layers[0].mlp
+        assert is_packed(layer.down_proj)
+        assert not is_packed(layer.up_proj)
+        found = layer.up_proj.weight
+        torch.testing.assert_close(found, plain["model.layers.0.mlp.up_proj.weight"], rtol=1e-5, atol=1e-7)
+        memory = engine.memory()
+        held = sum(memory[device]["weights"] for device in memory if "weights" in memory[device])
+        assert held == engine.plan.layout.bytes
+        assert ask(engine, PROMPT).text
+    finally:
+        engine.close()
+
+
 @pytest.mark.parametrize("way", [{"bits": 8}, {"group": 64}])
 @pytest.mark.parametrize("facts", ["dynamic", "extra_config", ""])
 def test_layers_that_are_packed_otherwise(facts: str, way: Mapping[str, int], tmp_path: Path) -> None:

@@ -164,7 +164,9 @@ def _belong_together(groups: Groups) -> bool:
 # ------------------------------------------------------------------------------------------- the formats
 
 
-def read_gptq(find: Tensor, layer: str, device: Any, *, is_first_version: bool, bits: int = 0) -> Groups:
+def read_gptq(
+    find: Tensor, layer: str, device: Any, *, is_first_version: bool, bits: int = 0, group: int = 0
+) -> Groups:
     """GPTQ of 4 or 8 bits, which the shapes tell.
 
     Parameters
@@ -173,6 +175,8 @@ def read_gptq(find: Tensor, layer: str, device: Any, *, is_first_version: bool, 
         Whether zeros are less by one.
     bits
         Of an entry, where all layers have as many.
+    group
+        Columns of a group, where all layers have as many; the last one of a row may have fewer.
     """
     words, zero_words, scales = _read(
         find, device, *(f"{layer}.{part}" for part in ("qweight", "qzeros", "scales"))
@@ -184,16 +188,19 @@ def read_gptq(find: Tensor, layer: str, device: Any, *, is_first_version: bool, 
         zero_words = zero_words + (0x11111111 if own == 4 else 0x01010101)
     entries, zeros = _entries(words.T, own), _entries(zero_words, own)
     order = _order(find(f"{layer}.g_idx"), device, entries.shape[1], len(scales))
+    if order is None:
+        order = _uneven(group, device, entries.shape[1], len(scales))
     return Groups(entries, scales.T.float(), zeros.T.float(), order)
 
 
-def read_awq(find: Tensor, layer: str, device: Any) -> Groups:
-    """AWQ of 4 bits, in the order of its GEMM kernels."""
+def read_awq(find: Tensor, layer: str, device: Any, *, group: int = 0) -> Groups:
+    """AWQ of 4 bits, in the order of its GEMM kernels; ``group`` is as for `read_gptq`."""
     words, zero_words, scales = _read(
         find, device, *(f"{layer}.{part}" for part in ("qweight", "qzeros", "scales"))
     )
     entries, zeros = (_awq_columns(each) for each in (words, zero_words))
-    return Groups(entries, scales.T.float(), zeros.float())
+    order = _uneven(group, device, entries.shape[1], len(scales))
+    return Groups(entries, scales.T.float(), zeros.float(), order)
 
 
 def _awq_columns(words: Any) -> Any:
@@ -288,6 +295,15 @@ def _by_row(values: Any, rows: int, block: tuple[int, int] | None) -> Any:
             raise ValueError(len(values))
         values = values.repeat_interleave(min(rows, block[0]), 0)[:rows]
     return values.expand(rows, -1)
+
+
+def _uneven(group: int, device: Any, columns: int, count: int) -> Any:
+    """The group of each column, if the last one is smaller than the others."""
+    import torch
+
+    if not group or not columns % group or count != -(-columns // group):
+        return None
+    return torch.arange(columns, device=device) // group
 
 
 def _order(group_of: Any, device: Any, columns: int, count: int) -> Any:

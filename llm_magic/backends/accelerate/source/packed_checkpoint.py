@@ -149,20 +149,30 @@ class PackedCheckpoint:
             )
 
     def _stays(self, model: Any) -> list[str] | None:
-        """Patterns for the layers of an unpacked model that are not packed in the files.
+        """Patterns for the layers of an unpacked model that are not packed in the files, or become numbers.
 
         Without any files here: what the configuration says. ``None``: as transformers chooses.
         """
+        layers = list(_layers(model))
         if self.files:
             packed = self._places(model)
-            paths = [path for path, names in _layers(model) if packed.keys().isdisjoint(names)]
+            # Where the last group is smaller than the others nothing computes with them.
+            uneven = {name for name, weight in model.named_parameters() if self._is_uneven(weight)}
+            paths = [
+                path
+                for path, names in layers
+                if packed.keys().isdisjoint(names) or not uneven.isdisjoint(names)
+            ]
         elif self.format.skipped is not None:
             named = [f".{name}." for name in self.format.skipped]
-            paths = [path for path, _ in _layers(model) if any(name in f".{path}." for name in named)]
+            paths = [path for path, _ in layers if any(name in f".{path}." for name in named)]
         else:
             return None
         # One pattern: they are asked for each module, and Python forgets all of them if they are too many.
         return [f"(?:{'|'.join(re.escape(path) for path in paths)})$"] if paths else []
+
+    def _is_uneven(self, weight: Any) -> bool:
+        return bool(self.format.group and weight.dim() > 1 and weight.shape[-1] % self.format.group)
 
     def weights(self, model: Any, dtype: Any, method: str) -> dict[str, Prepacked]:
         """The packed parameters of an unpacked model, by name.

@@ -116,7 +116,11 @@ def _gptq(facts: Mapping[str, Any]) -> PackedFormat | None:
     what = f"{bits} bits{_of(group)}{_in_order(has_order)}{_but(is_uniform)}"
     # Its 8 bits have zeros, and groups.
     method = "int4" if bits == 4 and not has_order and is_uniform else ""
-    read = partial(read_gptq, is_first_version=version == "gptq", bits=bits if is_uniform else 0)
+    read = partial(
+        read_gptq,
+        is_first_version=version == "gptq",
+        **({"bits": bits, "group": group} if is_uniform else {}),
+    )
     return PackedFormat("GPTQ", method, what, None, (".qweight",), (*_WORDS, "g_idx?"), group, read)
 
 
@@ -135,7 +139,8 @@ def _awq(facts: Mapping[str, Any]) -> PackedFormat | None:
     is_uniform = _is_uniform(others, bits, facts.get("group_size", group))
     skipped, what = _names(facts.get("modules_to_not_convert")), f"4 bits{_of(group)}{_but(is_uniform)}"
     method = "int4" if is_uniform else ""
-    return PackedFormat("AWQ", method, what, skipped, (".qweight",), _WORDS, group, read_awq)
+    read = partial(read_awq, group=group if is_uniform else 0)
+    return PackedFormat("AWQ", method, what, skipped, (".qweight",), _WORDS, group, read)
 
 
 def _others(facts: Mapping[str, Any]) -> list[Mapping[str, Any]]:
