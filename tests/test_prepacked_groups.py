@@ -280,6 +280,21 @@ def test_what_stands_for_zero_is_rounded_once(save: Save, read: Reader, tmp_path
         engine.close()
 
 
+def test_integers_for_torchs_kernel_are_not_packed_by_quanto_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only to be unpacked again: that was half of the time of a load."""
+    folder = save_gptq(tmp_path / "model", **WIDE)
+    quantize.import_library("optimum.quanto")
+    monkeypatch.setattr("optimum.quanto.tensor.packed.PackedTensor.pack", None)
+    spec, plan = plan_for(folder, "half", spec=ModelSpec(str(folder), dtype="bfloat16"))
+    engine = BACKEND.load(spec, plan, silent)
+    try:
+        assert ask(engine, PROMPT).text
+    finally:
+        engine.close()
+
+
 @pytest.mark.parametrize(
     ("group", "quantize", "dtype", "expected"),
     [
@@ -351,7 +366,7 @@ def test_the_python_of_a_plan_says_what_transformers_needs(folder: Path) -> None
     code = python_of(plan)
     assert "QuantoConfig" not in code
     assert "BitsAndBytesConfig" not in code
-    assert re.search("where (gptqmodel|compressed-tensors) is installed", code)
+    assert re.search("where (gptqmodel|auto-round|compressed-tensors) is installed", code)
     compile(code, "plan", "exec")
 
 
@@ -638,6 +653,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     "GPTQ of words": {"quant_method": "gptq", "bits": "4"},
     "GPTQ for Marlin": {"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"},
     "GPTQ in groups of nothing": {"quant_method": "gptq", "bits": 4, "group_size": 0},
+    "GPTQ in groups of all there is": {"quant_method": "gptq", "bits": 4, "group_size": 10**400},
     "AWQ for GEMV": {"quant_method": "awq", "bits": 4, "version": "gemv"},
     "AutoRound's own": {"quant_method": "auto-round", "packing_format": "auto_round:llm_compressor"},
     "AutoRound with rotations": {
@@ -708,23 +724,24 @@ def test_blocks_may_be_words() -> None:
 
 
 @pytest.mark.parametrize(
-    ("packing", "library", "is_first_version"),
+    ("packing", "is_awq", "is_first_version"),
     [
-        ("auto_round:auto_gptq", "GPTQ", True),
-        ("auto_round:gptq", "GPTQ", True),
-        ("auto_round", "GPTQ", False),
-        ("auto_round:gptqmodel", "GPTQ", False),
-        ("auto_round:auto_awq", "AWQ", None),
-        ("auto_round:awq", "AWQ", None),
+        ("auto_round:auto_gptq", False, True),
+        ("auto_round:gptq", False, True),
+        ("auto_round", False, False),
+        ("auto_round:gptqmodel", False, False),
+        ("auto_round:auto_awq", True, None),
+        ("auto_round:awq", True, None),
     ],
 )
-def test_layouts_of_auto_round(packing: str, library: str, is_first_version: bool | None) -> None:
+def test_layouts_of_auto_round(packing: str, is_awq: bool, is_first_version: bool | None) -> None:
     facts = {"quant_method": "auto-round", "bits": 4, "group_size": 128, "packing_format": packing}
     found = find_format(facts)
     assert found is not None
-    assert (found.library, found.method) == (library, "int4")
+    assert (found.library, found.method) == ("AutoRound", "int4")
     read: Any = found.read
-    assert getattr(read, "keywords", {}).get("is_first_version") is is_first_version
+    assert read.func is (read_awq if is_awq else read_gptq)
+    assert read.keywords.get("is_first_version") is is_first_version
 
 
 def test_what_was_packed_before_files_said_so() -> None:

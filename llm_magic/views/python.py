@@ -14,7 +14,12 @@ from llm_magic.plan import Plan
 
 _NUMBERED = re.compile(r"([\w.]+\.)(\d+)")
 Device = str | int
-_NEEDED = {"GPTQ": "gptqmodel", "AWQ": "gptqmodel", "compressed-tensors": "compressed-tensors"}
+_NEEDED = {
+    "GPTQ": "gptqmodel",
+    "AWQ": "gptqmodel",
+    "AutoRound": "auto-round",
+    "compressed-tensors": "compressed-tensors",
+}
 """What transformers needs for weights that these have packed."""
 
 

@@ -112,8 +112,9 @@ def to_cpu(plain: Any) -> Any:
 
 
 def _to_block(plain: Any, columns: int, rows: int) -> Any:
-    low, high = (plain.view(-1, rows, columns)[:, half] for half in _cpu_halves(rows))
-    return (low | high << 4).transpose(1, 2).reshape(-1, columns // 2)
+    # By whole rows: an index in brackets takes number by number, in twenty times as long.
+    low, high = (plain.view(-1, rows, columns).index_select(1, half) for half in _cpu_halves(rows))
+    return high.bitwise_left_shift_(4).bitwise_or_(low).transpose(1, 2).reshape(-1, columns // 2)
 
 
 def _by_torch(plain: Any) -> Any:

@@ -28,6 +28,9 @@ Parts = dict[str, Any]
 _AT_A_TIME = 1 << 22
 """Weights that are put into another order at a time."""
 
+_BYTE = 8
+"""Bits that quanto's integers have which came from a checkpoint, until `arrange` packs them."""
+
 Assignment = tuple[dict[str, Any], str, object]
 """``(mapping, key, value)``: binding is ``mapping[key] = value``."""
 
@@ -522,12 +525,30 @@ class _QuantoKind(_Ordered):
                 target = _in_other_order(weight)
         elif fresh and _fits_tinygemm(weight) and _has_tinygemm(device):
             target = _for_tinygemm(weight, device)
-        elif fresh and weight.dtype != getattr(weight, "_shift", weight).dtype:
-            weight._shift = weight._shift.to(weight.dtype)  # of a checkpoint that was packed before
-            target = weight
+        elif fresh and _is_in_bytes(weight):
+            target = _packed_now(weight)
         if target is not None:
             module._parameters[name] = _parameter(target)
             bind(template(module, name).bindings(parts(module, name)))
+
+
+def in_bytes(integers: Any) -> Any:
+    """Small integers (uint8, groups by columns) for a weight of quanto, which `arrange` puts where they belong."""
+    from optimum.quanto.tensor.packed import PackedTensor
+
+    return PackedTensor(integers, _BYTE, integers.size(), integers.stride())
+
+
+def _is_in_bytes(weight: Any) -> bool:
+    return getattr(getattr(weight, "_data", None), "_bits", 0) == _BYTE
+
+
+def _packed_now(weight: Any) -> Any:
+    from optimum.quanto.tensor.packed import PackedTensor
+
+    weight._data = PackedTensor.pack(_unpacked(weight._data), weight.qtype.bits)
+    weight._shift = weight._shift.to(weight.dtype)
+    return weight
 
 
 def _fits_tinygemm(weight: Any) -> bool:
@@ -541,7 +562,7 @@ def _fits_tinygemm(weight: Any) -> bool:
     if not isinstance(weight, WeightQBitsTensor) or weight.qtype != qint4 or weight.ndim != 2:
         return False
     rows, columns = weight.shape
-    groups = (128,) if weight._shift.dtype == weight.dtype else INT4_GROUPS
+    groups = INT4_GROUPS if _is_in_bytes(weight) else (128,)
     grouped = weight._group_size in groups and weight.axis == 0 and not rows % 16 and not columns % 32
     return bool(grouped and weight.dtype == torch.bfloat16)
 
@@ -630,6 +651,8 @@ def _unpacked(packed: Any) -> Any:
     import torch
 
     bits, mask = packed._bits, (1 << packed._bits) - 1
+    if bits == _BYTE:
+        return packed._data
     blocks = [packed._data >> shift & mask for shift in range(0, 8, bits)]
     return torch.cat(blocks)[: packed.shape[0]]
 

@@ -24,7 +24,16 @@ from weakref import ref
 from llm_magic.backends.accelerate.default_dtype import default_dtype_kept
 from llm_magic.backends.accelerate.placement import four_bits
 from llm_magic.backends.accelerate.placement.cpu_linear import serve
-from llm_magic.backends.accelerate.placement.packing import Parts, arrange, bind, has_order, parts, template
+from llm_magic.backends.accelerate.placement.packing import (
+    Parts,
+    arrange,
+    arrange_one,
+    bind,
+    has_order,
+    in_bytes,
+    parts,
+    template,
+)
 from llm_magic.backends.accelerate.placement.prepacked import PackedByBitsAndBytes, Prepacked, damaged
 from llm_magic.backends.accelerate.placement.prepacked_groups import Groups, PackedInGroups
 from llm_magic.backends.accelerate.quiet import quiet
@@ -407,6 +416,7 @@ def pack_block(
         meta = module._parameters[leaf]
         if leaf == "weight" and _packer(module) is not None:
             _pack(module, value if isinstance(value, Prepacked) else value.to(device, meta.dtype), device)
+            arrange_one(module, leaf, device if compute is None else compute, fresh=True)
         else:
             numbers = _unpacked(value, meta, device) if isinstance(value, Prepacked) else value
             # A copy: what comes from a file may be pages of it.
@@ -524,12 +534,12 @@ def _taken_from_groups(module: Any, value: PackedInGroups, index: int, device: A
     group = module.weight_group_size or columns
     if held.entries.dtype != torch.uint8 or held.zeros is None or count * group != columns:
         raise damaged(name)
-    # What torch's kernel wants in place of the shift is rounded once, from this: `arrange` makes either of it.
+    # What torch's kernel wants in place of the shift is rounded once, from this, and it has an order of its own:
+    # `arrange` makes either of it.
     shift = (held.zeros * held.scales).reshape(-1, 1)
     scale = held.scales.to(value.dtype).reshape(-1, 1)
-    packed = WeightQBitsTensor(
-        kind, 0, module.weight_group_size, size, (columns, 1), held.entries.view(-1, group), scale, shift
-    )
+    entries = in_bytes(held.entries.view(-1, group))
+    packed = WeightQBitsTensor(kind, 0, module.weight_group_size, size, (columns, 1), entries, scale, shift)
     return torch.nn.Parameter(packed, requires_grad=False)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -30,6 +30,7 @@ _AUTO_ROUND = {
     "auto_round:auto_awq": ("awq", "gemm"),
 }
 """Whose layout AutoRound's ``packing_format`` is, and which version of it."""
+_LARGEST_GROUP = 1 << 20
 _PLAIN_BITS = 16
 """Layers of so many bits are not packed."""
 
@@ -41,7 +42,8 @@ class PackedFormat:
     Attributes
     ----------
     library
-        Who packed them, as people call it: ``"bitsandbytes"``, ``"GPTQ"``, ``"AWQ"``, ``"compressed-tensors"``.
+        Who packed them, as people call it: ``"bitsandbytes"``, ``"GPTQ"``, ``"AWQ"``, ``"AutoRound"``,
+        ``"compressed-tensors"``.
     method
         The one of ``--quantize`` that means the same numbers; nothing where none does.
     what
@@ -72,10 +74,7 @@ def find_format(facts: Mapping[str, Any]) -> PackedFormat | None:
     """The format that a ``quantization_config`` describes; ``None`` for one that nothing here reads."""
     method = facts.get("quant_method")
     if method in ("auto-round", "intel/auto-round"):
-        method, version = _AUTO_ROUND.get(str(facts.get("packing_format")), ("", ""))
-        facts = {**facts, "checkpoint_format": version}
-        if facts.get("rotation_config"):  # activations are multiplied between the layers
-            return None
+        return _auto_round(facts)
     if method == "bitsandbytes":
         return _bitsandbytes(facts)
     if method == "gptq":
@@ -83,6 +82,14 @@ def find_format(facts: Mapping[str, Any]) -> PackedFormat | None:
     if method == "awq":
         return _awq(facts)
     return _compressed(facts) if method == "compressed-tensors" else None
+
+
+def _auto_round(facts: Mapping[str, Any]) -> PackedFormat | None:
+    method, version = _AUTO_ROUND.get(str(facts.get("packing_format")), ("", ""))
+    if not method or facts.get("rotation_config"):  # activations are multiplied between the layers
+        return None
+    found = find_format({**facts, "quant_method": method, "checkpoint_format": version})
+    return found and replace(found, library="AutoRound")
 
 
 def _names(value: object) -> list[str] | None:
@@ -285,7 +292,7 @@ def _block(extents: object) -> tuple[int, int] | None:
 
 def _group(size: object) -> int | None:
     """Columns of a group, 0 for a whole row; ``None`` for what is no size."""
-    if type(size) is not int or size < -1 or size == 0:
+    if type(size) is not int or not -1 <= size <= _LARGEST_GROUP or size == 0:
         return None
     return max(size, 0)
 
