@@ -348,6 +348,36 @@ def test_what_is_kept_is_no_page_of_a_file() -> None:
     assert found.entries.data_ptr() != held["x.weight"].data_ptr()
 
 
+@pytest.mark.parametrize("save", [tiny.save_llama, tiny.save_mixture])
+def test_fp8_whose_scales_transformers_does_not_know(save: Save, tmp_path: Path) -> None:
+    """As AutoFP8 writes them, under the name of another format: they were left out."""
+    changes = WIDE if save is tiny.save_llama else {"hidden_size": 128, "moe_intermediate_size": 128}
+    folder = save_compressed(
+        tmp_path / "model", "naive-quantized", save, facts=FLOATS | {"strategy": "tensor"}, **changes
+    )
+    edit(
+        folder,
+        lambda tensors: tensors.update(
+            {name.replace("weight_", "input_"): torch.ones(()) for name in tensors if "weight_scale" in name}
+        ),
+    )
+    config = json.loads((folder / "config.json").read_text())
+    facts = {"quant_method": "fp8", "activation_scheme": "static", "ignored_layers": ["lm_head"]}
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": facts}))
+    engine = load(folder, "half")
+    try:
+        assert engine.plan.layout.quantization == "float8"
+        assert "without their scales" in python_of(engine.plan)
+        text = ask(engine, PROMPT).text
+    finally:
+        engine.close()
+    engine = load(folder.with_name("model-plain"), "half")
+    try:
+        assert ask(engine, PROMPT).text == text
+    finally:
+        engine.close()
+
+
 def test_names_that_transformers_changes(tmp_path: Path) -> None:
     """Files of models of images and text have other names for their layers than the models."""
     for number, save in enumerate((tiny.save_qwen2_5_vl, tiny.save_llava, tiny.save_gemma3)):

@@ -79,6 +79,8 @@ def _differences(plan: Plan) -> list[str]:
     if plan.layout.quantization and plan.layout.details.get("quantization"):
         method = plan.layout.details["quantization"]
         lines += [f"# Plain transformers takes no other quantization for {method} weights."]
+    if plan.layout.details.get("packed_by") == "AutoFP8":
+        lines += ["# Plain transformers takes these weights without their scales."]
     if (needed := _NEEDED.get(plan.layout.details.get("packed_by", ""))) and plan.layout.quantization:
         lines += [f"# Plain transformers reads these weights where {needed} is installed."]
     if _packs_experts(plan) and plan.layout.details.get("is_packed"):

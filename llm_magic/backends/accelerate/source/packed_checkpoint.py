@@ -23,7 +23,7 @@ from llm_magic.backends.accelerate.placement.prepacked import (
 from llm_magic.backends.accelerate.placement.prepacked_groups import PackedInGroups
 from llm_magic.backends.accelerate.placement.quantize import BLOCK, METHODS, Choice, require
 from llm_magic.backends.accelerate.source.large_files import open_safetensors
-from llm_magic.backends.accelerate.source.packed_formats import PackedFormat, find_format
+from llm_magic.backends.accelerate.source.packed_formats import AUTO_FP8, PackedFormat, find_format
 from llm_magic.backends.accelerate.source.sources import ModelFiles, read_json
 from llm_magic.errors import OptionError, SourceError
 from llm_magic.headers import TensorEntry, read_safetensors_header
@@ -44,7 +44,8 @@ def find_packed(files: ModelFiles) -> PackedCheckpoint | None:
             weights = [path for path in files.weight_files if path.suffix == ".safetensors"]
             if files.weight_files and not weights:
                 return None  # pickled ones, which nothing here reads
-            return PackedCheckpoint(files.name, form, tuple(weights))
+            found = PackedCheckpoint(files.name, form, tuple(weights))
+            return found if form.library != AUTO_FP8 or found.has_its_scales else None
     return None
 
 
@@ -209,6 +210,11 @@ class PackedCheckpoint:
             ends = ("", f"{STATE}{self.format.method}", *FOUR_BIT_PARTS)
             names = (f"{name}{end}" for name in self._packed for end in ends)
         return frozenset(names).intersection(self._in_file)
+
+    @property
+    def has_its_scales(self) -> bool:
+        """Whether there are scales as AutoFP8 calls them, and none as transformers does."""
+        return bool(self._packed) and not any(name.endswith("_scale_inv") for name in self._in_file)
 
     # Inside
 

@@ -30,6 +30,7 @@ _AUTO_ROUND = {
     "auto_round:auto_awq": ("awq", "gemm"),
 }
 """Whose layout AutoRound's ``packing_format`` is, and which version of it."""
+AUTO_FP8 = "AutoFP8"
 _LARGEST_GROUP = 1 << 20
 _PLAIN_BITS = 16
 """Layers of so many bits are not packed."""
@@ -43,7 +44,7 @@ class PackedFormat:
     ----------
     library
         Who packed them, as people call it: ``"bitsandbytes"``, ``"GPTQ"``, ``"AWQ"``, ``"AutoRound"``,
-        ``"compressed-tensors"``.
+        ``"compressed-tensors"``, ``"AutoFP8"``.
     method
         The one of ``--quantize`` that means the same numbers; nothing where none does.
     what
@@ -81,7 +82,22 @@ def find_format(facts: Mapping[str, Any]) -> PackedFormat | None:
         return _gptq(facts)
     if method == "awq":
         return _awq(facts)
+    if method == "fp8":
+        return _auto_fp8(facts)
     return _compressed(facts) if method == "compressed-tensors" else None
+
+
+def _auto_fp8(facts: Mapping[str, Any]) -> PackedFormat:
+    """As AutoFP8 writes it, where the files have its scales: transformers knows others by the same name.
+
+    Its scales are factors, in ``weight_scale``; transformers looks for ``weight_scale_inv``, and would take the
+    weights without any.
+    """
+    block = _block(facts.get("weight_block_size"))
+    read = partial(read_compressed, bits=8, is_symmetric=True, block=block)
+    parts = ("weight", "weight_scale", "input_scale?")
+    method, what = "" if block else "float8", f"floats of 8 bits{' in blocks' if block else ''}"
+    return PackedFormat(AUTO_FP8, method, what, None, (".weight_scale",), parts, 0, read)
 
 
 def _auto_round(facts: Mapping[str, Any]) -> PackedFormat | None:
