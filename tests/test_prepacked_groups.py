@@ -637,6 +637,15 @@ def test_blocks_that_are_larger_than_the_weight() -> None:
     assert read(block=(1 << 40, 128)).scales.shape == (128, 1)
 
 
+def test_biases_that_nothing_would_add(tmp_path: Path) -> None:
+    folder = save_gptq(tmp_path / "model", **WIDE)
+    edit(folder, lambda tensors: tensors.update({f"{UP}.bias": torch.zeros(256)}))
+    load(folder, "ram").close()
+    edit(folder, lambda tensors: tensors.update({f"{UP}.bias": torch.ones(256)}))
+    with pytest.raises(SourceError, match="no bias there"):
+        load(folder, "ram")
+
+
 def test_scales_of_activations_are_not_ignored(tmp_path: Path) -> None:
     folder = save_awq(tmp_path / "model", **WIDE)
     edit(folder, lambda tensors: tensors.update({"model.layers.0.mlp.act.scales": torch.ones(256)}))

@@ -188,9 +188,10 @@ class PackedCheckpoint:
         Raises
         ------
         SourceError
-            When experts are stored in another way than one by one.
+            When experts are stored in another way than one by one, or a layer has a bias that the model has not.
         """
         found, read = self._places(model), self.format.read
+        self._check_biases(model, found)
         if read is None:
             packed = (self.format.method, self._needed, dtype, BLOCK)
             return {name: PackedByBitsAndBytes(packed[0], of, *packed[1:]) for name, of in found.items()}
@@ -287,6 +288,18 @@ class PackedCheckpoint:
         for target, keys in made.items():
             found[target] = self._stacked(by_pattern[next(iter(keys))], keys)
         return found
+
+    def _check_biases(self, model: Any, places: Mapping[str, list[list[str]]]) -> None:
+        """Refuse what nothing would add: AutoGPTQ writes biases for all layers, but of zeros."""
+        names = model.state_dict()
+        for target, matrices in places.items():
+            held = f"{matrices[0][0].removesuffix('weight')}bias"
+            is_lost = target.endswith(".weight") and f"{target.removesuffix('weight')}bias" not in names
+            if is_lost and held in self._in_file and bool(self._tensor(held).any()):
+                raise SourceError(
+                    f"{self.name} has {held}, and its architecture has no bias there.",
+                    "The files do not belong together: download the model again.",
+                )
 
     def _stacked(self, converter: Any, keys: Mapping[str, list[str]]) -> list[list[str]]:
         """The matrices of a stack that transformers makes of single ones."""
