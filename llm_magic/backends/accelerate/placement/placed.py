@@ -227,7 +227,8 @@ class PlacedModel:
         for device, lane in self._lanes.items():
             held[device]["slots"] += lane.slot_bytes
             held["cpu"]["slots"] += lane.staging_bytes
-        held["cpu"]["slots"] += sum(caches.staging_bytes for caches in self._cache_lanes.values())
+        for caches in self._cache_lanes.values():
+            held["cpu"]["slots"] += caches.staging_bytes
         for device, experts in self._expert_lanes.items():
             held[device]["slots"] += experts.device_bytes
             held["cpu"]["slots"] += experts.staging_bytes
