@@ -25,7 +25,9 @@ from llm_magic.backends.accelerate.decoding.speculate import Speculation
 from llm_magic.backends.accelerate.decoding.static_cache import SWEEP_TOKENS
 from llm_magic.backends.accelerate.decoding.warmup import COMPILING, WarmUp, regional, resident_layers
 from llm_magic.backends.accelerate.memory_errors import free_bytes
+from llm_magic.backends.accelerate.placement import cpu_products
 from llm_magic.backends.accelerate.placement.placed import PlacedModel
+from llm_magic.backends.accelerate.recorded.layers import RecordedLayers, Seen
 from llm_magic.errors import OptionError
 from llm_magic.plan import Plan
 
@@ -63,6 +65,8 @@ class Quick:
             self._draft = DraftModel(draft, _vocabulary(placed.model), _steps_of(draft, context), context)
         self._draft_model, self._draft_name = draft, draft_name
         self._lookup, self._pace = PromptLookup(), Pace()
+        self._recorded: RecordedLayers | None = None
+        self._seen: Seen = {}
         self._can_verify = can_take_back(placed.model)
         self.after_move()
 
@@ -129,14 +133,17 @@ class Quick:
 
     def before_move(self) -> None:
         """Let go of everything that holds addresses of blocks. Tokens go back to their cache."""
+        if self._recorded:
+            self._recorded.undo()
         if self.steps:
             self.steps.close()
-        self.steps = self._warm_up = None
+        self.steps = self._warm_up = self._recorded = None
 
     def after_move(self) -> None:
         """Begin anew with blocks where they are now."""
         self._pace.forget()
         placed = self._placed
+        self._recorded = RecordedLayers(_of_the_cpu(placed), self._seen) if cpu_products.is_there() else None
         self._why_not = why_not(placed.model, placed.plan, placed.lanes)
         if not self._why_not and placed.tables.has_adapters:
             self._why_not = "an adapter is on a table that is not on the GPU"
@@ -227,6 +234,12 @@ class Quick:
         if self._draft:
             self._draft.close()
         self._draft = self._draft_model = None
+
+
+def _of_the_cpu(placed: PlacedModel) -> dict[str, Any]:
+    """Layers that compute on the CPU, for one token at least."""
+    names = (p.block.name for p in placed.plan.placements if p.block.kind == "decoder" and p.compute == "cpu")
+    return {name: placed.blocks[name].module for name in names if name in placed.blocks}
 
 
 def _most_tokens(plan: Plan) -> int:

@@ -16,6 +16,7 @@ from typing import Any
 
 from llm_magic.backends.accelerate.decoding.joined import FEW_TOKENS
 from llm_magic.backends.accelerate.process_wide import ProcessWide
+from llm_magic.backends.accelerate.recorded.current import current
 
 LONG = 2048
 """Places of a cache from which on it is attended to in parts."""
@@ -54,13 +55,18 @@ token, and a new thread's answer begins with none.
 
 def use(model: Any) -> None:
     """Let a model's masked sweeps of few tokens run as this file has it; everything else is as it was."""
+    put_in()
+    for module in _attention_modules(model):
+        setattr(module, _MARK, True)
+
+
+def put_in() -> None:
+    """Let transformers call this file's function in place of its own; it does the same for whatever does not use it."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     if ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward:  # nobody else has a better one
         ALL_ATTENTION_FUNCTIONS["sdpa"] = sdpa_attention
-    for module in _attention_modules(model):
-        setattr(module, _MARK, True)
 
 
 def leave(model: Any) -> None:
@@ -93,6 +99,9 @@ def sdpa_attention(
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+    if (recorder := current()) is not None:
+        noted: tuple[Any, None] = recorder.attention(module, query, key, value, attention_mask, **options)
+        return noted
     if not (hasattr(module, _MARK) and _is_sweep(query, key, attention_mask, options)):
         usual: tuple[Any, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
         return usual

@@ -18,6 +18,7 @@ from typing import Any
 
 from llm_magic.backends.accelerate.decoding.capturable import attention_of
 from llm_magic.backends.accelerate.decoding.joined import FEW_TOKENS
+from llm_magic.backends.accelerate.recorded.current import current
 from llm_magic.planning.costs import SCORES_BYTES
 
 _NAME = "eager_attention_forward"
@@ -112,6 +113,14 @@ def _usual_of(module: Any) -> Any:
     return usual if _computes_the_same(inspect.unwrap(usual), has_sinks) else None
 
 
+def attention_function(module: Any) -> Any:
+    """What an attention module calls, by its configuration."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    usual = _scope_of(module).get(_NAME)
+    return ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, usual)
+
+
 def _scope_of(module: Any) -> dict[str, Any]:
     scope: dict[str, Any] = getattr(inspect.unwrap(type(module).forward), "__globals__", {})
     return scope
@@ -124,6 +133,9 @@ def _replaced(usual: Any) -> Any:
     def forward(
         module: Any, query: Any, key: Any, value: Any, attention_mask: Any, *args: Any, **options: Any
     ) -> tuple[Any, Any]:
+        if (recorder := current()) is not None and not args:
+            noted: tuple[Any, Any] = recorder.attention(module, query, key, value, attention_mask, **options)
+            return noted
         is_asked = args or options.get("dropout") or options.get("output_attentions")
         is_ours = hasattr(module, _MARK) and not is_asked and _is_plain(query, key, attention_mask)
         if not (is_ours and (query.shape[2] <= FEW_TOKENS or _is_long(query, key))):

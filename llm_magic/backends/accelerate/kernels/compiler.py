@@ -46,7 +46,7 @@ def compiled_for_a_team(
         before(builder, argument)
     _run_by_a_team(module, builder, work, argument, word(builder, argument, threads))
     builder.ret_void()
-    return _compiled(module, run.name)
+    return compiled(module, run.name)
 
 
 def word(builder: ir.IRBuilder, words: Any, index: int, kind: Any = I64) -> Any:
@@ -74,7 +74,7 @@ def share_of_a_thread(module: ir.Module, builder: ir.IRBuilder, count: Any) -> t
     return first, last
 
 
-def _compiled(module: ir.Module, name: str) -> Callable[[Any], None]:
+def compiled(module: ir.Module, name: str) -> Callable[[Any], None]:
     """Compile a module, and return its function ``name``, of one pointer.
 
     The module needs no library, but for what `_run_by_a_team` refers to.

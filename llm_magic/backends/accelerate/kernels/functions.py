@@ -1,0 +1,179 @@
+"""Functions of float32, of one number or of a vector of them, as a few instructions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from llvmlite import ir
+
+from llm_magic.backends.accelerate.kernels.code import F32, intrinsic, same, vector
+from llm_magic.backends.accelerate.kernels.compiler import I32
+
+
+class Functions:
+    """What can be said of numbers in one function that is being written."""
+
+    def __init__(self, module: ir.Module, builder: ir.IRBuilder) -> None:
+        self._module, self._builder = module, builder
+
+    def apply(self, name: str, numbers: Sequence[float], values: Sequence[Any]) -> Any:
+        """One of `NAMES` of some values, with constants of its own."""
+        return _FUNCTIONS[name](self, *values, *numbers)
+
+    def constant(self, value: float, like: Any) -> Any:
+        """A number, or a vector that has it everywhere."""
+        kind = like.type
+        return same(kind, value) if isinstance(kind, ir.VectorType) else ir.Constant(kind, value)
+
+    def same(self, value: Any) -> Any:
+        return value
+
+    def add(self, left: Any, right: Any, factor: float = 1.0) -> Any:
+        """``left + factor * right``."""
+        return self._builder.fadd(left, self._times(right, factor))
+
+    def subtract(self, left: Any, right: Any, factor: float = 1.0) -> Any:
+        return self._builder.fsub(left, self._times(right, factor))
+
+    def subtract_from(self, value: Any, number: float, factor: float = 1.0) -> Any:
+        return self._builder.fsub(self.constant(number, value), self._times(value, factor))
+
+    def multiply(self, left: Any, right: Any) -> Any:
+        return self._builder.fmul(left, right)
+
+    def divide(self, left: Any, right: Any) -> Any:
+        return self._builder.fdiv(left, right)
+
+    def add_number(self, value: Any, number: float) -> Any:
+        return self._builder.fadd(value, self.constant(number, value))
+
+    def multiply_number(self, value: Any, number: float) -> Any:
+        return self._times(value, number)
+
+    def divide_number(self, value: Any, number: float) -> Any:
+        return self._builder.fdiv(value, self.constant(number, value))
+
+    def negate(self, value: Any) -> Any:
+        return self._builder.fneg(value)
+
+    def absolute(self, value: Any) -> Any:
+        return self._called("fabs", value)
+
+    def larger(self, left: Any, right: Any) -> Any:
+        return self._builder.select(self._builder.fcmp_unordered(">", left, right), left, right)
+
+    def smaller(self, left: Any, right: Any) -> Any:
+        return self._builder.select(self._builder.fcmp_unordered("<", left, right), left, right)
+
+    def at_least(self, value: Any, least: float) -> Any:
+        return self.larger(value, self.constant(least, value))
+
+    def at_most(self, value: Any, most: float) -> Any:
+        return self.smaller(value, self.constant(most, value))
+
+    def root(self, value: Any) -> Any:
+        return self._called("sqrt", value)
+
+    def reciprocal(self, value: Any) -> Any:
+        return self._builder.fdiv(self.constant(1.0, value), value)
+
+    def reciprocal_root(self, value: Any) -> Any:
+        return self.reciprocal(self.root(value))
+
+    def square(self, value: Any) -> Any:
+        return self._builder.fmul(value, value)
+
+    def cube(self, value: Any) -> Any:
+        return self._builder.fmul(self.square(value), value)
+
+    def exp(self, value: Any) -> Any:
+        """Powers of two, times a polynomial on half of the logarithm of 2 to either side; off by 2 units of the last place."""
+        builder = self._builder
+        clamped = self._called(
+            "minnum", self._called("maxnum", value, self.constant(-87.5, value)), self.constant(88.5, value)
+        )
+        power = self._called("rint", self._times(clamped, math.log2(math.e)))
+        rest = self._fused(power, self.constant(-0.693359375, value), clamped)
+        rest = self._fused(power, self.constant(2.12194440e-4, value), rest)
+        series = self.constant(1 / 5040, value)
+        for divisor in (720, 120, 24, 6, 2, 1, 1):
+            series = self._fused(series, rest, self.constant(1 / divisor, value))
+        words = _integers(value)
+        bits = builder.shl(builder.fptosi(power, words), _whole(words, 23))
+        scaled = builder.bitcast(builder.add(builder.bitcast(series, words), bits), value.type)
+        small = builder.fcmp_ordered("<", value, self.constant(-87.5, value))
+        large = builder.fcmp_ordered(">", value, self.constant(88.5, value))
+        scaled = builder.select(small, self.constant(0.0, value), scaled)
+        scaled = builder.select(large, self.constant(math.inf, value), scaled)
+        return builder.select(builder.fcmp_unordered("uno", value, value), value, scaled)
+
+    def sigmoid(self, value: Any) -> Any:
+        return self.reciprocal(self.add_number(self.exp(self.negate(value)), 1.0))
+
+    def silu(self, value: Any) -> Any:
+        return self.divide(value, self.add_number(self.exp(self.negate(value)), 1.0))
+
+    def relu(self, value: Any) -> Any:
+        return self.larger(value, self.constant(0.0, value))
+
+    def tanh(self, value: Any) -> Any:
+        """By an exponential, near 0 by its series."""
+        size = self.absolute(value)
+        power = self.exp(self._times(size, -2.0))
+        far = self.divide(self.subtract_from(power, 1.0), self.add_number(power, 1.0))
+        squared = self.square(value)
+        near = self.constant(-17 / 315, value)
+        for factor in (2 / 15, -1 / 3, 1.0):
+            near = self._fused(near, squared, self.constant(factor, value))
+        is_near = self._builder.fcmp_ordered("<", size, self.constant(0.1, value))
+        found = self._builder.select(is_near, self._builder.fmul(near, size), far)
+        return self._called("copysign", found, value)
+
+    def gelu(self, value: Any) -> Any:
+        """By the error function, of Abramowitz and Stegun, 7.1.26: off by 1.5e-7."""
+        size = self._times(self.absolute(value), math.sqrt(0.5))
+        part = self.reciprocal(self.add_number(self._times(size, 0.3275911), 1.0))
+        series = self.constant(1.061405429, value)
+        for factor in (-1.453152027, 1.421413741, -0.284496736, 0.254829592):
+            series = self._fused(series, part, self.constant(factor, value))
+        tail = self.multiply(self.multiply(series, part), self.exp(self.negate(self.square(size))))
+        error = self._called("copysign", self.subtract_from(tail, 1.0), value)
+        return self.multiply(self._times(value, 0.5), self.add_number(error, 1.0))
+
+    def gelu_tanh(self, value: Any) -> Any:
+        inner = self._fused(self._times(self.cube(value), 0.044715), self.constant(1.0, value), value)
+        curve = self.tanh(self._times(inner, math.sqrt(2 / math.pi)))
+        return self.multiply(self._times(value, 0.5), self.add_number(curve, 1.0))
+
+    def _times(self, value: Any, factor: float) -> Any:
+        return value if factor == 1 else self._builder.fmul(value, self.constant(factor, value))
+
+    def _fused(self, first: Any, second: Any, third: Any) -> Any:
+        return self._called("fma", first, second, third)
+
+    def _called(self, name: str, *values: Any) -> Any:
+        kind = values[0].type
+        suffix = f"v{kind.count}f32" if isinstance(kind, ir.VectorType) else "f32"
+        known = intrinsic(self._module, f"llvm.{name}.{suffix}", kind, *[kind] * len(values))
+        return self._builder.call(known, values)
+
+
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    name: function
+    for name, function in vars(Functions).items()
+    if callable(function) and not name.startswith("_")
+}
+
+
+def _integers(value: Any) -> Any:
+    kind = value.type
+    return vector(I32, kind.count) if isinstance(kind, ir.VectorType) else I32
+
+
+def _whole(kind: Any, value: int) -> Any:
+    return same(kind, value) if isinstance(kind, ir.VectorType) else ir.Constant(kind, value)
+
+
+__all__ = ["F32", "Functions"]

@@ -1,0 +1,35 @@
+"""Who records on this thread, for what is to be noted as one thing."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+
+class NotesAttention(Protocol):
+    """What records a layer."""
+
+    def attention(
+        self, module: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any
+    ) -> tuple[Any, None]:
+        """As an attention function of transformers: note the call, and give numbers at random."""
+
+
+_LOCAL = threading.local()
+
+
+def current() -> NotesAttention | None:
+    """What records on this thread."""
+    return getattr(_LOCAL, "recorder", None)
+
+
+@contextmanager
+def recording_by(recorder: NotesAttention) -> Iterator[None]:
+    """While it lasts, attention on this thread is noted."""
+    _LOCAL.recorder = recorder
+    try:
+        yield
+    finally:
+        _LOCAL.recorder = None

@@ -1,0 +1,365 @@
+"""Decoder layers that run as they were recorded, where they compute on the CPU for a few tokens.
+
+A layer is recorded in the sweep that first needs it, before it computes, and runs so from that sweep on: what an
+answer says does not depend on when. Its module stays what it is. Whatever is not as it was when the layer was
+recorded (more tokens, other arguments, hooks of somebody, an adapter) goes through the module's own code.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+from llm_magic.backends.accelerate.decoding.attention import put_in
+from llm_magic.backends.accelerate.decoding.running import below_its_hook, running
+from llm_magic.backends.accelerate.decoding.step_by_step import attention_function
+from llm_magic.backends.accelerate.placement.layer_cache import find_cache, layer_indices, tokens_seen
+from llm_magic.backends.accelerate.recorded.program import CompiledRegion, Program, Values, call, shown
+from llm_magic.backends.accelerate.recorded.recording import (
+    VARYING,
+    Node,
+    Outputs,
+    Recording,
+    View,
+    flat,
+    leaves_of,
+    record,
+)
+
+MOST_TOKENS = 16
+
+_STATES = 3  # dimensions
+
+Call = tuple[Sequence[Any], Mapping[str, Any]]
+"""``args`` and ``kwargs``."""
+
+_LOG = logging.getLogger(__name__)
+
+
+Seen = dict[str, dict[str, Outputs]]
+"""Layer -> those of its parts that were seen at work, by path, and what they return."""
+
+
+class RecordedLayers:
+    """Lets layers run as recorded.
+
+    Parameters
+    ----------
+    layers
+        Modules that compute on the CPU, by name.
+    seen
+        What was seen of them before; it is added to.
+    """
+
+    def __init__(self, layers: Mapping[str, Any], seen: Seen) -> None:
+        put_in()
+        self._programs: dict[Recording, Program] = {}
+        self._layers = [RecordedLayer(name, layer, seen, self._program) for name, layer in layers.items()]
+
+    def undo(self) -> None:
+        """Before blocks move: every layer as it was."""
+        while self._layers:
+            self._layers.pop().undo()
+
+    def _program(
+        self, layer: Any, usual: Callable[..., Any], call: Call, seen: dict[str, Outputs]
+    ) -> Program | None:
+        """The program of a layer; one that leaves parts as they are which take more than tensors, if there is no other."""
+        parts = {path: outputs for path, outputs in seen.items() if outputs.by_need}
+        rest = {path: outputs for path, outputs in seen.items() if not outputs.by_need}
+        found = self._tried(layer, usual, call, rest)
+        return self._tried(layer, usual, call, seen) if found is None and parts else found
+
+    def _tried(
+        self, layer: Any, usual: Callable[..., Any], call: Call, whole: dict[str, Outputs]
+    ) -> Program | None:
+        try:
+            recording, rehearsal = record(layer, usual, call, whole)
+            program = self._programs.get(recording)
+            if program is None:
+                program = self._programs[recording] = Program(recording)
+            return program if program.rehearse(layer, rehearsal) else None
+        except Exception as error:  # a layer's code may do anything, and it runs as it is without this
+            _LOG.debug("not recorded: %s: %s", type(layer).__name__, error)
+            return None
+
+
+class RecordedLayer:
+    """One of them."""
+
+    def __init__(self, name: str, layer: Any, seen: Seen, make: Callable[..., Program | None]) -> None:
+        self._name, self._layer, self._seen, self._make = name, layer, seen, make
+        self._indices = layer_indices(layer)
+        self._bound: dict[Any, Bound | None] = {}
+        self._slot = "_old_forward" if "_old_forward" in vars(layer) else "forward"
+        self._before = vars(layer).get(self._slot)
+        self._usual = below_its_hook(layer)
+        self._guard = _Guard(layer)
+        vars(layer)[self._slot] = self.forward
+
+    def __reduce__(self) -> Any:
+        """A copy of the layer runs its own code."""
+        return _Unrecorded, (self._layer,)
+
+    def undo(self) -> None:
+        """The layer as it was."""
+        if self._before is None:
+            vars(self._layer).pop(self._slot, None)
+        else:
+            vars(self._layer)[self._slot] = self._before
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the layer's."""
+        import torch
+
+        states = args[0] if args else kwargs.get("hidden_states")
+        if (
+            states is None
+            or torch.is_grad_enabled()
+            or torch.is_autocast_enabled("cpu")
+            or torch.compiler.is_compiling()
+            or not self._guard.is_as_it_was()
+        ):
+            return self._usual(*args, **kwargs)
+        leaves = flat(args, kwargs)
+        is_here = (
+            states.is_cpu and states.dim() == _STATES and states.shape[0] * states.shape[1] <= MOST_TOKENS
+        )
+        if not (is_here and self._name in self._seen and self._goes_on(leaves)):
+            return self._looked_at(args, kwargs)
+        key = tuple(map(_key, leaves)), tuple(kwargs)
+        if key not in self._bound:
+            program = self._make(self._layer, self._usual, (args, kwargs), self._seen[self._name])
+            self._bound[key] = Bound(program, self._layer) if program else None
+        bound = self._bound[key]
+        if bound is None or not bound.takes(leaves):
+            return self._usual(*args, **kwargs)
+        return bound.run(leaves)
+
+    def _goes_on(self, leaves: Sequence[Any]) -> bool:
+        """Whether there are tokens before these.
+
+        The first ones of a text always go through the layer's own code, so that an answer is the same again.
+        """
+        cache = find_cache(leaves)
+        if cache is None:
+            return False
+        layers = [cache.layers[index] for index in self._indices if index < len(cache.layers)]
+        return not layers or any(map(_has_tokens, layers))
+
+    def _looked_at(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """What the layer's own code makes; the first time, it is seen what its large parts return."""
+        if self._name in self._seen:
+            return self._usual(*args, **kwargs)
+        seen: dict[str, Outputs] = {}
+        with ExitStack() as stack:
+            for path, part, is_apart in self._parts():
+                stack.enter_context(running(part, _noting(path, part.forward, seen, always=is_apart)))
+            result = self._usual(*args, **kwargs)
+        self._seen[self._name] = seen
+        return result
+
+    def _parts(self) -> Iterator[tuple[str, Any, bool]]:
+        """Modules that may be called as they are: those that are never looked into, and those of the layer itself."""
+        apart = {id(leaf) for leaf in leaves_of(self._layer)}
+        for path, module in self._layer.named_modules():
+            if path and (id(module) in apart or "." not in path) and not isinstance(module, _linear()):
+                yield path, module, id(module) in apart
+
+
+class _Unrecorded:
+    """What stands for a recorded layer in a copy of it."""
+
+    def __init__(self, layer: Any) -> None:
+        self._layer = layer
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the layer's class has it."""
+        return type(self._layer).forward(self._layer, *args, **kwargs)
+
+
+class Bound:
+    """A program with the modules of one layer."""
+
+    def __init__(self, program: Program, layer: Any) -> None:
+        self._program = program
+        self._size = program.size
+        recording = program.recording
+        self._arguments = [
+            (number, view.base) for number, view in recording.arguments if view.base in program.used
+        ]
+        self._checked = [
+            (number, view.shape)
+            for number, view in recording.arguments
+            if view.base in program.used and view.shape != VARYING
+        ]
+        self._weights = []
+        for path, name, view in recording.weights:
+            module = layer.get_submodule(path)
+            held = module._parameters if name in module._parameters else module._buffers
+            self._weights.append((held, name, view))
+        self._steps = [
+            part.run if isinstance(part, CompiledRegion) else _bound(part, layer) for part in program.parts
+        ]
+        self._result = program.result
+
+    def takes(self, leaves: Sequence[Any]) -> bool:
+        """Whether arguments are of the shapes that it is for."""
+        return all(leaves[number].shape == shape for number, shape in self._checked) and all(
+            _is_such(held[name], view) for held, name, view in self._weights
+        )
+
+    def run(self, leaves: Sequence[Any]) -> Any:
+        """What the layer returns."""
+        values: Values = [None] * self._size
+        for number, base in self._arguments:
+            values[base] = leaves[number].contiguous()
+        for held, name, view in self._weights:
+            values[view.base] = held[name]
+        values.append(leaves)
+        for step in self._steps:
+            step(values)
+        return shown(self._result, values)
+
+
+def _bound(node: Node, layer: Any) -> Callable[[Values], None]:
+    if node.kind == "op":
+        return lambda values: call(node, None, values)
+    module = layer.get_submodule(node.name)
+    if node.kind == "cache":
+        return _cache_step(node, module)
+    if node.kind == "attention":
+        return _attention_step(node, module)
+    if node.kind == "linear":
+        return _linear_step(node, module)
+    return lambda values: call(node, module, values)
+
+
+def _linear_step(node: Node, module: Any) -> Callable[[Values], None]:
+    (view,), (out,) = node.args, node.outputs
+
+    def step(values: Values) -> None:
+        values[out.base] = module.forward(shown(view, values))
+
+    return step
+
+
+def _cache_step(node: Node, module: Any) -> Callable[[Values], None]:
+    cache, key, value = node.args
+    keys, outs = node.outputs
+
+    def step(values: Values) -> None:
+        values[keys.base], values[outs.base] = values[-1][cache.number].update(
+            shown(key, values), shown(value, values), module.layer_idx
+        )
+
+    return step
+
+
+def _attention_step(node: Node, module: Any) -> Callable[[Values], None]:
+    function, (out,) = attention_function(module), node.outputs
+
+    def step(values: Values) -> None:
+        args, kwargs = shown(node.args, values), {name: shown(value, values) for name, value in node.kwargs}
+        values[out.base] = function(module, *args, **kwargs)[0].contiguous()
+
+    return step
+
+
+class _Guard:
+    """Whether somebody has put something on a layer's modules meanwhile: a hook, another forward, another module.
+
+    Experts and the like are called as modules, so theirs may be what they want.
+    """
+
+    def __init__(self, layer: Any) -> None:
+        import torch
+
+        apart = {
+            id(inner)
+            for leaf in leaves_of(layer)
+            if not isinstance(leaf, torch.nn.Linear)
+            for inner in leaf.modules()
+        }
+        modules = [module for module in layer.modules() if id(module) not in apart]
+        self._layer = layer
+        self._hooks = [
+            held for module in modules[1:] for held in (module._forward_hooks, module._forward_pre_hooks)
+        ]
+        self._attributes = [vars(module) for module in modules[1:]]
+        self._parts = [
+            (module._modules, tuple(module._modules.values())) for module in modules if module._modules
+        ]
+        configs = {id(module.config): module.config for module in modules if hasattr(module, "config")}
+        self._attention = [(config, config._attn_implementation) for config in configs.values()]
+        self._is_plain = not any(hasattr(module, "base_layer") for module in modules)  # PEFT's
+
+    def is_as_it_was(self) -> bool:
+        """Whether nothing is there that was not."""
+        return (
+            self._is_plain
+            and not self._layer.training
+            and not any(self._hooks)
+            and not any("forward" in each for each in self._attributes)
+            and all(tuple(held.values()) == before for held, before in self._parts)
+            and all(config._attn_implementation == before for config, before in self._attention)
+        )
+
+
+def _is_such(weight: Any, view: View) -> bool:
+    """Whether a weight is still what was recorded."""
+    return (
+        weight is not None
+        and weight.dtype is view.dtype
+        and weight.shape == view.shape
+        and weight.is_cpu
+        and weight.stride() == view.stride
+    )
+
+
+def _noting(
+    path: str, usual: Callable[..., Any], seen: dict[str, Outputs], *, always: bool
+) -> Callable[..., Any]:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        returned = usual(*args, **kwargs)
+        outputs = _outputs(flat(args, kwargs), returned)
+        if outputs is not None and (always or outputs.by_need):
+            seen[path] = outputs
+        return returned
+
+    return forward
+
+
+def _outputs(leaves: Sequence[Any], returned: Any) -> Outputs | None:
+    """What a part returns, where that is like the first states it got, with nothing beside it."""
+    import torch
+
+    states = next((leaf for leaf in leaves if isinstance(leaf, torch.Tensor)), None)
+    first, rest = (returned[0], returned[1:]) if isinstance(returned, tuple) else (returned, None)
+    if states is None or not isinstance(first, torch.Tensor) or any(each is not None for each in rest or ()):
+        return None
+    if first.shape != states.shape or first.dtype != states.dtype:
+        return None
+    takes_more = any(_key(leaf) is type(leaf) for leaf in leaves)
+    return Outputs(None if rest is None else len(rest), by_need=takes_more)
+
+
+def _has_tokens(layer: Any) -> bool:
+    states = getattr(layer, "has_previous_state", None)
+    return tokens_seen(layer) > 0 or (isinstance(states, dict) and any(states.values()))
+
+
+def _linear() -> Any:
+    import torch
+
+    return torch.nn.Linear
+
+
+def _key(leaf: Any) -> Any:
+    import torch
+
+    if isinstance(leaf, torch.Tensor):
+        return leaf.dtype, tuple(leaf.shape) if leaf.dim() == 3 else leaf.dim()
+    return leaf if leaf is None or isinstance(leaf, (bool, int, float, str)) else type(leaf)

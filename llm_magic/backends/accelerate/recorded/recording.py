@@ -1,0 +1,504 @@
+"""What a decoder layer does with the tokens of a sweep, as a list of torch's operations.
+
+The layer's own code runs once, on stand-ins: its large parts (linear layers, experts, attention, the KV cache) are
+not computed, but give numbers at random, and every other operation is written down as it reaches torch's
+dispatcher. Code that looks at numbers, or changes them where they are, is not for this; nor is what writes down
+something else when numbers, positions and the length of the KV cache are others, so that is tried.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from types import MappingProxyType
+from typing import Any
+
+from llm_magic.backends.accelerate.decoding.running import running
+from llm_magic.backends.accelerate.placement.experts import find_stacks
+from llm_magic.backends.accelerate.recorded.current import current, recording_by
+from llm_magic.errors import LLMMagicError
+
+_STATES = 3  # dimensions of states and rotations; masks have more
+
+
+class CannotRecordError(LLMMagicError):
+    """The layer is not one that can be recorded."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, "")
+
+
+@dataclass(frozen=True)
+class View:
+    """A tensor, by where it lies in what was made as a whole.
+
+    Attributes
+    ----------
+    base
+        Number of that: of an argument, a weight, or a result.
+    shape, stride, offset
+        In elements.
+    dtype
+        torch's.
+    """
+
+    base: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    dtype: Any
+
+
+VARYING = (-1,)
+"""The shape of what has another one in each sweep: keys and values, masks. Only large parts take it, as a whole."""
+
+
+@dataclass(frozen=True)
+class Argument:
+    """An argument that is no tensor and no plain value, by its number; a large part gets it as it is."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class Node:
+    """One operation.
+
+    Attributes
+    ----------
+    number
+        Its place among all.
+    kind
+        ``"op"``: of torch. ``"linear"`` and ``"module"``: a module of the layer. ``"attention"``, ``"cache"``.
+    name
+        The operation, the module's path in the layer, or that of the module that attends.
+    args, kwargs
+        As in the call, with a `View` for each tensor.
+    outputs
+        What it makes.
+    changes
+        The base that is another one from then on, of the same memory.
+    """
+
+    number: int
+    kind: str
+    name: Any
+    args: tuple[Any, ...]
+    kwargs: tuple[tuple[str, Any], ...]
+    outputs: tuple[View, ...]
+    changes: int | None = None
+
+
+@dataclass(frozen=True)
+class Recording:
+    """All that a layer does.
+
+    Attributes
+    ----------
+    arguments
+        The tensors of its call, by their number among all arguments.
+    weights
+        Parameters and buffers: path of the module, name.
+    nodes
+        In order.
+    result
+        What the layer returns, with a `View` for each tensor.
+    """
+
+    arguments: tuple[tuple[int, View], ...]
+    weights: tuple[tuple[str, str, View], ...]
+    nodes: tuple[Node, ...]
+    result: Any
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a module returns: states like those that it was given.
+
+    Attributes
+    ----------
+    beside
+        How often ``None`` is beside them; ``None``: they are not in a tuple.
+    by_need
+        Whether it takes something beside tensors, a KV cache for one, and is to be looked into where that can be.
+    """
+
+    beside: int | None = None
+    by_need: bool = False
+
+
+@dataclass
+class Rehearsal:
+    """What the stand-ins gave while a layer was recorded, and what came of it.
+
+    Attributes
+    ----------
+    leaves
+        Of the nodes in turn that are no operations of torch, the tensors.
+    result
+        Of the layer.
+    """
+
+    arguments: list[Any]
+    leaves: list[tuple[Any, ...]]
+    result: Any
+
+
+def record(
+    layer: Any,
+    usual: Callable[..., Any],
+    call: tuple[Sequence[Any], Mapping[str, Any]],
+    whole: Mapping[str, Outputs] = MappingProxyType({}),
+) -> tuple[Recording, Rehearsal]:
+    """Write down what ``usual(*args, **kwargs)``, a layer's forward, does; the KV cache among its arguments stays as it is.
+
+    Parameters
+    ----------
+    call
+        ``args`` and ``kwargs``.
+    whole
+        Modules of the layer that are not looked into, and what they return.
+
+    Raises
+    ------
+    CannotRecordError
+        When that would not be the whole of it.
+    """
+    first, rehearsal = Recorder(layer, usual, whole, seed=1, tokens_before=7).record(*call)
+    second, _ = Recorder(layer, usual, whole, seed=2, tokens_before=12).record(*call)
+    if first != second:
+        raise CannotRecordError("what the layer does depends on numbers or on the length of the text")
+    return first, rehearsal
+
+
+class Recorder:
+    """One recording."""
+
+    def __init__(
+        self,
+        layer: Any,
+        usual: Callable[..., Any],
+        whole: Mapping[str, Outputs],
+        *,
+        seed: int,
+        tokens_before: int,
+    ) -> None:
+        import torch
+
+        self._layer, self._usual, self._whole, self._before = layer, usual, whole, tokens_before
+        self._random = torch.Generator().manual_seed(seed)
+        self._views: dict[int, View] = {}
+        self._objects: dict[int, Argument] = {}
+        self._alive: list[Any] = []
+        self._bases = 0
+        self._made: dict[int, View] = {}
+        self._weights: dict[tuple[str, str], View] = {}
+        self._nodes: list[Node] = []
+        self._leaves: list[tuple[Any, ...]] = []
+        self._places: dict[int, tuple[str, str]] = {}
+        self._paths = {id(module): path for path, module in layer.named_modules()}
+
+    def record(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Recording, Rehearsal]:
+        """Run the layer once."""
+        import torch
+
+        leaves = flat(args, kwargs)
+        stands = [self._stand_in(number, leaf) for number, leaf in enumerate(leaves)]
+        arguments = tuple(
+            (i, self._views[id(t)]) for i, t in enumerate(stands) if isinstance(t, torch.Tensor)
+        )
+        for path, module in self._layer.named_modules():
+            for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+                if tensor is not None:
+                    self._places[id(tensor)] = (path, name)
+        args, kwargs = _unflattened(stands, args, kwargs)
+        with self._with_leaves(), recording_by(self), _mode(self), torch.no_grad():
+            result = self._usual(*args, **kwargs)
+        recording = Recording(
+            arguments,
+            tuple((*place, view) for place, view in self._weights.items()),
+            tuple(self._nodes),
+            self._shown(result),
+        )
+        return recording, Rehearsal(stands, self._leaves, result)
+
+    # What the mode and the leaves call
+
+    def operation(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """One that reaches the dispatcher."""
+        import torch
+
+        if function in _looks_at_numbers():
+            raise CannotRecordError("it looks at numbers")
+        if function.tags and torch.Tag.nondeterministic_seeded in function.tags:
+            raise CannotRecordError(f"{function} draws numbers")
+        shown = self._shown(args), self._pairs(kwargs)
+        if any(view.shape == VARYING for view in views_in(shown)):
+            raise CannotRecordError(f"{function} computes with what is longer in every sweep")
+        if function._schema.is_mutable:
+            return self._changing(function, args, kwargs, shown)
+        result = function(*args, **kwargs)
+        results = result if isinstance(result, (tuple, list)) else (result,)
+        if not all(isinstance(each, torch.Tensor) for each in results):
+            raise CannotRecordError(f"{function} makes no tensor")
+        if _is_view(function) and all(each.dtype == args[0].dtype for each in results):
+            whole = self._views[id(args[0])]
+            start = args[0].storage_offset()
+            for each in results:
+                offset = whole.offset + each.storage_offset() - start
+                self._know(each, View(whole.base, tuple(each.shape), each.stride(), offset, each.dtype))
+            return result
+        if _is_view(function):  # the same memory, as other numbers: nobody may change it by either
+            self._made.pop(self._views[id(args[0])].base, None)
+        take = self._new if _is_view(function) else self._result
+        self._note("op", function, shown, tuple(take(each) for each in results))
+        return result
+
+    def _changing(
+        self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], shown: tuple[Any, Any]
+    ) -> Any:
+        """One that changes its first tensor: what knows its memory sees another base from then on."""
+        changed = [each.name for each in function._schema.arguments if each.is_write]
+        before = self._views.get(id(args[0]))
+        if changed != [function._schema.arguments[0].name] or before is None or before.base not in self._made:
+            raise CannotRecordError(f"{function} changes what is not the layer's own")
+        result = function(*args, **kwargs)
+        after = replace(self._made[before.base], base=self._bases)
+        self._bases += 1
+        self._made[after.base] = after
+        for number, view in self._views.items():
+            if view.base == before.base:
+                self._views[number] = replace(view, base=after.base)
+        self._note("op", function, shown, (after,), changes=before.base)
+        return result
+
+    def leaf(
+        self, kind: str, module: Any, call: tuple[Any, Any], shapes: Sequence[tuple[int, ...]], dtype: Any
+    ) -> Any:
+        """A part that is not computed now; gives tensors of these shapes."""
+        import torch
+
+        args, kwargs = call
+        path = self._paths.get(id(module))
+        if path is None:
+            raise CannotRecordError("a part of it is another layer's")
+        shown = self._shown(tuple(args)), self._pairs(kwargs)
+        made = tuple(torch.randn(shape, generator=self._random).to(dtype) for shape in shapes)
+        self._leaves.append(made)
+        outputs = tuple(
+            self._new(each, is_whole=False) if kind == "cache" else self._result(each) for each in made
+        )
+        self._note(kind, path, shown, outputs)
+        return made
+
+    def attention(self, module: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any) -> Any:
+        """As an attention function of transformers."""
+        with _no_mode():
+            shape = (query.shape[0], query.shape[2], query.shape[1], value.shape[3])
+            (out,) = self.leaf(
+                "attention", module, ((query, key, value, mask), options), [shape], query.dtype
+            )
+        return out, None
+
+    def _note(
+        self,
+        kind: str,
+        name: Any,
+        call: tuple[Any, Any],
+        outputs: tuple[View, ...],
+        changes: int | None = None,
+    ) -> None:
+        self._nodes.append(Node(len(self._nodes), kind, name, *call, outputs, changes))
+
+    # Tensors
+
+    def _stand_in(self, number: int, leaf: Any) -> Any:
+        """Of an argument: numbers at random for numbers, a cache that only takes new keys and values."""
+        import torch
+
+        if isinstance(leaf, torch.Tensor):
+            stand = leaf.clone(memory_format=torch.contiguous_format)
+            is_mask = leaf.dim() > _STATES
+            if leaf.dtype.is_floating_point and not is_mask:
+                stand.copy_(torch.randn(leaf.shape, generator=self._random))
+            self._new(stand, is_whole=not is_mask)
+            return stand
+        if leaf is None or isinstance(leaf, (bool, int, float, str)):
+            return leaf
+        is_cache = isinstance(getattr(leaf, "layers", None), list)
+        stand = _untouchable(leaf, {"update": partial(self._updated, number)} if is_cache else {})
+        self._objects[id(stand)] = Argument(number)
+        self._alive.append(stand)
+        return stand
+
+    def _updated(self, number: int, key: Any, value: Any, index: int, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs:
+            raise CannotRecordError("the KV cache is told more than keys and values")
+        module = next((m for m in self._layer.modules() if getattr(m, "layer_idx", None) == index), None)
+        with _no_mode():
+            shapes = [(*each.shape[:2], self._before + each.shape[2], each.shape[3]) for each in (key, value)]
+            return self.leaf("cache", module, ((Argument(number), key, value), {}), shapes, key.dtype)
+
+    def _new(self, tensor: Any, *, is_whole: bool = True) -> View:
+        shape, stride = (tuple(tensor.shape), tuple(tensor.stride())) if is_whole else (VARYING, ())
+        view = View(self._bases, shape, stride, 0, tensor.dtype)
+        self._bases += 1
+        self._know(tensor, view)
+        return view
+
+    def _result(self, tensor: Any) -> View:
+        view = self._new(tensor)
+        self._made[view.base] = view
+        return view
+
+    def _know(self, tensor: Any, view: View) -> None:
+        self._alive.append(tensor)
+        self._views[id(tensor)] = view
+
+    def _shown(self, value: Any) -> Any:
+        import torch
+
+        if isinstance(value, torch.Tensor):
+            return self._view(value)
+        if id(value) in self._objects:
+            return self._objects[id(value)]
+        if isinstance(value, (tuple, list)):
+            return tuple(self._shown(each) for each in value)
+        if value is None or isinstance(
+            value,
+            (Argument, bool, int, float, str, torch.dtype, torch.device, torch.layout, torch.memory_format),
+        ):
+            return value
+        raise CannotRecordError(f"it passes a {type(value).__name__} on")
+
+    def _pairs(self, kwargs: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+        return tuple((name, self._shown(value)) for name, value in sorted(kwargs.items()))
+
+    def _view(self, tensor: Any) -> View:
+        known = self._views.get(id(tensor))
+        if known is not None:
+            return known
+        place = self._places.get(id(tensor))
+        if place is None:
+            raise CannotRecordError("it uses a tensor that is none of its weights")
+        view = self._weights[place] = self._new(tensor)
+        return view
+
+    # Leaves
+
+    @contextmanager
+    def _with_leaves(self) -> Iterator[None]:
+        import torch
+
+        apart = {id(module): module for module in leaves_of(self._layer)}
+        apart |= {id(module): module for module in map(self._layer.get_submodule, self._whole)}
+        with ExitStack() as stack:
+            for module in apart.values():
+                kind = "linear" if isinstance(module, torch.nn.Linear) else "module"
+                stack.enter_context(running(module, self._leaf_forward(kind, module)))
+            yield
+
+    def _leaf_forward(self, kind: str, module: Any) -> Callable[..., Any]:
+        usual = module.forward
+
+        returned = Outputs() if kind == "linear" else self._whole.get(self._paths[id(module)])
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if current() is not self:  # another thread's
+                return usual(*args, **kwargs)
+            if returned is None:
+                raise CannotRecordError(f"nobody knows what {type(module).__name__} returns")
+            states = args[0] if args else kwargs["hidden_states"]
+            width = module.out_features if kind == "linear" else states.shape[-1]
+            with _no_mode():
+                shape = (*states.shape[:-1], width)
+                (out,) = self.leaf(kind, module, (args, kwargs), [shape], states.dtype)
+            return out if returned.beside is None else (out, *[None] * returned.beside)
+
+        return forward
+
+
+def views_in(value: Any) -> Iterator[View]:
+    """All views among nested tuples."""
+    if isinstance(value, View):
+        yield value
+    elif isinstance(value, tuple):
+        for each in value:
+            yield from views_in(each)
+
+
+def flat(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+    """All arguments of a call, those in tuples one by one."""
+    found: list[Any] = []
+    for each in (*args, *kwargs.values()):
+        if isinstance(each, tuple):
+            found.extend(each)
+        else:
+            found.append(each)
+    return found
+
+
+def _unflattened(leaves: Sequence[Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    rest = iter(leaves)
+
+    def taken(each: Any) -> Any:
+        return tuple(next(rest) for _ in each) if isinstance(each, tuple) else next(rest)
+
+    return tuple(map(taken, args)), {name: taken(each) for name, each in kwargs.items()}
+
+
+def leaves_of(layer: Any) -> Iterator[Any]:
+    """Modules of a layer that are not looked into."""
+    import torch
+
+    stacks = {stack.name for stack in find_stacks(layer)}
+    for path, module in layer.named_modules():
+        if isinstance(module, torch.nn.Linear) or path in stacks:
+            yield module
+
+
+def _untouchable(like: Any, attributes: Mapping[str, Any]) -> Any:
+    """What seems to be of the same class, and is of no use but for some attributes."""
+
+    def attribute(_self: Any, name: str) -> Any:
+        if name == "__class__":
+            return type(like)
+        if name not in attributes:
+            raise CannotRecordError(f"it asks a {type(like).__name__} for {name}")
+        return attributes[name]
+
+    def refuse(*_: Any) -> Any:
+        raise CannotRecordError(f"it uses a {type(like).__name__}")
+
+    members = dict.fromkeys(
+        ("__getitem__", "__setitem__", "__contains__", "__len__", "__iter__", "__call__"), refuse
+    )
+    return type("Untouchable", (), {"__getattribute__": attribute, **members})()
+
+
+def _is_view(function: Any) -> bool:
+    return any(each.alias_info is not None for each in function._schema.returns)
+
+
+def _looks_at_numbers() -> tuple[Any, ...]:
+    import torch
+
+    return (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default)
+
+
+def _mode(recorder: Recorder) -> Any:
+    """Lets every operation of this thread come to a recorder."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    def dispatch(_self: Any, function: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return recorder.operation(function, args, kwargs or {})
+
+    return type("Mode", (TorchDispatchMode,), {"__torch_dispatch__": dispatch})()
+
+
+def _no_mode() -> Any:
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    return _disable_current_modes()
