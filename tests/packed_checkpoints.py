@@ -207,6 +207,13 @@ def save_compressed(
     return _written(folder, packed, told)
 
 
+def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the tensors of a checkpoint."""
+    tensors = _weights(folder)
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
 def _extremes(weight: Any, facts: Any) -> tuple[Any, Any]:
     """The smallest and the largest number of what shares a scale."""
     rows, columns = weight.shape

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from llm_magic.backends.accelerate.placement import quantize
 from llm_magic.backends.accelerate.placement.packed_stack import PackedStack
@@ -20,25 +20,26 @@ from llm_magic.backends.accelerate.source.packed_checkpoint import find_packed
 from llm_magic.backends.accelerate.source.sources import resolve
 from llm_magic.errors import OptionError, SourceError
 from llm_magic.model import ModelSpec
-from llm_magic.planning.planner import make_plan
-from llm_magic.planning.select import edited
 from llm_magic.views.python import python_of
 from tests import tiny
 from tests.engines import BACKEND, ask, load, plan_for
-from tests.packed_checkpoints import save_bitsandbytes
+from tests.packed import (
+    PROMPT,
+    WIDE,
+    WIDE_EXPERTS,
+    layouts_with_and_without_weights,
+    silent,
+    texts_after_moves,
+    texts_wherever_blocks_are,
+)
+from tests.packed_checkpoints import edit, save_bitsandbytes
 
-PROMPT = "The capital of France"
-WIDE = {"hidden_size": 128, "intermediate_size": 256}
 KINDS = {
     "nf4": ("nf4", False),
     "nf4 with packed scales": ("nf4", True),
     "fp4": ("fp4", False),
     "int8": ("int8", False),
 }
-
-
-def silent(_event: Any) -> None:
-    """Progress that nobody wants to see."""
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -57,8 +58,7 @@ def folder(kind: tuple[str, bool], tmp_path_factory: pytest.TempPathFactory) -> 
 def mixture(kind: tuple[str, bool], tmp_path_factory: pytest.TempPathFactory) -> Path:
     method, is_double = kind
     path = tmp_path_factory.mktemp("prepacked") / "mixture"
-    wide = {"hidden_size": 128, "moe_intermediate_size": 128}
-    return save_bitsandbytes(path, method, tiny.save_mixture, is_double=is_double, **wide)
+    return save_bitsandbytes(path, method, tiny.save_mixture, is_double=is_double, **WIDE_EXPERTS)
 
 
 def numbers(weight: Any) -> Any:
@@ -91,22 +91,8 @@ def test_the_numbers_are_those_of_transformers(folder: Path) -> None:
 
 @pytest.mark.parametrize("which", ["folder", "mixture"])
 def test_the_same_tokens_wherever_blocks_are(which: str, folder: Path, mixture: Path, tmp_path: Path) -> None:
-    texts = set()
-    for placement in ("ram", "half", "disk", "mapped"):
-        engine = load(
-            {"folder": folder, "mixture": mixture}[which],
-            placement,
-            options={"offload_folder": str(tmp_path)},
-        )
-        try:
-            texts.add(ask(engine, PROMPT).text)
-            memory = engine.memory()
-            held = sum(memory[device]["weights"] for device in memory if "weights" in memory[device])
-            assert held == engine.plan.layout.bytes
-        finally:
-            engine.close()
-        assert list(tmp_path.iterdir()) == []
-    assert len(texts) == 1
+    source = {"folder": folder, "mixture": mixture}[which]
+    assert len(texts_wherever_blocks_are(source, tmp_path)) == 1
 
 
 def test_experts_are_those_of_the_files(kind: tuple[str, bool], mixture: Path) -> None:
@@ -135,17 +121,7 @@ def test_experts_are_those_of_the_files(kind: tuple[str, bool], mixture: Path) -
 
 
 def test_blocks_move_and_come_back(folder: Path) -> None:
-    engine = load(folder, "half")
-    try:
-        before = ask(engine, PROMPT).text
-        for device in ("disk", "cpu"):
-            plan = engine.plan
-            homes = edited(plan, {block.name: device for block in plan.layout.layers})
-            moved = make_plan(plan.layout, plan.machine, plan.workload, placement=homes, policy="moved")
-            engine.apply(moved, silent)
-            assert ask(engine, PROMPT).text == before
-    finally:
-        engine.close()
+    assert len(set(texts_after_moves(folder))) == 1
 
 
 def test_what_a_checkpoint_leaves_plain_stays_plain(tmp_path: Path) -> None:
@@ -190,9 +166,8 @@ def test_names_that_transformers_changes(save: Callable[..., Path], tmp_path: Pa
 @pytest.mark.parametrize("stays", [(), ("layers.1.mlp", "q_proj")])
 def test_a_plan_without_the_weights_counts_the_same(tmp_path: Path, stays: tuple[str, ...]) -> None:
     """As before a download."""
-    spec = ModelSpec(str(save_bitsandbytes(tmp_path / "model", "nf4", stays=stays, **WIDE)))
-    files = resolve(spec, silent)
-    with_files, without = (read_layout(spec, each) for each in (files, replace(files, weight_files=())))
+    folder = save_bitsandbytes(tmp_path / "model", "nf4", stays=stays, **WIDE)
+    with_files, without = layouts_with_and_without_weights(folder)
     assert (with_files.blocks, with_files.quantization) == (without.blocks, "nf4")
 
 
@@ -225,12 +200,6 @@ def test_without_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(OptionError, match="bitsandbytes, which is not installed") as caught:
         BACKEND.layout(ModelSpec(str(folder)), silent)
     assert "pip install" in caught.value.next_step
-
-
-def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 UP = "model.layers.2.mlp.up_proj.weight"

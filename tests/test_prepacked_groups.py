@@ -6,14 +6,13 @@ import json
 import re
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from llm_magic.backends.accelerate.placement import experts, prepacked_groups, quantize
 from llm_magic.backends.accelerate.placement.packed_stack import PackedStack
@@ -24,21 +23,27 @@ from llm_magic.backends.accelerate.placement.prepacked_groups import (
     read_compressed,
     read_gptq,
 )
-from llm_magic.backends.accelerate.source.layout import build_skeleton, load_config, read_layout
+from llm_magic.backends.accelerate.source.layout import build_skeleton, load_config
 from llm_magic.backends.accelerate.source.packed_checkpoint import find_packed
 from llm_magic.backends.accelerate.source.packed_formats import find_format
 from llm_magic.backends.accelerate.source.sources import resolve
 from llm_magic.errors import OptionError, SourceError
 from llm_magic.model import ModelSpec
-from llm_magic.planning.planner import make_plan
-from llm_magic.planning.select import edited
 from llm_magic.views.python import python_of
 from tests import tiny
 from tests.engines import BACKEND, ask, load, plan_for
-from tests.packed_checkpoints import _words, save_awq, save_compressed, save_gptq
+from tests.packed import (
+    PROMPT,
+    WIDE,
+    WIDE_EXPERTS,
+    held_weights,
+    layouts_with_and_without_weights,
+    silent,
+    texts_after_moves,
+    texts_wherever_blocks_are,
+)
+from tests.packed_checkpoints import _words, edit, save_awq, save_compressed, save_gptq
 
-PROMPT = "The capital of France"
-WIDE = {"hidden_size": 128, "intermediate_size": 256}
 GROUPS = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": True}
 ROWS = {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True}
 FLOATS = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True}
@@ -93,10 +98,6 @@ REPACKED: dict[str, Save] = {
 """What is unpacked, and packed anew."""
 
 
-def silent(_event: Any) -> None:
-    """Progress that nobody wants to see."""
-
-
 @pytest.fixture(scope="module", params=KEPT)
 def kind(request: pytest.FixtureRequest) -> tuple[str, Save]:
     return KEPT[request.param]
@@ -110,7 +111,7 @@ def folder(kind: tuple[str, Save], tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.fixture(scope="module")
 def mixture(kind: tuple[str, Save], tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("groups") / "mixture"
-    return kind[1](folder=path, save=tiny.save_mixture, hidden_size=128, moe_intermediate_size=128)
+    return kind[1](folder=path, save=tiny.save_mixture, **WIDE_EXPERTS)
 
 
 def plain_of(folder: Path) -> dict[str, Any]:
@@ -162,22 +163,9 @@ def test_a_prompt_is_read_as_by_the_plain_model(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("which", ["folder", "mixture"])
-def test_the_same_tokens_wherever_blocks_are(
-    which: str, kind: tuple[str, Save], folder: Path, mixture: Path, tmp_path: Path
-) -> None:
-    texts = set()
-    for placement in ("ram", "half", "disk", "mapped"):
-        source = {"folder": folder, "mixture": mixture}[which]
-        engine = load(source, placement, options={"offload_folder": str(tmp_path)})
-        try:
-            texts.add(ask(engine, PROMPT).text)
-            memory = engine.memory()
-            held = sum(memory[device]["weights"] for device in memory if "weights" in memory[device])
-            assert held == engine.plan.layout.bytes
-        finally:
-            engine.close()
-        assert list(tmp_path.iterdir()) == []
-    assert len(texts) == 1
+def test_the_same_tokens_wherever_blocks_are(which: str, folder: Path, mixture: Path, tmp_path: Path) -> None:
+    source = {"folder": folder, "mixture": mixture}[which]
+    assert len(texts_wherever_blocks_are(source, tmp_path)) == 1
 
 
 def test_experts_are_those_of_the_files(kind: tuple[str, Save], mixture: Path) -> None:
@@ -204,24 +192,12 @@ def test_experts_are_those_of_the_files(kind: tuple[str, Save], mixture: Path) -
 
 
 def test_blocks_move_and_come_back(folder: Path) -> None:
-    engine = load(folder, "half")
-    try:
-        before = ask(engine, PROMPT).text
-        for device in ("disk", "cpu"):
-            plan = engine.plan
-            homes = edited(plan, {block.name: device for block in plan.layout.layers})
-            moved = make_plan(plan.layout, plan.machine, plan.workload, placement=homes, policy="moved")
-            engine.apply(moved, silent)
-            assert ask(engine, PROMPT).text == before
-    finally:
-        engine.close()
+    assert len(set(texts_after_moves(folder))) == 1
 
 
 def test_a_plan_without_the_weights_counts_the_same(folder: Path) -> None:
     """As before a download."""
-    spec = ModelSpec(str(folder))
-    files = resolve(spec, silent)
-    with_files, without = (read_layout(spec, each) for each in (files, replace(files, weight_files=())))
+    with_files, without = layouts_with_and_without_weights(folder)
     assert with_files.blocks == without.blocks
     assert with_files.quantization == without.quantization
 
@@ -351,7 +327,7 @@ def test_what_is_kept_is_no_page_of_a_file() -> None:
 @pytest.mark.parametrize("save", [tiny.save_llama, tiny.save_mixture])
 def test_fp8_whose_scales_transformers_does_not_know(save: Save, tmp_path: Path) -> None:
     """As AutoFP8 writes them, under the name of another format: they were left out."""
-    changes = WIDE if save is tiny.save_llama else {"hidden_size": 128, "moe_intermediate_size": 128}
+    changes = WIDE if save is tiny.save_llama else WIDE_EXPERTS
     folder = save_compressed(
         tmp_path / "model", "naive-quantized", save, facts=FLOATS | {"strategy": "tensor"}, **changes
     )
@@ -450,7 +426,7 @@ def test_packed_anew_from_the_numbers_of_the_files(other: Path) -> None:
 
 @pytest.mark.parametrize("method", ["nf4", "int8", "float8"])
 def test_a_method_that_the_user_prefers(method: str, tmp_path: Path) -> None:
-    folder = save_gptq(tmp_path / "model", tiny.save_mixture, hidden_size=128, moe_intermediate_size=128)
+    folder = save_gptq(tmp_path / "model", tiny.save_mixture, **WIDE_EXPERTS)
     spec, plan = plan_for(folder, "half", spec=ModelSpec(str(folder), quantize=method))
     assert plan.layout.quantization == method
     assert "takes no other quantization for GPTQ" in python_of(plan)
@@ -476,9 +452,7 @@ def test_groups_that_do_not_come_out_even(save: Save, has_places: bool, tmp_path
         assert not is_packed(layer.up_proj)
         found = layer.up_proj.weight
         torch.testing.assert_close(found, plain["model.layers.0.mlp.up_proj.weight"], rtol=1e-5, atol=1e-7)
-        memory = engine.memory()
-        held = sum(memory[device]["weights"] for device in memory if "weights" in memory[device])
-        assert held == engine.plan.layout.bytes
+        assert held_weights(engine) == engine.plan.layout.bytes
         assert ask(engine, PROMPT).text
     finally:
         engine.close()
@@ -513,7 +487,7 @@ def test_layers_that_are_packed_otherwise(facts: str, way: Mapping[str, int], tm
 def test_experts_that_are_computed_as_a_stack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are numbers again, all of them."""
     monkeypatch.setattr(experts, "can_route", lambda _module: False)
-    folder = save_gptq(tmp_path / "model", tiny.save_mixture, hidden_size=128, moe_intermediate_size=128)
+    folder = save_gptq(tmp_path / "model", tiny.save_mixture, **WIDE_EXPERTS)
     plain = plain_of(folder)
     engine = load(folder, "ram")
     try:
@@ -528,9 +502,7 @@ def test_experts_that_are_computed_as_a_stack(tmp_path: Path, monkeypatch: pytes
 
 def test_numbers_of_experts_that_are_packed_anew(save_other: Save, tmp_path: Path) -> None:
     """Each by itself, joined as transformers joins them."""
-    folder = save_other(
-        folder=tmp_path / "model", save=tiny.save_mixture, hidden_size=128, moe_intermediate_size=128
-    )
+    folder = save_other(folder=tmp_path / "model", save=tiny.save_mixture, **WIDE_EXPERTS)
     plain = plain_of(folder)
     files = resolve(ModelSpec(str(folder)), silent)
     packed = find_packed(files)
@@ -543,12 +515,6 @@ def test_numbers_of_experts_that_are_packed_anew(save_other: Save, tmp_path: Pat
 
 
 # ----------------------------------------------------------------------------------- what is refused
-
-
-def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 DAMAGE: dict[str, Callable[[dict[str, Any]], object]] = {
@@ -838,7 +804,7 @@ def test_layers_that_stay_are_one_pattern(tmp_path: Path) -> None:
 
 def test_experts_that_transformers_does_not_know_one_by_one(tmp_path: Path) -> None:
     """Those of Llama 4 are stacks in its own files; who packs them takes them apart."""
-    folder = save_awq(tmp_path / "model", tiny.save_mixture, hidden_size=128, moe_intermediate_size=128)
+    folder = save_awq(tmp_path / "model", tiny.save_mixture, **WIDE_EXPERTS)
 
     def rename(tensors: dict[str, Any]) -> None:
         for name in [name for name in tensors if ".experts." in name]:
