@@ -35,6 +35,9 @@ from llm_magic.backends.accelerate.placement.prepacked import Prepacked, Tensor,
 _AT_A_TIME = 1 << 22
 """Weights that become numbers at a time; each takes several bytes meanwhile."""
 
+WORDS = ("qweight", "qzeros", "scales")
+"""Parts of a layer of GPTQ or AWQ: its entries in words, their zeros in words, and its scales."""
+
 _AWQ_PAIRS = ((0, 2), (4, 6), (1, 3), (5, 7))
 """The columns that each byte of a word of AWQ has in its low half and in its high one."""
 
@@ -178,9 +181,7 @@ def read_gptq(
     group
         Columns of a group, where all layers have as many; the last one of a row may have fewer.
     """
-    words, zero_words, scales = _read(
-        find, device, *(f"{layer}.{part}" for part in ("qweight", "qzeros", "scales"))
-    )
+    words, zero_words, scales = _read(find, device, *(f"{layer}.{part}" for part in WORDS))
     own = 32 * zero_words.shape[1] // scales.shape[1]
     if bits not in (0, own):
         raise ValueError(own)
@@ -195,9 +196,7 @@ def read_gptq(
 
 def read_awq(find: Tensor, layer: str, device: Any, *, group: int = 0) -> Groups:
     """AWQ of 4 bits, in the order of its GEMM kernels; ``group`` is as for `read_gptq`."""
-    words, zero_words, scales = _read(
-        find, device, *(f"{layer}.{part}" for part in ("qweight", "qzeros", "scales"))
-    )
+    words, zero_words, scales = _read(find, device, *(f"{layer}.{part}" for part in WORDS))
     entries, zeros = (_awq_columns(each) for each in (words, zero_words))
     order = _uneven(group, device, entries.shape[1], len(scales))
     return Groups(entries, scales.T.float(), zeros.float(), order)

@@ -506,40 +506,55 @@ def _taken_from_bitsandbytes(module: Any, value: PackedByBitsAndBytes, index: in
 
 
 def _taken_from_groups(module: Any, value: PackedInGroups, index: int, device: Any) -> Any:
-    import torch
-
     held, name = value.groups(device, index), value.matrices[index][0]
-    (rows, columns), count = held.shape, held.scales.shape[1]
     _check_shape(_shape(module), held.shape, f"The packed weight {name}")
     if _packer(module) is _pack_8_bits:
-        from bitsandbytes.nn import Int8Params
-
-        entries, scales = (
-            _signed(held, name),
-            held.scales.reshape(-1) * 127,
-        )  # of the largest entry there can be
-        return Int8Params(entries, requires_grad=False, has_fp16_weights=False, CB=entries, SCB=scales)
-    kind, size = module.weight_qtype, (rows, columns)
+        return _rows_of_8_bits(held, name)
     _without_activations(module, device)
-    if kind.bits == 8:
-        from optimum.quanto import WeightQBytesTensor
+    if module.weight_qtype.bits == 8:
+        return _quanto_rows(module, held, name, value.dtype)
+    return _quanto_groups(module, held, name, value.dtype)
 
-        entries = held.entries if kind.is_floating_point else _signed(held, name)
-        if entries.dtype != kind.dtype or count > 1:
-            raise damaged(name)
-        packed = WeightQBytesTensor(kind, 0, size, (columns, 1), entries, held.scales.to(value.dtype), None)
-        return torch.nn.Parameter(packed, requires_grad=False)
+
+def _rows_of_8_bits(held: Groups, name: str) -> Any:
+    """A packed weight of bitsandbytes, whose scales are of the largest entry there can be."""
+    from bitsandbytes.nn import Int8Params
+
+    entries, scales = _signed(held, name), held.scales.reshape(-1) * 127
+    return Int8Params(entries, requires_grad=False, has_fp16_weights=False, CB=entries, SCB=scales)
+
+
+def _quanto_rows(module: Any, held: Groups, name: str, dtype: Any) -> Any:
+    """A packed weight of quanto with a scale for each row; it becomes numbers of ``dtype``."""
+    import torch
+    from optimum.quanto import WeightQBytesTensor
+
+    kind = module.weight_qtype
+    entries = held.entries if kind.is_floating_point else _signed(held, name)
+    if entries.dtype != kind.dtype or held.scales.shape[1] > 1:
+        raise damaged(name)
+    stride = (held.shape[1], 1)
+    packed = WeightQBytesTensor(kind, 0, held.shape, stride, entries, held.scales.to(dtype), None)
+    return torch.nn.Parameter(packed, requires_grad=False)
+
+
+def _quanto_groups(module: Any, held: Groups, name: str, dtype: Any) -> Any:
+    """A packed weight of quanto with a scale and a shift for each group of columns."""
+    import torch
     from optimum.quanto import WeightQBitsTensor
 
+    columns = held.shape[1]
     group = module.weight_group_size or columns
-    if held.entries.dtype != torch.uint8 or held.zeros is None or count * group != columns:
+    if held.entries.dtype != torch.uint8 or held.zeros is None or held.scales.shape[1] * group != columns:
         raise damaged(name)
     # What torch's kernel wants in place of the shift is rounded once, from this, and it has an order of its own:
     # `arrange` makes either of it.
     shift = (held.zeros * held.scales).reshape(-1, 1)
-    scale = held.scales.to(value.dtype).reshape(-1, 1)
-    entries = in_bytes(held.entries.view(-1, group))
-    packed = WeightQBitsTensor(kind, 0, module.weight_group_size, size, (columns, 1), entries, scale, shift)
+    scale = held.scales.to(dtype).reshape(-1, 1)
+    entries, stride = in_bytes(held.entries.view(-1, group)), (columns, 1)
+    packed = WeightQBitsTensor(
+        module.weight_qtype, 0, module.weight_group_size, held.shape, stride, entries, scale, shift
+    )
     return torch.nn.Parameter(packed, requires_grad=False)
 
 

@@ -13,13 +13,13 @@ from functools import partial
 from typing import Any
 
 from llm_magic.backends.accelerate.placement.prepacked_groups import (
+    WORDS,
     Reader,
     read_awq,
     read_compressed,
     read_gptq,
 )
 
-_WORDS = ("qweight", "qzeros", "scales")
 _AUTO_ROUND = {
     "auto": ("gptq", "gptq"),
     "auto_round:gptq": ("gptq", "gptq"),
@@ -139,19 +139,14 @@ def _gptq(facts: Mapping[str, Any]) -> PackedFormat | None:
     what = f"{bits} bits{_of(group)}{_in_order(has_order)}{_but(is_uniform)}"
     # Its 8 bits have zeros, and groups.
     method = "int4" if bits == 4 and not has_order and is_uniform else ""
-    read = partial(
-        read_gptq,
-        is_first_version=version == "gptq",
-        **({"bits": bits, "group": group} if is_uniform else {}),
-    )
-    return PackedFormat("GPTQ", method, what, None, (".qweight",), (*_WORDS, "g_idx?"), group, read)
+    same = {"bits": bits, "group": group} if is_uniform else {}
+    read = partial(read_gptq, is_first_version=version == "gptq", **same)
+    return PackedFormat("GPTQ", method, what, None, (".qweight",), (*WORDS, "g_idx?"), group, read)
 
 
 def _awq(facts: Mapping[str, Any]) -> PackedFormat | None:
-    bits, group = (
-        facts.get("bits", facts.get("w_bit")),
-        _group(facts.get("group_size", facts.get("q_group_size", 128))),
-    )
+    bits = facts.get("bits", facts.get("w_bit"))
+    group = _group(facts.get("group_size", facts.get("q_group_size", 128)))
     versions = (facts.get(name) for name in ("version", "format", "checkpoint_format"))
     is_gemm = all(version is None or str(version).lower() == "gemm" for version in versions)
     others = _others(facts)
@@ -163,7 +158,7 @@ def _awq(facts: Mapping[str, Any]) -> PackedFormat | None:
     skipped, what = _names(facts.get("modules_to_not_convert")), f"4 bits{_of(group)}{_but(is_uniform)}"
     method = "int4" if is_uniform else ""
     read = partial(read_awq, group=group if is_uniform else 0)
-    return PackedFormat("AWQ", method, what, skipped, (".qweight",), _WORDS, group, read)
+    return PackedFormat("AWQ", method, what, skipped, (".qweight",), WORDS, group, read)
 
 
 def _others(facts: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -330,13 +325,8 @@ def _ignored(facts: Mapping[str, Any]) -> list[str] | None:
     names = []
     for entry in _names(facts.get("ignore")) or []:
         if entry.startswith("re:"):
-            plain = (
-                entry.removeprefix("re:")
-                .removeprefix(".*")
-                .removesuffix("$")
-                .removesuffix(".*")
-                .replace("\\.", ".")
-            )
+            plain = entry.removeprefix("re:").removeprefix(".*").removesuffix("$").removesuffix(".*")
+            plain = plain.replace("\\.", ".")
             if not re.fullmatch(r"[\w.]+", plain):
                 return None
             names.append(plain.strip("."))
