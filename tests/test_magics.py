@@ -450,6 +450,48 @@ def test_a_load_says_what_its_plan_warns_of(shell, capsys) -> None:
     assert "longer than the 2,048" in capsys.readouterr().out
 
 
+def test_a_load_says_that_the_chat_goes_on(loaded, backend, capsys) -> None:
+    """Also with another model under the same name: what was said to the one before is sent to it."""
+    assert "goes on" not in capsys.readouterr().out
+    backend.enqueue("Paris.")
+    run(loaded, "%%llm\nCapital of France?\n")
+    run(loaded, "%llm unload")
+    capsys.readouterr()
+    for source, count in (("fake:b --as a", "1 turn"), ("fake:c", "2 turns"), ("fake:c", "3 turns")):
+        run(loaded, f"%llm load {source}")
+        out = capsys.readouterr().out
+        assert f"The chat default goes on ({count} so far); %llm reset begins anew." in out.splitlines()
+        backend.enqueue("x")
+        run(loaded, "%%llm\nAnd of Spain?\n")
+        assert len(backend.engines[-1].requests[-1].messages) == 2 * int(count[0]) + 1
+        capsys.readouterr()
+
+
+def test_a_load_by_python_says_nothing_of_the_chat(loaded, session, backend, capsys) -> None:
+    backend.enqueue("x")
+    run(loaded, "%%llm\nhi\n")
+    capsys.readouterr()
+    llm = LLM()
+    llm._session = session
+    llm.load("fake:b")
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_load_says_nothing_of_a_chat_that_does_not_go_on(loaded, session, backend, capsys) -> None:
+    backend.enqueue("x")
+    run(loaded, "%%llm --no-history\nhi\n")
+    run(loaded, "%llm load fake:b")
+    backend.enqueue("x")
+    run(loaded, "%%llm\nhi\n")
+    run(loaded, "%llm set history false")
+    run(loaded, "%llm load fake:c")
+    run(loaded, "%llm set history true")
+    run(loaded, "%llm reset")
+    run(loaded, "%llm load fake:d")
+    assert session.current == "fake-d"
+    assert "goes on" not in capsys.readouterr().out
+
+
 def test_a_load_makes_room_for_passes_of_some_tokens(shell, session) -> None:
     for option in ("-ub 64", "--ubatch-size 64"):
         run(shell, f"%llm load fake:b -c 128 {option}")

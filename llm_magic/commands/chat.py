@@ -58,7 +58,7 @@ def _use(session: Session, name: str) -> Report:
     note = ""
     if is_another_saved(name, chat):
         note = f"\nAnother one is saved under this name: %llm reset, then {_use_of(name)}, brings it back."
-    return line_report(f"{chat.name} goes on ({_count(chat)} so far).{note}")
+    return line_report(f"{chat.name} goes on ({count_turns(chat)} so far).{note}")
 
 
 def _show(session: Session, name: str) -> Report:
@@ -81,7 +81,7 @@ def _save(session: Session, name: str) -> Report:
     save_chat(chat, name)
     saved = "saved" if name == chat.name else f"saved as {name}"
     return line_report(
-        f"{chat.name} is {saved} ({_count(chat)}). {_use_of(name)} brings it back, in any notebook."
+        f"{chat.name} is {saved} ({count_turns(chat)}). {_use_of(name)} brings it back, in any notebook."
     )
 
 
@@ -110,7 +110,8 @@ _ACTIONS: dict[str, Callable[[Session, str], Report]] = {
 }
 
 
-def _count(chat: Chat) -> str:
+def count_turns(chat: Chat) -> str:
+    """How long a conversation is, in words: ``"1 turn"``, ``"3 turns"``."""
     return f"{chat.turns} turn{'s' * (chat.turns != 1)}"
 
 

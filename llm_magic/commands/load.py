@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from llm_magic.commands.chat import count_turns
 from llm_magic.commands.plan import planned_report
 from llm_magic.commands.source_options import add_source_options, read_source_options
 from llm_magic.hookspecs import Command
@@ -37,10 +38,24 @@ def _run(session: Session, found: argparse.Namespace) -> Report:
         f"{f' {layout.draft.name} proposes tokens.' if layout.draft else ''}"
     )
     return stack(
-        Report(wrapped(headline), line_report(headline).html),
+        _line(headline),
+        _chat_report(session),
         warnings_report(model.plan),
         map_report(model.plan, model.engine.memory(), LiveMap(model.plan, model.name)),
     )
+
+
+def _chat_report(session: Session) -> Report:
+    """Say that the next question continues a chat, of which a model that is new has answered nothing."""
+    chat = session.chats.current
+    if not (chat.turns and session.settings.history):
+        return Report("")
+    return _line(f"The chat {chat.name} goes on ({count_turns(chat)} so far); %llm reset begins anew.")
+
+
+def _line(text: str) -> Report:
+    """A sentence, broken where a terminal would."""
+    return Report(wrapped(text), line_report(text).html)
 
 
 def _kinds(layout: ModelLayout) -> str:

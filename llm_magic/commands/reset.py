@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from llm_magic.commands.chat import count_turns
 from llm_magic.hookspecs import Command
 from llm_magic.session import Session
 from llm_magic.views.report import Report
@@ -12,9 +13,8 @@ from llm_magic.views.table import line_report
 
 def _run(session: Session, _: argparse.Namespace) -> Report:
     chat = session.chats.reset()
-    turns = chat.turns
     session.forget_chat(chat.name)
-    return line_report(f"{chat.name}: {turns} turn{'s' * (turns != 1)} forgotten; the next cell begins anew.")
+    return line_report(f"{chat.name}: {count_turns(chat)} forgotten; the next cell begins anew.")
 
 
 RESET = Command("reset", "forget the current conversation", _run, examples=("%llm reset",))
