@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import core_model_loading
 
 from llm_magic.backends.accelerate.placement import experts, prepacked_groups, quantize
 from llm_magic.backends.accelerate.placement.packed_stack import PackedStack
@@ -26,6 +28,7 @@ from llm_magic.backends.accelerate.placement.prepacked_groups import (
 from llm_magic.backends.accelerate.source.layout import build_skeleton, load_config
 from llm_magic.backends.accelerate.source.packed_checkpoint import find_packed
 from llm_magic.backends.accelerate.source.packed_formats import find_format
+from llm_magic.backends.accelerate.source.packed_model import PackedModel
 from llm_magic.backends.accelerate.source.sources import resolve
 from llm_magic.errors import OptionError, SourceError
 from llm_magic.model import ModelSpec
@@ -507,7 +510,8 @@ def test_numbers_of_experts_that_are_packed_anew(save_other: Save, tmp_path: Pat
     files = resolve(ModelSpec(str(folder)), silent)
     packed = find_packed(files)
     assert packed is not None
-    weights = packed.weights(build_skeleton(load_config(files), torch.float32), torch.float32, "nf4")
+    model = build_skeleton(load_config(files), torch.float32)
+    weights = PackedModel(packed, model).weights(torch.float32, "nf4")
     prefix = "model.layers.1.mlp.experts"
     found = weights[f"{prefix}.gate_up_proj"].numbers("cpu", 2)
     expected = torch.cat([plain[f"{prefix}.2.{name}_proj.weight"] for name in ("gate", "up")])
@@ -795,11 +799,32 @@ def test_layers_that_stay_are_one_pattern(tmp_path: Path) -> None:
     files = resolve(ModelSpec(str(folder)), silent)
     packed, model = find_packed(files), build_skeleton(load_config(files), torch.float32)
     assert packed is not None
-    assert len(packed.choice(model, "int4").stays or ()) == 1
-    quantize.prepare(model, "int4", torch.float32, packed.choice(model, "int4"))
+    choice = PackedModel(packed, model).choice("int4")
+    assert len(choice.stays or ()) == 1
+    quantize.prepare(model, "int4", torch.float32, choice)
     layer = model.model.layers[3]
     assert not is_packed(layer.self_attn.q_proj)
     assert is_packed(layer.mlp.up_proj)
+
+
+def test_where_weights_belong_is_found_once_for_a_plan_and_once_for_a_load(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For 18,000 experts it takes more than a second."""
+    folder = save_awq(tmp_path / "model", tiny.save_mixture, **WIDE_EXPERTS)
+    usual, asked = core_model_loading.rename_source_key, Counter[str]()
+
+    def counted(name: str, *args: Any, **options: Any) -> Any:
+        asked[name] += 1
+        return usual(name, *args, **options)
+
+    monkeypatch.setattr(core_model_loading, "rename_source_key", counted)
+    held = load_file(folder / "model.safetensors")
+    packed = [name.replace("qweight", "weight") for name in held if name.endswith(".qweight")]
+    spec, plan = plan_for(folder, "half")
+    assert {asked[name] for name in packed} == {1}
+    BACKEND.load(spec, plan, silent).close()
+    assert {asked[name] for name in packed} == {2}
 
 
 def test_experts_that_transformers_does_not_know_one_by_one(tmp_path: Path) -> None:

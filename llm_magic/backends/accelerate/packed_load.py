@@ -21,6 +21,7 @@ from llm_magic.backends.accelerate.placement.placed import Fill
 from llm_magic.backends.accelerate.placement.quantize import Choice, pack_block, pack_stack, prepare
 from llm_magic.backends.accelerate.source.layout import build_skeleton
 from llm_magic.backends.accelerate.source.packed_checkpoint import find_packed
+from llm_magic.backends.accelerate.source.packed_model import PackedModel
 from llm_magic.backends.accelerate.source.sources import ModelFiles
 from llm_magic.events import PhaseEvent, Progress
 from llm_magic.plan import Placement, Plan
@@ -55,9 +56,10 @@ class PackedLoad:
         self._method, self._dtype = plan.layout.quantization, getattr(torch, plan.layout.dtype)
         self._plan, self._progress = plan, progress
         checkpoint, model = find_packed(files), build_skeleton(config, self._dtype)
+        packed = PackedModel(checkpoint, model) if checkpoint else None
         self.hidden = checkpoint.keys if checkpoint else frozenset[str]()
-        self._choice = checkpoint.choice(model, self._method) if checkpoint else Choice()
-        self._prepacked = checkpoint.weights(model, self._dtype, self._method) if checkpoint else {}
+        self._choice = packed.choice(self._method) if packed else Choice()
+        self._prepacked = packed.weights(self._dtype, self._method) if packed else {}
         self._modules = self._prepared(model)
         self._written: set[str] = set()
 

@@ -44,6 +44,7 @@ from llm_magic.backends.accelerate.source.packed_checkpoint import (
     find_packed,
     packing_facts,
 )
+from llm_magic.backends.accelerate.source.packed_model import PackedModel
 from llm_magic.backends.accelerate.source.sources import (
     ModelFiles,
     processor_template,
@@ -98,7 +99,7 @@ def read_layout(spec: ModelSpec, files: ModelFiles) -> ModelLayout:
     if _are_apart(model, blocks):
         details |= {"routed_experts": True}
     if method is not None:
-        choice = packed.choice(model, method.name) if packed else Choice()
+        choice = PackedModel(packed, model).choice(method.name) if packed else Choice()
         blocks = _with_packed(model, blocks, method, dtype, choice)
         details |= _packing(packed, method, choice) | {"unpacked_bytes": _unpacked_bytes(blocks, method)}
     return ModelLayout(

@@ -1,4 +1,4 @@
-"""Checkpoints with packed weights: by which method, which of their weights, and where those belong.
+"""Checkpoints with packed weights: by which method, and which of their weights.
 
 They are read here, without transformers' own loaders for them, which want other libraries, refuse a part on the
 disk, or put everything on one GPU first.
@@ -6,22 +6,13 @@ disk, or put everything on one GPU first.
 
 from __future__ import annotations
 
-import re
-from collections import defaultdict
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from llm_magic.backends.accelerate.placement.prepacked import (
-    FOUR_BIT_PARTS,
-    STATE,
-    PackedByBitsAndBytes,
-    Prepacked,
-)
-from llm_magic.backends.accelerate.placement.prepacked_groups import PackedInGroups
-from llm_magic.backends.accelerate.placement.quantize import BLOCK, METHODS, Choice, require
+from llm_magic.backends.accelerate.placement.prepacked import FOUR_BIT_PARTS, STATE
+from llm_magic.backends.accelerate.placement.quantize import require
 from llm_magic.backends.accelerate.source.large_files import open_safetensors
 from llm_magic.backends.accelerate.source.packed_formats import AUTO_FP8, PackedFormat, find_format
 from llm_magic.backends.accelerate.source.sources import ModelFiles, read_json
@@ -111,7 +102,7 @@ class PackedCheckpoint:
                 "optimum.quanto",
                 f"{self.name} is packed by {self.format.library}: that needs optimum-quanto, which",
             )
-        if self.files and not self._packed:
+        if self.files and not self.packed:
             raise SourceError(
                 f"config.json of {self.name} says that its weights are packed ({self.format.library}: {self.format.what}), and none in its files is.",
                 "The files do not belong together: download the model again.",
@@ -122,12 +113,6 @@ class PackedCheckpoint:
     def is_kept(self, method: str) -> bool:
         """Whether a model whose layers are packed by this method has the weights as they are in the files."""
         return method == self.format.method or (method, self.format.method) == ("quanto-int8", "int8")
-
-    def choice(self, model: Any, method: str) -> Choice:
-        """What is to be packed of an unpacked model by this method, and in which groups."""
-        if not self.is_kept(method):
-            return Choice()
-        return Choice(self._stays(model), self.format.group if METHODS[method].bits == 4 else None)
 
     def quick_dtype(self, dtype: Any) -> Any:
         """The torch dtype to compute in where the user names none, of one that the files name.
@@ -140,6 +125,71 @@ class PackedCheckpoint:
         has_kernel = self.format.method == "int4" and self.format.group in INT4_GROUPS
         return torch.bfloat16 if has_kernel and dtype == torch.float16 else dtype
 
+    @cached_property
+    def keys(self) -> frozenset[str]:
+        """Names of all tensors in the files that are a packed weight or a part of one."""
+        if self.format.read is not None:
+            owners = (name.removesuffix("weight") for name in self.packed)
+            names = (f"{owner}{part.removesuffix('?')}" for owner in owners for part in self.format.parts)
+        elif self.format.method == "int8":
+            owners = (name.removesuffix("weight") for name in self.packed)
+            names = (f"{owner}{leaf}" for owner in owners for leaf in ("weight", "SCB", "weight_format"))
+        else:
+            ends = ("", f"{STATE}{self.format.method}", *FOUR_BIT_PARTS)
+            names = (f"{name}{end}" for name in self.packed for end in ends)
+        return frozenset(names).intersection(self.in_file)
+
+    @property
+    def has_its_scales(self) -> bool:
+        """Whether there are scales as AutoFP8 calls them, and none as transformers does."""
+        return bool(self.packed) and not any(name.endswith("_scale_inv") for name in self.in_file)
+
+    @cached_property
+    def in_file(self) -> dict[str, Path]:
+        """The file of each tensor, by its name."""
+        return {tensor.name: path for path, tensor in self._tensors}
+
+    @cached_property
+    def packed(self) -> list[str]:
+        """Names of the packed weights in the files, as of plain ones; experts in the order of their numbers."""
+        form = self.format
+        if form.read is not None:
+            ends, weight = tuple(form.marks), ".weight"
+        elif form.method == "int8":
+            ends, weight = (".SCB",), ".weight"
+        else:
+            ends, weight = (f"{STATE}{form.method}",), ""
+        found = {
+            name.removesuffix(end) + weight for end in ends for name in self.in_file if name.endswith(end)
+        }
+        return sorted(found, key=_by_numbers)
+
+    def tensor(self, name: str) -> Any:
+        """A tensor of the files; ``None`` where there is no such."""
+        path = self.in_file.get(name)
+        if path is None:
+            return None
+        if path not in self._open:
+            self._open[path] = open_safetensors(path)
+        return self._open[path].get_tensor(name)
+
+    def needed(self, name: str) -> Any:
+        """A tensor of the files.
+
+        Raises
+        ------
+        SourceError
+            When there is no such.
+        """
+        found = self.tensor(name)
+        if found is None:
+            raise SourceError(
+                f"{self.name} lacks {name}, a part of a packed weight.", "Download the model again."
+            )
+        return found
+
+    # Inside
+
     def _check_bitsandbytes(self, quantize: str) -> None:
         method = self.format.method
         require("bitsandbytes", f"{self.name} is packed by bitsandbytes, which")
@@ -148,80 +198,6 @@ class PackedCheckpoint:
                 f"{self.name} is packed already, in {method}.",
                 f"Leave out --quantize, or load the original model with --quantize {quantize}.",
             )
-
-    def _stays(self, model: Any) -> list[str] | None:
-        """Patterns for the layers of an unpacked model that are not packed in the files, or become numbers.
-
-        Without any files here: what the configuration says. ``None``: as transformers chooses.
-        """
-        layers = list(_layers(model))
-        if self.files:
-            packed = self._places(model)
-            # Where the last group is smaller than the others nothing computes with them.
-            uneven = {name for name, weight in model.named_parameters() if self._is_uneven(weight)}
-            paths = [
-                path
-                for path, names in layers
-                if packed.keys().isdisjoint(names) or not uneven.isdisjoint(names)
-            ]
-        elif self.format.skipped is not None:
-            named = [f".{name}." for name in self.format.skipped]
-            paths = [path for path, _ in layers if any(name in f".{path}." for name in named)]
-        else:
-            return None
-        # One pattern: they are asked for each module, and Python forgets all of them if they are too many.
-        return [f"(?:{'|'.join(re.escape(path) for path in paths)})$"] if paths else []
-
-    def _is_uneven(self, weight: Any) -> bool:
-        return bool(self.format.group and weight.dim() > 1 and weight.shape[-1] % self.format.group)
-
-    def weights(self, model: Any, dtype: Any, method: str) -> dict[str, Prepacked]:
-        """The packed parameters of an unpacked model, by name.
-
-        Parameters
-        ----------
-        dtype
-            torch dtype in which they are computed.
-        method
-            By which the model's layers are packed.
-
-        Raises
-        ------
-        SourceError
-            When experts are stored in another way than one by one, or a layer has a bias that the model has not.
-        """
-        found, read = self._places(model), self.format.read
-        self._check_biases(model, found)
-        if read is None:
-            packed = (self.format.method, self._needed, dtype, BLOCK)
-            return {name: PackedByBitsAndBytes(packed[0], of, *packed[1:]) for name, of in found.items()}
-        kept = method if self.is_kept(method) else ""
-        return {name: PackedInGroups(kept, of, self._tensor, dtype, read) for name, of in found.items()}
-
-    @cached_property
-    def keys(self) -> frozenset[str]:
-        """Names of all tensors in the files that are a packed weight or a part of one."""
-        if self.format.read is not None:
-            owners = (name.removesuffix("weight") for name in self._packed)
-            names = (f"{owner}{part.removesuffix('?')}" for owner in owners for part in self.format.parts)
-        elif self.format.method == "int8":
-            owners = (name.removesuffix("weight") for name in self._packed)
-            names = (f"{owner}{leaf}" for owner in owners for leaf in ("weight", "SCB", "weight_format"))
-        else:
-            ends = ("", f"{STATE}{self.format.method}", *FOUR_BIT_PARTS)
-            names = (f"{name}{end}" for name in self._packed for end in ends)
-        return frozenset(names).intersection(self._in_file)
-
-    @property
-    def has_its_scales(self) -> bool:
-        """Whether there are scales as AutoFP8 calls them, and none as transformers does."""
-        return bool(self._packed) and not any(name.endswith("_scale_inv") for name in self._in_file)
-
-    # Inside
-
-    @cached_property
-    def _in_file(self) -> dict[str, Path]:
-        return {tensor.name: path for path, tensor in self._tensors}
 
     @cached_property
     def _tensors(self) -> list[tuple[Path, TensorEntry]]:
@@ -248,105 +224,6 @@ class PackedCheckpoint:
                     f"{self.name} has scales of activations beside its packed weights, which nothing here computes.",
                     "Load the original model, with --quantize.",
                 )
-
-    @cached_property
-    def _packed(self) -> list[str]:
-        """Names of the packed weights in the files, as of plain ones; experts in the order of their numbers."""
-        form = self.format
-        if form.read is not None:
-            ends, weight = tuple(form.marks), ".weight"
-        elif form.method == "int8":
-            ends, weight = (".SCB",), ".weight"
-        else:
-            ends, weight = (f"{STATE}{form.method}",), ""
-        found = {
-            name.removesuffix(end) + weight for end in ends for name in self._in_file if name.endswith(end)
-        }
-        return sorted(found, key=_by_numbers)
-
-    def _places(self, model: Any) -> dict[str, list[list[str]]]:
-        """For every packed parameter of the model its matrices; see `Prepacked`."""
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-        mapping = get_model_conversion_mapping(model)
-        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-        by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
-        names = model.state_dict()
-        stacks = {name.rpartition(".")[0] for name in names if name.rpartition(".")[0].endswith(".experts")}
-        found: dict[str, list[list[str]]] = {}
-        made: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
-        for key in self._packed:
-            target, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, names)
-            if pattern is not None:
-                made[target][pattern].append(key)
-            elif target in names:
-                found[target] = [[key]]
-            elif f"{target.partition('.experts.')[0]}.experts" in stacks:
-                raise self._cannot_be_put_together()  # as of Llama 4, whose plain weights are stacks in files, too
-        for target, keys in made.items():
-            found[target] = self._stacked(by_pattern[next(iter(keys))], keys)
-        return found
-
-    def _check_biases(self, model: Any, places: Mapping[str, list[list[str]]]) -> None:
-        """Refuse what nothing would add: AutoGPTQ writes biases for all layers, but of zeros."""
-        names = model.state_dict()
-        for target, matrices in places.items():
-            held = f"{matrices[0][0].removesuffix('weight')}bias"
-            is_lost = target.endswith(".weight") and f"{target.removesuffix('weight')}bias" not in names
-            if is_lost and held in self._in_file and bool(self._tensor(held).any()):
-                raise SourceError(
-                    f"{self.name} has {held}, and its architecture has no bias there.",
-                    "The files do not belong together: download the model again.",
-                )
-
-    def _stacked(self, converter: Any, keys: Mapping[str, list[str]]) -> list[list[str]]:
-        """The matrices of a stack that transformers makes of single ones."""
-        made_by = [type(operation).__name__ for operation in converter.operations]
-        counts = {len(keys.get(pattern, ())) for pattern in converter.source_patterns}
-        is_known = made_by in (["MergeModulelist"], ["MergeModulelist", "Concatenate"])
-        if not is_known or len(counts) > 1:
-            raise self._cannot_be_put_together()
-        return [
-            list(of) for of in zip(*(keys[pattern] for pattern in converter.source_patterns), strict=True)
-        ]
-
-    def _cannot_be_put_together(self) -> SourceError:
-        return SourceError(
-            f"The packed weights of {self.name} cannot be put together as transformers does.",
-            "Load the original model, with --quantize.",
-        )
-
-    def _needed(self, name: str) -> Any:
-        found = self._tensor(name)
-        if found is None:
-            raise SourceError(
-                f"{self.name} lacks {name}, a part of a packed weight.", "Download the model again."
-            )
-        return found
-
-    def _tensor(self, name: str) -> Any:
-        """A tensor of the files; ``None`` where there is no such."""
-        path = self._in_file.get(name)
-        if path is None:
-            return None
-        if path not in self._open:
-            self._open[path] = open_safetensors(path)
-        return self._open[path].get_tensor(name)
-
-
-def _layers(model: Any) -> Iterator[tuple[str, list[str]]]:
-    """Modules that could be packed, and the names of their weights."""
-    from torch.nn import Linear
-    from transformers.pytorch_utils import Conv1D
-
-    for path, module in model.named_modules():
-        if isinstance(module, Linear | Conv1D):
-            yield path, [f"{path}.weight"]
-        elif hasattr(module, "is_concatenated"):  # experts, in transformers' interface for them
-            stacks = (name for name, p in module.named_parameters(recurse=False) if p.dim() == 3)
-            yield path, [f"{path}.{name}" for name in stacks]
 
 
 def _by_numbers(name: str) -> list[tuple[int, int | str]]:

@@ -1,0 +1,158 @@
+"""Where the packed weights of a checkpoint belong in its model, as transformers puts plain ones there."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from llm_magic.backends.accelerate.placement.prepacked import PackedByBitsAndBytes, Prepacked
+from llm_magic.backends.accelerate.placement.prepacked_groups import PackedInGroups
+from llm_magic.backends.accelerate.placement.quantize import BLOCK, METHODS, Choice
+from llm_magic.backends.accelerate.source.packed_checkpoint import PackedCheckpoint
+from llm_magic.errors import SourceError
+
+
+@dataclass(frozen=True)
+class PackedModel:
+    """A checkpoint with packed weights, and the model that they are for.
+
+    Attributes
+    ----------
+    checkpoint
+        Where the weights are.
+    model
+        Not yet prepared for packed layers, best on the meta device.
+    """
+
+    checkpoint: PackedCheckpoint
+    model: Any
+
+    def choice(self, method: str) -> Choice:
+        """What is to be packed of the model by this method, and in which groups."""
+        if not self.checkpoint.is_kept(method):
+            return Choice()
+        return Choice(self._stays(), self.checkpoint.format.group if METHODS[method].bits == 4 else None)
+
+    def weights(self, dtype: Any, method: str) -> dict[str, Prepacked]:
+        """The packed parameters of the model, by name.
+
+        Parameters
+        ----------
+        dtype
+            torch dtype in which they are computed.
+        method
+            By which the model's layers are packed.
+
+        Raises
+        ------
+        SourceError
+            When experts are stored in another way than one by one, or a layer has a bias that the model has not.
+        """
+        self._check_biases()
+        files, found = self.checkpoint, self._places
+        read = files.format.read
+        if read is None:
+            packed = (files.format.method, files.needed, dtype, BLOCK)
+            return {name: PackedByBitsAndBytes(packed[0], of, *packed[1:]) for name, of in found.items()}
+        kept = method if files.is_kept(method) else ""
+        return {name: PackedInGroups(kept, of, files.tensor, dtype, read) for name, of in found.items()}
+
+    # Inside
+
+    def _stays(self) -> list[str] | None:
+        """Patterns for the layers that are not packed in the files, or become numbers.
+
+        Without any files here: what the configuration says. ``None``: as transformers chooses.
+        """
+        layers, skipped = list(_layers(self.model)), self.checkpoint.format.skipped
+        if self.checkpoint.files:
+            # Where the last group is smaller than the others nothing computes with them.
+            uneven = {name for name, weight in self.model.named_parameters() if self._is_uneven(weight)}
+            paths = [
+                path
+                for path, names in layers
+                if self._places.keys().isdisjoint(names) or not uneven.isdisjoint(names)
+            ]
+        elif skipped is not None:
+            named = [f".{name}." for name in skipped]
+            paths = [path for path, _ in layers if any(name in f".{path}." for name in named)]
+        else:
+            return None
+        # One pattern: they are asked for each module, and Python forgets all of them if they are too many.
+        return [f"(?:{'|'.join(re.escape(path) for path in paths)})$"] if paths else []
+
+    def _is_uneven(self, weight: Any) -> bool:
+        group = self.checkpoint.format.group
+        return bool(group and weight.dim() > 1 and weight.shape[-1] % group)
+
+    @cached_property
+    def _places(self) -> dict[str, list[list[str]]]:
+        """For every packed parameter of the model its matrices; see `Prepacked`."""
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+        mapping = get_model_conversion_mapping(self.model)
+        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
+        names, prefix = self.model.state_dict(), self.model.base_model_prefix
+        stacks = {name.rpartition(".")[0] for name in names if name.rpartition(".")[0].endswith(".experts")}
+        found: dict[str, list[list[str]]] = {}
+        made: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+        for key in self.checkpoint.packed:
+            target, pattern = rename_source_key(key, renamings, converters, prefix, names)
+            if pattern is not None:
+                made[target][pattern].append(key)
+            elif target in names:
+                found[target] = [[key]]
+            elif f"{target.partition('.experts.')[0]}.experts" in stacks:
+                raise self._cannot_be_put_together()  # as of Llama 4, whose plain weights are stacks in files, too
+        for target, keys in made.items():
+            found[target] = self._stacked(by_pattern[next(iter(keys))], keys)
+        return found
+
+    def _check_biases(self) -> None:
+        """Refuse what nothing would add: AutoGPTQ writes biases for all layers, but of zeros."""
+        files, names = self.checkpoint, self.model.state_dict()
+        for target, matrices in self._places.items():
+            held = f"{matrices[0][0].removesuffix('weight')}bias"
+            is_lost = target.endswith(".weight") and f"{target.removesuffix('weight')}bias" not in names
+            if is_lost and held in files.in_file and bool(files.tensor(held).any()):
+                raise SourceError(
+                    f"{files.name} has {held}, and its architecture has no bias there.",
+                    "The files do not belong together: download the model again.",
+                )
+
+    def _stacked(self, converter: Any, keys: Mapping[str, list[str]]) -> list[list[str]]:
+        """The matrices of a stack that transformers makes of single ones."""
+        made_by = [type(operation).__name__ for operation in converter.operations]
+        counts = {len(keys.get(pattern, ())) for pattern in converter.source_patterns}
+        is_known = made_by in (["MergeModulelist"], ["MergeModulelist", "Concatenate"])
+        if not is_known or len(counts) > 1:
+            raise self._cannot_be_put_together()
+        return [
+            list(of) for of in zip(*(keys[pattern] for pattern in converter.source_patterns), strict=True)
+        ]
+
+    def _cannot_be_put_together(self) -> SourceError:
+        return SourceError(
+            f"The packed weights of {self.checkpoint.name} cannot be put together as transformers does.",
+            "Load the original model, with --quantize.",
+        )
+
+
+def _layers(model: Any) -> Iterator[tuple[str, list[str]]]:
+    """Modules that could be packed, and the names of their weights."""
+    from torch.nn import Linear
+    from transformers.pytorch_utils import Conv1D
+
+    for path, module in model.named_modules():
+        if isinstance(module, Linear | Conv1D):
+            yield path, [f"{path}.weight"]
+        elif hasattr(module, "is_concatenated"):  # experts, in transformers' interface for them
+            stacks = (name for name, p in module.named_parameters(recurse=False) if p.dim() == 3)
+            yield path, [f"{path}.{name}" for name in stacks]
