@@ -60,6 +60,10 @@ KEPT: dict[str, tuple[str, Save]] = {
     "GPTQ": ("int4", save_gptq),
     "GPTQ, whole rows": ("int4", partial(save_gptq, group=-1)),
     "GPTQ of its second version": ("int4", partial(save_gptq, group=64, version="gptq_v2")),
+    "GPTQ, groups chosen before columns were put in order": (
+        "int4",
+        partial(save_gptq, facts={"desc_act": True, "static_groups": True}),
+    ),
     "GPTQ by AutoRound": (
         "int4",
         partial(save_gptq, facts={"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq"}),
@@ -481,6 +485,49 @@ def test_layers_that_are_packed_otherwise(facts: str, way: Mapping[str, int], tm
     engine = BACKEND.load(spec, plan, silent)
     try:
         expected = load_file(tmp_path / "other-plain" / "model.safetensors")[f"{UP}.weight"]
+        found = numbers(engine.model.get_submodule(UP).weight)
+        torch.testing.assert_close(found, expected, rtol=0, atol=expected.abs().max().item() / 127)
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize(
+    ("facts", "stays"),
+    [
+        ({"static_groups": True}, True),
+        ({"meta": {"static_groups": True}}, True),
+        ({"static_groups": False, "meta": {"static_groups": True}}, False),
+        ({"meta": {"static_groups": False}}, False),
+        ({"meta": "static_groups"}, False),
+        ({"static_groups": "true"}, False),
+        ({"static_groups": True, "dynamic": {"+:up": {"static_groups": False}}}, False),
+        ({"desc_act": False, "dynamic": {"+:up": {"desc_act": True}}}, False),
+        ({"desc_act": False, "static_groups": True, "dynamic": {"+:up": {"desc_act": True}}}, True),
+        ({"static_groups": False, "group_size": -1}, True),
+        ({}, False),
+    ],
+)
+def test_whether_columns_in_order_are_neighbours(facts: Mapping[str, Any], stays: bool) -> None:
+    found = find_format({"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": True, **facts})
+    assert found is not None
+    assert (found.method == "int4") == stays
+    assert ("order of their activations" in found.what) != stays
+
+
+@pytest.mark.parametrize("layers", [UP, "_proj"])
+def test_columns_in_an_order_of_which_nobody_said(layers: str, tmp_path: Path) -> None:
+    """In one layer, or in all of them: their numbers are right, and can be packed anew."""
+    folder = save_gptq(tmp_path / "model", facts={"desc_act": True, "static_groups": True}, **WIDE)
+    ordered = save_gptq(tmp_path / "ordered", is_ordered=True, **WIDE)
+    others = {name: held for name, held in load_file(ordered / "model.safetensors").items() if layers in name}
+    edit(folder, lambda tensors: tensors.update(others))
+    with pytest.raises(SourceError, match="columns in an order") as caught:
+        load(folder, "ram")
+    assert "--quantize" in caught.value.next_step
+    spec, plan = plan_for(folder, "ram", spec=ModelSpec(str(folder), quantize="int8"))
+    engine = BACKEND.load(spec, plan, silent)
+    try:
+        expected = plain_of(ordered)[f"{UP}.weight"]
         found = numbers(engine.model.get_submodule(UP).weight)
         torch.testing.assert_close(found, expected, rtol=0, atol=expected.abs().max().item() / 127)
     finally:

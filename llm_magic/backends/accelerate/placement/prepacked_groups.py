@@ -31,6 +31,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llm_magic.backends.accelerate.placement.prepacked import Prepacked, Tensor, damaged
+from llm_magic.errors import SourceError
 
 _AT_A_TIME = 1 << 22
 """Weights that become numbers at a time; each takes several bytes meanwhile."""
@@ -128,8 +129,13 @@ class PackedInGroups(Prepacked):
 
         found = self._read(index, device)
         kinds = {(each.entries.dtype, each.shape[1], each.scales.shape[1]) for each in found}
-        if len(kinds) > 1 or any(each.group_of is not None for each in found):
+        if len(kinds) > 1:
             raise damaged(self.matrices[index][0])
+        if any(each.group_of is not None for each in found):
+            raise SourceError(
+                f"The packed weight {self.matrices[index][0]} has its columns in an order of which config.json says nothing.",
+                "Pack the model anew, with --quantize int8, nf4 or another method.",
+            )
         if len(found) == 1:
             return found[0]
         zeros = [torch.zeros_like(each.scales) if each.zeros is None else each.zeros for each in found]

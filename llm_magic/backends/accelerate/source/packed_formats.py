@@ -134,7 +134,7 @@ def _gptq(facts: Mapping[str, Any]) -> PackedFormat | None:
         or any(own.get("bits", bits) not in (4, 8) for own in others)
     ):
         return None
-    has_order = any(own.get("desc_act") for own in (facts, *others)) and group > 0
+    has_order = group > 0 and any(_is_in_order({**facts, **own}) for own in ({}, *others))
     is_uniform = _is_uniform(others, bits, facts.get("group_size", 128))
     what = f"{bits} bits{_of(group)}{_in_order(has_order)}{_but(is_uniform)}"
     # Its 8 bits have zeros, and groups.
@@ -159,6 +159,17 @@ def _awq(facts: Mapping[str, Any]) -> PackedFormat | None:
     method = "int4" if is_uniform else ""
     read = partial(read_awq, group=group if is_uniform else 0)
     return PackedFormat("AWQ", method, what, skipped, (".qweight",), WORDS, group, read)
+
+
+def _is_in_order(facts: Mapping[str, Any]) -> bool:
+    """Whether columns that share a scale need not be neighbours, because GPTQ took them by their activations.
+
+    Groups that are static were chosen before that, of neighbours, and so they are stored. AutoGPTQ says so itself,
+    GPTQModel in ``meta``.
+    """
+    meta = facts.get("meta")
+    is_static = facts.get("static_groups", meta.get("static_groups") if isinstance(meta, dict) else False)
+    return bool(facts.get("desc_act")) and is_static is not True
 
 
 def _others(facts: Mapping[str, Any]) -> list[Mapping[str, Any]]:
