@@ -146,7 +146,7 @@ class Generation(str):
 
         return bundle(self)
 
-    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:  # noqa: ARG002 (IPython's signature)
+    def _repr_pretty_(self, printer: Any, _cycle: bool) -> None:
         # Inside of a list or a dict it is one string among others.
         nested = len(getattr(printer, "stack", ())) > 1
         printer.text(repr(self) if nested else self._repr_mimebundle_()["text/plain"])

@@ -59,7 +59,7 @@ class Worker(Generic[Result]):
     def __init__(self, job: Callable[[StopFlag], Result], on_end: Callable[[], None] = lambda: None) -> None:
         self.stop_flag: StopFlag = threading.Event()
         self._begun, self._ended = threading.Event(), threading.Event()
-        self._result: Result | None = None
+        self._result: Result  # there unless the job raised
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, args=(job, on_end), name="llm_magic", daemon=True)
 
@@ -119,4 +119,4 @@ class Worker(Generic[Result]):
         if self._error is not None:
             error, self._error = self._error, None  # no cycle that would keep the job's frames
             raise error
-        return self._result  # type: ignore[return-value]  # set whenever there is no error
+        return self._result

@@ -67,7 +67,7 @@ class Report:
     def __str__(self) -> str:
         return self.text
 
-    def _repr_pretty_(self, printer: _Printer, cycle: bool) -> None:  # noqa: ARG002 (IPython's signature)
+    def _repr_pretty_(self, printer: _Printer, _cycle: bool) -> None:
         printer.text(self.text)
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:  # noqa: ARG002

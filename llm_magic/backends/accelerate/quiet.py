@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import operator
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -54,7 +55,7 @@ class _SilentBar:
         report: Callable[[str, int, int, str], None],
     ) -> None:
         self._items, self._title, self._report = items, title, report
-        self._done, self._total = 0, total if total is not None else _length(items)
+        self._done, self._total = 0, total if total is not None else operator.length_hint(items)
 
     def __iter__(self) -> Iterator[Any]:
         for item in self._items:
@@ -78,10 +79,3 @@ class _SilentBar:
         if name.startswith("_"):
             raise AttributeError(name)
         return lambda *_args, **_options: None
-
-
-def _length(items: Iterable[Any]) -> int:
-    try:
-        return len(items)  # type: ignore[arg-type]  # a bar may be given any iterable
-    except TypeError:
-        return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 
@@ -23,7 +24,7 @@ def import_torch_calmly() -> None:
         return
     os.environ["GOMP_SPINCOUNT"] = _SPINS
     try:
-        import torch  # noqa: F401 - for its side effect
+        importlib.import_module("torch")
     except ImportError:
         pass  # the functions that need it say so
     finally:

@@ -44,7 +44,7 @@ class PromptLookup:
         self._indexed = 0
         self._distance = 0
 
-    def begin(self, ids: list[int], processors: Sequence[Any] | None, device: Any) -> None:  # noqa: ARG002
+    def begin(self, ids: list[int], _processors: Sequence[Any] | None, _device: Any) -> None:
         """Forget the last answer."""
         self._places.clear()
         self._indexed = self._distance = 0

@@ -110,7 +110,7 @@ class Codes(Reader):
             for low, half, odd in product((0, 1), (0, 8), (0, 1))
         ]
 
-    def numbers(self, module: ir.Module, builder: ir.IRBuilder, packed: Any, part: Any) -> list[Any]:  # noqa: ARG002
+    def numbers(self, module: ir.Module, builder: ir.IRBuilder, packed: Any, _part: Any) -> list[Any]:
         high, low = builder.lshr(packed, same(packed.type, 4)), builder.and_(packed, same(packed.type, 15))
         return [number for codes in (high, low) for number in self._looked_up(module, builder, codes)]
 
@@ -157,7 +157,7 @@ class _Bytes(Reader):
     def columns(self) -> list[list[int]]:
         return [list(range(start, start + self.floats)) for start in range(0, self.bytes, self.floats)]
 
-    def numbers(self, module: ir.Module, builder: ir.IRBuilder, packed: Any, part: Any) -> list[Any]:  # noqa: ARG002
+    def numbers(self, _module: ir.Module, builder: ir.IRBuilder, packed: Any, _part: Any) -> list[Any]:
         parts = (shuffled(builder, packed, packed, places) for places in self.columns)
         return [self._floats(builder, part) for part in parts]
 
@@ -189,7 +189,7 @@ class Halves(Reader):
     def columns(self) -> list[list[int]]:
         return [list(range(start, start + self.floats)) for start in range(0, self.weights, self.floats)]
 
-    def numbers(self, module: ir.Module, builder: ir.IRBuilder, packed: Any, part: Any) -> list[Any]:  # noqa: ARG002
+    def numbers(self, _module: ir.Module, builder: ir.IRBuilder, packed: Any, _part: Any) -> list[Any]:
         halves = builder.bitcast(packed, vector(stored_kind(self.dtype), self.weights))
         parts = (shuffled(builder, halves, halves, places) for places in self.columns)
         return [as_floats(builder, part, self.dtype) for part in parts]

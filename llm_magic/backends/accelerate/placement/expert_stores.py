@@ -118,7 +118,7 @@ class RamExperts:
             return Copied(self._streams, partial(self._pairs, index))
         return StagedSource(partial(self._read, index), self._flat_pair, self._staging, self._streams)
 
-    def views(self, index: int, slot: Any) -> tuple[Any, ...]:  # noqa: ARG002 (they all lie alike)
+    def views(self, _index: int, slot: Any) -> tuple[Any, ...]:
         return _views(self._stacks, slot, self._offsets)
 
     def _pairs(self, index: int, slot: Any) -> list[tuple[Any, Any]]:

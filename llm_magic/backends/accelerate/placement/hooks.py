@@ -74,7 +74,7 @@ class StreamHook(AlignDevicesHook):  # type: ignore[misc]  # accelerate has no t
         """Nothing moves before the first forward pass."""
         return module
 
-    def pre_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ARG002 (Accelerate's signature)
+    def pre_forward(self, _module: Any, *args: Any, **kwargs: Any) -> Any:
         """Wait for the weights, and show them to the block's modules."""
         self.slot = slot = self._lane.take(self._index)
         with self._lock:
@@ -85,7 +85,7 @@ class StreamHook(AlignDevicesHook):  # type: ignore[misc]  # accelerate has no t
         moved = send_to_device(args, self.execution_device)
         return moved, send_to_device(kwargs, self.execution_device, skip_keys=self.skip_keys)
 
-    def post_forward(self, module: Any, output: Any) -> Any:  # noqa: ARG002
+    def post_forward(self, _module: Any, output: Any) -> Any:
         """Leave tensors without bytes in the modules, and the slot to the next block."""
         with self._lock:
             self._users -= 1

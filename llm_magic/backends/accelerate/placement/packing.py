@@ -332,7 +332,7 @@ class Stacked(Protocol):
 
 
 class _StackKind(_Ordered):
-    def is_needed(self, module: Any, name: str) -> bool:  # noqa: ARG002
+    def is_needed(self, module: Any, _name: str) -> bool:
         return has_order(module.linear, "weight")
 
     def parts(self, module: Any, name: str) -> Parts:
@@ -341,7 +341,7 @@ class _StackKind(_Ordered):
     def template(self, module: Any, name: str) -> Template:
         return _StackTemplate(module, name, _shapes(self.parts(module, name)), module.template)
 
-    def arrange(self, module: Any, name: str, device: Any, fresh: bool) -> None:  # noqa: ARG002
+    def arrange(self, module: Any, name: str, device: Any, _fresh: bool) -> None:
         if name == next(iter(module._parameters)):  # all parts at once
             module.arrange(device)
 

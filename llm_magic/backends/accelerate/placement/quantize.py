@@ -190,14 +190,15 @@ class _Silenced(logging.Filter):
 @contextmanager
 def _no_kernels_from_the_hub() -> Iterator[None]:
     # bitsandbytes, where the package "kernels" is installed, downloads code while it is imported.
-    before = sys.modules.get("kernels", _NOISE)
-    sys.modules["kernels"] = None  # type: ignore[assignment]  # how Python spells "not to be imported"
+    modules: dict[str, Any] = sys.modules
+    before = modules.get("kernels", _NOISE)  # a module, or the None of somebody else
+    modules["kernels"] = None  # how Python spells "not to be imported"
     try:
         yield
     finally:
-        del sys.modules["kernels"]
+        del modules["kernels"]
         if before is not _NOISE:
-            sys.modules["kernels"] = before  # type: ignore[assignment]  # a module, or the None of somebody else
+            modules["kernels"] = before
 
 
 # --------------------------------------------------------------------------------- preparing the model

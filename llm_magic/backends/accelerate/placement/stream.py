@@ -324,7 +324,7 @@ class HostStreams:
         """Everything was computed."""
         return DONE
 
-    def copy(self, pairs: Sequence[tuple[Any, Any]], after: Mark | None) -> Arrival:  # noqa: ARG002
+    def copy(self, pairs: Sequence[tuple[Any, Any]], _after: Mark | None) -> Arrival:
         """Copy at once: what came before is over."""
         begin = now()
         for source, target in pairs:
@@ -435,7 +435,7 @@ class ReadSource:
 
     read: Read
 
-    def start(self, slot: Any, after: Mark | None) -> Arrival:  # noqa: ARG002
+    def start(self, slot: Any, _after: Mark | None) -> Arrival:
         """Start to read: on this device a computation is over when its call is."""
         return _Reading(now(), self.read(slot, None))
 

@@ -148,7 +148,7 @@ class VisitingHook(AlignDevicesHook):  # type: ignore[misc]  # accelerate has no
         """The weights are where they belong."""
         return module
 
-    def pre_forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ARG002 (Accelerate's signature)
+    def pre_forward(self, _module: Any, *args: Any, **kwargs: Any) -> Any:
         """Be where the sweep computes, with the inputs."""
         cache = find_cache((*args, *kwargs.values()))
         layers, caches = find_layers(cache, self._indices), self._route.caches
@@ -163,7 +163,7 @@ class VisitingHook(AlignDevicesHook):  # type: ignore[misc]  # accelerate has no
                 caches.come_home(layer)
         return send_to_device(args, where), send_to_device(kwargs, where, skip_keys=self.skip_keys)
 
-    def post_forward(self, module: Any, output: Any) -> Any:  # noqa: ARG002
+    def post_forward(self, _module: Any, output: Any) -> Any:
         """Go home."""
         for stay in self._own.stays:
             stay.end()
