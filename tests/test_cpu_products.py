@@ -22,6 +22,8 @@ from llm_magic.backends.accelerate.placement.cpu_products import (  # noqa: E402
     few_tokens,
     multiplied,
     multiplied_each,
+    multiplied_with,
+    prepared,
 )
 from llm_magic.backends.accelerate.placement.packing import packed_weights  # noqa: E402
 from llm_magic.backends.accelerate.placement.quantize import import_library  # noqa: E402
@@ -39,7 +41,7 @@ def _vectors(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     """As on a processor whose vectors are no wider."""
     known = compiler.instructions() - set(HERE[: HERE.index(request.param)])
     monkeypatch.setattr(numbers, "instructions", lambda: known)
-    for name in ("_kernel", "_compiled", "_reader"):
+    for name in ("_known", "_kernel", "_compiled", "_reader"):
         monkeypatch.setattr(cpu_products, name, cache(getattr(cpu_products, name).__wrapped__))
 
 
@@ -240,6 +242,60 @@ def test_what_no_kernel_takes() -> None:
     assert multiplied(tokens(40, 256).double(), weights) is None
 
 
+@pytest.mark.usefixtures("_vectors")
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_same_tokens_with_several_matrices(kind: str) -> None:
+    several = [packed(kind, (rows, 384), seed=rows)[0] for rows in (48, 4, 20)]
+    for count in (1, 3, few_tokens(torch.bfloat16)):
+        some = tokens(count, 384)
+        found = multiplied_with(some, several)
+        for result, weights in zip(found, several, strict=True):
+            assert torch.equal(result, multiplied(some, weights))
+    batch = tokens(4, 384).view(2, 2, 384)
+    assert [result.shape for result in multiplied_with(batch, several)] == [(2, 2, 48), (2, 2, 4), (2, 2, 20)]
+
+
+def test_several_matrices_that_no_kernel_takes_together() -> None:
+    first, other = (packed(kind, (32, 256))[0] for kind in ("nf4", "int8"))
+    assert multiplied_with(tokens(2, 256), [first, other]) is None
+    assert multiplied_with(tokens(40, 256), [first, first]) is None
+    assert multiplied_with(tokens(2, 256), [first, replace(first, scales=None)]) is None
+
+
+@pytest.mark.parametrize("count", [1, 3, 8, 9, 17])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_prepared_products_are_called_with_addresses(dtype: str, count: int) -> None:
+    halves = [plain(dtype, (rows, 96)) for rows in (40, 3)]
+    products = prepared(halves[0].layout, (40, 3), dtype, count)
+    some, room = tokens(count, 96, dtype), torch.empty(products.room, dtype=torch.uint8)
+    results = [some.new_empty(products.places, weights.rows) for weights in halves]
+    parts = [
+        (each.data.data_ptr(), 0, 0, result.data_ptr()) for each, result in zip(halves, results, strict=True)
+    ]
+    words = products.words(some.data_ptr(), room.data_ptr(), parts)
+    for _ in range(2):
+        products.run(words)
+        for result, weights in zip(results, halves, strict=True):
+            assert are_close(result[:count], some.double() @ weights.data.double().T, dtype)
+        some.copy_(tokens(count + 1, 96, dtype)[:count])
+
+
+@pytest.mark.usefixtures("_vectors", "_slow")
+@pytest.mark.parametrize("columns", [64, 80, 320])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_plain_matrices(dtype: str, columns: int) -> None:
+    weights = plain(dtype, (37, columns))
+    for count in range(1, 18):
+        some = tokens(count, columns, dtype)
+        found = multiplied(some, weights)
+        assert are_close(found, some.double() @ weights.data.double().T, dtype)
+
+
+def plain(dtype: str, shape: tuple[int, int]) -> PackedWeights:
+    """Weights that are not packed."""
+    return PackedWeights(dtype, tokens(*shape, dtype), None, None, *shape)
+
+
 # ------------------------------------------------------------------------------------- layers
 
 
@@ -290,7 +346,8 @@ def test_without_kernels_the_libraries_compute(method: str, monkeypatch: pytest.
     bound(network)
     expected = forward(without_extension(network), inputs())
     monkeypatch.setattr(cpu_products, "_readers", lambda: None)
-    monkeypatch.setattr(cpu_products, "_kernel", cache(cpu_products._kernel.__wrapped__))
+    for name in ("_known", "_kernel"):
+        monkeypatch.setattr(cpu_products, name, cache(getattr(cpu_products, name).__wrapped__))
     monkeypatch.setattr(cpu_products, "_reader", cpu_products._reader.__wrapped__)
     assert not cpu_products.is_there()
     for layer in (network[0], network[2]):
@@ -308,6 +365,7 @@ def _slow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         cpu_products, "_quick_dtype", lambda dtype: torch.float32 if dtype in halves else dtype
     )
+    monkeypatch.setattr(cpu_products, "few_plain_tokens", cpu_products.few_plain_tokens.__wrapped__)
 
 
 @pytest.mark.usefixtures("_vectors", "_slow")
@@ -342,9 +400,46 @@ def test_plain_layers_refuse_what_torch_refuses() -> None:
         model(torch.zeros(1, 64))
 
 
-def test_plain_layers_stay_torchs_where_the_cpu_is_quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = torch.nn.Sequential(torch.nn.Linear(64, 64)).bfloat16()
+@pytest.mark.parametrize(
+    ("known", "expected"),
+    [
+        ({"avx2"}, {"bfloat16": 24, "float16": 24}),  # as packed ones: torch is slow with any number of them
+        ({"avx2", "avx512bf16"}, {"bfloat16": 16, "float16": 24}),
+        ({"avx512bf16", "avx512fp16", "amx-bf16"}, {"bfloat16": 1, "float16": 1}),
+        ({"neon", "bf16"}, {"bfloat16": 0, "float16": 24}),
+    ],
+)
+def test_plain_layers_are_kernels_with_as_many_tokens_as_these_are_quicker_with(
+    known: set[str], expected: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiler, "instructions", lambda: known)
+    monkeypatch.setattr(cpu_products, "is_there", lambda: True)
+    monkeypatch.setattr(cpu_products, "_quick_dtype", cpu_products._quick_dtype.__wrapped__)
+    few = cpu_products.few_plain_tokens.__wrapped__
+    assert {dtype: few(getattr(torch, dtype)) for dtype in DTYPES} == {**expected, "float32": 0}
+
+
+@pytest.fixture
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU with instructions for products in bfloat16, but for few tokens."""
     monkeypatch.setattr(cpu_products, "_quick_dtype", lambda dtype: dtype)
+    monkeypatch.setattr(cpu_products, "few_plain_tokens", {torch.bfloat16: 5}.get)
+
+
+@pytest.mark.usefixtures("_quick")
+def test_plain_layers_with_many_tokens_are_torchs_where_the_cpu_is_quick(used: list[int]) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64)).bfloat16().eval().requires_grad_(False)
+    usual = copy.deepcopy(model)
+    serve_plain_layers(model)
+    for count in (1, 5, 6, 40):
+        assert are_close(model(tokens(count, 64)), usual(tokens(count, 64)).double(), "bfloat16")
+    assert used == [1, 5]
+    assert torch.equal(model(tokens(6, 64)), usual(tokens(6, 64)))
+
+
+@pytest.mark.usefixtures("_quick")
+def test_plain_layers_stay_torchs_where_no_kernel_is_quicker() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64)).half()
     serve_plain_layers(model)
     assert type(model[0]) is torch.nn.Linear
 

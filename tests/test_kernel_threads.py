@@ -50,7 +50,7 @@ class LlvmsOpenMP:
 def _anew(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels that are compiled for the test alone, and several threads for any size."""
     monkeypatch.setattr(cpu_products, "_ALONE", 0)
-    for name in ("_kernel", "_compiled"):
+    for name in ("_known", "_kernel", "_compiled"):
         monkeypatch.setattr(cpu_products, name, cache(getattr(cpu_products, name).__wrapped__))
 
 

@@ -126,8 +126,7 @@ def test_experts_of_8_bits_are_not_saved(folder_of: Callable[[str], Path], tmp_p
 def test_plain_layers_that_kernels_serve_are_named(
     folder_of: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on a CPU without instructions for 16 bits."""
-    monkeypatch.setattr(cpu_products, "multiplies_slowly", lambda _dtype: True)
+    monkeypatch.setattr(cpu_products, "few_plain_tokens", lambda _dtype: 1)
     source = folder_of("llama")
     engine = load(source, "ram", spec=ModelSpec(str(source), quantize="nf4", dtype="bfloat16"))
     assert type(engine.model.lm_head) is not torch.nn.Linear

@@ -78,10 +78,7 @@ def same(kind: ir.VectorType, value: float) -> ir.Constant:
 
 def spread(builder: ir.IRBuilder, values: Sequence[Any], count: int) -> Any:
     """A vector of ``count`` elements, in which each of some values fills an equal part."""
-    kind = values[0].type
-    some = ir.Constant(vector(kind, len(values)), ir.Undefined)
-    for index, value in enumerate(values):
-        some = builder.insert_element(some, value, I32(index))
+    some = together(builder, values, len(values))
     each = count // len(values)
     return shuffled(builder, some, some, [index // each for index in range(count)])
 
@@ -107,17 +104,50 @@ def multiplied_and_added(
     )
 
 
-def total(module: ir.Module, builder: ir.IRBuilder, values: Any) -> Any:
-    """The sum of a vector of floats."""
-    kind = values.type
-    add = intrinsic(module, f"llvm.vector.reduce.fadd.v{kind.count}f32", F32, F32, kind)
-    return builder.call(add, [ir.Constant(F32, -0.0), values], fastmath=("reassoc",))
+def totals(builder: ir.IRBuilder, vectors: Sequence[Any]) -> list[Any]:
+    """The sums of the elements of each of some vectors of floats, as elements of vectors.
+
+    Halves are added to each other, those of two vectors in one instruction: whatever else there is, a sum has the same
+    bits. The elements beyond the last vector's sum mean nothing.
+    """
+    size = vectors[0].type.count
+    while size > 1:
+        pairs = [(vectors[i], vectors[min(i + 1, len(vectors) - 1)]) for i in range(0, len(vectors), 2)]
+        starts = range(0, vectors[0].type.count * min(2, len(vectors)), size)
+        low = [start + i for start in starts for i in range(size // 2)]
+        high = [place + size // 2 for place in low]
+        vectors = [
+            builder.fadd(shuffled(builder, *pair, low), shuffled(builder, *pair, high)) for pair in pairs
+        ]
+        size //= 2
+    return list(vectors)
+
+
+def together(builder: ir.IRBuilder, values: Sequence[Any], count: int) -> Any:
+    """A vector of ``count`` elements, of which some values are the first."""
+    result = ir.Constant(vector(values[0].type, count), ir.Undefined)
+    for index, value in enumerate(values):
+        result = builder.insert_element(result, value, I32(index))
+    return result
+
+
+def least(builder: ir.IRBuilder, first: Any, second: Any) -> Any:
+    """The smaller one of two integers."""
+    return builder.select(builder.icmp_signed("<", first, second), first, second)
+
+
+def greatest(builder: ir.IRBuilder, first: Any, second: Any) -> Any:
+    """The greater one of two integers."""
+    return builder.select(builder.icmp_signed(">", first, second), first, second)
 
 
 def fetched(module: ir.Module, builder: ir.IRBuilder, pointer: Any) -> None:
-    """Have the memory there brought to the caches, for a read that comes soon."""
+    """Have the memory there brought to the L2 cache, for a read that comes soon.
+
+    Not to the L1 cache: that can wait for fewer lines at a time, and is full of tokens.
+    """
     prefetch = intrinsic(module, "llvm.prefetch.p0", VOID, POINTER, I32, I32, I32)
-    builder.call(prefetch, [pointer, I32(0), I32(3), I32(1)])
+    builder.call(prefetch, [pointer, I32(0), I32(2), I32(1)])
 
 
 def stored_kind(dtype: str) -> Any:

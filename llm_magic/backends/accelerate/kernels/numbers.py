@@ -17,12 +17,16 @@ from llvmlite import ir
 from llm_magic.backends.accelerate.kernels.code import (
     F32,
     I8,
+    I16,
     as_floats,
     constants,
     intrinsic,
+    loaded,
+    multiplied_and_added,
     same,
     shuffled,
     spread,
+    stored,
     stored_kind,
     vector,
 )
@@ -34,6 +38,10 @@ _WIDTHS = (
     ("neon", 16, "llvm.aarch64.neon.tbl1.v16i8"),
 )
 """What a processor must have, the bytes of its vectors, and its instruction that looks up 16 values for each of them."""
+
+
+Place = tuple[Any, Any]
+"""Where an array begins, and how many elements come before."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +85,46 @@ class Reader(ABC):
 
     @property
     def floats(self) -> int:
-        """Numbers in a vector."""
+        """Sums in a vector."""
         return self.bytes // 4
+
+    @property
+    def in_a_vector(self) -> int:
+        """Numbers in a vector."""
+        return self.floats
+
+    @property
+    def registers(self) -> int:
+        """For vectors."""
+        return 16 if self.floats == 8 else 32
+
+    @property
+    def takes_tokens_as_they_are(self) -> bool:
+        """Whether tokens are multiplied in their own order and dtype."""
+        return False
+
+    def arrange(self, builder: ir.IRBuilder, source: Place, target: Place, dtype: str) -> None:
+        """Write a step's part of a token as `arranged` reads it."""
+        (read, start), (written, to) = source, target
+        for which, columns in enumerate(self.columns):
+            of_vector = builder.add(to, I64(which * self.floats))
+            for first in range(0, len(columns), 4):
+                from_ = columns[first] // 16 * 16
+                some = loaded(builder, read, builder.add(start, I64(from_)), vector(stored_kind(dtype), 16))
+                some = shuffled(
+                    builder, some, some, [column - from_ for column in columns[first : first + 4]]
+                )
+                stored(builder, as_floats(builder, some, dtype), written, builder.add(of_vector, I64(first)))
+
+    def arranged(self, builder: ir.IRBuilder, tokens: Any, start: Any) -> list[Any]:
+        """The vectors of a token that belong to those of `numbers`."""
+        places = range(0, self.weights, self.floats)
+        kind = vector(F32, self.floats)
+        return [loaded(builder, tokens, builder.add(start, I64(place)), kind) for place in places]
+
+    def added(self, module: ir.Module, builder: ir.IRBuilder, token: Any, number: Any, before: Any) -> Any:
+        """A vector of tokens times one of numbers, added to sums."""
+        return multiplied_and_added(module, builder, token, number, before)
 
 
 @dataclass(frozen=True)
@@ -196,6 +242,39 @@ class Halves(Reader):
 
 
 @dataclass(frozen=True)
+class Pairs(Reader):
+    """Numbers in bfloat16 for an instruction that multiplies 32 of them, and adds what each two make to a sum."""
+
+    @property
+    def columns(self) -> list[list[int]]:
+        return [list(range(self.weights))]
+
+    @property
+    def in_a_vector(self) -> int:
+        return self.weights
+
+    @property
+    def takes_tokens_as_they_are(self) -> bool:
+        return True
+
+    def numbers(self, module: ir.Module, builder: ir.IRBuilder, packed: Any, part: Any) -> list[Any]:  # noqa: ARG002
+        return [builder.bitcast(packed, vector(I32, self.floats))]
+
+    def arrange(self, builder: ir.IRBuilder, source: Place, target: Place, dtype: str) -> None:
+        stored(builder, loaded(builder, *source, vector(stored_kind(dtype), self.weights)), *target)
+
+    def arranged(self, builder: ir.IRBuilder, tokens: Any, start: Any) -> list[Any]:
+        some = loaded(builder, tokens, start, vector(I16, self.weights))
+        return [builder.bitcast(some, vector(I32, self.floats))]
+
+    def added(self, module: ir.Module, builder: ir.IRBuilder, token: Any, number: Any, before: Any) -> Any:
+        sums, words = before.type, number.type
+        # Older versions of LLVM know pairs as words, newer ones take them for bfloat16.
+        dot = intrinsic(module, "llvm.x86.avx512bf16.dpbf16ps.512", sums, sums, words, words)
+        return builder.call(dot, [before, number, token])
+
+
+@dataclass(frozen=True)
 class Fractions(_Bytes):
     """Integers of ``bits`` bits; those of a row in the first part of a matrix are the lowest of their bytes."""
 
@@ -266,6 +345,12 @@ def halves(dtype: str, columns: int) -> Reader | None:
         if columns % (width // 2) == 0 and columns % 16 == 0:
             return Halves(width, width // 2, 0, dtype, has_scale=False)
     return None
+
+
+def pairs(columns: int) -> Reader | None:
+    """What multiplies numbers in bfloat16 with tokens in bfloat16, as `codes`."""
+    has_it = {"avx512bf16", "avx512bw"} <= instructions()
+    return Pairs(64, 32, 0, has_scale=False) if has_it and columns % 32 == 0 else None
 
 
 def floats(columns: int) -> Reader | None:

@@ -1,8 +1,9 @@
 """Products of a few tokens with packed matrices, which are read as they lie, and the way back to numbers.
 
 RAM is what such a product waits for. So a weight is read once for all tokens, becomes a number in a
-register, and is asked for some time before. Tokens are put into the order in which the numbers come;
-there are few of them.
+register, and is asked for some time before. A thread reads several rows at a time: RAM answers requests for
+several places faster than for one, and a token that is in a register serves all of them. Tokens are put into
+the order in which the numbers come; there are few of them.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from llm_magic.backends.accelerate.kernels.code import (
     at,
     fetched,
     from_floats,
+    greatest,
+    least,
     loaded,
     loop,
     multiplied_and_added,
@@ -27,11 +30,13 @@ from llm_magic.backends.accelerate.kernels.code import (
     spread,
     stored,
     stored_kind,
-    total,
+    together,
+    totals,
     variable,
     vector,
 )
 from llm_magic.backends.accelerate.kernels.compiler import (
+    I32,
     I64,
     POINTER,
     WORK,
@@ -41,12 +46,16 @@ from llm_magic.backends.accelerate.kernels.compiler import (
 )
 from llm_magic.backends.accelerate.kernels.numbers import Reader
 
-_AHEAD = 4096
-"""Bytes before their use at which weights are asked for."""
+_AHEAD = 2048
+"""Bytes before their use at which weights are asked for: enough to wait for RAM, few enough to be in the L2 cache still."""
+_ROWS_AT_A_TIME = 4
+"""That a thread reads. With more of them RAM gives no more, with fewer it gives less."""
 
-_TOKENS, _ARRANGED, _DATA, _SCALES, _SHIFTS, _RESULTS = range(6)
-_COUNT, _COLUMNS, _ROWS, _PAIRS, _MATRICES, _BLOCKS, _THREADS = range(6, 13)
-"""Words of the argument of a kernel."""
+_TOKENS, _ARRANGED, _COUNT, _COLUMNS, _PAIRS, _MATRICES, _BLOCKS, _THREADS, _PARTS = range(9)
+HEAD_WORDS = 9
+_DATA, _SCALES, _SHIFTS, _RESULTS, _ROWS = range(5)
+PART_WORDS = 5
+"""Words of the argument of a kernel: first those of the call, then those of each of its parts."""
 
 
 def products(reader: Reader, tokens: int, dtype: str, scales: str) -> Callable[[Any], None]:
@@ -66,25 +75,43 @@ def products(reader: Reader, tokens: int, dtype: str, scales: str) -> Callable[[
 
         ========  =====================================================================================
         address   of the tokens ``[n, columns]``
-        address   of room for as many numbers in float32
+        address   of room for ``pairs * blocks * tokens`` of them in float32, if they need it: `needs_room`
+        n, columns, pairs
+        address   of the number of each pair's matrix, int64 ``[pairs]``
+        blocks    of ``tokens`` that each pair has
+        threads   one, or all of torch's
+        parts     stacks of matrices, each multiplied with all of that
+        ========  =====================================================================================
+
+        and for each part:
+
+        ========  =====================================================================================
         address   of the packed weights ``[matrices, rows, columns]``
         address   of their scales ``[matrices, rows, columns / group]``, or ``[matrices, rows]``
         address   of their shifts, as many, if the reader has any
         address   of the results ``[pairs, blocks * tokens, rows]``
-        n, columns, rows, pairs
-        address   of the number of each pair's matrix, int64 ``[pairs]``
-        blocks    of ``tokens`` that each pair has
-        threads   one, or all of torch's
+        rows
         ========  =====================================================================================
     """
     module = ir.Module()
     work = ir.Function(module, WORK, "work")
     builder = ir.IRBuilder(work.append_basic_block())
-    _products(_Row(module, builder, reader, work.args[0], scales), tokens, dtype)
+    words = work.args[0]
+    with loop(builder, I64(0), word(builder, words, _PARTS)) as part:
+        of_part = at(builder, words, builder.add(I64(HEAD_WORDS), builder.mul(part, I64(PART_WORDS))), I64)
+        _products(_Matrix(module, builder, reader, words, of_part, scales=scales), tokens, dtype)
     builder.ret_void()
-    return compiled_for_a_team(
-        module, work, _THREADS, lambda builder, words: _arrange(builder, reader, words, dtype)
+    before = (
+        (lambda builder, words: _arrange(builder, reader, words, tokens, dtype))
+        if needs_room(reader, tokens)
+        else None
     )
+    return compiled_for_a_team(module, work, _THREADS, before)
+
+
+def needs_room(reader: Reader, tokens: int) -> bool:
+    """Whether tokens are put into another order, or other numbers."""
+    return tokens > 1 or not reader.takes_tokens_as_they_are
 
 
 def unpacking(reader: Reader, dtype: str, scales: str) -> Callable[[Any], None]:
@@ -93,173 +120,253 @@ def unpacking(reader: Reader, dtype: str, scales: str) -> Callable[[Any], None]:
     Returns
     -------
     callable
-        As that of `products`; of its words it takes data, scales, shifts, results ``[rows, columns]``, columns, rows and threads.
+        As that of `products`; of its words it takes columns and threads, and data, scales, shifts, results
+        ``[rows, columns]`` and rows of one part.
     """
     module = ir.Module()
     work = ir.Function(module, WORK, "work")
     builder = ir.IRBuilder(work.append_basic_block())
-    _unpacking(_Row(module, builder, reader, work.args[0], scales), dtype)
+    words = work.args[0]
+    matrix = _Matrix(module, builder, reader, words, at(builder, words, I64(HEAD_WORDS), I64), scales=scales)
+    _unpacking(matrix, dtype)
     builder.ret_void()
     return compiled_for_a_team(module, work, _THREADS)
 
 
-def _arrange(builder: ir.IRBuilder, reader: Reader, words: Any, dtype: str) -> None:
-    """Write the tokens in float32, in the order in which the weights' numbers come."""
+def _arrange(builder: ir.IRBuilder, reader: Reader, words: Any, tokens: int, dtype: str) -> None:
+    """Write the tokens in the order in which they are read: for each step those of a block, one after the other.
+
+    Where a block is not full, the last token stands for what is missing.
+    """
     source, target = word(builder, words, _TOKENS, POINTER), word(builder, words, _ARRANGED, POINTER)
-    count = builder.mul(word(builder, words, _COUNT), word(builder, words, _COLUMNS))
-    with loop(builder, I64(0), builder.udiv(count, I64(reader.weights))) as step:
-        start = builder.mul(step, I64(reader.weights))
-        for which, columns in enumerate(reader.columns):
-            for first in range(0, len(columns), 4):
-                of = columns[first] // 16 * 16
-                some = loaded(builder, source, builder.add(start, I64(of)), vector(stored_kind(dtype), 16))
-                some = shuffled(builder, some, some, [column - of for column in columns[first : first + 4]])
-                to = builder.add(start, I64(which * reader.floats + first))
-                stored(builder, as_floats(builder, some, dtype), target, to)
+    columns, last = word(builder, words, _COLUMNS), builder.sub(word(builder, words, _COUNT), I64(1))
+    blocks = builder.mul(word(builder, words, _PAIRS), word(builder, words, _BLOCKS))
+    steps = builder.udiv(columns, I64(reader.weights))
+    with loop(builder, I64(0), blocks) as block:
+        for token in range(tokens):
+            number = least(builder, builder.add(builder.mul(block, I64(tokens)), I64(token)), last)
+            of_token, of_block = builder.mul(number, columns), builder.mul(block, steps)
+            with loop(builder, I64(0), steps) as step:
+                start = builder.add(of_token, builder.mul(step, I64(reader.weights)))
+                place = builder.add(builder.mul(builder.add(of_block, step), I64(tokens)), I64(token))
+                reader.arrange(
+                    builder, (source, start), (target, builder.mul(place, I64(reader.weights))), dtype
+                )
+
+
+class _Matrix:
+    """A stack of packed matrices, as a thread reads them."""
+
+    def __init__(
+        self, module: ir.Module, builder: ir.IRBuilder, reader: Reader, words: Any, part: Any, *, scales: str
+    ) -> None:
+        self.module, self.builder, self.reader, self.words = module, builder, reader, words
+        self.data, self._scales, self._shifts, self.results = (
+            word(builder, part, i, POINTER) for i in (_DATA, _SCALES, _SHIFTS, _RESULTS)
+        )
+        self._dtype = scales
+        self.columns, self.rows = word(builder, words, _COLUMNS), word(builder, part, _ROWS)
+        self.steps = builder.udiv(self.columns, I64(reader.weights))
+
+    def row(self, matrix: Any, number: Any) -> _Row:
+        """The row whose turn it is after ``number`` others: the same bytes come in turn."""
+        builder, reader = self.builder, self.reader
+        before = builder.mul(matrix, self.rows)
+        if reader.rows == 1:
+            place = builder.add(before, number)
+            return _Row(self, number, place, place, I64(0))
+        in_a_part = builder.udiv(self.rows, I64(reader.rows))
+        part, place = builder.urem(number, I64(reader.rows)), builder.udiv(number, I64(reader.rows))
+        row = builder.add(builder.mul(part, in_a_part), place)
+        place = builder.add(builder.mul(matrix, in_a_part), place)
+        return _Row(self, row, builder.add(before, row), place, part)
+
+    def scale(self, index: Any) -> Any:
+        """One of the scales."""
+        scale, factor = self._loaded(self._scales, index), self.reader.factor
+        return scale if factor == 1 else self.builder.fmul(scale, ir.Constant(F32, factor))
+
+    def shift(self, index: Any) -> Any:
+        """One of the shifts."""
+        return self._loaded(self._shifts, index)
+
+    def _loaded(self, values: Any, index: Any) -> Any:
+        number = loaded(self.builder, values, index, stored_kind(self._dtype))
+        return as_floats(self.builder, number, self._dtype)
 
 
 class _Row:
-    """A thread's place in packed weights: a row of one of the matrices."""
+    """A row of packed weights.
 
-    def __init__(
-        self, module: ir.Module, builder: ir.IRBuilder, reader: Reader, words: Any, scales: str
-    ) -> None:
-        self.module, self.builder, self.reader, self.words = module, builder, reader, words
-        self._data, self._scales, self._shifts = (
-            word(builder, words, i, POINTER) for i in (_DATA, _SCALES, _SHIFTS)
-        )
-        self._dtype = scales
-        self.columns, self.rows = word(builder, words, _COLUMNS), word(builder, words, _ROWS)
-        self.steps = builder.udiv(self.columns, I64(reader.weights))
-        self._part = self._bytes = self._number = I64(0)
+    Parameters
+    ----------
+    number
+        In its matrix.
+    in_stack
+        In the stack of matrices: by it scales are found.
+    place
+        Rows before its bytes.
+    part
+        Of each byte.
+    """
 
-    def go_to(self, matrix: Any, number: Any) -> Any:
-        """Read the row whose turn it is after ``number`` others, and say which it is: the same bytes come in turn."""
-        builder, reader = self.builder, self.reader
-        if reader.rows == 1:
-            row = number
-            self._bytes = self._number = builder.add(builder.mul(matrix, self.rows), row)
-            return row
-        in_a_part = builder.udiv(self.rows, I64(reader.rows))
-        self._part, place = builder.urem(number, I64(reader.rows)), builder.udiv(number, I64(reader.rows))
-        row = builder.add(builder.mul(self._part, in_a_part), place)
-        self._bytes = builder.add(builder.mul(matrix, in_a_part), place)
-        self._number = builder.add(builder.mul(matrix, self.rows), row)
-        return row
+    def __init__(self, matrix: _Matrix, number: Any, in_stack: Any, place: Any, part: Any) -> None:
+        self._matrix, self.number, self._in_stack, self._part = matrix, number, in_stack, part
+        self._first = matrix.builder.mul(place, matrix.steps)
 
     def numbers(self, step: Any) -> list[Any]:
         """The vectors of numbers that a step reads; with their scales, if there are shifts as well."""
-        builder, reader = self.builder, self.reader
-        start = builder.add(builder.mul(self._bytes, self.steps), step)
-        place = builder.mul(start, I64(reader.bytes))
-        fetched(self.module, builder, at(builder, self._data, builder.add(place, I64(_AHEAD)), I8))
-        packed = loaded(builder, self._data, place, vector(I8, reader.bytes))
-        numbers = reader.numbers(self.module, builder, packed, self._part)
+        matrix, builder, reader = self._matrix, self._matrix.builder, self._matrix.reader
+        place = builder.mul(builder.add(self._first, step), I64(reader.bytes))
+        fetched(matrix.module, builder, at(builder, matrix.data, builder.add(place, I64(_AHEAD)), I8))
+        packed = loaded(builder, matrix.data, place, vector(I8, reader.bytes))
+        numbers = reader.numbers(matrix.module, builder, packed, self._part)
         if not reader.has_shift:
             return numbers
         scale = self.scale(step)
-        shift = builder.fneg(self._spread(self._shift, step))
-        return [multiplied_and_added(self.module, builder, number, scale, shift) for number in numbers]
+        shift = builder.fneg(self._spread(matrix.shift, step))
+        return [multiplied_and_added(matrix.module, builder, number, scale, shift) for number in numbers]
 
     def scale(self, step: Any) -> Any:
         """A vector with the scales of a step's numbers; each of its vectors has the same ones."""
-        return self._spread(self._scale, step)
+        return self._spread(self._matrix.scale, step)
 
     def scale_of_all(self) -> Any:
         """The scale of a row that has one."""
-        return self._scale(self._number)
+        return self._matrix.scale(self._in_stack)
 
     def _spread(self, value: Callable[[Any], Any], step: Any) -> Any:
-        builder, reader = self.builder, self.reader
+        matrix, builder, reader = self._matrix, self._matrix.builder, self._matrix.reader
         if not reader.group:
-            return spread(builder, [value(self._number)], reader.floats)
-        weight = builder.mul(builder.add(builder.mul(self._number, self.steps), step), I64(reader.weights))
+            return spread(builder, [value(self._in_stack)], reader.floats)
+        step = builder.add(builder.mul(self._in_stack, matrix.steps), step)
+        weight = builder.mul(step, I64(reader.weights))
         first, count = builder.udiv(weight, I64(reader.group)), max(1, reader.weights // reader.group)
         some = [value(builder.add(first, I64(number))) for number in range(count)]
         return spread(builder, some, reader.floats)
 
-    def _scale(self, index: Any) -> Any:
-        scale, factor = self._loaded(self._scales, index), self.reader.factor
-        return scale if factor == 1 else self.builder.fmul(scale, ir.Constant(F32, factor))
 
-    def _shift(self, index: Any) -> Any:
-        return self._loaded(self._shifts, index)
-
-    def _loaded(self, values: Any, index: Any) -> Any:
-        return as_floats(
-            self.builder, loaded(self.builder, values, index, stored_kind(self._dtype)), self._dtype
-        )
-
-
-def _products(row: _Row, tokens: int, dtype: str) -> None:
+def _products(matrix: _Matrix, tokens: int, dtype: str) -> None:
     """A thread's share of the rows of all pairs."""
-    builder, words, kind = row.builder, row.words, vector(F32, row.reader.floats)
-    arranged, results, matrices = (word(builder, words, i, POINTER) for i in (_ARRANGED, _RESULTS, _MATRICES))
-    pairs, blocks = word(builder, words, _PAIRS), word(builder, words, _BLOCKS)
-    first, last = share_of_a_thread(row.module, builder, builder.mul(pairs, row.rows))
-    of_a_pair = builder.mul(blocks, I64(tokens))
-    sums = [variable(builder, kind) for _ in range(tokens)]
-    with loop(builder, first, last) as index:
-        pair = builder.udiv(index, row.rows)
-        number = row.go_to(loaded(builder, matrices, pair, I64), builder.urem(index, row.rows))
-        with loop(builder, I64(0), blocks) as block:
-            first_token = builder.add(builder.mul(pair, of_a_pair), builder.mul(block, I64(tokens)))
-            _add_up(row, sums, arranged, builder.mul(first_token, row.columns))
-            for token, held in enumerate(sums):
-                value = total(row.module, builder, builder.load(held, typ=kind))
-                if row.reader.has_scale and not row.reader.group:
-                    value = builder.fmul(value, row.scale_of_all())
-                place = builder.mul(builder.add(first_token, I64(token)), row.rows)
-                place = builder.add(place, number)
-                stored(builder, from_floats(builder, value, dtype), results, place)
+    builder, rows = matrix.builder, matrix.rows
+    matrices, pairs = word(builder, matrix.words, _MATRICES, POINTER), word(builder, matrix.words, _PAIRS)
+    first, last = share_of_a_thread(matrix.module, builder, builder.mul(pairs, rows))
+    at_a_time = _rows_at_a_time(matrix.reader, tokens)
+    sums = _Sums(matrix, tokens, at_a_time, dtype)
+    first_pair = builder.udiv(first, rows)
+    end_of_pairs = builder.udiv(builder.sub(builder.add(last, rows), I64(1)), rows)
+    with loop(builder, first_pair, end_of_pairs) as pair:
+        before = builder.mul(pair, rows)
+        start = builder.sub(greatest(builder, first, before), before)
+        stop = builder.sub(least(builder, last, builder.add(before, rows)), before)
+        number = loaded(builder, matrices, pair, I64)
+        # Rows at a time are far from each other: each is read on where the one before it ends.
+        apart = builder.add(builder.sub(stop, start), I64(at_a_time - 1))
+        apart = builder.udiv(apart, I64(at_a_time))
+        with loop(builder, start, builder.add(start, apart)) as turn:
+            places = [builder.add(turn, builder.mul(apart, I64(i))) for i in range(at_a_time)]
+            # Where there are not enough of them, the last one is done again.
+            places = [least(builder, place, builder.sub(stop, I64(1))) for place in places]
+            sums.write(pair, [matrix.row(number, place) for place in places])
 
 
-def _add_up(row: _Row, sums: Sequence[Any], tokens: Any, start: Any) -> None:
-    """Some tokens, of which the first begins at ``start``, times a row."""
-    builder, reader, kind = row.builder, row.reader, vector(F32, row.reader.floats)
-    for held in sums:
-        builder.store(same(kind, 0.0), held)
-    with loop(builder, I64(0), row.steps) as step:
-        numbers = row.numbers(step)
-        scale = row.scale(step) if reader.group and not reader.has_shift else None
-        of_step = builder.add(start, builder.mul(step, I64(reader.weights)))
-        for token, held in enumerate(sums):
-            place = builder.add(of_step, builder.mul(I64(token), row.columns))
-            inner = None  # one sum for each step, so that few instructions wait for the step before
-            for which, number in enumerate(numbers):
-                some = loaded(builder, tokens, builder.add(place, I64(which * reader.floats)), kind)
-                inner = (
-                    builder.fmul(some, number)
-                    if inner is None
-                    else multiplied_and_added(row.module, builder, some, number, inner)
-                )
-            before = builder.load(held, typ=kind)
-            after = (
-                builder.fadd(inner, before)
-                if scale is None
-                else multiplied_and_added(row.module, builder, inner, scale, before)
+def _rows_at_a_time(reader: Reader, tokens: int) -> int:
+    """As many as there are registers for: for their sums, their numbers, and a token's."""
+    vectors = reader.weights // reader.in_a_vector
+    return next(
+        (rows for rows in range(_ROWS_AT_A_TIME, 1, -1) if rows * (tokens + vectors) < reader.registers), 1
+    )
+
+
+class _Sums:
+    """What some tokens times some rows, at the same time, add up to."""
+
+    def __init__(self, matrix: _Matrix, tokens: int, rows: int, dtype: str) -> None:
+        builder = matrix.builder
+        self._matrix, self._tokens, self._dtype = matrix, tokens, dtype
+        self._kind = vector(F32, matrix.reader.floats)
+        self._sums = [[variable(builder, self._kind) for _ in range(tokens)] for _ in range(rows)]
+        source = _ARRANGED if needs_room(matrix.reader, tokens) else _TOKENS
+        self._source = word(builder, matrix.words, source, POINTER)
+        self._blocks = word(builder, matrix.words, _BLOCKS)
+
+    def write(self, pair: Any, rows: Sequence[_Row]) -> None:
+        """All tokens of a pair times some rows of its matrix."""
+        matrix, builder = self._matrix, self._matrix.builder
+        with loop(builder, I64(0), self._blocks) as block:
+            first = builder.mul(builder.add(builder.mul(pair, self._blocks), block), I64(self._tokens))
+            self._add_up(rows, builder.mul(first, matrix.columns))
+            held = [builder.load(held, typ=self._kind) for of_row in self._sums for held in of_row]
+            starts = [
+                builder.mul(builder.add(first, I64(token)), matrix.rows) for token in range(self._tokens)
+            ]
+            self._store(
+                totals(builder, held),
+                [builder.add(start, row.number) for row in rows for start in starts],
+                rows,
             )
-            builder.store(after, held)
+
+    def _store(self, sums: Sequence[Any], places: Sequence[Any], rows: Sequence[_Row]) -> None:
+        """Write the elements of vectors, those of a row one after the other, to their places."""
+        matrix, builder, width = self._matrix, self._matrix.builder, sums[0].type.count
+        if matrix.reader.has_scale and not matrix.reader.group:
+            scales = [scale for row in rows for scale in [row.scale_of_all()] * self._tokens]
+        else:
+            scales = []
+        for start, values in zip(range(0, len(places), width), sums, strict=True):
+            some = scales[start : start + width]
+            scaled = builder.fmul(values, together(builder, some, width)) if some else values
+            numbers = from_floats(builder, scaled, self._dtype)
+            for lane, place in enumerate(places[start : start + width]):
+                stored(builder, builder.extract_element(numbers, I32(lane)), matrix.results, place)
+
+    def _add_up(self, rows: Sequence[_Row], start: Any) -> None:
+        """A block of tokens, which begins at ``start``, times some rows."""
+        matrix, builder, reader = self._matrix, self._matrix.builder, self._matrix.reader
+        for held in (held for of_row in self._sums for held in of_row):
+            builder.store(same(self._kind, 0.0), held)
+        with loop(builder, I64(0), matrix.steps) as step:
+            read = [row.numbers(step) for row in rows]
+            has_scales = bool(reader.group) and not reader.has_shift
+            scales = [row.scale(step) if has_scales else None for row in rows]
+            of_step = builder.add(start, builder.mul(step, I64(reader.weights * self._tokens)))
+            for token in range(self._tokens):
+                place = builder.add(of_step, I64(token * reader.weights))
+                some = reader.arranged(builder, self._source, place)
+                for of_row, numbers, scale in zip(self._sums, read, scales, strict=True):
+                    self._add(of_row[token], some, numbers, scale)
+
+    def _add(self, held: Any, tokens: Sequence[Any], numbers: Sequence[Any], scale: Any) -> None:
+        """Add a token times a row's numbers, as vectors, to a sum."""
+        module, builder, reader = self._matrix.module, self._matrix.builder, self._matrix.reader
+        before = builder.load(held, typ=self._kind)
+        result = before if scale is None else same(self._kind, 0.0)
+        for some, number in zip(tokens, numbers, strict=True):
+            result = reader.added(module, builder, some, number, result)
+        if scale is not None:
+            result = multiplied_and_added(module, builder, result, scale, before)
+        builder.store(result, held)
 
 
-def _unpacking(row: _Row, dtype: str) -> None:
+def _unpacking(matrix: _Matrix, dtype: str) -> None:
     """A thread's share of the rows, as numbers in the order of their columns."""
-    builder, reader = row.builder, row.reader
-    results = word(builder, row.words, _RESULTS, POINTER)
+    builder, reader = matrix.builder, matrix.reader
     places = [column for columns in reader.columns for column in columns]
     order = [places.index(column) for column in range(reader.weights)]
-    first, last = share_of_a_thread(row.module, builder, row.rows)
+    first, last = share_of_a_thread(matrix.module, builder, matrix.rows)
     with loop(builder, first, last) as index:
-        number = row.go_to(I64(0), index)
-        with loop(builder, I64(0), row.steps) as step:
+        row = matrix.row(I64(0), index)
+        with loop(builder, I64(0), matrix.steps) as step:
             numbers = row.numbers(step)
             if reader.has_scale and not reader.has_shift:
                 scale = row.scale(step)
                 numbers = [builder.fmul(some, scale) for some in numbers]
-            start = builder.add(builder.mul(number, row.columns), builder.mul(step, I64(reader.weights)))
+            start = builder.add(
+                builder.mul(row.number, matrix.columns), builder.mul(step, I64(reader.weights))
+            )
             for offset in range(0, reader.weights, 16):
                 some = from_floats(builder, _picked(builder, numbers, order[offset : offset + 16]), dtype)
-                stored(builder, some, results, builder.add(start, I64(offset)))
+                stored(builder, some, matrix.results, builder.add(start, I64(offset)))
 
 
 def _picked(builder: ir.IRBuilder, vectors: Sequence[Any], places: Sequence[int]) -> Any:

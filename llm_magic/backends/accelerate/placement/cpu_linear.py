@@ -1,4 +1,4 @@
-"""Linear layers that the CPU computes by kernels of ours: packed ones, and on most CPUs those of 16 bits.
+"""Linear layers that the CPU computes by kernels of ours: packed ones, and those of 16 bits with few tokens.
 
 They stay what they are for everybody else: of a subclass, with the same name.
 """
@@ -14,11 +14,11 @@ from llm_magic.backends.accelerate.placement.packing import packed_weights
 
 
 def serve_plain_layers(model: Any) -> None:
-    """Let linear layers of 16 bits compute by our kernels on a CPU that has no instructions for them."""
+    """Let linear layers of 16 bits compute by our kernels with as many tokens as they are quicker with than torch."""
     import torch
 
     for module in model.modules():
-        if type(module) is torch.nn.Linear and cpu_products.multiplies_slowly(module.weight.dtype):
+        if type(module) is torch.nn.Linear and cpu_products.few_plain_tokens(module.weight.dtype):
             serve(module)
 
 

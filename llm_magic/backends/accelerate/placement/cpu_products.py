@@ -3,15 +3,16 @@
 bitsandbytes and quanto unpack a whole weight for every token, on most CPUs by slow code, where they
 have no kernel for its format. Compiled ones (see `kernels`) take the formats of both, at about the speed of the RAM.
 And most CPUs have no instructions for products in 16 bits: torch multiplies such weights with several
-tokens several times as slowly as with numbers of 32 bits. The kernels
-need llvmlite; without it, or on a processor that they are not made for, the libraries compute.
+tokens several times as slowly as with numbers of 32 bits. Where they have some, torch does not reach the speed of
+the RAM with few tokens either. The kernels need llvmlite; without it, or on a processor that they are not made for,
+the libraries compute.
 """
 
 from __future__ import annotations
 
 import ctypes
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import Any
@@ -19,10 +20,17 @@ from typing import Any
 PLAIN = ("bfloat16", "float16")
 """Kinds of weights that are not packed."""
 
-_TOGETHER = 4
-"""Tokens that are multiplied with a weight at a time: about as long as one of them takes."""
+_TOGETHER, _TOGETHER_WITH_PLAIN = 4, 8
+"""Tokens that are multiplied with a weight at a time, about as long as RAM is waited for: numbers are made of packed ones."""
 _FEW, _FEW_WITH_WIDE = 12, 24
 """Up to so many are multiplied with the bytes; the second where numbers are of 32 bits. Measured with AMX, and with AVX2."""
+_FEW_PLAIN = (("amx-bf16", 1), ("avx512fp16", 1), ("avx512bf16", 16))
+"""And with a matrix of 16 bits, on a processor that has instructions for them: the first of these that it has.
+
+Measured with avx512bf16 alone (Zen 4): kernels were at the limit of RAM with up to 8 tokens, where torch was at half of
+it, and quicker with 16. Not measured with AMX, whose tiles take several tokens at once; they do nothing for one token,
+which waits for RAM alone. Not measured with ARM's instructions, whose products stay torch's.
+"""
 _UNPACKED_WEIGHTS = 1 << 22
 """That are numbers at a time, while many tokens are multiplied with them: they stay in the caches."""
 _ALONE = 1 << 15
@@ -105,19 +113,44 @@ def few_tokens(dtype: Any) -> int:
     return _FEW if _quick_dtype(dtype).itemsize == 2 else _FEW_WITH_WIDE  # bytes of a number
 
 
+@cache
+def few_plain_tokens(dtype: Any) -> int:
+    """With up to how many tokens a plain matrix of 16 bits is multiplied by a kernel, not by torch; 0 for none at all.
+
+    It depends on the processor alone, so that answers repeat.
+    """
+    if _name(dtype) not in PLAIN or not is_there():
+        return 0
+    if multiplies_slowly(dtype):
+        return few_tokens(dtype)
+    return next((count for needed, count in _FEW_PLAIN if needed in _instructions()), 0)
+
+
 def multiplied(tokens: Any, weights: PackedWeights) -> Any:
     """Tokens ``[..., in]`` times a matrix, ``[..., out]``; ``None`` where no kernel takes it."""
     if not _may_read(tokens, weights):
         return None
     flat = tokens.reshape(-1, weights.columns).contiguous()
-    multiply = _by_bytes if len(flat) <= few_tokens(tokens.dtype) else _by_numbers
-    result = multiply(flat, weights)
+    if len(flat) <= _most_by_bytes(weights.kind, tokens.dtype):
+        results = _by_bytes(flat, [weights])
+        result = None if results is None else results[0]
+    elif weights.kind in PLAIN and not multiplies_slowly(tokens.dtype):
+        return None
+    else:
+        result = _by_numbers(flat, weights)
     return None if result is None else result.view(*tokens.shape[:-1], weights.rows)
+
+
+def _most_by_bytes(kind: str, dtype: Any) -> int:
+    return few_plain_tokens(dtype) if kind in PLAIN else few_tokens(dtype)
 
 
 def multiplied_each(tokens: Any, weights: PackedWeights, matrices: Any) -> Any:
     """Each token ``[n, in]`` times one matrix of a stack, whose numbers are ``matrices`` (int64 ``[n]``); as `multiplied`."""
-    return _by_bytes(tokens.contiguous(), weights, matrices) if _may_read(tokens, weights) else None
+    if not _may_read(tokens, weights):
+        return None
+    results = _by_bytes(tokens.contiguous(), [weights], matrices)
+    return None if results is None else results[0]
 
 
 def _may_read(tokens: Any, weights: PackedWeights) -> bool:
@@ -142,23 +175,145 @@ def _may_read(tokens: Any, weights: PackedWeights) -> bool:
     return True
 
 
-def _by_bytes(tokens: Any, weights: PackedWeights, matrices: Any = None) -> Any:
-    """Tokens times a matrix, or each of them times one of ``matrices``; ``None`` where no kernel takes it."""
-    import torch
+def multiplied_with(tokens: Any, several: Sequence[PackedWeights]) -> list[Any] | None:
+    """Tokens ``[..., in]`` times each of some matrices, which lie alike, with one call of a kernel; as `multiplied`."""
+    layout, count = several[0].layout, tokens.numel() // several[0].columns
+    if any(weights.layout != layout for weights in several[1:]):
+        return None
+    if not all(_may_read(tokens, weights) for weights in several) or count > _most_by_bytes(
+        layout.kind, tokens.dtype
+    ):
+        return None
+    flat = tokens.reshape(-1, layout.columns).contiguous()
+    results = _by_bytes(flat, several)
+    if results is None:
+        return None
+    return [some.view(*tokens.shape[:-1], some.shape[-1]) for some in results]
 
-    count = tokens.shape[0]
-    pairs = 1 if matrices is None else count
-    blocks = -(-count // pairs // _TOGETHER)
-    together = -(-count // pairs // blocks)
-    kernel = _kernel(weights.layout, _name(tokens.dtype), together)
+
+@dataclass(frozen=True)
+class Products:
+    """Products of some tokens with one matrix or several that lie alike, prepared: a call says where all of it is.
+
+    Attributes
+    ----------
+    kernel
+        Compiled for ``together`` tokens at a time.
+    columns, rows
+        Of each matrix: ``in``, and for each matrix ``out``.
+    tokens, pairs
+        How many, and with how many matrices of a stack they are multiplied; see `kernels.products.products`.
+    blocks, together
+        Of tokens for each pair, and their size: results have room for all of them, also where the last is not full.
+    needs_room
+        Whether the tokens are arranged before.
+    """
+
+    kernel: Callable[[Any], None]
+    columns: int
+    rows: tuple[int, ...]
+    tokens: int
+    pairs: int
+    blocks: int
+    together: int
+    needs_room: bool
+
+    @cached_property
+    def places(self) -> int:
+        """Rows of tokens in each result; those beyond ``tokens`` mean nothing."""
+        return self.pairs * self.blocks * self.together
+
+    @cached_property
+    def room(self) -> int:
+        """Bytes that a call needs for tokens."""
+        return 4 * self.places * self.columns if self.needs_room else 0
+
+    @cached_property
+    def _weights(self) -> int:
+        return self.pairs * self.columns * sum(self.rows)
+
+    @cached_property
+    def _words(self) -> Any:
+        return ctypes.c_int64 * (_HEAD + _PART * len(self.rows))
+
+    def words(
+        self, tokens: int, room: int, parts: Sequence[tuple[int, int, int, int]], matrices: int = 0
+    ) -> Any:
+        """The argument of `run`, of addresses: may be used again while nothing moves, by one thread at a time.
+
+        Parameters
+        ----------
+        tokens
+            Where they are, contiguous.
+        room
+            Where `room` bytes are.
+        parts
+            For each matrix, where its data, scales, shifts and results ``[places, out]`` are; 0 for what it has not.
+        matrices
+            Where the numbers of the pairs' matrices are; 0 for the first of each stack.
+        """
+        head = (
+            tokens,
+            room,
+            self.tokens,
+            self.columns,
+            self.pairs,
+            matrices or _only().data_ptr(),
+            self.blocks,
+            0,
+        )
+        each = (word for part, rows in zip(parts, self.rows, strict=True) for word in (*part, rows))
+        return self._words(*head, len(parts), *each)
+
+    def run(self, words: Any) -> None:
+        """Multiply."""
+        import torch
+
+        # Ask always: that is when a new thread learns of torch's setting.
+        threads = torch.get_num_threads()
+        words[_THREADS] = 1 if self._weights < _ALONE else threads
+        self.kernel(words)
+
+
+def prepared(layout: Layout, rows: tuple[int, ...], dtype: str, tokens: int) -> Products | None:
+    """Products of so many tokens with a matrix for each of ``rows``; ``None`` where no kernel makes them."""
+    return _prepared(layout, rows, dtype, tokens, 1)
+
+
+def _prepared(layout: Layout, rows: tuple[int, ...], dtype: str, tokens: int, pairs: int) -> Products | None:
+    most = _TOGETHER_WITH_PLAIN if layout.kind in PLAIN else _TOGETHER
+    blocks = -(-tokens // pairs // most)
+    together = -(-tokens // pairs // blocks)
+    kernel = _kernel(layout, dtype, together)
     if kernel is None:
         return None
-    places = pairs * blocks * together  # the last of them may be empty
-    results = tokens.new_empty(places, weights.rows)
-    inputs = (tokens, torch.empty(places, weights.columns))
-    matrices = _only() if matrices is None else matrices
-    _run(kernel, weights, results, inputs=inputs, pairs=pairs, matrices=matrices, blocks=blocks)
-    return results if places == count else results[:count]
+    return Products(
+        kernel, layout.columns, rows, tokens, pairs, blocks, together, _needs_room(layout, dtype, together)
+    )
+
+
+def _by_bytes(tokens: Any, several: Sequence[PackedWeights], matrices: Any = None) -> list[Any] | None:
+    """Tokens times each of some matrices, or each of them times one of ``matrices``; ``None`` where no kernel takes it."""
+    import torch
+
+    count, rows = tokens.shape[0], tuple([weights.rows for weights in several])
+    layout, dtype = several[0].layout, _name(tokens.dtype)
+    if matrices is None:
+        products = _known(layout, rows, dtype, count)
+    else:
+        products = _prepared(layout, rows, dtype, count, count)
+    if products is None:
+        return None
+    results = [tokens.new_empty(products.places, of) for of in rows]
+    room = torch.empty(products.room, dtype=torch.uint8) if products.room else None
+    parts = [_addresses(weights, result) for weights, result in zip(several, results, strict=True)]
+    products.run(products.words(tokens.data_ptr(), _address(room), parts, _address(matrices)))
+    return results if products.places == count else [result[:count] for result in results]
+
+
+def _addresses(weights: PackedWeights, result: Any) -> tuple[int, int, int, int]:
+    data, scales, shifts = weights.data, weights.scales, weights.shifts
+    return data.data_ptr(), _address(scales), _address(shifts), result.data_ptr()
 
 
 def _by_numbers(tokens: Any, weights: PackedWeights) -> Any:
@@ -187,47 +342,15 @@ def _unpack(weights: PackedWeights, start: int, numbers: Any) -> None:
     scales = weights.scales
     if scales is not None:
         scales = scales.view(-1)[start * (scales.numel() // weights.rows) :]
-    part = replace(weights, data=data, scales=scales, rows=len(numbers))
+    part = replace(weights, data=data, scales=scales)
     kernel = _kernel(weights.layout, _name(numbers.dtype), 0)
     assert kernel is not None
-    _run(kernel, part, numbers)
+    unpack = Products(kernel, weights.columns, (len(numbers),), 0, 1, 0, 0, needs_room=False)
+    unpack.run(unpack.words(0, 0, [_addresses(part, numbers)]))
 
 
-def _run(
-    kernel: Callable[[Any], None],
-    weights: PackedWeights,
-    results: Any,
-    *,
-    inputs: tuple[Any, Any] = (None, None),
-    pairs: int = 1,
-    matrices: Any = None,
-    blocks: int = 0,
-) -> None:
-    """Call a kernel; see `kernels.products.products` for its arguments."""
-    import torch
-
-    threads = torch.get_num_threads()  # ask always: that is when a new thread learns of torch's setting
-    tokens, arranged = inputs
-    kernel(
-        _Words(
-            _address(tokens),
-            _address(arranged),
-            _address(weights.data),
-            _address(weights.scales),
-            _address(weights.shifts),
-            results.data_ptr(),
-            0 if tokens is None else tokens.shape[0],
-            weights.columns,
-            weights.rows,
-            pairs,
-            _address(matrices),
-            blocks,
-            1 if pairs * weights.rows * weights.columns < _ALONE else threads,
-        )
-    )
-
-
-_Words = ctypes.c_int64 * 13
+_HEAD, _PART, _THREADS = 9, 5, 7
+"""Words of a kernel's argument, and which of them says how many threads there are; see `kernels.products`."""
 
 
 def _address(tensor: Any) -> int:
@@ -248,9 +371,15 @@ def _name(dtype: Any) -> str:
 
 
 @cache
+def _known(layout: Layout, rows: tuple[int, ...], dtype: str, tokens: int) -> Products | None:
+    """As `prepared`, once."""
+    return prepared(layout, rows, dtype, tokens)
+
+
+@cache
 def _kernel(layout: Layout, dtype: str, together: int) -> Callable[[Any], None] | None:
     """The compiled kernel for so many tokens together; of none: what unpacks."""
-    reader = _reader(layout, is_exact=dtype != "bfloat16")
+    reader = _reader_of(layout, dtype, together)
     used = {layout.kind, layout.scales, dtype}
     is_known = reader is not None and {layout.scales, dtype} <= {"float32", "float16", "bfloat16"}
     if "float16" in used and not _readers().has_float16():
@@ -269,6 +398,21 @@ def _compiled(reader: Any, scales: str, dtype: str, together: int) -> Callable[[
         return products.unpacking(reader, dtype, scales)
     except RuntimeError:  # LLVM's: it has no such instruction after all
         return None
+
+
+def _needs_room(layout: Layout, dtype: str, together: int) -> bool:
+    from llm_magic.backends.accelerate.kernels import products
+
+    return products.needs_room(_reader_of(layout, dtype, together), together)
+
+
+def _reader_of(layout: Layout, dtype: str, together: int) -> Any:
+    """What reads weights to multiply them with so many tokens; with none, to unpack them."""
+    if together and layout.kind == dtype == "bfloat16" and _readers() is not None:
+        reader = _readers().pairs(layout.columns)
+        if reader is not None:
+            return reader
+    return _reader(layout, is_exact=dtype != "bfloat16")
 
 
 @cache
@@ -313,8 +457,12 @@ def _quick_dtype(dtype: Any) -> Any:
     """In which this CPU multiplies matrices fast: that of 16 bits only if it has instructions for it."""
     import torch
 
+    needed = {torch.bfloat16: ("avx512bf16", "amx-bf16", "bf16"), torch.float16: ("avx512fp16", "amx-fp16")}
+    has_it = dtype not in needed or not _instructions().isdisjoint(needed[dtype])
+    return dtype if has_it else torch.float32
+
+
+def _instructions() -> frozenset[str]:
     from llm_magic.backends.accelerate.kernels.compiler import instructions
 
-    needed = {torch.bfloat16: ("avx512bf16", "amx-bf16", "bf16"), torch.float16: ("avx512fp16", "amx-fp16")}
-    has_it = dtype not in needed or not instructions().isdisjoint(needed[dtype])
-    return dtype if has_it else torch.float32
+    return instructions()
