@@ -7,8 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from llm_magic.backends.accelerate.decoding import step_by_step
-from llm_magic.backends.accelerate.decoding.attention import without_plans
+from llm_magic.backends.accelerate.decoding import attention, step_by_step
 from llm_magic.backends.accelerate.decoding.decode import Decoding
 from llm_magic.backends.accelerate.decoding.detokenize import Detokenizer
 from llm_magic.backends.accelerate.decoding.head_input import lay_out_head_input
@@ -76,6 +75,7 @@ class TransformersEngine:
         lay_out_head_input(self.model)
         for model in filter(None, (self.model, loaded.draft)):
             step_by_step.use(model)
+            attention.use_on_cpu(model)
         self._placed = loaded.placed
         self._context = _context_length(plan)
         self._caches = ChatCaches(self.model, plan.workload.context_length)
@@ -225,7 +225,7 @@ class TransformersEngine:
 
         with (
             quiet(),
-            without_plans(),
+            attention.without_plans(),
             cores_left_for_the_driver(self.plan),
             self._quick.without_compiler(_COMPILER_S) as is_alone,
         ):
@@ -340,7 +340,7 @@ class TransformersEngine:
             self._quick.prepare(room)
             with (
                 quiet(),
-                without_plans(),
+                attention.without_plans(),
                 without_compilation_seen(),
                 seeded(request.sampling.seed, steps.device),
                 cores_left_for_the_driver(self.plan),

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from llm_magic.backends.accelerate.decoding import cpu_attention
 from llm_magic.backends.accelerate.decoding.joined import FEW_TOKENS
 from llm_magic.backends.accelerate.process_wide import ProcessWide
 from llm_magic.backends.accelerate.recorded.current import current
@@ -29,7 +30,7 @@ HIDDEN = -3e4
 
 _MOST_PARTS, _ENOUGH_PARTS = 128, 16
 _ALIGNED = 8  # elements, of 16 bits: what the kernel reads at a time
-_MARK = "attends_to_fixed_cache"
+_MARK, _CPU_MARK = "attends_to_fixed_cache", "attends_by_kernel_on_cpu"
 
 
 @contextmanager
@@ -55,24 +56,29 @@ token, and a new thread's answer begins with none.
 
 def use(model: Any) -> None:
     """Let a model's masked sweeps of few tokens run as this file has it; everything else is as it was."""
-    put_in()
-    for module in _attention_modules(model):
-        setattr(module, _MARK, True)
+    _mark(model, _MARK)
 
 
-def put_in() -> None:
-    """Let transformers call this file's function in place of its own; it does the same for whatever does not use it."""
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    if ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward:  # nobody else has a better one
-        ALL_ATTENTION_FUNCTIONS["sdpa"] = sdpa_attention
+def use_on_cpu(model: Any) -> None:
+    """Let a model's sweeps of few tokens attend by a compiled kernel where a layer is on the CPU; all else is as it was."""
+    if cpu_attention.is_there():
+        _mark(model, _CPU_MARK)
 
 
 def leave(model: Any) -> None:
     """Undo ``use``."""
     for module in _attention_modules(model):
         vars(module).pop(_MARK, None)
+
+
+def _mark(model: Any, mark: str) -> None:
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    if ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward:  # nobody else has a better one
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = sdpa_attention
+    for module in _attention_modules(model):
+        setattr(module, mark, True)
 
 
 def _attention_modules(model: Any) -> list[Any]:
@@ -102,6 +108,10 @@ def sdpa_attention(
     if (recorder := current()) is not None:
         noted: tuple[Any, None] = recorder.attention(module, query, key, value, attention_mask, **options)
         return noted
+    if query.device.type == "cpu" and _CPU_MARK in vars(module):
+        found = _on_cpu(module, query, key, value, attention_mask, options)
+        if found is not None:
+            return found, None
     if not (hasattr(module, _MARK) and _is_sweep(query, key, attention_mask, options)):
         usual: tuple[Any, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
         return usual
@@ -109,11 +119,29 @@ def sdpa_attention(
     return out.transpose(1, 2).contiguous(), None
 
 
+def _on_cpu(module: Any, query: Any, key: Any, value: Any, mask: Any, options: dict[str, Any]) -> Any:
+    """What the kernel finds, ``[batch, tokens, heads, width]``; ``None`` where it does not take this."""
+    tokens = query.shape[2]
+    if tokens > FEW_TOKENS or not _is_plain(options):
+        return None
+    is_causal = options.get("is_causal")
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    is_causal = bool(is_causal and tokens > 1 and mask is None)
+    return cpu_attention.attended(query, key, value, mask, options.get("scaling"), is_causal=is_causal)
+
+
+def _is_plain(options: dict[str, Any]) -> bool:
+    return not (
+        any(options.get(name) is not None for name in ("position_bias", "cache", "softcap"))
+        or options.get("dropout")
+        or options.get("output_attentions")
+    )
+
+
 def _is_sweep(query: Any, key: Any, mask: Any, options: dict[str, Any]) -> bool:
-    plain = all(options.get(name) is None for name in ("position_bias", "cache", "softcap"))
     return (
-        plain
-        and not options.get("dropout")
+        _is_plain(options)
         and query.shape[2] <= FEW_TOKENS
         and mask is not None
         and mask.dtype == query.dtype

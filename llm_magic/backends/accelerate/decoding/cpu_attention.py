@@ -84,6 +84,11 @@ def attended(
     return None if call is None else call(query, key, value, mask, sinks)
 
 
+def is_there() -> bool:
+    """Whether there may be kernels for this processor: each is compiled when it is first needed."""
+    return importlib.util.find_spec("llvmlite") is not None
+
+
 def _may_read(query: Any, key: Any, value: Any, mask: Any, sinks: Any) -> bool:
     """Whether all is there, in RAM, and nobody looks on: to differentiate, to trace."""
     import torch
@@ -252,7 +257,7 @@ def _kernel(
     dtype: str, width: int, value_width: int, rows: int, mask: str, has_cap: bool, has_sinks: bool
 ) -> Callable[[Any], None] | None:
     """The compiled kernel; ``None`` where there is none for this processor, or this dtype."""
-    if dtype not in ("float32", "float16", "bfloat16") or importlib.util.find_spec("llvmlite") is None:
+    if dtype not in ("float32", "float16", "bfloat16") or not is_there():
         return None
     try:
         from llm_magic.backends.accelerate.kernels import numbers

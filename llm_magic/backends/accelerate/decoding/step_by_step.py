@@ -16,6 +16,7 @@ from functools import cache, wraps
 from types import SimpleNamespace
 from typing import Any
 
+from llm_magic.backends.accelerate.decoding import cpu_attention
 from llm_magic.backends.accelerate.decoding.capturable import attention_of
 from llm_magic.backends.accelerate.decoding.joined import FEW_TOKENS
 from llm_magic.backends.accelerate.recorded.current import current
@@ -144,6 +145,12 @@ def _replaced(usual: Any) -> Any:
         scale, softcap = options.get("scaling"), options.get("softcap")
         scale = module.head_dim**-0.5 if scale is None else scale
         sinks = getattr(module, "sinks", None)
+        if query.device.type == "cpu" and query.shape[2] <= FEW_TOKENS:
+            out = cpu_attention.attended(
+                query, key, value, attention_mask, scale, softcap=softcap, sinks=sinks
+            )
+            if out is not None:
+                return out, None
         some = max(1, SCORES_BYTES // _score_bytes(query, key))
         parts = zip(query.split(some, dim=2), attention_mask.split(some, dim=2), strict=True)
         outs = [attend(q, key, value, mask, scale=scale, softcap=softcap, sinks=sinks) for q, mask in parts]

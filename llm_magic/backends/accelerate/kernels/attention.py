@@ -186,9 +186,7 @@ class _Attention:
         rows = [builder.add(start, I64(number)) for number in range(self.kind.rows)]
         self._read_query(head, rows)
         self._multiply_keys(head, first, count)
-        greatest = [
-            self._find_greatest(number, head, row, first, count) for number, row in enumerate(rows)
-        ]
+        greatest = [self._find_greatest(number, head, row, first, count) for number, row in enumerate(rows)]
         records = [self._record_of(head, part, row) for row in rows]
         seen = ir.Constant(ir.IntType(1), 0)
         for number, (most, record) in enumerate(zip(greatest, records, strict=True)):
@@ -250,9 +248,7 @@ class _Attention:
                 stored(builder, self._capped(loaded(builder, scores, place, self.floats)), scores, place)
         token = builder.urem(row, self.tokens)
         words = self.words
-        seen = builder.add(
-            word(builder, words, _SEEN), builder.mul(token, word(builder, words, _MORE_SEEN))
-        )
+        seen = builder.add(word(builder, words, _SEEN), builder.mul(token, word(builder, words, _MORE_SEEN)))
         seen = builder.trunc(self._least(builder.sub(seen, first), count), I32)
         whole = vector(I32, lanes)
         numbers = ir.Constant(whole, list(range(lanes)))
@@ -266,9 +262,7 @@ class _Attention:
             some = builder.select(is_seen, some, same(self.floats, -_INFINITY))
             stored(builder, some, scores, place)
             before = builder.load(greatest, typ=self.floats)
-            builder.store(
-                builder.select(builder.fcmp_ordered(">", some, before), some, before), greatest
-            )
+            builder.store(builder.select(builder.fcmp_ordered(">", some, before), some, before), greatest)
         most = intrinsic(self.module, f"llvm.vector.reduce.fmax.v{lanes}f32", F32, self.floats)
         return builder.call(most, [builder.load(greatest, typ=self.floats)])
 
@@ -281,7 +275,9 @@ class _Attention:
         with loop(builder, I64(0), full) as step:
             place = builder.mul(step, I64(lanes))
             some = self._capped(loaded(builder, scores, place, self.floats))
-            stored(builder, self._masked(some, loaded(builder, mask, place, vector(kind, lanes))), scores, place)
+            stored(
+                builder, self._masked(some, loaded(builder, mask, place, vector(kind, lanes))), scores, place
+            )
         one = vector(F32, 1)
         with loop(builder, builder.mul(full, I64(lanes)), count) as place:
             some = self._capped(loaded(builder, scores, place, one))
@@ -379,9 +375,7 @@ class _Attention:
                 loaded(builder, self._record_of(head, part, row), I64(0), F32),
                 builder.load(greatest, typ=F32),
             )
-            builder.store(
-                builder.select(builder.fcmp_ordered(">", most, before), most, before), greatest
-            )
+            builder.store(builder.select(builder.fcmp_ordered(">", most, before), most, before), greatest)
         less = self._finite(builder.load(greatest, typ=F32))
         builder.store(ir.Constant(F32, 0.0) if further is None else self._weight(further, less), whole)
         with loop(builder, I64(0), self.parts) as part:

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from llm_magic.backends.accelerate.decoding.attention import put_in
 from llm_magic.backends.accelerate.decoding.running import below_its_hook, running
 from llm_magic.backends.accelerate.decoding.step_by_step import attention_function
 from llm_magic.backends.accelerate.placement.layer_cache import find_cache, layer_indices, tokens_seen
@@ -54,7 +53,6 @@ class RecordedLayers:
     """
 
     def __init__(self, layers: Mapping[str, Any], seen: Seen) -> None:
-        put_in()
         self._programs: dict[Recording, Program] = {}
         self._layers = [RecordedLayer(name, layer, seen, self._program) for name, layer in layers.items()]
 
