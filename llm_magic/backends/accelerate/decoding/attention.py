@@ -109,7 +109,7 @@ def sdpa_attention(
         noted: tuple[Any, None] = recorder.attention(module, query, key, value, attention_mask, **options)
         return noted
     if query.device.type == "cpu" and _CPU_MARK in vars(module):
-        found = _on_cpu(module, query, key, value, attention_mask, options)
+        found = _on_cpu(module, (query, key, value), attention_mask, options)
         if found is not None:
             return found, None
     if not (hasattr(module, _MARK) and _is_sweep(query, key, attention_mask, options)):
@@ -119,16 +119,16 @@ def sdpa_attention(
     return out.transpose(1, 2).contiguous(), None
 
 
-def _on_cpu(module: Any, query: Any, key: Any, value: Any, mask: Any, options: dict[str, Any]) -> Any:
+def _on_cpu(module: Any, states: tuple[Any, Any, Any], mask: Any, options: dict[str, Any]) -> Any:
     """What the kernel finds, ``[batch, tokens, heads, width]``; ``None`` where it does not take this."""
-    tokens = query.shape[2]
+    tokens = states[0].shape[2]
     if tokens > FEW_TOKENS or not _is_plain(options):
         return None
     is_causal = options.get("is_causal")
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     is_causal = bool(is_causal and tokens > 1 and mask is None)
-    return cpu_attention.attended(query, key, value, mask, options.get("scaling"), is_causal=is_causal)
+    return cpu_attention.attended(*states, mask, options.get("scaling"), is_causal=is_causal)
 
 
 def _is_plain(options: dict[str, Any]) -> bool:

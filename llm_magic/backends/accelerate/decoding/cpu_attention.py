@@ -10,24 +10,39 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import struct
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache, lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from llm_magic.backends.accelerate.decoding.joined import FEW_TOKENS
 
-_SMALLEST_PART = 64
-_FEW_PARTS = 32
-_WIDEST = 1024
+_SMALLEST_PART, _LARGEST_PART, _FEW_PARTS = 64, 1024, 32
+_MOST_ROWS, _WIDEST = 4, 1024
 _ALONE = 1 << 16
 """Products of numbers for which one thread is quicker than several."""
-_KEPT_BYTES = 16 << 20
-"""Of room for what parts give, which a thread keeps for the next layer."""
+_KEPT_BYTES, _MOST_ROOMS = 16 << 20, 4
+"""Of room that is kept for the next layer, and how often: for calls side by side."""
 
-_Scale = float | None
+_ADDRESSES, _HEAD_OF_RECORD = 8, 16
+_Words = ctypes.c_int64 * 34
+"""See `kernels.attention.attention`."""
+
 _Shape = tuple[int, ...]
-_Mask = tuple[Any, _Shape, _Shape] | None
+_FLOATS = ("float32", "float16", "bfloat16")
+
+
+class _Like(NamedTuple):
+    """What a kernel, and the numbers that it is told, depend on: of each tensor its shape and strides."""
+
+    dtype: Any
+    query: tuple[_Shape, _Shape]
+    key: tuple[_Shape, _Shape]
+    value: tuple[_Shape, _Shape]
+    mask: tuple[Any, _Shape, _Shape] | None
+    scale: float | None
+    is_causal: bool
+    softcap: float | None
+    sinks: _Shape | None
 
 
 def attended(
@@ -70,7 +85,7 @@ def attended(
     """
     if not _may_read(query, key, value, mask, sinks):
         return None
-    call = _call(
+    like = _Like(
         query.dtype if query.dtype == key.dtype == value.dtype else None,
         (query.shape, query.stride()),
         (key.shape, key.stride()),
@@ -81,6 +96,7 @@ def attended(
         softcap,
         None if sinks is None else sinks.shape,
     )
+    call = _call(like)
     return None if call is None else call(query, key, value, mask, sinks)
 
 
@@ -107,23 +123,28 @@ def _may_read(query: Any, key: Any, value: Any, mask: Any, sinks: Any) -> bool:
 
 
 class _Call:
-    """A kernel, and what it is told of tensors of some shapes and strides."""
+    """A kernel, and what it is told of tensors like some."""
 
-    def __init__(
-        self,
-        kernel: Callable[[Any], None],
-        shape: Sequence[int],
-        tail: Sequence[int],
-        record: int,
-        is_alone: bool,
-    ) -> None:
-        batch, heads, shared, tokens, _places, _part = shape[:6]
-        self._kernel, self._is_alone = kernel, is_alone
-        self._out = (batch, tokens, heads * shared, shape[6])
-        parts = -(-shape[4] // shape[5])
-        self._records = batch * heads * parts * shared * tokens * record * 4
-        self._room = self._records + batch * heads * 8
-        self._words = bytes((ctypes.c_int64 * _WORDS)(*[0] * 8, *shape[:6], *tail, 1))
+    def __init__(self, kernel: Callable[[Any], None], like: _Like, mask: _Shape) -> None:
+        (batch, heads, tokens, width), (_, key_heads, places, value_width) = like.query[0], like.value[0]
+        part = _part(places)
+        self._kernel = kernel
+        self._is_alone = batch * heads * tokens * places * (width + value_width) < _ALONE
+        self._out = (batch, tokens, heads, value_width)
+        self._records = 4 * batch * heads * tokens * -(-places // part) * (_HEAD_OF_RECORD + value_width)
+        self._room = self._records + 8 * batch * key_heads
+        scale = width**-0.5 if like.scale is None else like.scale
+        words = (
+            *(0,) * _ADDRESSES,
+            *(batch, key_heads, heads // key_heads, tokens, places, part),
+            *(stride for _, strides in (like.query, like.key, like.value) for stride in strides[:3]),
+            *mask,
+            *(tokens * heads * value_width, value_width, heads * value_width),
+            *(_bits(scale), _bits(like.softcap or 0.0)),
+            *((1, 1) if like.is_causal else (places, 0)),
+            1,
+        )
+        self._words = bytes(_Words(*words))
 
     def __call__(self, query: Any, key: Any, value: Any, mask: Any, sinks: Any) -> Any:
         import torch
@@ -138,111 +159,99 @@ class _Call:
             sinks = sinks.float().contiguous()
             words[4] = sinks.data_ptr()
         words[5] = out.data_ptr()
-        room = _rooms.of(self._room)
+        room = _taken_room(self._room)
         words[6] = start = room.data_ptr()
         words[7] = start + self._records
         if not self._is_alone:
-            words[_WORDS - 1] = threads
+            words[-1] = threads
         self._kernel(words)
+        _leave_room(room)
         return out
 
 
-class _Rooms(threading.local):
-    """Memory that kernels work in, one for each of Python's threads."""
+def _taken_room(size: int) -> Any:
+    """Memory for what the parts give: what another call has left, if that is enough."""
+    import torch
 
-    kept: Any = None
-
-    def of(self, size: int) -> Any:
-        import torch
-
-        kept = self.kept
-        if kept is not None and kept.nbytes >= size:
-            return kept
-        made = torch.empty(size, dtype=torch.uint8)
-        if size <= _KEPT_BYTES:
-            self.kept = made
-        return made
+    try:
+        room = _rooms.pop()  # nobody else has it then
+    except IndexError:
+        room = None
+    return torch.empty(size, dtype=torch.uint8) if room is None or room.nbytes < size else room
 
 
-_rooms = _Rooms()
-_WORDS = 34
-_Words = ctypes.c_int64 * _WORDS
+def _leave_room(room: Any) -> None:
+    if len(_rooms) < _MOST_ROOMS and room.nbytes <= _KEPT_BYTES:
+        _rooms.append(room)
+
+
+_rooms: list[Any] = []
+"""Of no thread: one that ends while Python does may not free a tensor."""
 
 
 @lru_cache(maxsize=256)
-def _call(
-    dtype: Any,
-    query: tuple[_Shape, _Shape],
-    key: tuple[_Shape, _Shape],
-    value: tuple[_Shape, _Shape],
-    mask: _Mask,
-    scale: float | None,
-    is_causal: bool,
-    softcap: float | None,
-    sinks: _Shape | None,
-) -> _Call | None:
+def _call(like: _Like) -> _Call | None:
     """What computes tensors like these; ``None`` where no kernel does."""
-    if not (len(query[0]) == len(key[0]) == len(value[0]) == 4):
+    if not (_fit(like) and is_there()):
         return None
-    (batch, heads, tokens, width), (_, key_heads, places, value_width) = query[0], value[0]
-    if not (0 < tokens <= FEW_TOKENS and batch and heads and places and key_heads) or heads % key_heads:
-        return None
-    if tuple(key[0]) != (batch, key_heads, places, width) or value[0][0] != batch:
-        return None
-    if width % 8 or value_width % 8 or not 0 < width <= _WIDEST or not 0 < value_width <= _WIDEST:
-        return None
-    if any(strides[3] != 1 for _, strides in (query, key, value)) or (is_causal and mask is not None):
-        return None
-    masked = _broadcast(mask, (batch, heads, tokens, places))
-    if masked is None or (sinks is not None and tuple(sinks) != (heads,)):
-        return None
-    shared = heads // key_heads
-    name = str(dtype).removeprefix("torch.")
-    kind = (name, width, value_width, _rows(shared * tokens), masked[0], bool(softcap), sinks is not None)
-    kernel = _kernel(*kind)
-    if kernel is None:
-        return None
-    out = (tokens * heads * value_width, value_width, heads * value_width)
-    tail = (
-        *(stride for _, strides in (query, key, value) for stride in strides[:3]),
-        *masked[1],
-        *out,
-        _bits(width**-0.5 if scale is None else scale),
-        _bits(softcap or 0.0),
-        *((1, 1) if is_causal else (places, 0)),
-    )
-    shape = (batch, key_heads, shared, tokens, places, _part(places), value_width)
-    is_alone = batch * heads * tokens * places * (width + value_width) < _ALONE
-    return _Call(kernel, shape, tail, 16 + value_width, is_alone)
-
-
-def _broadcast(mask: _Mask, shape: _Shape) -> tuple[str, _Shape] | None:
-    """Kind and strides of a mask, of the first three dimensions; ``None`` where it does not fit."""
+    mask = _broadcast(like)
     if mask is None:
+        return None
+    heads, tokens, width = like.query[0][1:]
+    rows = heads // like.key[0][1] * tokens
+    kernel = _kernel(
+        (_name(like.dtype), width, like.value[0][3], _rows(rows)),
+        mask[0],
+        has_cap=bool(like.softcap),
+        has_sinks=like.sinks is not None,
+    )
+    return None if kernel is None else _Call(kernel, like, mask[1])
+
+
+def _fit(like: _Like) -> bool:
+    """Whether query, keys, values and sinks are what `attended` takes."""
+    tensors = (like.query, like.key, like.value)
+    if any(len(shape) != 4 or strides[3] != 1 or 0 in shape for shape, strides in tensors):
+        return False
+    (batch, heads, tokens, width), (_, key_heads, places, value_width) = like.query[0], like.value[0]
+    return (
+        _name(like.dtype) in _FLOATS
+        and tokens <= FEW_TOKENS
+        and heads % key_heads == 0
+        and tuple(like.key[0]) == (batch, key_heads, places, width)
+        and like.value[0][0] == batch
+        and all(size % 8 == 0 and size <= _WIDEST for size in (width, value_width))
+        and not (like.is_causal and like.mask is not None)
+        and (like.sinks is None or tuple(like.sinks) == (heads,))
+    )
+
+
+def _broadcast(like: _Like) -> tuple[str, _Shape] | None:
+    """Kind and strides of a mask, of the first three dimensions; ``None`` where it does not fit."""
+    if like.mask is None:
         return "", (0, 0, 0)
-    dtype, own, strides = mask
-    name, missing = str(dtype).removeprefix("torch."), len(shape) - len(own)
-    if name not in ("bool", "float32", "float16", "bfloat16") or missing < 0:
+    dtype, own, strides = like.mask
+    shape = (*like.query[0][:3], like.key[0][2])
+    missing = len(shape) - len(own)
+    if _name(dtype) not in ("bool", *_FLOATS) or missing < 0:
         return None
     own, strides = (1,) * missing + tuple(own), (0,) * missing + tuple(strides)
     if own[3] != shape[3] or strides[3] != 1 or any(a not in (1, b) for a, b in zip(own, shape, strict=True)):
         return None
-    return name, tuple(0 if size == 1 else stride for size, stride in zip(own[:3], strides[:3], strict=True))
+    return _name(dtype), tuple(
+        0 if size == 1 else stride for size, stride in zip(own[:3], strides[:3], strict=True)
+    )
 
 
 def _rows(count: int) -> int:
     """Rows that a place is read for at a time: about as many each time."""
-    from llm_magic.backends.accelerate.kernels.attention import MOST_ROWS
-
-    return -(-count // -(-count // MOST_ROWS))
+    return -(-count // -(-count // _MOST_ROWS))
 
 
 def _part(places: int) -> int:
     """Places of a part; by nothing else, so that a token's answer is the same beside others."""
-    from llm_magic.backends.accelerate.kernels.attention import MOST_PLACES
-
     part = _SMALLEST_PART
-    while part < MOST_PLACES and part * _FEW_PARTS < places:
+    while part < _LARGEST_PART and part * _FEW_PARTS < places:
         part *= 2
     return part
 
@@ -254,17 +263,19 @@ def _bits(number: float) -> int:
 
 @cache
 def _kernel(
-    dtype: str, width: int, value_width: int, rows: int, mask: str, has_cap: bool, has_sinks: bool
+    sizes: tuple[str, int, int, int], mask: str, *, has_cap: bool, has_sinks: bool
 ) -> Callable[[Any], None] | None:
     """The compiled kernel; ``None`` where there is none for this processor, or this dtype."""
-    if dtype not in ("float32", "float16", "bfloat16") or not is_there():
-        return None
     try:
         from llm_magic.backends.accelerate.kernels import numbers
         from llm_magic.backends.accelerate.kernels.attention import Kind, attention
 
-        if "float16" in (dtype, mask) and not numbers.has_float16():
+        if "float16" in (sizes[0], mask) and not numbers.has_float16():
             return None
-        return attention(Kind(dtype, width, value_width, rows, mask, has_cap, has_sinks))
+        return attention(Kind(*sizes, mask, has_cap, has_sinks))
     except Exception:  # another llvmlite, or it has no such instruction after all
         return None
+
+
+def _name(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -57,7 +57,6 @@ _QUERY, _KEY, _VALUE, _MASK, _SINKS, _OUT, _RECORDS, _DONE = range(8)
 _BATCH, _HEADS, _SHARED, _TOKENS, _PLACES, _PART = range(8, 14)
 _OF_QUERY, _OF_KEY, _OF_VALUE, _OF_MASK, _OF_OUT = range(14, 29, 3)
 _SCALE, _CAP, _SEEN, _MORE_SEEN, _THREADS = range(29, 34)
-WORDS = 34
 """Words of the argument of a kernel."""
 
 _LN2 = (0.693359375, -2.12194440e-4)  # in two parts: few numbers times the first one are exact
