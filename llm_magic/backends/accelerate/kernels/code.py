@@ -104,6 +104,13 @@ def multiplied_and_added(
     )
 
 
+def total(module: ir.Module, builder: ir.IRBuilder, values: Any) -> Any:
+    """The sum of a vector of floats."""
+    kind = values.type
+    add = intrinsic(module, f"llvm.vector.reduce.fadd.v{kind.count}f32", F32, F32, kind)
+    return builder.call(add, [ir.Constant(F32, -0.0), values], fastmath=("reassoc",))
+
+
 def totals(builder: ir.IRBuilder, vectors: Sequence[Any]) -> list[Any]:
     """The sums of the elements of each of some vectors of floats, as elements of vectors.
 

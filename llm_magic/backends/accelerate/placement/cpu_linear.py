@@ -12,6 +12,8 @@ from llm_magic.backends.accelerate.placement import cpu_products
 from llm_magic.backends.accelerate.placement.cpu_products import PackedWeights
 from llm_magic.backends.accelerate.placement.packing import packed_weights
 
+_MARK = "computes_by_kernels"
+
 
 def serve_plain_layers(model: Any) -> None:
     """Let linear layers of 16 bits compute by our kernels with as many tokens as they are quicker with than torch."""
@@ -25,6 +27,24 @@ def serve_plain_layers(model: Any) -> None:
 def serve(layer: Any) -> None:
     """Let a linear layer compute by our kernels on the CPU, where there is one for its weight."""
     layer.__class__ = _with_kernels(layer.__class__)
+
+
+def served_weights(layer: Any, dtype: Any) -> PackedWeights | None:
+    """The weights with which a kernel makes all of a layer's outputs of states in RAM, but for a bias; ``None``: no kernel does.
+
+    Nobody else may see these products: not to differentiate, not to trace.
+    """
+    weight, bias = (layer._parameters.get(name) for name in ("weight", "bias"))
+    computed = getattr(layer, "compute_dtype", None) or dtype
+    if not hasattr(type(layer), _MARK) or weight is None or computed != dtype:
+        return None
+    if bias is not None and (bias.dtype != dtype or not bias.is_cpu):
+        return None
+    weights = _weights(weight, dtype)
+    if weights is None or (weights.scales is None) != (weights.kind in cpu_products.PLAIN):
+        return None
+    parts = (weights.data, weights.scales, weights.shifts)
+    return weights if all(part is None or part.is_cpu for part in parts) else None
 
 
 def is_linear(layer: Any) -> bool:
@@ -43,7 +63,12 @@ def _with_kernels(usual_class: Any) -> Any:
     def reduced(self: Any, _protocol: Any) -> Any:  # to be pickled: no module has this class
         return _new, (usual_class,), self.__dict__
 
-    members = {"forward": forward, "__reduce_ex__": reduced, "__module__": usual_class.__module__}
+    members = {
+        _MARK: True,
+        "forward": forward,
+        "__reduce_ex__": reduced,
+        "__module__": usual_class.__module__,
+    }
     return type(usual_class.__name__, (usual_class,), members)
 
 

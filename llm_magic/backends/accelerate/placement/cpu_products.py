@@ -131,7 +131,7 @@ def multiplied(tokens: Any, weights: PackedWeights) -> Any:
     if not _may_read(tokens, weights):
         return None
     flat = tokens.reshape(-1, weights.columns).contiguous()
-    if len(flat) <= _most_by_bytes(weights.kind, tokens.dtype):
+    if len(flat) <= most_by_bytes(weights.kind, tokens.dtype):
         results = _by_bytes(flat, [weights])
         result = None if results is None else results[0]
     elif weights.kind in PLAIN and not multiplies_slowly(tokens.dtype):
@@ -141,7 +141,8 @@ def multiplied(tokens: Any, weights: PackedWeights) -> Any:
     return None if result is None else result.view(*tokens.shape[:-1], weights.rows)
 
 
-def _most_by_bytes(kind: str, dtype: Any) -> int:
+def most_by_bytes(kind: str, dtype: Any) -> int:
+    """Up to how many tokens of a dtype are multiplied with the bytes of weights of a kind."""
     return few_plain_tokens(dtype) if kind in PLAIN else few_tokens(dtype)
 
 
@@ -180,7 +181,7 @@ def multiplied_with(tokens: Any, several: Sequence[PackedWeights]) -> list[Any] 
     layout, count = several[0].layout, tokens.numel() // several[0].columns
     if any(weights.layout != layout for weights in several[1:]):
         return None
-    if not all(_may_read(tokens, weights) for weights in several) or count > _most_by_bytes(
+    if not all(_may_read(tokens, weights) for weights in several) or count > most_by_bytes(
         layout.kind, tokens.dtype
     ):
         return None

@@ -15,6 +15,7 @@ from typing import Any
 from llm_magic.backends.accelerate.decoding.running import below_its_hook, running
 from llm_magic.backends.accelerate.decoding.step_by_step import attention_function
 from llm_magic.backends.accelerate.placement.layer_cache import find_cache, layer_indices, tokens_seen
+from llm_magic.backends.accelerate.recorded.linears import Linears
 from llm_magic.backends.accelerate.recorded.program import CompiledRegion, Program, Values, call, shown
 from llm_magic.backends.accelerate.recorded.recording import (
     VARYING,
@@ -198,9 +199,7 @@ class Bound:
             module = layer.get_submodule(path)
             held = module._parameters if name in module._parameters else module._buffers
             self._weights.append((held, name, view))
-        self._steps = [
-            part.run if isinstance(part, CompiledRegion) else _bound(part, layer) for part in program.parts
-        ]
+        self._steps = [_step(parts, layer) for parts in _together(program.parts)]
         self._result = program.result
 
     def takes(self, leaves: Sequence[Any]) -> bool:
@@ -222,26 +221,37 @@ class Bound:
         return shown(self._result, values)
 
 
-def _bound(node: Node, layer: Any) -> Callable[[Values], None]:
-    if node.kind == "op":
-        return lambda values: call(node, None, values)
-    module = layer.get_submodule(node.name)
-    if node.kind == "cache":
-        return _cache_step(node, module)
-    if node.kind == "attention":
-        return _attention_step(node, module)
-    if node.kind == "linear":
-        return _linear_step(node, module)
-    return lambda values: call(node, module, values)
+def _together(parts: Sequence[CompiledRegion | Node]) -> list[list[Any]]:
+    """Parts one by one, but for linear layers of the same tokens."""
+    found: list[list[Any]] = []
+    for part in parts:
+        tokens = _tokens_of(part)
+        if tokens is not None and found and tokens == _tokens_of(found[-1][0]):
+            found[-1].append(part)
+        else:
+            found.append([part])
+    return found
 
 
-def _linear_step(node: Node, module: Any) -> Callable[[Values], None]:
-    (view,), (out,) = node.args, node.outputs
+def _tokens_of(part: CompiledRegion | Node) -> Any:
+    """What a linear layer sees; ``None``: it is something else."""
+    return part.args[0] if isinstance(part, Node) and part.kind == "linear" else None
 
-    def step(values: Values) -> None:
-        values[out.base] = module.forward(shown(view, values))
 
-    return step
+def _step(parts: Sequence[Any], layer: Any) -> Callable[[Values], None]:
+    part = parts[0]
+    if isinstance(part, CompiledRegion):
+        return part.run
+    if part.kind == "op":
+        return lambda values: call(part, None, values)
+    modules = [layer.get_submodule(each.name) for each in parts]
+    if part.kind == "linear":
+        return Linears(parts, modules).run
+    if part.kind == "cache":
+        return _cache_step(part, modules[0])
+    if part.kind == "attention":
+        return _attention_step(part, modules[0])
+    return lambda values: call(part, modules[0], values)
 
 
 def _cache_step(node: Node, module: Any) -> Callable[[Values], None]:
