@@ -143,7 +143,11 @@ class Quick:
         """Begin anew with blocks where they are now."""
         self._pace.forget()
         placed = self._placed
-        self._recorded = RecordedLayers(_of_the_cpu(placed), self._seen) if cpu_products.is_there() else None
+        self._recorded = (
+            RecordedLayers(_of_the_cpu(placed), self._seen, self._context)
+            if cpu_products.is_there()
+            else None
+        )
         self._why_not = why_not(placed.model, placed.plan, placed.lanes)
         if not self._why_not and placed.tables.has_adapters:
             self._why_not = "an adapter is on a table that is not on the GPU"

@@ -113,11 +113,26 @@ class GrowingTensors:
 
     def new(self, like: Any) -> Any:
         """Memory in RAM for such a tensor, with room."""
+        return self._with_room(like.shape, like.dtype)
+
+    def _with_room(self, shape: Sequence[int], dtype: Any) -> Any:
         import torch
 
-        room = max(self._tokens, like.shape[-2])
-        memory = torch.empty((*like.shape[:-2], room, like.shape[-1]), dtype=like.dtype)
-        return self._noted(memory[..., : like.shape[-2], :], room)
+        tokens = shape[-2]
+        room = max(self._tokens, tokens)
+        memory = torch.empty((*shape[:-2], room, shape[-1]), dtype=dtype)
+        return self._noted(memory[..., :tokens, :], room)
+
+    def longer(self, before: Any, more: Any) -> Any:
+        """``before`` with ``more`` behind it, which is copied; the rows before only where there is no room."""
+        tokens = before.shape[-2]
+        shape = (*before.shape[:-2], tokens + more.shape[-2], before.shape[-1])
+        grown = self.grown(before, shape)
+        if grown is None:
+            grown = self._with_room(shape, before.dtype)
+            grown[..., :tokens, :] = before
+        grown[..., tokens:, :] = more
+        return grown
 
     def _noted(self, tensor: Any, room: int) -> Any:
         number = id(tensor)

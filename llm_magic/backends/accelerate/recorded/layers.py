@@ -10,11 +10,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 from llm_magic.backends.accelerate.decoding.running import below_its_hook, running
 from llm_magic.backends.accelerate.decoding.step_by_step import attention_function
-from llm_magic.backends.accelerate.placement.layer_cache import find_cache, layer_indices, tokens_seen
+from llm_magic.backends.accelerate.placement.layer_cache import (
+    GrowingTensors,
+    find_cache,
+    layer_indices,
+    tokens_seen,
+)
 from llm_magic.backends.accelerate.recorded.linears import Linears
 from llm_magic.backends.accelerate.recorded.program import CompiledRegion, Program, Values, call, shown
 from llm_magic.backends.accelerate.recorded.recording import (
@@ -51,11 +57,16 @@ class RecordedLayers:
         Modules that compute on the CPU, by name.
     seen
         What was seen of them before; it is added to.
+    context
+        Tokens for which a layer's keys and values have room, as they come.
     """
 
-    def __init__(self, layers: Mapping[str, Any], seen: Seen) -> None:
+    def __init__(self, layers: Mapping[str, Any], seen: Seen, context: int = 0) -> None:
         self._programs: dict[Recording, Program] = {}
-        self._layers = [RecordedLayer(name, layer, seen, self._program) for name, layer in layers.items()]
+        growing = GrowingTensors(context)
+        self._layers = [
+            RecordedLayer(name, layer, seen, Means(self._program, growing)) for name, layer in layers.items()
+        ]
 
     def undo(self) -> None:
         """Before blocks move: every layer as it was."""
@@ -85,11 +96,28 @@ class RecordedLayers:
             return None
 
 
+@dataclass(frozen=True)
+class Means:
+    """What layers share.
+
+    Attributes
+    ----------
+    make
+        Makes a layer's program, or finds that of another one that is like it.
+    growing
+        Their keys and values.
+    """
+
+    make: Callable[..., Program | None]
+    growing: GrowingTensors
+
+
 class RecordedLayer:
     """One of them."""
 
-    def __init__(self, name: str, layer: Any, seen: Seen, make: Callable[..., Program | None]) -> None:
-        self._name, self._layer, self._seen, self._make = name, layer, seen, make
+    def __init__(self, name: str, layer: Any, seen: Seen, means: Means) -> None:
+        self._name, self._layer, self._seen = name, layer, seen
+        self._make, self._growing = means.make, means.growing
         self._indices = layer_indices(layer)
         self._bound: dict[Any, Bound | None] = {}
         self._slot = "_old_forward" if "_old_forward" in vars(layer) else "forward"
@@ -131,7 +159,7 @@ class RecordedLayer:
         key = tuple(map(_key, leaves)), tuple(kwargs)
         if key not in self._bound:
             program = self._make(self._layer, self._usual, (args, kwargs), self._seen[self._name])
-            self._bound[key] = Bound(program, self._layer) if program else None
+            self._bound[key] = Bound(program, self._layer, self._growing) if program else None
         bound = self._bound[key]
         if bound is None or not bound.takes(leaves):
             return self._usual(*args, **kwargs)
@@ -182,7 +210,7 @@ class _Unrecorded:
 class Bound:
     """A program with the modules of one layer."""
 
-    def __init__(self, program: Program, layer: Any) -> None:
+    def __init__(self, program: Program, layer: Any, growing: GrowingTensors) -> None:
         self._program = program
         self._size = program.size
         recording = program.recording
@@ -199,7 +227,7 @@ class Bound:
             module = layer.get_submodule(path)
             held = module._parameters if name in module._parameters else module._buffers
             self._weights.append((held, name, view))
-        self._steps = [_step(parts, layer) for parts in _together(program.parts)]
+        self._steps = [_step(parts, layer, growing) for parts in _together(program.parts)]
         self._result = program.result
 
     def takes(self, leaves: Sequence[Any]) -> bool:
@@ -238,7 +266,7 @@ def _tokens_of(part: CompiledRegion | Node) -> Any:
     return part.args[0] if isinstance(part, Node) and part.kind == "linear" else None
 
 
-def _step(parts: Sequence[Any], layer: Any) -> Callable[[Values], None]:
+def _step(parts: Sequence[Any], layer: Any, growing: GrowingTensors) -> Callable[[Values], None]:
     part = parts[0]
     if isinstance(part, CompiledRegion):
         return part.run
@@ -248,20 +276,29 @@ def _step(parts: Sequence[Any], layer: Any) -> Callable[[Values], None]:
     if part.kind == "linear":
         return Linears(parts, modules).run
     if part.kind == "cache":
-        return _cache_step(part, modules[0])
+        return _cache_step(part, modules[0], growing)
     if part.kind == "attention":
         return _attention_step(part, modules[0])
     return lambda values: call(part, modules[0], values)
 
 
-def _cache_step(node: Node, module: Any) -> Callable[[Values], None]:
+def _cache_step(node: Node, module: Any, growing: GrowingTensors) -> Callable[[Values], None]:
+    from transformers.cache_utils import DynamicLayer
+
     cache, key, value = node.args
     keys, outs = node.outputs
 
     def step(values: Values) -> None:
-        values[keys.base], values[outs.base] = values[-1][cache.number].update(
-            shown(key, values), shown(value, values), module.layer_idx
-        )
+        held, index = values[-1][cache.number], module.layer_idx
+        more = shown(key, values), shown(value, values)
+        layer: Any = held.layers[index] if index < len(held.layers) else None
+        if type(layer) is DynamicLayer and layer.is_initialized and layer.keys.is_cpu and layer.keys.numel():
+            # transformers copies all of them for each token.
+            layer.keys = growing.longer(layer.keys, more[0])
+            layer.values = growing.longer(layer.values, more[1])
+            values[keys.base], values[outs.base] = layer.keys, layer.values
+        else:
+            values[keys.base], values[outs.base] = held.update(*more, index)
 
     return step
 
