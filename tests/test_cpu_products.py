@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
+from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from llm_magic.backends.accelerate.placement.cpu_products import (  # noqa: E402
     few_tokens,
     multiplied,
     multiplied_each,
+    multiplied_plain,
     multiplied_with,
     prepared,
 )
@@ -269,10 +271,10 @@ def test_prepared_products_are_called_with_addresses(dtype: str, count: int) -> 
     products = prepared(halves[0].layout, (40, 3), dtype, count)
     some, room = tokens(count, 96, dtype), torch.empty(products.room, dtype=torch.uint8)
     results = [some.new_empty(products.places, weights.rows) for weights in halves]
-    parts = [
+    parts = (
         (each.data.data_ptr(), 0, 0, result.data_ptr()) for each, result in zip(halves, results, strict=True)
-    ]
-    words = products.words(some.data_ptr(), room.data_ptr(), parts)
+    )
+    words = products.words(some.data_ptr(), room.data_ptr(), [address for part in parts for address in part])
     for _ in range(2):
         products.run(words)
         for result, weights in zip(results, halves, strict=True):
@@ -287,7 +289,7 @@ def test_plain_matrices(dtype: str, columns: int) -> None:
     weights = plain(dtype, (37, columns))
     for count in range(1, 18):
         some = tokens(count, columns, dtype)
-        found = multiplied(some, weights)
+        found = multiplied_plain(some, weights.data)
         assert are_close(found, some.double() @ weights.data.double().T, dtype)
 
 
@@ -329,14 +331,14 @@ def bound(network: Any) -> None:
 def used(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows with every product that a kernel makes."""
     products: list[int] = []
-    ours = cpu_products.multiplied
 
-    def counted(some: Any, weights: PackedWeights) -> Any:
+    def counted(ours: Callable[[Any, Any], Any], some: Any, weights: Any) -> Any:
         result = ours(some, weights)
         products.extend([] if result is None else [len(some)])
         return result
 
-    monkeypatch.setattr(cpu_products, "multiplied", counted)
+    for name in ("multiplied", "multiplied_plain"):
+        monkeypatch.setattr(cpu_products, name, partial(counted, getattr(cpu_products, name)))
     return products
 
 

@@ -51,11 +51,11 @@ _AHEAD = 2048
 _ROWS_AT_A_TIME = 4
 """That a thread reads. With more of them RAM gives no more, with fewer it gives less."""
 
-_TOKENS, _ARRANGED, _COUNT, _COLUMNS, _PAIRS, _MATRICES, _BLOCKS, _THREADS, _PARTS = range(9)
-HEAD_WORDS = 9
-_DATA, _SCALES, _SHIFTS, _RESULTS, _ROWS = range(5)
-PART_WORDS = 5
-"""Words of the argument of a kernel: first those of the call, then those of each of its parts."""
+_TOKENS, _ARRANGED, _MATRICES, _THREADS, _COUNT, _COLUMNS, _PAIRS, _BLOCKS, _PARTS = range(9)
+_HEAD_WORDS = 9
+_DATA, _SCALES, _SHIFTS, _RESULTS = range(4)
+_ADDRESSES = 4
+"""Words of the argument of a kernel: those of the call, then addresses of each of its parts, then their rows."""
 
 
 def products(reader: Reader, tokens: int, dtype: str, scales: str) -> Callable[[Any], None]:
@@ -76,30 +76,30 @@ def products(reader: Reader, tokens: int, dtype: str, scales: str) -> Callable[[
         ========  =====================================================================================
         address   of the tokens ``[n, columns]``
         address   of room for ``pairs * blocks * tokens`` of them in float32, if they need it: `needs_room`
-        n, columns, pairs
         address   of the number of each pair's matrix, int64 ``[pairs]``
-        blocks    of ``tokens`` that each pair has
         threads   one, or all of torch's
+        n, columns, pairs
+        blocks    of ``tokens`` that each pair has
         parts     stacks of matrices, each multiplied with all of that
         ========  =====================================================================================
 
-        and for each part:
+        then for each part:
 
         ========  =====================================================================================
         address   of the packed weights ``[matrices, rows, columns]``
         address   of their scales ``[matrices, rows, columns / group]``, or ``[matrices, rows]``
         address   of their shifts, as many, if the reader has any
         address   of the results ``[pairs, blocks * tokens, rows]``
-        rows
         ========  =====================================================================================
+
+        and after them the rows of each.
     """
     module = ir.Module()
     work = ir.Function(module, WORK, "work")
     builder = ir.IRBuilder(work.append_basic_block())
     words = work.args[0]
     with loop(builder, I64(0), word(builder, words, _PARTS)) as part:
-        of_part = at(builder, words, builder.add(I64(HEAD_WORDS), builder.mul(part, I64(PART_WORDS))), I64)
-        _products(_Matrix(module, builder, reader, words, of_part, scales=scales), tokens, dtype)
+        _products(_Matrix(module, builder, reader, words, part, scales=scales), tokens, dtype)
     builder.ret_void()
     before = (
         (lambda builder, words: _arrange(builder, reader, words, tokens, dtype))
@@ -127,7 +127,7 @@ def unpacking(reader: Reader, dtype: str, scales: str) -> Callable[[Any], None]:
     work = ir.Function(module, WORK, "work")
     builder = ir.IRBuilder(work.append_basic_block())
     words = work.args[0]
-    matrix = _Matrix(module, builder, reader, words, at(builder, words, I64(HEAD_WORDS), I64), scales=scales)
+    matrix = _Matrix(module, builder, reader, words, I64(0), scales=scales)
     _unpacking(matrix, dtype)
     builder.ret_void()
     return compiled_for_a_team(module, work, _THREADS)
@@ -161,11 +161,14 @@ class _Matrix:
         self, module: ir.Module, builder: ir.IRBuilder, reader: Reader, words: Any, part: Any, *, scales: str
     ) -> None:
         self.module, self.builder, self.reader, self.words = module, builder, reader, words
+        first = at(builder, words, builder.add(I64(_HEAD_WORDS), builder.mul(part, I64(_ADDRESSES))), I64)
         self.data, self._scales, self._shifts, self.results = (
-            word(builder, part, i, POINTER) for i in (_DATA, _SCALES, _SHIFTS, _RESULTS)
+            word(builder, first, i, POINTER) for i in (_DATA, _SCALES, _SHIFTS, _RESULTS)
         )
         self._dtype = scales
-        self.columns, self.rows = word(builder, words, _COLUMNS), word(builder, part, _ROWS)
+        place = builder.add(builder.mul(word(builder, words, _PARTS), I64(_ADDRESSES)), part)
+        self.columns = word(builder, words, _COLUMNS)
+        self.rows = word(builder, at(builder, words, place, I64), _HEAD_WORDS)
         self.steps = builder.udiv(self.columns, I64(reader.weights))
 
     def row(self, matrix: Any, number: Any) -> _Row:

@@ -9,7 +9,6 @@ from functools import cache
 from typing import Any
 
 from llm_magic.backends.accelerate.placement import cpu_products
-from llm_magic.backends.accelerate.placement.cpu_products import PackedWeights
 from llm_magic.backends.accelerate.placement.packing import packed_weights
 
 _MARK = "computes_by_kernels"
@@ -79,26 +78,21 @@ def _new(usual_class: Any) -> Any:
 
 def _by_kernel(layer: Any, states: Any) -> Any:
     """What the layer makes of ``states``; ``None`` where it is to do that itself."""
-    weight, bias = (layer._parameters.get(name) for name in ("weight", "bias"))
-    if states.device.type != "cpu" or layer.training or weight is None:
+    import torch
+
+    parameters = layer._parameters
+    weight, bias = parameters.get("weight"), parameters.get("bias")
+    if not states.is_cpu or layer.training or weight is None or type(weight) is torch.Tensor:
         return None
     if bias is not None and bias.requires_grad:
         return None
-    if (weights := _weights(weight, states.dtype)) is None:
-        return None
-    dtype = getattr(layer, "compute_dtype", None) or states.dtype  # bitsandbytes' 4-bit layers have one
-    if (outputs := cpu_products.multiplied(states.to(dtype), weights)) is None:
-        return None
-    if bias is not None:
-        outputs += bias.to(dtype)
-    return outputs.to(states.dtype)
-
-
-def _weights(weight: Any, dtype: Any) -> PackedWeights | None:
-    import torch
-
     if type(weight) is torch.nn.Parameter:
-        name = str(weight.dtype).removeprefix("torch.")
-        is_taken = name in cpu_products.PLAIN and weight.dtype == dtype and weight.is_contiguous()
-        return PackedWeights(name, weight, None, None, *weight.shape) if is_taken else None
-    return None if type(weight) is torch.Tensor else packed_weights(weight)
+        outputs, dtype = cpu_products.multiplied_plain(states, weight), states.dtype
+    elif (weights := packed_weights(weight)) is not None:
+        dtype = getattr(layer, "compute_dtype", None) or states.dtype  # bitsandbytes' 4-bit layers have one
+        outputs = cpu_products.multiplied(states.to(dtype), weights)
+    else:
+        return None
+    if outputs is not None and bias is not None:
+        outputs += bias.to(dtype)
+    return outputs if outputs is None or dtype == states.dtype else outputs.to(states.dtype)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
@@ -126,70 +127,80 @@ def few_plain_tokens(dtype: Any) -> int:
     return next((count for needed, count in _FEW_PLAIN if needed in _instructions()), 0)
 
 
+def most_by_bytes(kind: str, dtype: Any) -> int:
+    """Up to how many tokens of a dtype are multiplied with the bytes of weights of a kind."""
+    return few_plain_tokens(dtype) if kind in PLAIN else few_tokens(dtype)
+
+
 def multiplied(tokens: Any, weights: PackedWeights) -> Any:
     """Tokens ``[..., in]`` times a matrix, ``[..., out]``; ``None`` where no kernel takes it."""
     if not _may_read(tokens, weights):
         return None
-    flat = tokens.reshape(-1, weights.columns).contiguous()
-    if len(flat) <= most_by_bytes(weights.kind, tokens.dtype):
-        results = _by_bytes(flat, [weights])
-        result = None if results is None else results[0]
-    elif weights.kind in PLAIN and not multiplies_slowly(tokens.dtype):
-        return None
-    else:
-        result = _by_numbers(flat, weights)
+    if tokens.numel() <= few_tokens(tokens.dtype) * weights.columns:
+        addresses = _addresses(weights)
+        results = _by_bytes(tokens, weights.layout, (weights.rows,), (addresses,))
+        return None if results is None else results[0]
+    result = _by_numbers(tokens.reshape(-1, weights.columns).contiguous(), weights)
     return None if result is None else result.view(*tokens.shape[:-1], weights.rows)
 
 
-def most_by_bytes(kind: str, dtype: Any) -> int:
-    """Up to how many tokens of a dtype are multiplied with the bytes of weights of a kind."""
-    return few_plain_tokens(dtype) if kind in PLAIN else few_tokens(dtype)
+def multiplied_plain(tokens: Any, matrix: Any) -> Any:
+    """Tokens times a parameter of 16 bits ``[out, in]``, in the same dtype; as `multiplied`."""
+    dtype = matrix.dtype
+    if tokens.dtype != dtype or not matrix.is_contiguous() or not _may_be_read(tokens, matrix):
+        return None
+    rows, columns = matrix.shape
+    if tokens.shape[-1] != columns:
+        return None
+    if tokens.numel() <= few_plain_tokens(dtype) * columns:
+        results = _by_bytes(tokens, _plain(dtype, columns), (rows,), ((matrix.data_ptr(), 0, 0),))
+        return None if results is None else results[0]
+    if not multiplies_slowly(dtype):
+        return None
+    weights = PackedWeights(_name(dtype), matrix, None, None, rows, columns)
+    result = _by_numbers(tokens.reshape(-1, columns).contiguous(), weights)
+    return None if result is None else result.view(*tokens.shape[:-1], rows)
+
+
+def multiplied_with(tokens: Any, several: Sequence[PackedWeights]) -> list[Any] | None:
+    """Tokens times each of some matrices, which lie alike, with one call of a kernel; as `multiplied`, for few tokens."""
+    layout = several[0].layout
+    few = most_by_bytes(layout.kind, tokens.dtype)
+    if tokens.numel() > few * layout.columns or any(weights.layout != layout for weights in several[1:]):
+        return None
+    if not all(_may_read(tokens, weights) for weights in several):
+        return None
+    rows = tuple(weights.rows for weights in several)
+    return _by_bytes(tokens, layout, rows, [_addresses(weights) for weights in several])
 
 
 def multiplied_each(tokens: Any, weights: PackedWeights, matrices: Any) -> Any:
     """Each token ``[n, in]`` times one matrix of a stack, whose numbers are ``matrices`` (int64 ``[n]``); as `multiplied`."""
     if not _may_read(tokens, weights):
         return None
-    results = _by_bytes(tokens.contiguous(), [weights], matrices)
+    results = _by_bytes(tokens, weights.layout, (weights.rows,), (_addresses(weights),), matrices)
     return None if results is None else results[0]
 
 
 def _may_read(tokens: Any, weights: PackedWeights) -> bool:
     """Whether all is there, in RAM, and nobody looks on: to differentiate, to trace."""
+    if (weights.scales is None) != (weights.kind in PLAIN) or tokens.shape[-1] != weights.columns:
+        return False
+    return _may_be_read(tokens, weights.data, weights.scales, weights.shifts)
+
+
+def _may_be_read(tokens: Any, *parts: Any) -> bool:
     import torch
 
     if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return False
     if type(tokens) not in (torch.Tensor, torch.nn.Parameter) or not tokens.numel():
         return False
-    if (weights.scales is None) != (weights.kind in PLAIN):
-        return False
     needs_grad = torch.is_grad_enabled()
-    for part in (
-        tokens,
-        weights.data,
-        weights.scales,
-        weights.shifts,
-    ):  # a loop: it is asked for every product
+    for part in (tokens, *parts):  # a loop: it is asked for every product
         if part is not None and not (part.is_cpu and not (needs_grad and part.requires_grad)):
             return False
     return True
-
-
-def multiplied_with(tokens: Any, several: Sequence[PackedWeights]) -> list[Any] | None:
-    """Tokens ``[..., in]`` times each of some matrices, which lie alike, with one call of a kernel; as `multiplied`."""
-    layout, count = several[0].layout, tokens.numel() // several[0].columns
-    if any(weights.layout != layout for weights in several[1:]):
-        return None
-    if not all(_may_read(tokens, weights) for weights in several) or count > most_by_bytes(
-        layout.kind, tokens.dtype
-    ):
-        return None
-    flat = tokens.reshape(-1, layout.columns).contiguous()
-    results = _by_bytes(flat, several)
-    if results is None:
-        return None
-    return [some.view(*tokens.shape[:-1], some.shape[-1]) for some in results]
 
 
 @dataclass(frozen=True)
@@ -234,13 +245,17 @@ class Products:
         return self.pairs * self.columns * sum(self.rows)
 
     @cached_property
-    def _words(self) -> Any:
-        return ctypes.c_int64 * (_HEAD + _PART * len(self.rows))
+    def _constants(self) -> tuple[int, ...]:
+        return self.tokens, self.columns, self.pairs, self.blocks, len(self.rows)
 
-    def words(
-        self, tokens: int, room: int, parts: Sequence[tuple[int, int, int, int]], matrices: int = 0
-    ) -> Any:
-        """The argument of `run`, of addresses: may be used again while nothing moves, by one thread at a time.
+    @cached_property
+    def _packed(self) -> tuple[Callable[..., bytes], Callable[[bytes], Any]]:
+        """What makes bytes of words, and of these what a kernel takes: together quicker than ctypes alone."""
+        count = _HEAD_WORDS + _PART_WORDS * len(self.rows)
+        return struct.Struct(f"={count}q").pack, (ctypes.c_int64 * count).from_buffer_copy
+
+    def words(self, tokens: int, room: int, addresses: Sequence[int], matrices: int = 0) -> Any:
+        """The argument of `run`: may be used again while nothing moves, by one thread at a time.
 
         Parameters
         ----------
@@ -248,23 +263,14 @@ class Products:
             Where they are, contiguous.
         room
             Where `room` bytes are.
-        parts
+        addresses
             For each matrix, where its data, scales, shifts and results ``[places, out]`` are; 0 for what it has not.
         matrices
             Where the numbers of the pairs' matrices are; 0 for the first of each stack.
         """
-        head = (
-            tokens,
-            room,
-            self.tokens,
-            self.columns,
-            self.pairs,
-            matrices or _only().data_ptr(),
-            self.blocks,
-            0,
-        )
-        each = (word for part, rows in zip(parts, self.rows, strict=True) for word in (*part, rows))
-        return self._words(*head, len(parts), *each)
+        pack, copied = self._packed
+        matrices = matrices or _only().data_ptr()
+        return copied(pack(tokens, room, matrices, 0, *self._constants, *addresses, *self.rows))
 
     def run(self, words: Any) -> None:
         """Multiply."""
@@ -278,10 +284,12 @@ class Products:
 
 def prepared(layout: Layout, rows: tuple[int, ...], dtype: str, tokens: int) -> Products | None:
     """Products of so many tokens with a matrix for each of ``rows``; ``None`` where no kernel makes them."""
-    return _prepared(layout, rows, dtype, tokens, 1)
+    return _prepared(layout, rows, dtype, tokens, pairs=1)
 
 
-def _prepared(layout: Layout, rows: tuple[int, ...], dtype: str, tokens: int, pairs: int) -> Products | None:
+def _prepared(
+    layout: Layout, rows: tuple[int, ...], dtype: str, tokens: int, *, pairs: int
+) -> Products | None:
     most = _TOGETHER_WITH_PLAIN if layout.kind in PLAIN else _TOGETHER
     blocks = -(-tokens // pairs // most)
     together = -(-tokens // pairs // blocks)
@@ -293,28 +301,38 @@ def _prepared(layout: Layout, rows: tuple[int, ...], dtype: str, tokens: int, pa
     )
 
 
-def _by_bytes(tokens: Any, several: Sequence[PackedWeights], matrices: Any = None) -> list[Any] | None:
-    """Tokens times each of some matrices, or each of them times one of ``matrices``; ``None`` where no kernel takes it."""
+def _by_bytes(
+    tokens: Any,
+    layout: Layout,
+    rows: tuple[int, ...],
+    sources: Sequence[tuple[int, int, int]],
+    matrices: Any = None,
+) -> list[Any] | None:
+    """Tokens times each of some matrices, or each of them times one of ``matrices``; ``None`` where no kernel takes it.
+
+    ``sources`` are the addresses of data, scales and shifts.
+    """
     import torch
 
-    count, rows = tokens.shape[0], tuple([weights.rows for weights in several])
-    layout, dtype = several[0].layout, _name(tokens.dtype)
+    tokens, dtype, count = tokens.contiguous(), tokens.dtype, tokens.numel() // layout.columns
     if matrices is None:
-        products = _known(layout, rows, dtype, count)
+        products = _known(layout, rows, _name(dtype), count)
     else:
-        products = _prepared(layout, rows, dtype, count, count)
+        products = _prepared(layout, rows, _name(dtype), count, pairs=count)
     if products is None:
         return None
-    results = [tokens.new_empty(products.places, of) for of in rows]
+    is_full, shape = products.places == count, tokens.shape[:-1]
+    results = [tokens.new_empty((*shape, of) if is_full else (products.places, of)) for of in rows]
     room = torch.empty(products.room, dtype=torch.uint8) if products.room else None
-    parts = [_addresses(weights, result) for weights, result in zip(several, results, strict=True)]
-    products.run(products.words(tokens.data_ptr(), _address(room), parts, _address(matrices)))
-    return results if products.places == count else [result[:count] for result in results]
+    addresses: list[int] = []
+    for source, result in zip(sources, results, strict=True):
+        addresses += (*source, result.data_ptr())
+    products.run(products.words(tokens.data_ptr(), _address(room), addresses, _address(matrices)))
+    return results if is_full else [result[:count].view(*shape, result.shape[-1]) for result in results]
 
 
-def _addresses(weights: PackedWeights, result: Any) -> tuple[int, int, int, int]:
-    data, scales, shifts = weights.data, weights.scales, weights.shifts
-    return data.data_ptr(), _address(scales), _address(shifts), result.data_ptr()
+def _addresses(weights: PackedWeights) -> tuple[int, int, int]:
+    return weights.data.data_ptr(), _address(weights.scales), _address(weights.shifts)
 
 
 def _by_numbers(tokens: Any, weights: PackedWeights) -> Any:
@@ -347,11 +365,11 @@ def _unpack(weights: PackedWeights, start: int, numbers: Any) -> None:
     kernel = _kernel(weights.layout, _name(numbers.dtype), 0)
     assert kernel is not None
     unpack = Products(kernel, weights.columns, (len(numbers),), 0, 1, 0, 0, needs_room=False)
-    unpack.run(unpack.words(0, 0, [_addresses(part, numbers)]))
+    unpack.run(unpack.words(0, 0, (*_addresses(part), numbers.data_ptr())))
 
 
-_HEAD, _PART, _THREADS = 9, 5, 7
-"""Words of a kernel's argument, and which of them says how many threads there are; see `kernels.products`."""
+_HEAD_WORDS, _PART_WORDS, _THREADS = 9, 5, 3
+"""Of a kernel's argument, and which of them says how many threads there are; see `kernels.products`."""
 
 
 def _address(tensor: Any) -> int:
@@ -375,6 +393,11 @@ def _name(dtype: Any) -> str:
 def _known(layout: Layout, rows: tuple[int, ...], dtype: str, tokens: int) -> Products | None:
     """As `prepared`, once."""
     return prepared(layout, rows, dtype, tokens)
+
+
+@cache
+def _plain(dtype: Any, columns: int) -> Layout:
+    return Layout(_name(dtype), columns)
 
 
 @cache
