@@ -40,6 +40,9 @@ _WIDTHS = (
 """What a processor must have, the bytes of its vectors, and its instruction that looks up 16 values for each of them."""
 
 
+_LONG = 2048
+"""Columns of which 8 tokens in bfloat16 fill a usual L1 cache."""
+
 Place = tuple[Any, Any]
 """Where an array begins, and how many elements come before."""
 
@@ -243,7 +246,20 @@ class Halves(Reader):
 
 @dataclass(frozen=True)
 class Pairs(Reader):
-    """Numbers in bfloat16 for an instruction that multiplies 32 of them, and adds what each two make to a sum."""
+    """Numbers in bfloat16 for an instruction that multiplies 32 of them, and adds what each two make to a sum.
+
+    Attributes
+    ----------
+    is_long
+        Whether tokens are too long for the L1 cache. Then it pays to read one row more with each, although not all sums
+        are in registers.
+    """
+
+    is_long: bool
+
+    @property
+    def registers(self) -> int:
+        return 40 if self.is_long else 32
 
     @property
     def columns(self) -> list[list[int]]:
@@ -350,7 +366,7 @@ def halves(dtype: str, columns: int) -> Reader | None:
 def pairs(columns: int) -> Reader | None:
     """What multiplies numbers in bfloat16 with tokens in bfloat16, as `codes`."""
     has_it = {"avx512bf16", "avx512bw"} <= instructions()
-    return Pairs(64, 32, 0, has_scale=False) if has_it and columns % 32 == 0 else None
+    return Pairs(64, 32, 0, columns >= _LONG, has_scale=False) if has_it and columns % 32 == 0 else None
 
 
 def floats(columns: int) -> Reader | None:
