@@ -9,6 +9,7 @@ from functools import cache
 from typing import Any
 
 from llm_magic.backends.accelerate.placement import cpu_products
+from llm_magic.backends.accelerate.placement.cpu_products import PackedWeights
 from llm_magic.backends.accelerate.placement.packing import packed_weights
 
 _MARK = "computes_by_kernels"
@@ -33,17 +34,23 @@ def served_weights(layer: Any, dtype: Any) -> PackedWeights | None:
 
     Nobody else may see these products: not to differentiate, not to trace.
     """
+    import torch
+
     weight, bias = (layer._parameters.get(name) for name in ("weight", "bias"))
     computed = getattr(layer, "compute_dtype", None) or dtype
-    if not hasattr(type(layer), _MARK) or weight is None or computed != dtype:
+    if not hasattr(type(layer), _MARK) or weight is None or type(weight) is torch.Tensor or computed != dtype:
         return None
     if bias is not None and (bias.dtype != dtype or not bias.is_cpu):
         return None
-    weights = _weights(weight, dtype)
-    if weights is None or (weights.scales is None) != (weights.kind in cpu_products.PLAIN):
-        return None
-    parts = (weights.data, weights.scales, weights.shifts)
+    weights = _plain(weight, dtype) if type(weight) is torch.nn.Parameter else packed_weights(weight)
+    parts = () if weights is None else (weights.data, weights.scales, weights.shifts)
     return weights if all(part is None or part.is_cpu for part in parts) else None
+
+
+def _plain(weight: Any, dtype: Any) -> PackedWeights | None:
+    name = str(weight.dtype).removeprefix("torch.")
+    is_taken = name in cpu_products.PLAIN and weight.dtype == dtype and weight.is_contiguous()
+    return PackedWeights(name, weight, None, None, *weight.shape) if is_taken else None
 
 
 def is_linear(layer: Any) -> bool:

@@ -57,19 +57,11 @@ class Linears:
 
     def _multiply(self, products: Products, states: Any, weights: Sequence[Any], values: Values) -> None:
         room = self._empty(products.room, dtype=self._byte) if products.room else None
-        parts = []
+        addresses = []
         for out, of in zip(self._outputs, weights, strict=True):
-            result = self._empty(products.places, of.rows, dtype=self._dtype)
-            parts.append(
-                (
-                    of.data.data_ptr(),
-                    0 if of.scales is None else of.scales.data_ptr(),
-                    0 if of.shifts is None else of.shifts.data_ptr(),
-                    result.data_ptr(),
-                )
-            )
-            values[out.base] = result
-        products.run(products.words(states.data_ptr(), 0 if room is None else room.data_ptr(), parts))
+            result = values[out.base] = self._empty(products.places, of.rows, dtype=self._dtype)
+            addresses += [_address(of.data), _address(of.scales), _address(of.shifts), result.data_ptr()]
+        products.run(products.words(states.data_ptr(), _address(room), addresses))
         for module, out in zip(self._modules, self._outputs, strict=True):
             result = values[out.base] if products.places == self._tokens else values[out.base][: self._tokens]
             bias = module._parameters.get("bias")
@@ -103,6 +95,10 @@ class Linears:
                 cpu_products.prepared(weights[0].layout, rows, self._name, self._tokens) if alike else None
             )
         return self._products[key]
+
+
+def _address(tensor: Any) -> int:
+    return 0 if tensor is None else int(tensor.data_ptr())
 
 
 def _is_such(weight: Any, packed: PackedWeights) -> bool:
