@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.models.gpt_oss import modeling_gpt_oss
 
-from llm_magic.backends.accelerate.decoding import attention, step_by_step
+from llm_magic.backends.accelerate.decoding import attention, cpu_attention, step_by_step
 from llm_magic.backends.accelerate.decoding.joined import FEW_TOKENS
 from llm_magic.backends.accelerate.quiet import quiet
 from llm_magic.backends.accelerate.source.layout import read_layout
@@ -65,6 +65,12 @@ def model(request: pytest.FixtureRequest) -> Any:
     for parameter in made.parameters():
         torch.nn.init.normal_(parameter, std=0.4)
     return made
+
+
+@pytest.fixture(autouse=True)
+def _no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, or without llvmlite; what the kernel computes is tested with it."""
+    monkeypatch.setattr(cpu_attention, "attended", lambda *_, **__: None)
 
 
 def sweep(model: Any, tokens: int, places: int = 40) -> Any:
