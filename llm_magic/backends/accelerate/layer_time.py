@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from llm_magic.backends.accelerate.decoding.attention import without_plans
+from llm_magic.backends.accelerate.decoding.attention import use_on_cpu, without_plans
 from llm_magic.backends.accelerate.placement.cpu_linear import serve_plain_layers
 from llm_magic.host.speed import median_of
 
@@ -50,6 +50,7 @@ def layer_overhead_s(
         sweep(ids)
         if time.perf_counter() - began > _TOO_LONG * budget_s:
             return 0.0
+        sweep(ids[:, :1])  # compiles kernels
         began, worked = time.perf_counter(), time.process_time()
         seconds = median_of(lambda: sweep(ids[:, :1]), budget_s) / LAYERS
         worked, took = time.process_time() - worked, time.perf_counter() - began
@@ -82,6 +83,7 @@ def _narrow_model(device_id: str) -> Any:
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data.fill_(0.01)
     serve_plain_layers(model)
+    use_on_cpu(model)
     return model
 
 

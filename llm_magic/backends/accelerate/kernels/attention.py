@@ -19,6 +19,7 @@ from llm_magic.backends.accelerate.kernels.code import (
     I8,
     as_floats,
     at,
+    fetched,
     from_floats,
     intrinsic,
     loaded,
@@ -58,6 +59,9 @@ _BATCH, _HEADS, _SHARED, _TOKENS, _PLACES, _PART = range(8, 14)
 _OF_QUERY, _OF_KEY, _OF_VALUE, _OF_MASK, _OF_OUT = range(14, 29, 3)
 _SCALE, _CAP, _SEEN, _MORE_SEEN, _THREADS = range(29, 34)
 """Words of the argument of a kernel."""
+
+_AHEAD, _LINE = 32, 64
+"""Places before their use at which keys and values are asked for, and the bytes that come at a time."""
 
 _LN2 = (0.693359375, -2.12194440e-4)  # in two parts: few numbers times the first one are exact
 _EXP = (0.5, 0.16666576266288757, 0.041666463017463684, 0.008363205008208752, 0.001393368816934526)
@@ -221,6 +225,7 @@ class _Attention:
             begin = builder.mul(group, I64(together))
             places = [self._least(builder.add(begin, I64(each)), last) for each in range(together)]
             starts = [at(builder, keys, builder.mul(place, stride), element) for place in places]
+            self._ask_for(starts, stride, self.kind.width)
             self._clear(held for of_row in sums for held in of_row)
             with loop(builder, I64(0), I64(self.kind.width // lanes)) as step:
                 index = builder.mul(step, I64(lanes))
@@ -329,6 +334,7 @@ class _Attention:
             self._clear(held for of_row in sums for held in of_row)
             with loop(builder, I64(0), count) as place:
                 start = at(builder, values, builder.add(builder.mul(place, stride), begin), element)
+                self._ask_for([start], stride, together * lanes)
                 numbers = [self._read(start, I64(each * lanes), self.kind.dtype) for each in range(together)]
                 for scores, of_row in zip(self._scores, sums, strict=True):
                     share = spread(builder, [loaded(builder, scores, place, F32)], lanes)
@@ -427,6 +433,16 @@ class _Attention:
     def _read(self, start: Any, index: Any, dtype: str) -> Any:
         kind = vector(stored_kind(dtype), self.lanes)
         return as_floats(self.builder, loaded(self.builder, start, index, kind), dtype)
+
+    def _ask_for(self, starts: Sequence[Any], stride: Any, count: int) -> None:
+        """Have so many numbers of places some way behind these brought from RAM, also those of the next part."""
+        builder, element = self.builder, stored_kind(self.kind.dtype)
+        ahead = builder.mul(stride, I64(_AHEAD))
+        size = 4 if self.kind.dtype == "float32" else 2
+        for start in starts:
+            for line in range(0, count, _LINE // size):
+                place = at(builder, start, builder.add(ahead, I64(line)), element)
+                fetched(self.module, builder, place)
 
     def _numbers(self, count: int) -> Any:
         """Room for so many."""
