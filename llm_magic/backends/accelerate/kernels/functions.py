@@ -30,15 +30,14 @@ class Functions:
     def same(self, value: Any) -> Any:
         return value
 
-    def add(self, left: Any, right: Any, factor: float = 1.0) -> Any:
-        """``left + factor * right``."""
-        return self._builder.fadd(left, self._times(right, factor))
+    def add(self, left: Any, right: Any) -> Any:
+        return self._builder.fadd(left, right)
 
-    def subtract(self, left: Any, right: Any, factor: float = 1.0) -> Any:
-        return self._builder.fsub(left, self._times(right, factor))
+    def subtract(self, left: Any, right: Any) -> Any:
+        return self._builder.fsub(left, right)
 
-    def subtract_from(self, value: Any, number: float, factor: float = 1.0) -> Any:
-        return self._builder.fsub(self.constant(number, value), self._times(value, factor))
+    def subtract_from(self, value: Any, number: float) -> Any:
+        return self._builder.fsub(self.constant(number, value), value)
 
     def multiply(self, left: Any, right: Any) -> Any:
         return self._builder.fmul(left, right)
@@ -62,16 +61,19 @@ class Functions:
         return self._called("fabs", value)
 
     def larger(self, left: Any, right: Any) -> Any:
-        return self._builder.select(self._builder.fcmp_unordered(">", left, right), left, right)
+        """What is no number is none however it is compared."""
+        return self._chosen(self._builder.fcmp_ordered(">", left, right), left, right)
 
     def smaller(self, left: Any, right: Any) -> Any:
-        return self._builder.select(self._builder.fcmp_unordered("<", left, right), left, right)
+        return self._chosen(self._builder.fcmp_ordered("<", left, right), left, right)
 
     def at_least(self, value: Any, least: float) -> Any:
-        return self.larger(value, self.constant(least, value))
+        limit = self.constant(least, value)
+        return self._builder.select(self._builder.fcmp_ordered("<", value, limit), limit, value)
 
     def at_most(self, value: Any, most: float) -> Any:
-        return self.smaller(value, self.constant(most, value))
+        limit = self.constant(most, value)
+        return self._builder.select(self._builder.fcmp_ordered(">", value, limit), limit, value)
 
     def root(self, value: Any) -> Any:
         return self._called("sqrt", value)
@@ -116,7 +118,7 @@ class Functions:
         return self.divide(value, self.add_number(self.exp(self.negate(value)), 1.0))
 
     def relu(self, value: Any) -> Any:
-        return self.larger(value, self.constant(0.0, value))
+        return self.at_least(value, 0.0)
 
     def tanh(self, value: Any) -> Any:
         """By an exponential, near 0 by its series."""
@@ -146,6 +148,10 @@ class Functions:
         inner = self._fused(self._times(self.cube(value), 0.044715), self.constant(1.0, value), value)
         curve = self.tanh(self._times(inner, math.sqrt(2 / math.pi)))
         return self.multiply(self._times(value, 0.5), self.add_number(curve, 1.0))
+
+    def _chosen(self, is_left: Any, left: Any, right: Any) -> Any:
+        is_none = self._builder.fcmp_unordered("uno", left, left)
+        return self._builder.select(self._builder.or_(is_left, is_none), left, right)
 
     def _times(self, value: Any, factor: float) -> Any:
         return value if factor == 1 else self._builder.fmul(value, self.constant(factor, value))

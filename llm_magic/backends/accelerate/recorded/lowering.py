@@ -96,24 +96,32 @@ class _Lowering:
 
     def two(self, left: Any, right: Any) -> list[Step]:
         of_tensors, of_number = _OF_TWO[self.name]
+        self._refuse_if_rounded_first(left)
         if isinstance(right, View):
             return [self.loop(of_tensors, (), self.out, left, right)]
         return [self.loop(of_number, (_number(right),), self.out, left)]
 
     def add(self, left: Any, right: Any, alpha: float = 1) -> list[Step]:
-        sign = -1 if self.name.startswith("aten.sub") else 1
+        is_sum = not self.name.startswith("aten.sub")
+        if alpha != 1:  # torch rounds such products now in one way, now in another
+            raise _NotOursError
         if isinstance(right, View):
-            if alpha == 1:
-                return [self.loop("add" if sign > 0 else "subtract", (), self.out, left, right)]
-            return [self.loop("add", (sign * _number(alpha),), self.out, left, right)]
-        return [self.loop("add_number", (sign * _number(alpha) * _number(right),), self.out, left)]
+            self._refuse_if_rounded_first(left, right)
+            return [self.loop("add" if is_sum else "subtract", (), self.out, left, right)]
+        number = self._rounded(right)
+        return [self.loop("add_number", (number if is_sum else -number,), self.out, left)]
 
     def subtract_from(self, value: Any, number: Any, alpha: float = 1) -> list[Step]:
-        return [self.loop("subtract_from", (_number(number), _number(alpha)), self.out, value)]
+        if alpha != 1:
+            raise _NotOursError
+        return [self.loop("subtract_from", (self._rounded(number),), self.out, value)]
 
     def power(self, value: Any, exponent: Any) -> list[Step]:
         if exponent not in _POWERS:
             raise _NotOursError
+        if exponent == 3 and _dtype(self.out) == "bfloat16":  # torch rounds the square, too
+            square, third = ("square", (value,)), ("multiply", (self.out, value))
+            return [self.loop(name, (), self.out, *values) for name, values in (square, third)]
         return [self.loop(_POWERS[exponent], (), self.out, value)]
 
     def clamp(self, value: Any, least: Any = None, most: Any = None) -> list[Step]:
@@ -133,7 +141,7 @@ class _Lowering:
         return [self.loop("gelu" if approximate == "none" else "gelu_tanh", (), self.out, value)]
 
     def fold(self, value: Any, dims: Any = (), keepdim: bool = False, dtype: Any = None) -> list[Step]:  # noqa: ARG002 - torch's order
-        dims = dims if isinstance(dims, tuple) else (dims,)
+        dims = dims or () if isinstance(dims, tuple | None) else (dims,)
         return [self.folded(_FOLDS[self.name], self.out, value, dims, is_mean="mean" in self.name)]
 
     def softmax(self, value: Any, dim: int, half_to_float: bool = False) -> list[Step]:  # noqa: ARG002 - torch's order
@@ -211,6 +219,17 @@ class _Lowering:
         if bias is not None:
             steps.append(self.loop("add", (), found, found, bias))
         return [*steps, self.loop("same", (), self.out, found)]
+
+    def _rounded(self, value: Any) -> float:
+        """A number that is added: torch has it in the dtype of the result first."""
+        import torch
+
+        return float(torch.tensor(_number(value), dtype=self.out.dtype))
+
+    def _refuse_if_rounded_first(self, *values: Any) -> None:
+        """A lone number of another dtype does not decide that of the result: torch has it in that first."""
+        if any(isinstance(v, View) and not v.shape and v.dtype != self.out.dtype for v in values):
+            raise _NotOursError
 
     def _slice(self, dim: int, start: int, size: int) -> View:
         out = self.out
