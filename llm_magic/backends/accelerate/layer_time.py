@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from llm_magic.backends.accelerate.decoding.attention import use_on_cpu, without_plans
+from llm_magic.backends.accelerate.placement import cpu_products
 from llm_magic.backends.accelerate.placement.cpu_linear import serve_plain_layers
 from llm_magic.host.speed import median_of
 
@@ -50,6 +51,8 @@ def layer_overhead_s(
         sweep(ids)
         if time.perf_counter() - began > _TOO_LONG * budget_s:
             return 0.0
+        if device_id == "cpu" and cpu_products.is_there():
+            _record(model)
         sweep(ids[:, :1])  # compiles kernels
         began, worked = time.perf_counter(), time.process_time()
         seconds = median_of(lambda: sweep(ids[:, :1]), budget_s) / LAYERS
@@ -85,6 +88,12 @@ def _narrow_model(device_id: str) -> Any:
     serve_plain_layers(model)
     use_on_cpu(model)
     return model
+
+
+def _record(model: Any) -> None:
+    from llm_magic.backends.accelerate.recorded.layers import RecordedLayers
+
+    RecordedLayers({str(number): layer for number, layer in enumerate(model.model.layers)}, {})
 
 
 def _new_cache(model: Any) -> Any:

@@ -63,6 +63,8 @@ class Quick:
         self._draft: DraftModel | None = None
         if draft is not None:
             self._draft = DraftModel(draft, _vocabulary(placed.model), _steps_of(draft, context), context)
+            if draft.device.type == "cpu" and cpu_products.is_there():
+                RecordedLayers(_layers_of(draft), {}, context)
         self._draft_model, self._draft_name = draft, draft_name
         self._lookup, self._pace = PromptLookup(), Pace()
         self._recorded: RecordedLayers | None = None
@@ -244,6 +246,12 @@ def _of_the_cpu(placed: PlacedModel) -> dict[str, Any]:
     """Layers that compute on the CPU, for one token at least."""
     names = (p.block.name for p in placed.plan.placements if p.block.kind == "decoder" and p.compute == "cpu")
     return {name: placed.blocks[name].module for name in names if name in placed.blocks}
+
+
+def _layers_of(draft: Any) -> dict[str, Any]:
+    """The layers of a model that is nowhere but in RAM."""
+    kinds = set(draft._no_split_modules or ())
+    return {name: module for name, module in draft.named_modules() if type(module).__name__ in kinds}
 
 
 def _most_tokens(plan: Plan) -> int:

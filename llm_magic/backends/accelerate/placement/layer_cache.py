@@ -120,7 +120,8 @@ class GrowingTensors:
 
         tokens = shape[-2]
         room = max(self._tokens, tokens)
-        memory = torch.empty((*shape[:-2], room, shape[-1]), dtype=dtype)
+        with torch.inference_mode(False):  # it is written to again, perhaps in another mode
+            memory = torch.empty((*shape[:-2], room, shape[-1]), dtype=dtype)
         return self._noted(memory[..., :tokens, :], room)
 
     def longer(self, before: Any, more: Any) -> Any:

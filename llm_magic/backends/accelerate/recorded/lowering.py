@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from llm_magic.backends.accelerate.kernels.elementwise import Fold, Loop, Operand
+from llm_magic.backends.accelerate.kernels.steps import Fold, Loop, Operand
 from llm_magic.backends.accelerate.recorded.recording import Node, View
 
 Step = Loop | Fold

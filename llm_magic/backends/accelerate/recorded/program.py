@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
-from llm_magic.backends.accelerate.kernels.elementwise import Fold, Loop, Operand, elementwise
+from llm_magic.backends.accelerate.kernels.steps import Fold, Loop, Operand
 from llm_magic.backends.accelerate.recorded.lowering import Step, Temporaries, lowered
 from llm_magic.backends.accelerate.recorded.recording import (
     VARYING,
@@ -226,6 +226,8 @@ def renumbered(step: Step, numbers: dict[int, int]) -> Step:
 
 @cache
 def _compiled(steps: tuple[Step, ...]) -> Callable[[Any], None]:
+    from llm_magic.backends.accelerate.kernels.elementwise import elementwise
+
     return elementwise(steps)
 
 

@@ -204,6 +204,13 @@ class Recorder:
         """Run the layer once."""
         import torch
 
+        # In inference mode operations would come before they are taken apart.
+        with torch.inference_mode(False), torch.no_grad():
+            return self._record(args, kwargs)
+
+    def _record(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Recording, Rehearsal]:
+        import torch
+
         leaves = flat(args, kwargs)
         stands = [self._stand_in(number, leaf) for number, leaf in enumerate(leaves)]
         arguments = tuple(
@@ -214,7 +221,7 @@ class Recorder:
                 if tensor is not None:
                     self._places[id(tensor)] = (path, name)
         args, kwargs = _unflattened(stands, args, kwargs)
-        with self._with_leaves(), recording_by(self), _mode(self), torch.no_grad():
+        with self._with_leaves(), recording_by(self), _mode(self):
             result = self._usual(*args, **kwargs)
         recording = Recording(
             arguments,
