@@ -60,9 +60,13 @@ def use(model: Any) -> None:
 
 
 def use_on_cpu(model: Any) -> None:
-    """Let a model's sweeps of few tokens attend by a compiled kernel where a layer is on the CPU; all else is as it was."""
+    """Let a model's sweeps of few tokens attend by a compiled kernel where a layer is on the CPU; all else is as it was.
+
+    Towers are for images, and never attend in such sweeps.
+    """
     if cpu_attention.is_there():
-        _mark(model, _CPU_MARK)
+        decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+        _mark(model if decoder is None else decoder, _CPU_MARK)
 
 
 def leave(model: Any) -> None:
