@@ -68,6 +68,15 @@ class RecordedLayers:
             RecordedLayer(name, layer, seen, Means(self._program, growing)) for name, layer in layers.items()
         ]
 
+    @property
+    def status(self) -> str:
+        """How layers run, as far as they have in sweeps of few tokens."""
+        tried = [layer for layer in self._layers if layer.is_tried]
+        recorded = sum(layer.is_recorded for layer in tried)
+        if recorded < len(tried):
+            return f"{recorded} of {len(tried)} layers recorded" if recorded else "layers not recorded"
+        return "recorded layers" if tried else ""
+
     def undo(self) -> None:
         """Before blocks move: every layer as it was."""
         while self._layers:
@@ -125,6 +134,16 @@ class RecordedLayer:
         self._usual = below_its_hook(layer)
         self._guard = _Guard(layer)
         vars(layer)[self._slot] = self.forward
+
+    @property
+    def is_tried(self) -> bool:
+        """Whether there was a sweep for which it was to be recorded."""
+        return bool(self._bound)
+
+    @property
+    def is_recorded(self) -> bool:
+        """Whether it runs as recorded in some sweeps."""
+        return any(bound is not None for bound in self._bound.values())
 
     def __reduce__(self) -> Any:
         """A copy of the layer runs its own code."""
