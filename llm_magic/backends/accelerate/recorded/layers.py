@@ -37,6 +37,7 @@ from llm_magic.backends.accelerate.recorded.recording import (
 MOST_TOKENS = 16
 
 _STATES = 3  # dimensions
+_MOST_KINDS = 64  # of sweeps; arguments that are other numbers in each would never end
 
 Call = tuple[Sequence[Any], Mapping[str, Any]]
 """``args`` and ``kwargs``."""
@@ -176,10 +177,10 @@ class RecordedLayer:
         if not (is_here and self._name in self._seen and self._goes_on(leaves)):
             return self._looked_at(args, kwargs)
         key = tuple(map(_key, leaves)), tuple(kwargs)
-        if key not in self._bound:
+        if key not in self._bound and len(self._bound) < _MOST_KINDS:
             program = self._make(self._layer, self._usual, (args, kwargs), self._seen[self._name])
             self._bound[key] = Bound(program, self._layer, self._growing) if program else None
-        bound = self._bound[key]
+        bound = self._bound.get(key)
         if bound is None or not bound.takes(leaves):
             return self._usual(*args, **kwargs)
         return bound.run(leaves)
@@ -229,7 +230,7 @@ class _Unrecorded:
 class Bound:
     """A program with the modules of one layer."""
 
-    def __init__(self, program: Program, layer: Any, growing: GrowingTensors) -> None:
+    def __init__(self, program: Program, layer: Any, growing: GrowingTensors | None = None) -> None:
         self._program = program
         self._size = program.size
         recording = program.recording
@@ -237,22 +238,20 @@ class Bound:
             (number, view.base) for number, view in recording.arguments if view.base in program.used
         ]
         self._checked = [
-            (number, view.shape)
-            for number, view in recording.arguments
-            if view.base in program.used and view.shape != VARYING
+            (number, view.shape) for number, view in recording.arguments if view.shape != VARYING
         ]
         self._weights = []
         for path, name, view in recording.weights:
             module = layer.get_submodule(path)
             held = module._parameters if name in module._parameters else module._buffers
             self._weights.append((held, name, view))
-        self._steps = [_step(parts, layer, growing) for parts in _together(program.parts)]
+        self._steps = [_step(parts, layer, growing or GrowingTensors(0)) for parts in _together(program.parts)]
         self._result = program.result
 
     def takes(self, leaves: Sequence[Any]) -> bool:
         """Whether arguments are of the shapes that it is for."""
         return all(leaves[number].shape == shape for number, shape in self._checked) and all(
-            _is_such(held[name], view) for held, name, view in self._weights
+            _is_such(held.get(name), view) for held, name, view in self._weights
         )
 
     def run(self, leaves: Sequence[Any]) -> Any:

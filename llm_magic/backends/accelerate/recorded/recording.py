@@ -8,6 +8,8 @@ something else when numbers, positions and the length of the KV cache are others
 
 from __future__ import annotations
 
+import operator
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -21,6 +23,7 @@ from llm_magic.backends.accelerate.recorded.current import current, recording_by
 from llm_magic.errors import LLMMagicError
 
 _STATES = 3  # dimensions of states and rotations; masks have more
+_TOKENS_BEFORE, _MANY_TOKENS = 7, 1 << 30
 
 
 class CannotRecordError(LLMMagicError):
@@ -136,13 +139,13 @@ class Rehearsal:
     Attributes
     ----------
     leaves
-        Of the nodes in turn that are no operations of torch, the tensors.
+        Of the nodes in turn that are no operations of torch: the tensors that each got, and those that it gave.
     result
         Of the layer.
     """
 
     arguments: list[Any]
-    leaves: list[tuple[Any, ...]]
+    leaves: list[tuple[list[Any], tuple[Any, ...]]]
     result: Any
 
 
@@ -166,15 +169,23 @@ def record(
     CannotRecordError
         When that would not be the whole of it.
     """
-    first, rehearsal = Recorder(layer, usual, whole, seed=1, tokens_before=7).record(*call)
-    second, _ = Recorder(layer, usual, whole, seed=2, tokens_before=12).record(*call)
+    with _as_it_was(layer):
+        first, rehearsal = Recorder(layer, usual, whole).record(*call)
+    with _as_it_was(layer):
+        second, _ = Recorder(layer, usual, whole, is_other=True).record(*call)
     if first != second:
         raise CannotRecordError("what the layer does depends on numbers or on the length of the text")
     return first, rehearsal
 
 
 class Recorder:
-    """One recording."""
+    """One recording.
+
+    Parameters
+    ----------
+    is_other
+        With other numbers, and a length of the text beyond all that code may compare it with.
+    """
 
     def __init__(
         self,
@@ -182,13 +193,12 @@ class Recorder:
         usual: Callable[..., Any],
         whole: Mapping[str, Outputs],
         *,
-        seed: int,
-        tokens_before: int,
+        is_other: bool = False,
     ) -> None:
         import torch
 
-        self._layer, self._usual, self._whole, self._before = layer, usual, whole, tokens_before
-        self._random = torch.Generator().manual_seed(seed)
+        self._layer, self._usual, self._whole, self._is_other = layer, usual, whole, is_other
+        self._random = torch.Generator().manual_seed(1 + is_other)
         self._views: dict[int, View] = {}
         self._objects: dict[int, Argument] = {}
         self._alive: list[Any] = []
@@ -196,7 +206,7 @@ class Recorder:
         self._made: dict[int, View] = {}
         self._weights: dict[tuple[str, str], View] = {}
         self._nodes: list[Node] = []
-        self._leaves: list[tuple[Any, ...]] = []
+        self._leaves: list[tuple[list[Any], tuple[Any, ...]]] = []
         self._places: dict[int, tuple[str, str]] = {}
         self._paths = {id(module): path for path, module in layer.named_modules()}
 
@@ -212,7 +222,8 @@ class Recorder:
         import torch
 
         leaves = flat(args, kwargs)
-        stands = [self._stand_in(number, leaf) for number, leaf in enumerate(leaves)]
+        states = next(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
+        stands = [self._stand_in(number, leaf, states.shape[1]) for number, leaf in enumerate(leaves)]
         arguments = tuple(
             (i, self._views[id(t)]) for i, t in enumerate(stands) if isinstance(t, torch.Tensor)
         )
@@ -223,6 +234,7 @@ class Recorder:
         args, kwargs = _unflattened(stands, args, kwargs)
         with self._with_leaves(), recording_by(self), _mode(self):
             result = self._usual(*args, **kwargs)
+        _check_result(result)
         recording = Recording(
             arguments,
             tuple((*place, view) for place, view in self._weights.items()),
@@ -237,9 +249,9 @@ class Recorder:
         """One that reaches the dispatcher."""
         import torch
 
-        if function in _looks_at_numbers():
-            raise CannotRecordError("it looks at numbers")
-        if function.tags and torch.Tag.nondeterministic_seeded in function.tags:
+        if _looks_at_numbers(function, args):
+            raise CannotRecordError(f"{function} looks at numbers")
+        if torch.Tag.nondeterministic_seeded in function.tags:
             raise CannotRecordError(f"{function} draws numbers")
         shown = self._shown(args), self._pairs(kwargs)
         if any(view.shape == VARYING for view in views_in(shown)):
@@ -292,8 +304,15 @@ class Recorder:
         if path is None:
             raise CannotRecordError("a part of it is another layer's")
         shown = self._shown(tuple(args)), self._pairs(kwargs)
-        made = tuple(torch.randn(shape, generator=self._random).to(dtype) for shape in shapes)
-        self._leaves.append(made)
+        if (
+            kind == "cache"
+        ):  # only large parts take them, which look at nothing of them but how many there are
+            made = tuple(torch.zeros((), dtype=dtype).expand(shape) for shape in shapes)
+        else:
+            made = tuple(torch.randn(shape, generator=self._random).to(dtype) for shape in shapes)
+        # Copies, for the layer may change what it gets, and what it gave.
+        got = [each.clone() for each in _tensors((args, kwargs)) if self._view(each).shape != VARYING]
+        self._leaves.append((got, made if kind == "cache" else tuple(each.clone() for each in made)))
         outputs = tuple(
             self._new(each, is_whole=False) if kind == "cache" else self._result(each) for each in made
         )
@@ -321,15 +340,13 @@ class Recorder:
 
     # Tensors
 
-    def _stand_in(self, number: int, leaf: Any) -> Any:
+    def _stand_in(self, number: int, leaf: Any, tokens: int) -> Any:
         """Of an argument: numbers at random for numbers, a cache that only takes new keys and values."""
         import torch
 
         if isinstance(leaf, torch.Tensor):
-            stand = leaf.clone(memory_format=torch.contiguous_format)
-            is_mask = leaf.dim() > _STATES
-            if leaf.dtype.is_floating_point and not is_mask:
-                stand.copy_(torch.randn(leaf.shape, generator=self._random))
+            is_mask = leaf.dim() > _STATES or (leaf.dim() == 2 and leaf.shape[1] != tokens)
+            stand = self._mask(leaf) if is_mask else self._numbers(leaf)
             self._new(stand, is_whole=not is_mask)
             return stand
         if leaf is None or isinstance(leaf, (bool, int, float, str)):
@@ -340,12 +357,30 @@ class Recorder:
         self._alive.append(stand)
         return stand
 
+    def _numbers(self, leaf: Any) -> Any:
+        import torch
+
+        stand = leaf.clone(memory_format=torch.contiguous_format)
+        if leaf.dtype.is_floating_point:
+            stand.copy_(torch.randn(leaf.shape, generator=self._random))
+        elif self._is_other and leaf.dtype == torch.bool:
+            stand.logical_not_()
+        elif self._is_other and not leaf.dtype.is_complex:  # places in some table: the next ones
+            stand = torch.where(leaf > 0, leaf - 1, leaf + 1)
+        return stand
+
+    def _mask(self, leaf: Any) -> Any:
+        if not self._is_other:
+            return leaf.clone()
+        return leaf.new_zeros(()).expand(*leaf.shape[:-1], leaf.shape[-1] + _MANY_TOKENS)
+
     def _updated(self, number: int, key: Any, value: Any, index: int, *args: Any, **kwargs: Any) -> Any:
         if args or kwargs:
             raise CannotRecordError("the KV cache is told more than keys and values")
         module = next((m for m in self._layer.modules() if getattr(m, "layer_idx", None) == index), None)
+        before = _MANY_TOKENS if self._is_other else _TOKENS_BEFORE
         with _no_mode():
-            shapes = [(*each.shape[:2], self._before + each.shape[2], each.shape[3]) for each in (key, value)]
+            shapes = [(*each.shape[:2], before + each.shape[2], each.shape[3]) for each in (key, value)]
             return self.leaf("cache", module, ((Argument(number), key, value), {}), shapes, key.dtype)
 
     def _new(self, tensor: Any, *, is_whole: bool = True) -> View:
@@ -427,6 +462,20 @@ class Recorder:
         return forward
 
 
+def _tensors(value: Any) -> Iterator[Any]:
+    """All tensors of a call, in the order of `views_in` what is noted of it."""
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for each in value:
+            yield from _tensors(each)
+    elif isinstance(value, Mapping):
+        for name in sorted(value):
+            yield from _tensors(value[name])
+
+
 def views_in(value: Any) -> Iterator[View]:
     """All views among nested tuples."""
     if isinstance(value, View):
@@ -445,6 +494,14 @@ def flat(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
         else:
             found.append(each)
     return found
+
+
+def _check_result(value: Any) -> None:
+    if type(value) is tuple:
+        for each in value:
+            _check_result(each)
+    elif isinstance(value, (tuple, list)):  # which would be tuples afterwards
+        raise CannotRecordError(f"it returns a {type(value).__name__}")
 
 
 def _unflattened(leaves: Sequence[Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -482,17 +539,81 @@ def _untouchable(like: Any, attributes: Mapping[str, Any]) -> Any:
     members = dict.fromkeys(
         ("__getitem__", "__setitem__", "__contains__", "__len__", "__iter__", "__call__"), refuse
     )
-    return type("Untouchable", (), {"__getattribute__": attribute, **members})()
+    return type(type(like).__name__, (), {"__getattribute__": attribute, **members})()
 
 
 def _is_view(function: Any) -> bool:
     return any(each.alias_info is not None for each in function._schema.returns)
 
 
-def _looks_at_numbers() -> tuple[Any, ...]:
+def _looks_at_numbers(function: Any, args: tuple[Any, ...]) -> bool:
+    """Whether an operation gives Python numbers, or tensors whose shape depends on them."""
     import torch
 
-    return (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default)
+    if function is torch.ops.aten.index.Tensor:  # by places it does not, by a mask it does
+        return any(each is not None and each.dtype in (torch.bool, torch.uint8) for each in args[1])
+    return bool({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(function.tags))
+
+
+@contextmanager
+def _as_it_was(layer: Any) -> Iterator[None]:
+    """Put everything back that a layer's code keeps in its modules; code that does so is not to be recorded.
+
+    Raises
+    ------
+    CannotRecordError
+        When there was something.
+    """
+    modules = list(layer.modules())
+    before = [_kept(module) for module in modules]
+    try:
+        yield
+    finally:
+        changes = [_put_back(module, held) for module, held in zip(modules, before, strict=True)]
+    if any(changes):
+        raise CannotRecordError("it changes what its modules keep")
+
+
+def _kept(module: Any) -> list[tuple[Any, Any]]:
+    """All that may change in a module, and what is in it."""
+    import torch
+
+    collections = [each for each in vars(module).values() if type(each) in (list, dict, set, OrderedDict)]
+    kept = [(each, each.copy()) for each in (vars(module), *collections)]
+    tensors = (*module._parameters.values(), *module._buffers.values(), *vars(module).values())
+    return [*kept, *((each, each.data) for each in tensors if isinstance(each, torch.Tensor))]
+
+
+def _put_back(module: Any, kept: list[tuple[Any, Any]]) -> bool:
+    """Whether something was another."""
+    now = _kept(module)
+    is_same = len(now) == len(kept) and all(
+        held is other and _is_same(value, what)
+        for (held, value), (other, what) in zip(kept, now, strict=True)
+    )
+    for held, value in () if is_same else kept:
+        _fill(held, value)
+    return not is_same
+
+
+def _is_same(before: Any, now: Any) -> bool:
+    import torch
+
+    if isinstance(before, torch.Tensor):
+        return bool(before.data_ptr() == now.data_ptr() and before.shape == now.shape)
+    if isinstance(before, dict):
+        return before.keys() == now.keys() and all(now[name] is value for name, value in before.items())
+    return len(before) == len(now) and all(map(operator.is_, before, now))
+
+
+def _fill(held: Any, value: Any) -> None:
+    import torch
+
+    if isinstance(held, torch.Tensor):
+        held.data = value
+        return
+    held.clear()
+    held.extend(value) if isinstance(held, list) else held.update(value)
 
 
 def _mode(recorder: Recorder) -> Any:

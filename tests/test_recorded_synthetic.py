@@ -1,0 +1,640 @@
+"""Recording a decoder layer that does anything that code may do: it is recorded, or left as it is, never wrong."""
+
+from __future__ import annotations
+
+import random
+from collections import OrderedDict, namedtuple
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("llvmlite")
+
+from llm_magic.backends.accelerate.recorded import lowering  # noqa: E402
+from tests.recorded_layers import WIDTH, Layer, Twins, cache, states  # noqa: E402
+
+Pair = namedtuple("Pair", ["states", "rest"])
+Forward = Callable[..., Any]
+
+
+@pytest.fixture(autouse=True)
+def _no_grad() -> Any:
+    with torch.no_grad():
+        yield
+
+
+def whole_in_place(layer: Any, x: Any) -> Any:
+    y = layer.up(x)
+    z = y * 2
+    y.mul_(3).add_(z)
+    return x + layer.down(y + z)
+
+
+def part_in_place(layer: Any, x: Any) -> Any:
+    y = layer.up(x)
+    first, second = y.chunk(2, dim=-1)
+    before = y + 1
+    first.mul_(second)
+    second.add_(first)
+    y[..., 3:5] = before[..., :2]
+    return x + layer.down(y * before)
+
+
+def read_before_and_after(layer: Any, x: Any) -> Any:
+    y = layer.up(x)
+    before = layer.down(y)
+    y.neg_()
+    after = layer.down(y)
+    y.mul_(2)
+    return x + before * 2 + after, layer.down(y)
+
+
+def torch_reads_before_and_after(layer: Any, x: Any) -> Any:
+    y = layer.up(x)
+    before = y.sin()
+    y.neg_()
+    middle = y.sin()
+    y.zero_()
+    y[..., :7] = middle[..., 7:14]
+    return x + layer.down(before + middle), y.sin()
+
+
+def complex_parts(layer: Any, x: Any) -> Any:
+    y = layer.up(x).float()
+    z = torch.view_as_complex(y.unflatten(-1, (-1, 2)))
+    return x + layer.down(torch.view_as_real(z * z).flatten(-2).to(x.dtype))
+
+
+def complex_parts_then_a_change(layer: Any, x: Any) -> Any:
+    y = layer.up(x).float()
+    z = torch.view_as_complex(y.unflatten(-1, (-1, 2)))
+    y.mul_(2)
+    return x + layer.down(torch.view_as_real(z).flatten(-2).to(x.dtype))
+
+
+def bits_then_a_change(layer: Any, x: Any) -> Any:
+    y = layer.up(x)
+    words = y.view(torch.int16)
+    y.mul_(2)
+    return x + layer.down(words.view(x.dtype))
+
+
+def a_view_is_changed(layer: Any, x: Any) -> Any:
+    y = layer.up(x)
+    turned = y.transpose(1, 2)
+    turned[:, ::3] *= 2
+    return x + layer.down(y)
+
+
+def empty_then_filled(layer: Any, x: Any) -> Any:
+    y = torch.empty_like(x)
+    y[..., ::2], y[..., 1::2] = x[..., 1::2], -x[..., ::2]
+    return layer.mixed(y)
+
+
+def zeros_then_added(layer: Any, x: Any) -> Any:
+    y = x.new_zeros(x.shape)
+    y += layer.mixed(x)
+    return y
+
+
+def two_results(layer: Any, x: Any) -> Any:
+    return layer.mixed(x), None
+
+
+def reshaped_with_a_copy(layer: Any, x: Any) -> Any:
+    y = layer.up(x)
+    return x + layer.down(y.unflatten(-1, (6, 8)).transpose(-1, -2).reshape(y.shape))
+
+
+def an_index(layer: Any, x: Any) -> Any:
+    best = x.topk(4, dim=-1).indices
+    return layer.mixed(x) + x.gather(-1, best).sum(-1, keepdim=True)
+
+
+def split_evenly(layer: Any, x: Any) -> Any:
+    y = layer.up(x)
+    a, b, c = y.split([16, 24, 8], dim=-1)
+    return x + layer.down(torch.cat((c, b, a), dim=-1))
+
+
+def a_weight_that_is_viewed(layer: Any, x: Any) -> Any:
+    return layer.mixed(x) * (1 + layer.weight.view(4, 8).t().reshape(-1)) + layer.up.bias[:WIDTH]
+
+
+def its_norm(layer: Any, x: Any) -> Any:
+    y = x.float()
+    y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-6)
+    return layer.mixed(layer.weight * y.to(x.dtype))
+
+
+def the_same_twice(layer: Any, x: Any) -> Any:
+    y = layer.up(x)
+    return x + layer.down(y * y + y) + layer.down(y)
+
+
+def a_half_that_is_not_used(layer: Any, x: Any) -> Any:
+    layer.up(x) * 3
+    return layer.mixed(x)
+
+
+RECORDED: dict[str, Forward] = {
+    name: function
+    for name, function in list(globals().items())
+    if getattr(function, "__module__", None) == __name__
+    and "layer" in getattr(function, "__annotations__", {})
+}
+del RECORDED["complex_parts_then_a_change"], RECORDED["bits_then_a_change"]
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_a_layer_is_recorded(name: str) -> None:
+    twins = Twins(Layer(RECORDED[name]))
+    for seed, tokens in enumerate((1, 1, 1, 3, 3, 16, 1, 17)):
+        twins.check(states(tokens, seed))
+    assert twins.programs == 3
+
+
+def test_results_of_several_batches() -> None:
+    twins = Twins(Layer(its_norm))
+    for seed, (batch, tokens) in enumerate(((1, 2), (2, 1), (2, 2), (2, 1), (4, 4), (1, 2), (4, 5))):
+        twins.check(states(tokens, seed, batch))
+    assert twins.programs == 4  # the first one is only looked at
+
+
+# ------------------------------------------------------------------------------- what is the same in every sweep
+
+
+def returns_an_argument(layer: Any, x: Any, other: Any) -> Any:
+    return layer.mixed(x), other
+
+
+def returns_its_states(_layer: Any, x: Any) -> Any:
+    return x
+
+
+def returns_a_view_of_its_states(layer: Any, x: Any) -> Any:
+    return layer.mixed(x), x[..., :5]
+
+
+def returns_a_weight(layer: Any, x: Any) -> Any:
+    return layer.mixed(x), layer.weight
+
+
+def returns_a_part_of_a_weight(layer: Any, x: Any) -> Any:
+    return layer.mixed(x), layer.up.weight[3]
+
+
+def returns_one_thing_twice(layer: Any, x: Any) -> Any:
+    y = layer.mixed(x)
+    return y, y
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        returns_its_states,
+        returns_a_view_of_its_states,
+        returns_a_weight,
+        returns_a_part_of_a_weight,
+        returns_one_thing_twice,
+    ],
+)
+def test_results_that_are_something_else_as_well(function: Forward) -> None:
+    twins = Twins(Layer(function))
+    for seed in range(3):
+        twins.check(states(1, seed))
+    mine, theirs = twins.run(states())
+    if function is returns_one_thing_twice:
+        assert (mine[0].data_ptr() == mine[1].data_ptr()) == (theirs[0].data_ptr() == theirs[1].data_ptr())
+    if function is returns_a_weight:
+        assert mine[1].data_ptr() == twins.layer.weight.data_ptr()
+
+
+def test_an_argument_that_is_handed_on() -> None:
+    twins = Twins(Layer(returns_an_argument))
+    for seed in range(4):
+        twins.check(states(1, seed), states(1, seed + 10))
+        twins.check(states(1, seed), None)
+        twins.check(states(1, seed), "a word")
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        lambda y: [y, y + 1],
+        lambda y: {"states": y, "more": y + 1},
+        lambda y: Pair(y, None),
+        lambda y: OrderedDict(states=y),
+        lambda y: (y, (y + 1, [y])),
+        lambda y: (y, torch.float32),
+        lambda y: ((y,), 3, "word"),
+        lambda _: None,
+    ],
+)
+def test_results_of_any_kind(kind: Callable[[Any], Any]) -> None:
+    twins = Twins(Layer(lambda layer, x: kind(layer.mixed(x))))
+    for seed in range(3):
+        twins.check(states(1, seed))
+
+
+def rotated(layer: Any, x: Any, position_embeddings: Any = None, scale: Any = 1.0, **_: Any) -> Any:
+    cos, sin = position_embeddings
+    return layer.mixed(x * cos + x.flip(-1) * sin) * scale
+
+
+def test_arguments_by_any_name_in_any_order() -> None:
+    twins = Twins(Layer(rotated))
+    cos, sin = states(1, 8), states(1, 9)
+    for seed in range(3):
+        x = states(1, seed)
+        twins.check(x, (cos, sin))
+        twins.check(x, position_embeddings=(cos, sin), scale=2.0)
+        twins.check(x, scale=2.0, position_embeddings=(sin, cos))
+        twins.check(scale=3, position_embeddings=(sin, cos), hidden_states=x)
+        twins.check(x, (cos, cos))  # the same one twice
+        twins.check(x, (x, x), scale=sin)
+        twins.check(x, (cos, sin), scale=True)
+        twins.check(x, (cos, sin), scale=1)
+        twins.check(x, (cos, sin[:, :, :1]))
+        twins.check(x, [cos, sin])
+    assert twins.programs >= 7
+
+
+def test_one_tensor_for_several_arguments() -> None:
+    twins = Twins(Layer(rotated))
+    with torch.no_grad():
+        for seed in range(3):
+            x = states(1, seed)
+            mine = twins.layer(x, (x, x), past_key_values=twins.cache)
+            assert torch.equal(mine, twins.usual(x, (x, x)))
+
+
+def test_states_that_lie_in_another_way() -> None:
+    twins = Twins(Layer(its_norm))
+    for seed in range(3):
+        twins.check(states(3, seed))
+    wide = states(3, 7).repeat(1, 1, 2)
+    for x in (
+        wide[..., ::2],
+        wide[..., 5 : 5 + WIDTH],
+        states(WIDTH, 3)[:, :, :3].transpose(1, 2),
+        states(1, 3).expand(1, 3, WIDTH),
+    ):
+        assert not x.is_contiguous()  # torch may add its numbers in another order then
+        with torch.no_grad():
+            assert torch.equal(twins.layer(x, past_key_values=twins.cache), twins.usual(x.contiguous()))
+    assert twins.programs == 1
+
+
+@pytest.mark.parametrize("wrong", ["nan", "inf", "-inf"])
+def test_states_that_are_no_numbers(wrong: str) -> None:
+    twins = Twins(Layer(its_norm))
+    for seed in range(3):
+        x = states(2, seed)
+        if seed:
+            x[0, 0, 5] = float(wrong)
+        twins.check(x)
+    assert twins.programs == 1
+
+
+def masked(layer: Any, x: Any, attention_mask: Any = None) -> Any:
+    y = layer.mixed(x)
+    if attention_mask is None:
+        return y
+    if attention_mask.dtype == torch.bool:
+        return y.masked_fill(~attention_mask.any(-1).view(1, -1, 1), 0)
+    return y * attention_mask.sum(-1).view(1, -1, 1).to(y.dtype)
+
+
+def test_masks_of_all_kinds() -> None:
+    twins = Twins(Layer(masked))
+    for seed in range(3):
+        x = states(2, seed)
+        for places in (4, 5, 4):
+            for dtype in (torch.bfloat16, torch.float32, torch.bool, torch.int64):
+                mask = torch.randint(0, 2, (1, 1, 2, places), generator=torch.Generator().manual_seed(seed))
+                twins.check(x, attention_mask=mask.to(dtype))
+                twins.check(x, attention_mask=mask[0].to(dtype))
+                twins.check(x, attention_mask=mask[0, 0].to(dtype))
+            twins.check(x)
+            twins.check(x, None)
+
+
+def test_lengths_that_are_numbers_do_not_fill_memory() -> None:
+    """Some code tells its layers the length of the text, which is another one in each sweep."""
+    twins = Twins(Layer(lambda layer, x, length=0: layer.mixed(x) * length))
+    for length in range(200):
+        twins.check(states(1, length), length=length)
+    assert len(twins.recorded._layers[0]._bound) <= 64
+
+
+def test_masks_of_three_dimensions_do_not_fill_memory() -> None:
+    """BLOOM's ALiBi is ``[heads, 1, places]``."""
+    twins = Twins(Layer(lambda layer, x, alibi=None: layer.mixed(x) + alibi.sum()))
+    for places in range(1, 200):
+        twins.check(states(1, places), alibi=torch.ones(4, 1, places))
+    assert len(twins.recorded._layers[0]._bound) <= 64
+
+
+# ------------------------------------------------------------------------------------- what is another thing later
+
+
+def counts_calls(layer: Any, x: Any) -> Any:
+    layer.calls += 1
+    return layer.mixed(x) * layer.calls
+
+
+def counts_calls_and_changes_later(layer: Any, x: Any) -> Any:
+    layer.calls += 1
+    return layer.mixed(x) * (-1 if layer.calls > 6 else 1)
+
+
+def turns(layer: Any, x: Any) -> Any:
+    layer.calls = 1 - layer.calls
+    return layer.mixed(x) * (1 + layer.calls)
+
+
+def counts_in_a_list(layer: Any, x: Any) -> Any:
+    layer.held.append(len(layer.held))
+    return layer.mixed(x) * (-1 if len(layer.held) > 6 else 1)
+
+
+def counts_in_a_dict(layer: Any, x: Any) -> Any:
+    layer.named["calls"] = layer.named.get("calls", 0) + 1
+    return layer.mixed(x) * (-1 if layer.named["calls"] > 6 else 1)
+
+
+def counts_in_a_buffer(layer: Any, x: Any) -> Any:
+    layer.count += 1
+    return layer.mixed(x) * layer.count
+
+
+def counts_in_a_new_buffer(layer: Any, x: Any) -> Any:
+    layer.count = layer.count + 1
+    return layer.mixed(x) * layer.count
+
+
+def counts_in_the_data_of_a_buffer(layer: Any, x: Any) -> Any:
+    layer.count.data = layer.count.data + 1
+    return layer.mixed(x) * layer.count
+
+
+def changes_a_weight(layer: Any, x: Any) -> Any:
+    layer.weight[3:].mul_(1.5)
+    return layer.mixed(x) * layer.weight
+
+
+def keeps_the_last(layer: Any, x: Any) -> Any:
+    y = layer.mixed(x)
+    if layer.last is not None:
+        y = y + layer.last
+    layer.last = x
+    return y
+
+
+def keeps_what_nobody_reads(layer: Any, x: Any) -> Any:
+    layer.last = layer.up(x)
+    return layer.mixed(x)
+
+
+def changes_its_states(layer: Any, x: Any) -> Any:
+    y = layer.mixed(x)
+    x += 1
+    return y
+
+
+def changes_a_view_of_its_states(layer: Any, x: Any) -> Any:
+    x[..., :3].mul_(2)
+    return layer.mixed(x)
+
+
+def draws_numbers(layer: Any, x: Any) -> Any:
+    return layer.mixed(x) + torch.rand_like(x) * 0
+
+
+def draws_numbers_of_python(layer: Any, x: Any) -> Any:
+    return layer.mixed(x) * (1 + 0 * random.random())
+
+
+def looks_at_numbers(layer: Any, x: Any) -> Any:
+    return layer.mixed(x) if x.sum() > 0 else -layer.mixed(x)
+
+
+def takes_an_item(layer: Any, x: Any) -> Any:
+    return layer.mixed(x) * x.float().max().item()
+
+
+def takes_a_list(layer: Any, x: Any) -> Any:
+    return layer.mixed(x) * x.float().flatten()[0].tolist()
+
+
+def takes_an_array(layer: Any, x: Any) -> Any:
+    return layer.mixed(x) * float(np.abs(x.float().numpy()).max() > 2)
+
+
+def compares(layer: Any, x: Any) -> Any:
+    return layer.mixed(x) if torch.equal(x, x.abs()) else -layer.mixed(x)
+
+
+def compares_nearly(layer: Any, x: Any) -> Any:
+    return layer.mixed(x) if torch.allclose(x, x.abs()) else -layer.mixed(x)
+
+
+def selects(layer: Any, x: Any) -> Any:
+    return layer.mixed(x) * x[x > 0].sum()
+
+
+def selects_by_places(layer: Any, x: Any) -> Any:
+    """Of two places as many are chosen now as they were when it was recorded."""
+    chosen = (x[0, :, :1] > 0).nonzero()[:, 0]
+    return layer.mixed(x).index_add(1, chosen, x[:, chosen])
+
+
+def has_another_tensor(layer: Any, x: Any) -> Any:
+    return layer.mixed(x) * layer.other
+
+
+def makes_a_tensor(layer: Any, x: Any) -> Any:
+    return layer.mixed(x) * torch.tensor(2.0)
+
+
+def assigns_a_number(layer: Any, x: Any) -> Any:
+    y = layer.mixed(x)
+    y[..., 0] = 0.25
+    return y
+
+
+def has_another_layer(layer: Any, x: Any) -> Any:
+    return layer.mixed(x) + layer.elsewhere[0](x)
+
+
+def fails_sometimes(layer: Any, x: Any) -> Any:
+    return layer.mixed(x) + layer.missing
+
+
+LATER: dict[str, Forward] = {
+    name: function
+    for name, function in list(globals().items())
+    if getattr(function, "__module__", None) == __name__
+    and "layer" in getattr(function, "__annotations__", {})
+}
+LATER = {
+    name: function
+    for name, function in LATER.items()
+    if list(LATER).index(name) >= list(LATER).index("counts_calls") and name != "fails_sometimes"
+} | {each.__name__: each for each in (complex_parts_then_a_change, bits_then_a_change)}
+
+
+def changing(function: Forward) -> Layer:
+    elsewhere = [torch.nn.Linear(WIDTH, WIDTH).to(torch.bfloat16)]
+    other = torch.full((1,), 3.0, dtype=torch.bfloat16)
+    return Layer(function, calls=0, held=[], named={}, last=None, other=other, elsewhere=elsewhere)
+
+
+@pytest.mark.parametrize("tokens", [1, 2])
+@pytest.mark.parametrize("name", LATER)
+def test_a_layer_is_right_or_left_as_it_is(name: str, tokens: int) -> None:
+    twins = Twins(changing(LATER[name]))
+    torch.manual_seed(0)
+    for seed in range(12):
+        if name == "has_another_tensor":
+            for layer in (twins.layer, twins.usual):
+                layer.other = torch.full((1,), float(seed), dtype=torch.bfloat16)
+        x = states(tokens, seed)
+        mine, theirs = x.clone(), x.clone()
+        results = [
+            layer(own, past_key_values=twins.cache)
+            for layer, own in ((twins.layer, mine), (twins.usual, theirs))
+        ]
+        assert torch.equal(*results), seed
+        assert torch.equal(mine, theirs)
+        for attribute in ("calls", "held", "named"):
+            assert getattr(twins.layer, attribute) == getattr(twins.usual, attribute), attribute
+        if twins.usual.last is not None:
+            assert torch.equal(twins.layer.last, twins.usual.last)
+        assert torch.equal(twins.layer.count, twins.usual.count)
+
+
+def positions(layer: Any, x: Any, position_ids: Any) -> Any:
+    return layer.mixed(x) * position_ids.tolist()[0][0]
+
+
+def positions_as_an_array(layer: Any, x: Any, position_ids: Any) -> Any:
+    return layer.mixed(x) * int(position_ids.numpy()[0, 0])
+
+
+def positions_as_numbers(layer: Any, x: Any, position_ids: Any) -> Any:
+    return layer.mixed(x) * position_ids.to(x.dtype).unsqueeze(-1)
+
+
+def positions_are_chosen(layer: Any, x: Any, position_ids: Any) -> Any:
+    return layer.mixed(x) * (position_ids % 2 == 0).nonzero().shape[0]
+
+
+@pytest.mark.parametrize(
+    "function", [positions, positions_as_an_array, positions_as_numbers, positions_are_chosen]
+)
+def test_positions_are_those_of_the_sweep(function: Forward) -> None:
+    twins = Twins(Layer(function))
+    for seed in range(8):
+        twins.check(states(1, seed), position_ids=torch.tensor([[seed + 3]]))
+    assert twins.programs == (function is positions_as_numbers)
+
+
+def places(layer: Any, x: Any, mask: Any) -> Any:
+    """As many rows as the mask has, which recordings have seen alike."""
+    rows = mask.nonzero()[:, 1]
+    return layer.mixed(x) + x[:, rows].sum(1, keepdim=True)
+
+
+def test_masks_that_choose_places() -> None:
+    twins = Twins(Layer(places))
+    for seed in range(8):
+        mask = torch.zeros(1, 4, dtype=torch.bool)
+        mask[0, : 1 + seed % 4] = True
+        twins.check(states(4, seed), mask)
+
+
+# --------------------------------------------------------------------------------------------- the KV cache
+
+
+class Attends(torch.nn.Module):
+    """Asks the cache in some way."""
+
+    layer_idx = 0
+
+    def __init__(self, function: Forward) -> None:
+        super().__init__()
+        self.function, self.up = function, torch.nn.Linear(WIDTH, WIDTH, dtype=torch.bfloat16)
+        self.eval()
+
+    def forward(self, hidden_states: Any, past_key_values: Any = None) -> Any:
+        return self.function(self, hidden_states, past_key_values)
+
+
+def keys(module: Any, x: Any, kept: Any) -> Any:
+    return kept.update(module.up(x)[:, None], x[:, None], module.layer_idx)[0]
+
+
+ASKS: dict[str, Forward] = {
+    "length": lambda module, x, kept: module.up(x) * kept.get_seq_length(),
+    "length of keys": lambda module, x, kept: module.up(x) * keys(module, x, kept).shape[2],
+    "many keys": lambda module, x, kept: module.up(x) * (-1 if keys(module, x, kept).shape[2] > 40 else 1),
+    "sum of keys": lambda module, x, kept: module.up(x) + keys(module, x, kept).sum(),
+    "last key": lambda module, x, kept: module.up(x) + keys(module, x, kept)[:, :, -1:].sum(),
+    "layers": lambda module, x, kept: module.up(x) * kept.layers[0].keys.shape[2],
+    "is there": lambda module, x, kept: module.up(x) * (2 if kept else 1),
+    "how many": lambda module, x, kept: module.up(x) * len(kept),
+    "by its class": lambda module, x, kept: module.up(x) * type(kept).__name__.startswith("Dyn"),
+    "an attribute": lambda module, x, kept: module.up(x) * hasattr(kept, "get_seq_length"),
+}
+
+
+@pytest.mark.parametrize("name", ASKS)
+def test_a_layer_that_asks_the_cache(name: str) -> None:
+    twins = Twins(Attends(ASKS[name]))
+    mine, theirs = ([cache_of_states() for _ in range(2)] for _ in range(2))
+    for seed in range(60):
+        for number in range(2):
+            x = states(1, seed)
+            found = twins.layer(x, past_key_values=mine[number])
+            assert torch.equal(found, twins.usual(x, past_key_values=theirs[number])), seed
+    for left, right in zip(mine, theirs, strict=True):
+        assert torch.equal(left.layers[0].keys, right.layers[0].keys)
+
+
+def cache_of_states() -> Any:
+    from transformers import DynamicCache
+
+    made = DynamicCache()
+    made.update(states(3)[:, None], states(3)[:, None], 0)
+    return made
+
+
+def test_no_cache_and_one_of_another_kind() -> None:
+    twins = Twins(Layer(lambda layer, x: layer.mixed(x)))
+    with torch.no_grad():
+        for seed in range(3):
+            x = states(1, seed)
+            for kept in (None, twins.cache, cache(5), 3, {}):
+                assert torch.equal(twins.layer(x, past_key_values=kept), twins.usual(x))
+
+
+# ---------------------------------------------------------------------------------------------- the rehearsal
+
+
+@pytest.mark.parametrize("function", [its_norm, the_same_twice, two_results])
+def test_what_a_compiled_function_makes_otherwise_is_seen_before_a_linear_layer_as_well(
+    function: Forward, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("aten.silu.default", "aten.rsqrt.default"):
+        monkeypatch.setitem(lowering._OF_ONE, name, "tanh")
+    monkeypatch.setitem(lowering._OF_TWO, "aten.mul.Tensor", ("add", "add_number"))
+    twins = Twins(Layer(function))
+    for seed in range(3):
+        twins.check(states(1, seed))
+    assert twins.programs == 0
