@@ -92,8 +92,9 @@ def _narrow_model(device_id: str) -> Any:
 
 def _record(model: Any) -> None:
     from llm_magic.backends.accelerate.recorded.layers import RecordedLayers
+    from llm_magic.backends.accelerate.recorded.recordings import Recordings
 
-    RecordedLayers({str(number): layer for number, layer in enumerate(model.model.layers)}, {})
+    RecordedLayers({str(number): layer for number, layer in enumerate(model.model.layers)}, Recordings())
 
 
 def _new_cache(model: Any) -> Any:

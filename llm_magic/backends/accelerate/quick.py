@@ -27,7 +27,8 @@ from llm_magic.backends.accelerate.decoding.warmup import COMPILING, WarmUp, reg
 from llm_magic.backends.accelerate.memory_errors import free_bytes
 from llm_magic.backends.accelerate.placement import cpu_products
 from llm_magic.backends.accelerate.placement.placed import PlacedModel
-from llm_magic.backends.accelerate.recorded.layers import RecordedLayers, Seen
+from llm_magic.backends.accelerate.recorded.layers import RecordedLayers
+from llm_magic.backends.accelerate.recorded.recordings import Recordings
 from llm_magic.errors import OptionError
 from llm_magic.plan import Plan
 
@@ -64,11 +65,11 @@ class Quick:
         if draft is not None:
             self._draft = DraftModel(draft, _vocabulary(placed.model), _steps_of(draft, context), context)
             if draft.device.type == "cpu" and cpu_products.is_there():
-                RecordedLayers(_layers_of(draft), {}, context)
+                RecordedLayers(_layers_of(draft), Recordings(), context)
         self._draft_model, self._draft_name = draft, draft_name
         self._lookup, self._pace = PromptLookup(), Pace()
         self._recorded: RecordedLayers | None = None
-        self._seen: Seen = {}
+        self._recordings = Recordings()
         self._can_verify = can_take_back(placed.model)
         self.after_move()
 
@@ -148,7 +149,7 @@ class Quick:
         self._pace.forget()
         placed = self._placed
         self._recorded = (
-            RecordedLayers(_of_the_cpu(placed), self._seen, self._context)
+            RecordedLayers(_of_the_cpu(placed), self._recordings, self._context)
             if cpu_products.is_there()
             else None
         )

@@ -74,10 +74,15 @@ def share_of_a_thread(module: ir.Module, builder: ir.IRBuilder, count: Any) -> t
     return first, last
 
 
-def compiled(module: ir.Module, name: str) -> Callable[[Any], None]:
+def compiled(module: ir.Module, name: str, effort: int = 3) -> Callable[[Any], None]:
     """Compile a module, and return its function ``name``, of one pointer.
 
     The module needs no library, but for what `_run_by_a_team` refers to.
+
+    Parameters
+    ----------
+    effort
+        From 0 to 3: how long LLVM looks for a quicker way.
 
     Raises
     ------
@@ -87,7 +92,7 @@ def compiled(module: ir.Module, name: str) -> Callable[[Any], None]:
     machine = _machine()
     parsed = llvm.parse_assembly(str(module))
     parsed.verify()
-    passes = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=3))
+    passes = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=effort))
     passes.getModulePassManager().run(parsed, passes)
     engine = llvm.create_mcjit_compiler(parsed, machine)
     engine.finalize_object()

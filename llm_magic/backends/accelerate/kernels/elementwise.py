@@ -54,7 +54,7 @@ def elementwise(steps: Sequence[Loop | Fold]) -> Callable[[Any], None]:
         else:
             writer.fold(step)
     writer.builder.ret_void()
-    return compiled(module, run.name)
+    return compiled(module, run.name, effort=0)  # they are vectors already, and others wait
 
 
 class _Writer:

@@ -7,10 +7,8 @@ recorded (more tokens, other arguments, hooks of somebody, an adapter) goes thro
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Any
 
 from llm_magic.backends.accelerate.decoding.running import below_its_hook, running
@@ -27,26 +25,16 @@ from llm_magic.backends.accelerate.recorded.recording import (
     VARYING,
     Node,
     Outputs,
-    Recording,
     View,
     flat,
     leaves_of,
-    record,
 )
+from llm_magic.backends.accelerate.recorded.recordings import Recordings
 
 MOST_TOKENS = 16
 
 _STATES = 3  # dimensions
 _MOST_KINDS = 64  # of sweeps; arguments that are other numbers in each would never end
-
-Call = tuple[Sequence[Any], Mapping[str, Any]]
-"""``args`` and ``kwargs``."""
-
-_LOG = logging.getLogger(__name__)
-
-
-Seen = dict[str, dict[str, Outputs]]
-"""Layer -> those of its parts that were seen at work, by path, and what they return."""
 
 
 class RecordedLayers:
@@ -56,18 +44,15 @@ class RecordedLayers:
     ----------
     layers
         Modules that compute on the CPU, by name.
-    seen
-        What was seen of them before; it is added to.
+    recordings
+        What is known of them from before; it is added to.
     context
         Tokens for which a layer's keys and values have room, as they come.
     """
 
-    def __init__(self, layers: Mapping[str, Any], seen: Seen, context: int = 0) -> None:
-        self._programs: dict[Recording, Program] = {}
+    def __init__(self, layers: Mapping[str, Any], recordings: Recordings, context: int = 0) -> None:
         growing = GrowingTensors(context)
-        self._layers = [
-            RecordedLayer(name, layer, seen, Means(self._program, growing)) for name, layer in layers.items()
-        ]
+        self._layers = [RecordedLayer(name, layer, recordings, growing) for name, layer in layers.items()]
 
     @property
     def status(self) -> str:
@@ -83,51 +68,12 @@ class RecordedLayers:
         while self._layers:
             self._layers.pop().undo()
 
-    def _program(
-        self, layer: Any, usual: Callable[..., Any], call: Call, seen: dict[str, Outputs]
-    ) -> Program | None:
-        """The program of a layer; one that leaves parts as they are which take more than tensors, if there is no other."""
-        parts = {path: outputs for path, outputs in seen.items() if outputs.by_need}
-        rest = {path: outputs for path, outputs in seen.items() if not outputs.by_need}
-        found = self._tried(layer, usual, call, rest)
-        return self._tried(layer, usual, call, seen) if found is None and parts else found
-
-    def _tried(
-        self, layer: Any, usual: Callable[..., Any], call: Call, whole: dict[str, Outputs]
-    ) -> Program | None:
-        try:
-            recording, rehearsal = record(layer, usual, call, whole)
-            program = self._programs.get(recording)
-            if program is None:
-                program = self._programs[recording] = Program(recording)
-            return program if program.rehearse(layer, rehearsal) else None
-        except Exception as error:  # a layer's code may do anything, and it runs as it is without this
-            _LOG.debug("not recorded: %s: %s", type(layer).__name__, error)
-            return None
-
-
-@dataclass(frozen=True)
-class Means:
-    """What layers share.
-
-    Attributes
-    ----------
-    make
-        Makes a layer's program, or finds that of another one that is like it.
-    growing
-        Their keys and values.
-    """
-
-    make: Callable[..., Program | None]
-    growing: GrowingTensors
-
 
 class RecordedLayer:
     """One of them."""
 
-    def __init__(self, name: str, layer: Any, seen: Seen, means: Means) -> None:
-        self._name, self._layer, self._seen = name, layer, seen
-        self._make, self._growing = means.make, means.growing
+    def __init__(self, name: str, layer: Any, recordings: Recordings, growing: GrowingTensors) -> None:
+        self._name, self._layer, self._recordings, self._growing = name, layer, recordings, growing
         self._indices = layer_indices(layer)
         self._bound: dict[Any, Bound | None] = {}
         self._slot = "_old_forward" if "_old_forward" in vars(layer) else "forward"
@@ -174,11 +120,11 @@ class RecordedLayer:
         is_here = (
             states.is_cpu and states.dim() == _STATES and states.shape[0] * states.shape[1] <= MOST_TOKENS
         )
-        if not (is_here and self._name in self._seen and self._goes_on(leaves)):
+        if not (is_here and self._name in self._recordings.seen and self._goes_on(leaves)):
             return self._looked_at(args, kwargs)
         key = tuple(map(_key, leaves)), tuple(kwargs)
         if key not in self._bound and len(self._bound) < _MOST_KINDS:
-            program = self._make(self._layer, self._usual, (args, kwargs), self._seen[self._name])
+            program = self._recordings.program(self._name, self._layer, self._usual, (args, kwargs), key)
             self._bound[key] = Bound(program, self._layer, self._growing) if program else None
         bound = self._bound.get(key)
         if bound is None or not bound.takes(leaves):
@@ -198,14 +144,14 @@ class RecordedLayer:
 
     def _looked_at(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """What the layer's own code makes; the first time, it is seen what its large parts return."""
-        if self._name in self._seen:
+        if self._name in self._recordings.seen:
             return self._usual(*args, **kwargs)
         seen: dict[str, Outputs] = {}
         with ExitStack() as stack:
             for path, part, is_apart in self._parts():
                 stack.enter_context(running(part, _noting(path, part.forward, seen, always=is_apart)))
             result = self._usual(*args, **kwargs)
-        self._seen[self._name] = seen
+        self._recordings.seen[self._name] = seen
         return result
 
     def _parts(self) -> Iterator[tuple[str, Any, bool]]:
@@ -245,7 +191,9 @@ class Bound:
             module = layer.get_submodule(path)
             held = module._parameters if name in module._parameters else module._buffers
             self._weights.append((held, name, view))
-        self._steps = [_step(parts, layer, growing or GrowingTensors(0)) for parts in _together(program.parts)]
+        self._steps = [
+            _step(parts, layer, growing or GrowingTensors(0)) for parts in _together(program.parts)
+        ]
         self._result = program.result
 
     def takes(self, leaves: Sequence[Any]) -> bool:
