@@ -10,6 +10,7 @@ import torch
 from transformers import DynamicCache
 
 from llm_magic.backends.accelerate.recorded.layers import RecordedLayers
+from llm_magic.backends.accelerate.recorded.recordings import Recordings
 
 WIDTH = 32
 Forward = Callable[..., Any]
@@ -62,7 +63,7 @@ class Twins:
 
     def __init__(self, layer: Any) -> None:
         self.layer, self.usual = layer, copy.deepcopy(layer)
-        self.recorded = RecordedLayers({"layer": layer}, {})
+        self.recorded = RecordedLayers({"layer": layer}, Recordings())
         self.cache = cache()
 
     def run(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:

@@ -638,3 +638,80 @@ def test_what_a_compiled_function_makes_otherwise_is_seen_before_a_linear_layer_
     for seed in range(3):
         twins.check(states(1, seed))
     assert twins.programs == 0
+
+
+# -------------------------------------------------------------------------------------- linear layers of their own
+
+
+class Wide(torch.nn.Linear):
+    """Computes in float32, as routers do."""
+
+    def forward(self, x: Any) -> Any:
+        return torch.nn.functional.linear(x.float(), self.weight.float())
+
+
+class Scaled(torch.nn.Linear):
+    def forward(self, x: Any, scale: Any = 1.0) -> Any:
+        return super().forward(x) * scale
+
+
+class Turned(torch.nn.Linear):
+    """Gives what lies in another way."""
+
+    def forward(self, x: Any) -> Any:
+        return super().forward(x).transpose(1, 2).contiguous().transpose(1, 2)
+
+
+class Several(torch.nn.Linear):
+    def forward(self, x: Any) -> Any:
+        return super().forward(x), None
+
+
+class Halved(torch.nn.Linear):
+    def forward(self, x: Any) -> Any:
+        return super().forward(x)[..., ::2]
+
+
+OWN: dict[str, tuple[type[torch.nn.Linear], Forward]] = {
+    "wide": (
+        Wide,
+        lambda layer, x: layer.mixed(x) + (layer.own(x) * 2 + 1).sum(-1, keepdim=True).to(x.dtype),
+    ),
+    "scaled": (Scaled, lambda layer, x: layer.mixed(x) + layer.own(x, 3.0) * 2 + layer.own(x, scale=x)),
+    "turned": (Turned, lambda layer, x: layer.mixed(x) + layer.own(x) * 2),
+    "several": (Several, lambda layer, x: layer.mixed(x) + layer.own(x)[0] * 2),
+    "halved": (Halved, lambda layer, x: layer.mixed(x) + layer.own(x).repeat(1, 1, 2)),
+}
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("name", OWN)
+def test_linear_layers_of_another_class(name: str, tokens: int) -> None:
+    kind, function = OWN[name]
+    twins = Twins(Layer(function, own=kind(WIDTH, WIDTH, bias=False)))
+    for seed in range(4):
+        twins.check(states(tokens, seed))
+    assert twins.programs == (name != "several")
+
+
+def test_a_part_that_makes_something_else_later_is_said() -> None:
+    """Better than numbers that are read as others."""
+    twins = Twins(Layer(OWN["wide"][1], own=Wide(WIDTH, WIDTH, bias=False)))
+    for seed in range(3):
+        twins.check(states(1, seed))
+
+    def narrow(_self: Any, x: Any) -> Any:
+        return x[..., :3]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Wide, "forward", narrow)
+        twins.check(states(1))  # as its own code
+        patch.setattr(twins.recorded._layers[0]._guard, "is_as_it_was", lambda: True)
+        with pytest.raises(RuntimeError, match="it was recorded with"):
+            twins.run(states(1))
+
+
+def test_states_by_another_name_than_those_of_a_linear_layer() -> None:
+    twins = Twins(Layer(lambda layer, x: x + layer.down(input=layer.up(input=x))))
+    for seed in range(3):
+        twins.check(states(1, seed))

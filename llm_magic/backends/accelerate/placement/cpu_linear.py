@@ -29,6 +29,11 @@ def serve(layer: Any) -> None:
     layer.__class__ = _with_kernels(layer.__class__)
 
 
+def is_served(layer: Any) -> bool:
+    """Whether a layer computes by kernels of ours, as far as there are any."""
+    return hasattr(type(layer), _MARK)
+
+
 def served_weights(layer: Any, dtype: Any) -> PackedWeights | None:
     """The weights with which a kernel makes all of a layer's outputs of states in RAM, but for a bias; ``None``: no kernel does.
 
@@ -38,7 +43,7 @@ def served_weights(layer: Any, dtype: Any) -> PackedWeights | None:
 
     weight, bias = (layer._parameters.get(name) for name in ("weight", "bias"))
     computed = getattr(layer, "compute_dtype", None) or dtype
-    if not hasattr(type(layer), _MARK) or weight is None or type(weight) is torch.Tensor or computed != dtype:
+    if not is_served(layer) or weight is None or type(weight) is torch.Tensor or computed != dtype:
         return None
     if bias is not None and (bias.dtype != dtype or not bias.is_cpu):
         return None
@@ -91,7 +96,7 @@ def _by_kernel(layer: Any, states: Any) -> Any:
     weight, bias = parameters.get("weight"), parameters.get("bias")
     if not states.is_cpu or layer.training or weight is None or type(weight) is torch.Tensor:
         return None
-    if bias is not None and bias.requires_grad:
+    if bias is not None and bias.requires_grad and torch.is_grad_enabled():
         return None
     if type(weight) is torch.nn.Parameter:
         outputs, dtype = cpu_products.multiplied_plain(states, weight), states.dtype

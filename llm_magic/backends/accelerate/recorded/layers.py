@@ -7,8 +7,11 @@ recorded (more tokens, other arguments, hooks of somebody, an adapter) goes thro
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
+from operator import itemgetter
 from typing import Any
 
 from llm_magic.backends.accelerate.decoding.running import below_its_hook, running
@@ -20,7 +23,14 @@ from llm_magic.backends.accelerate.placement.layer_cache import (
     tokens_seen,
 )
 from llm_magic.backends.accelerate.recorded.linears import Linears
-from llm_magic.backends.accelerate.recorded.program import CompiledRegion, Program, Values, call, shown
+from llm_magic.backends.accelerate.recorded.program import (
+    CompiledRegion,
+    Program,
+    Values,
+    as_noted,
+    call,
+    shown,
+)
 from llm_magic.backends.accelerate.recorded.recording import (
     VARYING,
     Node,
@@ -29,12 +39,15 @@ from llm_magic.backends.accelerate.recorded.recording import (
     flat,
     leaves_of,
 )
-from llm_magic.backends.accelerate.recorded.recordings import Recordings
+from llm_magic.backends.accelerate.recorded.recordings import Call, Recordings
 
 MOST_TOKENS = 16
 
 _STATES = 3  # dimensions
 _MOST_KINDS = 64  # of sweeps; arguments that are other numbers in each would never end
+
+_ALONE = threading.RLock()
+"""While parts of a layer run something else, to be seen or noted: another thread would find that in their place."""
 
 
 class RecordedLayers:
@@ -79,7 +92,7 @@ class RecordedLayer:
         self._slot = "_old_forward" if "_old_forward" in vars(layer) else "forward"
         self._before = vars(layer).get(self._slot)
         self._usual = below_its_hook(layer)
-        self._guard = _Guard(layer)
+        self._guard: _Guard | _Over = _Guard(layer)
         vars(layer)[self._slot] = self.forward
 
     @property
@@ -97,11 +110,15 @@ class RecordedLayer:
         return _Unrecorded, (self._layer,)
 
     def undo(self) -> None:
-        """The layer as it was."""
+        """The layer as it was, but for what somebody has put around it meanwhile, which gets the layer's own code."""
+        self._guard = _Over()
+        held = vars(self._layer)
+        if held.get(self._slot) != self.forward:
+            return
         if self._before is None:
-            vars(self._layer).pop(self._slot, None)
+            del held[self._slot]
         else:
-            vars(self._layer)[self._slot] = self._before
+            held[self._slot] = self._before
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the layer's."""
@@ -123,13 +140,19 @@ class RecordedLayer:
         if not (is_here and self._name in self._recordings.seen and self._goes_on(leaves)):
             return self._looked_at(args, kwargs)
         key = tuple(map(_key, leaves)), tuple(kwargs)
-        if key not in self._bound and len(self._bound) < _MOST_KINDS:
-            program = self._recordings.program(self._name, self._layer, self._usual, (args, kwargs), key)
-            self._bound[key] = Bound(program, self._layer, self._growing) if program else None
+        if key not in self._bound:
+            self._record(key, (args, kwargs))
         bound = self._bound.get(key)
         if bound is None or not bound.takes(leaves):
             return self._usual(*args, **kwargs)
         return bound.run(leaves)
+
+    def _record(self, key: Any, call: Call) -> None:
+        with _ALONE:
+            if key in self._bound or len(self._bound) >= _MOST_KINDS:
+                return
+            program = self._recordings.program(self._name, self._layer, self._usual, call, key)
+            self._bound[key] = Bound(program, self._layer, self._growing) if program else None
 
     def _goes_on(self, leaves: Sequence[Any]) -> bool:
         """Whether there are tokens before these.
@@ -148,6 +171,7 @@ class RecordedLayer:
             return self._usual(*args, **kwargs)
         seen: dict[str, Outputs] = {}
         with ExitStack() as stack:
+            stack.enter_context(_ALONE)
             for path, part, is_apart in self._parts():
                 stack.enter_context(running(part, _noting(path, part.forward, seen, always=is_apart)))
             result = self._usual(*args, **kwargs)
@@ -162,15 +186,16 @@ class RecordedLayer:
                 yield path, module, id(module) in apart
 
 
-class _Unrecorded:
-    """What stands for a recorded layer in a copy of it."""
+class _Unrecorded(RecordedLayer):
+    """What stands for a recorded layer in a copy of it: ``copy`` makes methods of the class of the first for it."""
 
     def __init__(self, layer: Any) -> None:
-        self._layer = layer
+        self._layer, self._guard = layer, _Over()
+        self._usual = partial(_of_its_class, layer)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the layer's class has it."""
-        return type(self._layer).forward(self._layer, *args, **kwargs)
+
+def _of_its_class(layer: Any, *args: Any, **kwargs: Any) -> Any:
+    return type(layer).forward(layer, *args, **kwargs)
 
 
 class Bound:
@@ -191,6 +216,7 @@ class Bound:
             module = layer.get_submodule(path)
             held = module._parameters if name in module._parameters else module._buffers
             self._weights.append((held, name, view))
+        self._matrices = list(_matrices(program, layer))
         self._steps = [
             _step(parts, layer, growing or GrowingTensors(0)) for parts in _together(program.parts)
         ]
@@ -198,8 +224,10 @@ class Bound:
 
     def takes(self, leaves: Sequence[Any]) -> bool:
         """Whether arguments are of the shapes that it is for."""
-        return all(leaves[number].shape == shape for number, shape in self._checked) and all(
-            _is_such(held.get(name), view) for held, name, view in self._weights
+        return (
+            all(leaves[number].shape == shape for number, shape in self._checked)
+            and all(_is_such(held.get(name), view) for held, name, view in self._weights)
+            and all(getattr(held.get("weight"), "shape", None) == shape for held, shape in self._matrices)
         )
 
     def run(self, leaves: Sequence[Any]) -> Any:
@@ -213,6 +241,17 @@ class Bound:
         for step in self._steps:
             step(values)
         return shown(self._result, values)
+
+
+def _matrices(program: Program, layer: Any) -> Iterator[tuple[Any, Any]]:
+    """Parameters of linear layers, and the shape of those that are numbers one by one, which may be pruned."""
+    import torch
+
+    for part in program.parts:
+        if isinstance(part, Node) and part.kind == "linear":
+            held = layer.get_submodule(part.name)._parameters
+            if type(held.get("weight")) is torch.nn.Parameter:
+                yield held, held["weight"].shape
 
 
 def _together(parts: Sequence[CompiledRegion | Node]) -> list[list[Any]]:
@@ -274,9 +313,16 @@ def _attention_step(node: Node, module: Any) -> Callable[[Values], None]:
 
     def step(values: Values) -> None:
         args, kwargs = shown(node.args, values), {name: shown(value, values) for name, value in node.kwargs}
-        values[out.base] = function(module, *args, **kwargs)[0].contiguous()
+        values[out.base] = as_noted(function(module, *args, **kwargs)[0], out)
 
     return step
+
+
+class _Over:
+    """The guard of a layer that is not to run as recorded any more."""
+
+    def is_as_it_was(self) -> bool:
+        return False
 
 
 class _Guard:
@@ -296,15 +342,22 @@ class _Guard:
         }
         modules = [module for module in layer.modules() if id(module) not in apart]
         self._layer = layer
+        everywhere = torch.nn.modules.module
         self._hooks = [
-            held for module in modules[1:] for held in (module._forward_hooks, module._forward_pre_hooks)
+            *(everywhere._global_forward_hooks, everywhere._global_forward_pre_hooks),
+            *(held for module in modules[1:] for held in (module._forward_hooks, module._forward_pre_hooks)),
         ]
         self._attributes = [vars(module) for module in modules[1:]]
+        self._numbers = [_Numbers(module) for module in modules]
+        self._classes = [(module, type(module)) for module in modules]
+        self._forwards: list[tuple[Any, Any]] = [
+            (kind, kind.forward) for kind in dict.fromkeys(map(_type, modules))
+        ]
         self._parts = [
             (module._modules, tuple(module._modules.values())) for module in modules if module._modules
         ]
         configs = {id(module.config): module.config for module in modules if hasattr(module, "config")}
-        self._attention = [(config, config._attn_implementation) for config in configs.values()]
+        self._ways = [(config, _ways(config)) for config in configs.values()]
         self._is_plain = not any(hasattr(module, "base_layer") for module in modules)  # PEFT's
 
     def is_as_it_was(self) -> bool:
@@ -315,8 +368,37 @@ class _Guard:
             and not any(self._hooks)
             and not any("forward" in each for each in self._attributes)
             and all(tuple(held.values()) == before for held, before in self._parts)
-            and all(config._attn_implementation == before for config, before in self._attention)
+            and all(type(module) is kind for module, kind in self._classes)
+            and all(kind.forward is before for kind, before in self._forwards)
+            and all(numbers.are_as_they_were() for numbers in self._numbers)
+            and all(_ways(config) == before for config, before in self._ways)
         )
+
+
+class _Numbers:
+    """What a module has that is a plain value: a recording has these as they were."""
+
+    def __init__(self, module: Any) -> None:
+        held = vars(module)
+        plain = (bool, int, float, str, type(None))
+        names = [name for name, value in held.items() if type(value) in plain]
+        self._held, self._get = held, itemgetter(*names, "training")
+        self._before = self._get(held)
+
+    def are_as_they_were(self) -> bool:
+        try:
+            return self._get(self._held) == self._before  # type: ignore[no-any-return]
+        except KeyError:
+            return False
+
+
+def _type(module: Any) -> Any:
+    return type(module)
+
+
+def _ways(config: Any) -> tuple[Any, Any]:
+    """Implementations of what an architecture can compute in several ways."""
+    return config._attn_implementation, getattr(config, "_experts_implementation", None)
 
 
 def _is_such(weight: Any, view: View) -> bool:

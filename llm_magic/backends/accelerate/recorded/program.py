@@ -289,7 +289,23 @@ def call(node: Node, module: Any, values: Values) -> None:
         return
     results = result if isinstance(result, (tuple, list)) else (result,)
     for view, each in zip(node.outputs, results, strict=False):  # a module may have nothing beside its own
-        values[view.base] = each if module is None else each.contiguous()
+        values[view.base] = each if module is None else as_noted(each, view)
+
+
+def as_noted(result: Any, view: View) -> Any:
+    """What a large part has made, as compiled functions read it.
+
+    Raises
+    ------
+    RuntimeError
+        When it is something else than what the layer's code was seen with.
+    """
+    if result.dtype is not view.dtype or result.shape != view.shape:
+        raise RuntimeError(
+            f"A part of a layer made {result.dtype} {tuple(result.shape)}; it was recorded with"
+            f" {view.dtype} {view.shape}."
+        )
+    return result.contiguous()
 
 
 def shown(value: Any, values: Values) -> Any:

@@ -18,6 +18,7 @@ from types import MappingProxyType
 from typing import Any
 
 from llm_magic.backends.accelerate.decoding.running import running
+from llm_magic.backends.accelerate.placement.cpu_linear import is_served
 from llm_magic.backends.accelerate.placement.experts import find_stacks
 from llm_magic.backends.accelerate.recorded.current import current, recording_by
 from llm_magic.errors import LLMMagicError
@@ -438,14 +439,32 @@ class Recorder:
         apart |= {id(module): module for module in map(self._layer.get_submodule, self._whole)}
         with ExitStack() as stack:
             for module in apart.values():
-                kind = "linear" if isinstance(module, torch.nn.Linear) else "module"
-                stack.enter_context(running(module, self._leaf_forward(kind, module)))
+                leaf = self._linear if isinstance(module, torch.nn.Linear) else self._part
+                stack.enter_context(running(module, leaf(module)))
             yield
 
-    def _leaf_forward(self, kind: str, module: Any) -> Callable[..., Any]:
-        usual = module.forward
+    def _linear(self, module: Any) -> Callable[..., Any]:
+        import torch
 
-        returned = Outputs() if kind == "linear" else self._whole.get(self._paths[id(module)])
+        usual, is_usual = module.forward, type(module) is torch.nn.Linear or is_served(module)
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if current() is not self:  # another thread's
+                return usual(*args, **kwargs)
+            is_plain = is_usual and len(args) == 1 and not kwargs
+            with _no_mode():
+                # A subclass may do anything: what it returns is seen by that.
+                like = None if is_plain else usual(*args, **kwargs)
+                shape = (*args[0].shape[:-1], module.out_features) if like is None else like.shape
+                dtype = args[0].dtype if like is None else like.dtype
+                kind = "linear" if is_plain else "module"
+                (out,) = self.leaf(kind, module, (args, kwargs), [tuple(shape)], dtype)
+            return out
+
+        return forward
+
+    def _part(self, module: Any) -> Callable[..., Any]:
+        usual, returned = module.forward, self._whole.get(self._paths[id(module)])
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             if current() is not self:  # another thread's
@@ -453,10 +472,8 @@ class Recorder:
             if returned is None:
                 raise CannotRecordError(f"nobody knows what {type(module).__name__} returns")
             states = args[0] if args else kwargs["hidden_states"]
-            width = module.out_features if kind == "linear" else states.shape[-1]
             with _no_mode():
-                shape = (*states.shape[:-1], width)
-                (out,) = self.leaf(kind, module, (args, kwargs), [shape], states.dtype)
+                (out,) = self.leaf("module", module, (args, kwargs), [tuple(states.shape)], states.dtype)
             return out if returned.beside is None else (out, *[None] * returned.beside)
 
         return forward

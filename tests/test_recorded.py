@@ -1,0 +1,791 @@
+"""Recorded decoder layers of real architectures: which there are, that they say the same, and whoever changes them is heard."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("torch.nn.utils.prune")
+pytest.importorskip("llvmlite")
+
+import peft  # noqa: E402
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache  # noqa: E402
+
+from llm_magic.backends.accelerate.decoding import attention, step_by_step  # noqa: E402
+from llm_magic.backends.accelerate.placement.cpu_linear import serve_plain_layers  # noqa: E402
+from llm_magic.backends.accelerate.recorded import recording as module_of_recording  # noqa: E402
+from llm_magic.backends.accelerate.recorded.current import current  # noqa: E402
+from llm_magic.backends.accelerate.recorded.layers import RecordedLayers  # noqa: E402
+from llm_magic.backends.accelerate.recorded.linears import Linears  # noqa: E402
+from llm_magic.backends.accelerate.recorded.recordings import Recordings  # noqa: E402
+from tests.families import _EXPERTS, _GROUPED, _LATENT, _WIDTHS, FAMILIES  # noqa: E402
+from tests.recorded_layers import programs  # noqa: E402
+
+TinyModel = Callable[[str], Path]
+
+_SLIDING = {"sliding_window": 16}
+_TWO_HEADS = {"num_key_value_heads": 2}
+_FOUR = {"n_head": 4, "n_layer": 4, "n_embd": 64}
+
+OTHERS: Mapping[str, Mapping[str, Any]] = {
+    "llama": _GROUPED,
+    "qwen2": _TWO_HEADS,
+    "qwen3": _GROUPED,
+    "phi3": _TWO_HEADS,
+    "gemma": _GROUPED,
+    "gemma2": _GROUPED | _SLIDING,
+    "gemma3_text": _GROUPED | _SLIDING,
+    "gemma4_text": _GROUPED
+    | _SLIDING
+    | {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 384, "global_head_dim": 16},
+    "granite": _TWO_HEADS,
+    "olmo2": _TWO_HEADS,
+    "glm4": _GROUPED,
+    "cohere": _TWO_HEADS,
+    "stablelm": _TWO_HEADS,
+    "starcoder2": _TWO_HEADS,
+    "exaone4": _GROUPED,
+    "nemotron": _GROUPED,
+    "gpt_neox": {},
+    "phi": _TWO_HEADS,
+    "falcon": {},
+    "bloom": {"n_head": 4, "n_layer": 4},
+    "opt": {"ffn_dim": 128, "word_embed_proj_dim": 64},
+    "gptj": _FOUR | {"rotary_dim": 8},
+    "gpt2": _FOUR,
+    "gpt_bigcode": _FOUR,
+    "diffllama": _TWO_HEADS,
+    "mixtral": _GROUPED | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": _GROUPED | _EXPERTS | {"num_experts": 4},
+    "deepseek_v3": _LATENT
+    | _EXPERTS
+    | {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_key_value_heads": 4}
+    | {"first_k_dense_replace": 1},
+    "glm4_moe": _GROUPED
+    | _EXPERTS
+    | {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
+    "persimmon": {},
+    "apertus": _GROUPED,
+}
+
+LEFT = {
+    "bloom": 0,
+    "deepseek_v4": 0,
+    "gemma3n_text": 0,
+    "glm_moe_dsa": 0,
+    "gpt_neo": 0,
+    "gptj": 0,
+    "nemotron_h": 2,
+}
+"""Architectures of which not all four layers are recorded, and how many are."""
+
+WITHOUT = {"minimax", "cpmant"}
+"""Those that have a cache of their own, or their layers somewhere else."""
+
+
+def made(name: str, dtype: Any = torch.bfloat16, **own: Any) -> Any:
+    settings = {**_WIDTHS, **FAMILIES.get(name, {}), **OTHERS.get(name, {}), **own}
+    config = AutoConfig.for_model(name, **settings)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    for key, weight in model.named_parameters():
+        if weight.dim() == 1 and "norm" in key:
+            weight.add_(torch.randn_like(weight) * 0.1)
+    step_by_step.use(model)  # as a load does
+    attention.use_on_cpu(model)
+    serve_plain_layers(model)
+    return model
+
+
+def layers_of(model: Any) -> Any:
+    decoder = model.get_decoder()
+    return next(part for part in decoder.children() if isinstance(part, torch.nn.ModuleList))
+
+
+def recorded(model: Any) -> RecordedLayers:
+    return RecordedLayers({str(i): layer for i, layer in enumerate(layers_of(model))}, Recordings())
+
+
+SWEEPS = ((30, 31), (31, 32), (32, 35), (35, 36), (36, 38))
+
+
+def answers(
+    model: Any, sweeps: Sequence[tuple[int, int]] = SWEEPS, *, batch: int = 1, seed: int = 3
+) -> list[Any]:
+    """Logits of some sweeps after a prompt, with a cache of their own."""
+    kept = DynamicCache(config=model.config.get_text_config(decoder=True))
+    ids = torch.randint(5, 300, (batch, 64), generator=torch.Generator().manual_seed(seed))
+    model(ids[:, : sweeps[0][0]], past_key_values=kept, use_cache=True)
+    return [step(model, kept, ids[:, :end], end - start) for start, end in sweeps]
+
+
+def step(model: Any, kept: Any, ids: Any, tokens: int = 1) -> Any:
+    seen = torch.ones(ids.shape[0], ids.shape[1], dtype=torch.long)
+    return model(ids[:, -tokens:], past_key_values=kept, use_cache=True, attention_mask=seen).logits
+
+
+def equal(mine: Sequence[Any], theirs: Sequence[Any]) -> bool:
+    return all(torch.equal(left, right) for left, right in zip(mine, theirs, strict=True))
+
+
+@pytest.fixture(autouse=True)
+def _no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+@pytest.mark.parametrize("name", sorted((FAMILIES.keys() | OTHERS.keys()) - WITHOUT))
+def test_layers_say_the_same_as_their_own_code(name: str) -> None:
+    """To the last bit, for one token and for several."""
+    model = made(name)
+    expected = answers(model)
+    held = recorded(model)
+    assert equal(answers(model), expected)
+    count = sum(any(bound is not None for bound in layer._bound.values()) for layer in held._layers)
+    assert count == LEFT.get(name, 4)
+    for layer in held._layers:
+        assert layer._guard.is_as_it_was()
+        if any(layer._bound.values()):  # one for a token, one for two and one for three
+            assert sum(bound is not None for bound in layer._bound.values()) == 3
+    held.undo()
+    assert equal(answers(model), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "qwen3_moe", "gpt_oss", "lfm2"])
+def test_other_dtypes(name: str, dtype: Any) -> None:
+    model = made(name, dtype)
+    expected = answers(model)
+    held = recorded(model)
+    for mine, theirs in zip(answers(model), expected, strict=True):
+        torch.testing.assert_close(
+            mine, theirs, atol=float(theirs.abs().max()) * 30 * torch.finfo(dtype).eps, rtol=0
+        )
+    assert programs(held) == 12
+
+
+# ------------------------------------------------------------------------------------------------ one model
+
+
+@pytest.fixture
+def llama() -> Any:
+    return made("llama")
+
+
+@pytest.fixture
+def expected(llama: Any) -> list[Any]:
+    return answers(llama)
+
+
+def test_several_chats_in_turn(llama: Any) -> None:
+    ids = [torch.randint(5, 300, (1, 60), generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+
+    def turns() -> list[Any]:
+        kept = [DynamicCache(config=llama.config) for _ in ids]
+        for one, text in zip(kept, ids, strict=True):
+            llama(text[:, :9], past_key_values=one)
+        return [
+            step(llama, one, t[:, :end]) for end in range(10, 20) for one, t in zip(kept, ids, strict=True)
+        ]
+
+    theirs = turns()
+    held = recorded(llama)
+    assert equal(turns(), theirs)
+    assert equal(turns(), theirs)
+    assert programs(held) == 4
+
+
+@pytest.mark.parametrize("batch", [2, 3, 16])
+def test_batches(batch: int, llama: Any) -> None:
+    theirs, alone = answers(llama, batch=batch), answers(llama)
+    held = recorded(llama)
+    for _ in range(2):
+        assert equal(answers(llama, batch=batch), theirs)
+        assert equal(answers(llama), alone)
+    assert programs(held) > 12
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma3_text", "gpt_oss", "qwen3_5_text", "granitemoehybrid"])
+def test_a_text_that_grows_beyond_every_window(name: str) -> None:
+    sweeps = [(end - 1, end) for end in range(4, 60)]
+    model = made(name)
+    theirs = answers(model, sweeps)
+    held = recorded(model)
+    assert equal(answers(model, sweeps), theirs)
+    assert programs(held)
+
+
+def test_padded_texts(llama: Any) -> None:
+    ids = torch.randint(5, 300, (2, 30), generator=torch.Generator().manual_seed(1))
+    seen = torch.ones(2, 30, dtype=torch.long)
+    seen[0, :7] = 0
+
+    def run() -> list[Any]:
+        kept = DynamicCache(config=llama.config)
+        found = []
+        for start, end in ((0, 20), (20, 21), (21, 22), (22, 26)):
+            found.append(llama(ids[:, start:end], past_key_values=kept, attention_mask=seen[:, :end]).logits)
+        return found
+
+    theirs = run()
+    held = recorded(llama)
+    assert equal(run(), theirs)
+    assert programs(held)
+
+
+def test_a_generation(llama: Any) -> None:
+    ids = torch.randint(5, 300, (1, 20), generator=torch.Generator().manual_seed(1))
+    asked: dict[str, Any] = {
+        "max_new_tokens": 24,
+        "do_sample": False,
+        "pad_token_id": 2,
+        "eos_token_id": None,
+    }
+    plain = llama.generate(ids, **asked)
+    looked_up = llama.generate(ids, **asked, prompt_lookup_num_tokens=4)
+    beams = llama.generate(ids, **asked, num_beams=3)
+    held = recorded(llama)
+    assert torch.equal(llama.generate(ids, **asked), plain)
+    assert torch.equal(llama.generate(ids, **asked, prompt_lookup_num_tokens=4), looked_up)
+    assert torch.equal(llama.generate(ids, **asked, num_beams=3), beams)
+    assert programs(held)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3_moe"])
+def test_states_and_attentions_that_are_asked_for(name: str) -> None:
+    model = made(name)
+    model.set_attn_implementation("eager")
+    step_by_step.use(model)
+    held = recorded(model)
+    answers(model)
+    assert programs(held)
+    held.undo()
+
+    def run() -> Any:
+        kept = DynamicCache(config=model.config)
+        ids = torch.randint(5, 300, (1, 20), generator=torch.Generator().manual_seed(1))
+        model(ids[:, :19], past_key_values=kept)
+        return model(ids[:, 19:], past_key_values=kept, output_hidden_states=True, output_attentions=True)
+
+    theirs = run()
+    held = recorded(model)
+    answers(model)
+    mine = run()
+    assert len(mine.hidden_states) == len(theirs.hidden_states) == 5
+    assert equal(mine.hidden_states, theirs.hidden_states)
+    assert len(mine.attentions) == 4
+    assert equal(mine.attentions, theirs.attentions)
+
+
+# ------------------------------------------------------------------------------------ whoever changes something
+
+
+def test_undone_layers_are_as_they_were(llama: Any, expected: list[Any]) -> None:
+    before = [dict(vars(part)) for part in llama.modules()]
+    held = recorded(llama)
+    assert "forward" in vars(layers_of(llama)[0])
+    answers(llama)
+    held.undo()
+    for part, had in zip(llama.modules(), before, strict=True):
+        assert vars(part).keys() == had.keys()
+        assert all(vars(part)[name] is had[name] for name in had)
+    held.undo()
+    assert equal(answers(llama), expected)
+
+
+def inner(model: Any) -> dict[str, Any]:
+    layer = layers_of(model)[1]
+    names = ("self_attn", "self_attn.q_proj", "mlp", "mlp.down_proj", "mlp.act_fn", "input_layernorm")
+    return {name: layer.get_submodule(name) for name in names}
+
+
+@pytest.mark.parametrize("kind", ["register_forward_hook", "register_forward_pre_hook"])
+@pytest.mark.parametrize(
+    "name", ["self_attn", "self_attn.q_proj", "mlp", "mlp.down_proj", "mlp.act_fn", "input_layernorm"]
+)
+def test_hooks_of_parts_are_called(name: str, kind: str, llama: Any, expected: list[Any]) -> None:
+    recorded(llama)
+    answers(llama)
+    seen: list[Any] = []
+    handle = getattr(inner(llama)[name], kind)(lambda *args: seen.append(args) or None)
+    assert equal(answers(llama), expected)
+    assert len(seen) == 1 + len(SWEEPS)
+    handle.remove()
+    assert equal(answers(llama), expected)
+    assert len(seen) == 1 + len(SWEEPS)
+
+
+@pytest.mark.parametrize("kind", ["register_module_forward_hook", "register_module_forward_pre_hook"])
+def test_hooks_of_all_modules_are_called(kind: str, llama: Any, expected: list[Any]) -> None:
+    recorded(llama)
+    answers(llama)
+    seen: list[Any] = []
+
+    def note(part: Any, *_: Any) -> None:
+        seen.append(part)
+
+    handle = getattr(torch.nn.modules.module, kind)(note)
+    try:
+        assert equal(answers(llama), expected)
+    finally:
+        handle.remove()
+    assert sum(part is layers_of(llama)[1].mlp for part in seen) == 1 + len(SWEEPS)
+    assert equal(answers(llama), expected)
+
+
+def test_a_hook_of_a_layer_changes_what_it_says(llama: Any, expected: list[Any]) -> None:
+    held = recorded(llama)
+    answers(llama)
+    handle = layers_of(llama)[1].register_forward_hook(lambda _part, _args, result: result * 2)
+    changed = answers(llama)
+    held.undo()
+    assert equal(changed, answers(llama))
+    assert not equal(changed, expected)
+    handle.remove()
+
+
+CHANGES: dict[str, Callable[[Any], object]] = {
+    "a part": lambda layer: setattr(layer, "mlp", torch.nn.Identity()),
+    "a part of a part": lambda layer: setattr(layer.mlp, "act_fn", torch.nn.Tanh()),
+    "a linear layer": lambda layer: setattr(
+        layer.mlp, "up_proj", torch.nn.Linear(64, 128, dtype=torch.bfloat16)
+    ),
+    "the forward of a part": lambda layer: setattr(layer.mlp, "forward", lambda x: x * 3),
+    "the forward of a linear layer": lambda layer: setattr(
+        layer.mlp.up_proj, "forward", lambda x: x.repeat(1, 1, 2)
+    ),
+    "the forward of an activation": lambda layer: setattr(layer.mlp.act_fn, "forward", torch.tanh),
+    "a weight": lambda layer: layer.input_layernorm.weight.mul_(2),
+    "a weight's data": lambda layer: setattr(
+        layer.input_layernorm.weight, "data", layer.input_layernorm.weight * 2
+    ),
+    "another weight": lambda layer: setattr(
+        layer.input_layernorm, "weight", torch.nn.Parameter(torch.full((64,), 2.0, dtype=torch.bfloat16))
+    ),
+    "a weight of another shape": lambda layer: setattr(
+        layer.input_layernorm, "weight", torch.nn.Parameter(torch.full((1,), 1.5, dtype=torch.bfloat16))
+    ),
+    "a weight with gaps": lambda layer: setattr(
+        layer.input_layernorm, "weight", torch.nn.Parameter(torch.randn(128, dtype=torch.bfloat16)[::2])
+    ),
+    "a matrix": lambda layer: layer.mlp.up_proj.weight.mul_(2),
+    "pruned matrices": lambda layer: pruned(layer.mlp),
+    "a bias": lambda layer: setattr(
+        layer.mlp.up_proj, "bias", torch.nn.Parameter(torch.ones(128, dtype=torch.bfloat16))
+    ),
+    "no weight": lambda layer: torch.nn.utils.prune.l1_unstructured(layer.input_layernorm, "weight", 0.5),
+    "a parametrized weight": lambda layer: torch.nn.utils.parametrize.register_parametrization(
+        layer.input_layernorm, "weight", torch.nn.Tanh()
+    ),
+    "the scale of the scores": lambda layer: setattr(layer.self_attn, "scaling", 0.7),
+    "a norm's epsilon": lambda layer: setattr(layer.input_layernorm, "variance_epsilon", 0.5),
+    "how it attends": lambda layer: setattr(layer.self_attn.config, "_attn_implementation", "eager"),
+    "the class of a part": lambda layer: setattr(layer.mlp, "__class__", Doubled),
+    "the forward of its class": lambda layer: setattr(type(layer.mlp), "forward", Doubled.forward),
+    "a forward of its own": lambda layer: setattr(layer, "forward", tripled(layer.forward)),
+}
+
+
+class Doubled(torch.nn.Module):
+    def forward(self, x: Any) -> Any:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x)) * 2
+
+
+def tripled(forward: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *args, **kwargs: forward(*args, **kwargs) * 3
+
+
+def pruned(part: Any) -> None:
+    for name in ("gate_proj", "up_proj"):
+        weight = getattr(part, name).weight
+        getattr(part, name).weight = torch.nn.Parameter(weight[:96].clone())
+    part.down_proj.weight = torch.nn.Parameter(part.down_proj.weight[:, :96].clone())
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_somebody_changes_is_heard(name: str, llama: Any, expected: list[Any], monkeypatch: Any) -> None:
+    layer = layers_of(llama)[1]
+    monkeypatch.setattr(type(layer.mlp), "forward", type(layer.mlp).forward)  # is put back
+    held = recorded(llama)
+    assert equal(answers(llama), expected)
+    CHANGES[name](layer)
+    found = [answers(llama) for _ in range(2)]
+    held.undo()
+    right = answers(llama)
+    assert equal(found[0], right)
+    assert equal(found[1], right)
+    if name != "how it attends":
+        assert not equal(right, expected)
+
+
+def test_a_forward_of_somebody_stays_when_layers_are_as_they_were(llama: Any, expected: list[Any]) -> None:
+    layer = layers_of(llama)[1]
+    held = recorded(llama)
+    answers(llama)
+    own = tripled(layer.forward)
+    layer.forward = own
+    changed = answers(llama)
+    held.undo()
+    assert vars(layer)["forward"] is own
+    assert equal(answers(llama), changed)
+    held = recorded(llama)
+    assert equal(answers(llama), changed)
+    held.undo()
+    del layer.forward
+    assert equal(answers(llama), expected)
+
+
+def test_another_dtype_and_back(llama: Any) -> None:
+    held = recorded(llama)
+    answers(llama)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        llama.to(dtype)
+        mine = answers(llama)
+        held.undo()
+        theirs = answers(llama)
+        held = recorded(llama)
+        for left, right in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(left, right)
+        answers(llama)
+
+
+def test_training_and_gradients(llama: Any, expected: list[Any]) -> None:
+    held = recorded(llama)
+    answers(llama)
+    llama.train()
+    with torch.enable_grad():
+        ids = torch.arange(10)[None]
+        kept = DynamicCache(config=llama.config)
+        llama(ids, past_key_values=kept)
+        llama(ids[:, :1], past_key_values=kept).logits.float().sum().backward()
+        assert layers_of(llama)[0].mlp.up_proj.weight.grad is not None
+    llama.eval()
+    llama.zero_grad(set_to_none=True)
+    with torch.enable_grad():
+        kept = DynamicCache(config=llama.config)
+        llama(ids, past_key_values=kept)
+        llama(ids[:, :1], past_key_values=kept).logits.float().sum().backward()
+        assert layers_of(llama)[0].input_layernorm.weight.grad is not None
+    assert equal(answers(llama), expected)
+    assert programs(held)
+
+
+def test_inference_mode(llama: Any) -> None:
+    with torch.inference_mode():
+        theirs = answers(llama)
+        held = recorded(llama)
+        assert equal(answers(llama), theirs)
+    assert equal(answers(llama), theirs)
+    with torch.inference_mode():
+        assert equal(answers(llama), theirs)
+    held.undo()
+
+
+def test_autocast(llama: Any) -> None:
+    llama.float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        theirs = answers(llama)
+    held = recorded(llama)
+    answers(llama)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert equal(answers(llama), theirs)
+    assert programs(held)
+
+
+def test_other_experts(llama: Any) -> None:
+    model = made("qwen3_moe")
+    recorded(model)
+    answers(model)
+    model.set_experts_implementation("eager")
+    called: list[Any] = []
+    layer = layers_of(model)[0]
+    layer.mlp.experts.register_forward_hook(lambda *args: called.append(args) or None)
+    mine = answers(model)
+    assert called
+    other = made("qwen3_moe")
+    other.set_experts_implementation("eager")
+    assert equal(mine, answers(other))
+
+
+def test_eager_experts_are_those_of_the_token() -> None:
+    model = made("qwen3_moe")
+    model.set_experts_implementation("eager")
+    sweeps = [(end - 1, end) for end in range(20, 50)]
+    theirs = answers(model, sweeps)
+    recorded(model)
+    assert equal(answers(model, sweeps), theirs)
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
+def test_an_adapter_that_is_put_on_and_taken_off(llama: Any, expected: list[Any]) -> None:
+    held = recorded(llama)
+    answers(llama)
+    torch.manual_seed(3)
+    for name in ("first", "second"):
+        settings = peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+        llama.add_adapter(settings, adapter_name=name)
+    llama.eval()
+    found = {}
+    for name in ("first", "second"):
+        llama.set_adapter(name)
+        found[name] = answers(llama)
+    llama.disable_adapters()
+    assert equal(answers(llama), expected)
+    held.undo()
+    llama.enable_adapters()
+    for name, mine in found.items():
+        llama.set_adapter(name)
+        assert equal(answers(llama), mine)
+        assert not equal(mine, expected)
+    held = recorded(llama)  # as after a change of adapters
+    for name, mine in found.items():
+        llama.set_adapter(name)
+        assert equal(answers(llama), mine)
+    llama.delete_adapter("first")
+    llama.delete_adapter("second")
+    assert equal(answers(llama), expected)
+
+
+# --------------------------------------------------------------------------------------------- copies and files
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda each: pickle.loads(pickle.dumps(each))])
+@pytest.mark.parametrize("when", ["before", "after", "undone"])
+def test_a_copy_runs_its_own_code(
+    way: Callable[[Any], Any], when: str, llama: Any, expected: list[Any]
+) -> None:
+    held = recorded(llama)
+    if when != "before":
+        answers(llama)
+    if when == "undone":
+        held.undo()
+    other = way(llama)
+    assert equal(answers(other), expected)
+    layers_of(other)[0].mlp.up_proj.weight.zero_()
+    assert not equal(answers(other), expected)
+    assert equal(answers(llama), expected)
+    again = way(other)
+    assert equal(answers(again), answers(other))
+    held.undo()
+    assert equal(answers(again), answers(other))
+
+
+def test_a_copy_can_be_recorded_too(llama: Any, expected: list[Any]) -> None:
+    recorded(llama)
+    answers(llama)
+    other = copy.deepcopy(llama)
+    held = recorded(other)
+    assert equal(answers(other), expected)
+    held.undo()
+    assert equal(answers(other), expected)
+
+
+def test_weights_are_saved_as_ever(llama: Any, expected: list[Any], tmp_path: Path) -> None:
+    before = set(llama.state_dict())
+    recorded(llama)
+    answers(llama)
+    assert set(llama.state_dict()) == before
+    llama.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+    attention.use_on_cpu(again)
+    serve_plain_layers(again)
+    assert equal(answers(again), expected)
+
+
+# ------------------------------------------------------------------------------------------------------ errors
+
+
+class Halted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("error", [Halted, KeyboardInterrupt, MemoryError])
+@pytest.mark.parametrize("at", [0, 1, 3, 7, 20, 60, 150, 300])
+def test_an_error_at_any_operation_of_a_recording(
+    at: int, error: type[BaseException], llama: Any, expected: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every part is as it was, and the next answer is right."""
+    usual, count = module_of_recording.Recorder._shown, 0
+
+    def shown(self: Any, value: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == at + 1:
+            raise error
+        return usual(self, value)
+
+    held = recorded(llama)
+    before = [dict(vars(part)) for part in llama.modules()]
+    monkeypatch.setattr(module_of_recording.Recorder, "_shown", shown)
+    if issubclass(error, Exception):
+        assert equal(answers(llama), expected)
+    else:
+        with pytest.raises(error):
+            answers(llama)
+    assert count > at
+    assert current() is None
+    for part, had in zip(llama.modules(), before, strict=True):
+        assert {name: id(value) for name, value in vars(part).items()} == {
+            name: id(value) for name, value in had.items()
+        }
+    assert equal(answers(llama), expected)
+    assert programs(held)
+
+
+@pytest.mark.parametrize("error", [Halted, KeyboardInterrupt])
+def test_an_error_while_a_layer_is_looked_at(
+    error: type[BaseException], llama: Any, expected: list[Any]
+) -> None:
+    held = recorded(llama)
+    part = layers_of(llama)[2].mlp
+    handle = part.register_forward_hook(raising(error))
+    with pytest.raises(error):
+        answers(llama)
+    handle.remove()
+    assert not any(
+        "forward" in vars(each) for each in layers_of(llama)[2].modules() if each is not layers_of(llama)[2]
+    )
+    assert equal(answers(llama), expected)
+    assert programs(held) == 12
+
+
+def raising(error: type[BaseException]) -> Callable[..., Any]:
+    def hook(*_: Any) -> None:
+        raise error
+
+    return hook
+
+
+@pytest.mark.parametrize("error", [Halted, KeyboardInterrupt])
+@pytest.mark.parametrize("at", [0, 1, 2, 3, 5, 15])
+def test_an_error_in_the_midst_of_a_recorded_layer(
+    at: int, error: type[BaseException], llama: Any, expected: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before its attention and after it."""
+    held = recorded(llama)
+    answers(llama)
+    usual, count = Linears.run, 0
+
+    def run(self: Any, values: Any) -> None:
+        nonlocal count
+        count += 1
+        if count == at + 1:
+            raise error
+        usual(self, values)
+
+    monkeypatch.setattr(Linears, "run", run)
+    for layer in held._layers:  # whose steps are bound
+        for bound in layer._bound.values():
+            bound._steps = [
+                partial(run, step.__self__) if is_linears(step) else step for step in bound._steps
+            ]
+    with pytest.raises(error):
+        answers(llama)
+    assert equal(answers(llama), expected)
+    assert programs(held) == 12
+
+
+def is_linears(step: Any) -> bool:
+    return isinstance(getattr(step, "__self__", None), Linears)
+
+
+# ---------------------------------------------------------------------------------------------------- threads
+
+
+def together(*works: Callable[[], Any]) -> list[Any]:
+    found: list[Any] = [None] * len(works)
+    start = threading.Barrier(len(works))
+
+    def run(number: int) -> None:
+        start.wait(30)
+        with torch.no_grad():
+            found[number] = works[number]()
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(len(works))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    return found
+
+
+def test_two_models_in_two_threads() -> None:
+    models = [made("llama"), made("gemma2")]
+    theirs = [answers(model) for model in models]
+    held = [recorded(model) for model in models]
+    for _ in range(3):
+        mine = together(*(lambda model=model: answers(model) for model in models))
+        assert all(map(equal, mine, theirs))
+    assert [programs(each) for each in held] == [12, 12]
+
+
+@pytest.mark.parametrize("turn", range(4))
+def test_one_model_in_several_threads(turn: int, llama: Any, expected: list[Any]) -> None:
+    """Whoever comes first records; nobody finds a part in the midst of it."""
+    if turn % 2:
+        recorded(llama).undo()
+    held = recorded(llama)
+    mine = together(*[lambda: answers(llama)] * 4)
+    for each in mine:
+        assert equal(each, expected)
+    layers = layers_of(llama)
+    assert not any(
+        "forward" in vars(part) for layer in layers for part in layer.modules() if part is not layer
+    )
+    assert equal(answers(llama), expected)
+    assert all(layer._guard.is_as_it_was() for layer in held._layers)
+    assert programs(held) == 12
+
+
+# ----------------------------------------------------------------------------------------------------- memory
+
+
+def test_nothing_is_kept_of_sweeps_and_recordings(llama: Any) -> None:
+    import gc
+
+    def objects() -> int:
+        gc.collect()
+        return len(gc.get_objects())
+
+    held = recorded(llama)
+    sweeps = [(end - 1, end) for end in range(4, 60)]
+    answers(llama, sweeps)
+    before = objects()
+    for _ in range(4):
+        answers(llama, sweeps)
+    assert objects() - before < 200
+    counts = []
+    for _ in range(4):
+        held.undo()
+        held = recorded(llama)
+        answers(llama)
+        counts.append(objects())
+    assert counts[-1] - counts[0] < 200
+
+
+def test_layers_of_one_kind_have_one_program(llama: Any) -> None:
+    held = recorded(llama)
+    answers(llama)
+    assert len(held._layers[0]._recordings._programs) == 3
+
+
+def test_layers_are_freed_with_their_model() -> None:
+    import gc
+    import weakref
+
+    model = made("llama")
+    held = recorded(model)
+    answers(model)
+    held.undo()
+    weight = weakref.ref(layers_of(model)[0].mlp.up_proj.weight)
+    del model, held
+    gc.collect()
+    assert weight() is None
