@@ -224,7 +224,8 @@ class Recorder:
 
         leaves = flat(args, kwargs)
         states = next(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
-        stands = [self._stand_in(number, leaf, states.shape[1]) for number, leaf in enumerate(leaves)]
+        tokens = states.shape[1] if states.dim() > 1 else 0
+        stands = [self._stand_in(number, leaf, tokens) for number, leaf in enumerate(leaves)]
         arguments = tuple(
             (i, self._views[id(t)]) for i, t in enumerate(stands) if isinstance(t, torch.Tensor)
         )
@@ -346,7 +347,8 @@ class Recorder:
         import torch
 
         if isinstance(leaf, torch.Tensor):
-            is_mask = leaf.dim() > _STATES or (leaf.dim() == 2 and leaf.shape[1] != tokens)
+            of_places = leaf.dim() == 2 and leaf.shape[1] != tokens and not leaf.dtype.is_floating_point
+            is_mask = leaf.dim() > _STATES or of_places
             stand = self._mask(leaf) if is_mask else self._numbers(leaf)
             self._new(stand, is_whole=not is_mask)
             return stand
