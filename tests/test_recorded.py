@@ -285,6 +285,91 @@ def test_states_and_attentions_that_are_asked_for(name: str) -> None:
     assert equal(mine.attentions, theirs.attentions)
 
 
+def cut(kept: Any) -> Any:
+    kept.crop(-4)
+    return kept
+
+
+FORKS: dict[str, Callable[[Any], Any]] = {
+    "a copy": copy.deepcopy,
+    "another cache of the same tensors": lambda kept: with_layers(kept, copy.copy),
+    "one that is cut": lambda kept: cut(copy.deepcopy(kept)),
+    "the same one, cut": cut,
+    "rows of it": lambda kept: batch(kept, lambda one: one.batch_select_indices(torch.tensor([1, 0]))),
+    "its rows repeated": lambda kept: batch(kept, lambda one: one.reorder_cache(torch.tensor([0, 0]))),
+}
+
+
+def with_layers(kept: Any, copied: Callable[[Any], Any]) -> Any:
+    made = copy.copy(kept)
+    made.layers = [copied(layer) for layer in kept.layers]
+    return made
+
+
+def batch(kept: Any, change: Callable[[Any], object]) -> Any:
+    change(kept)
+    return kept
+
+
+@pytest.mark.parametrize("context", [0, 40, 256])
+@pytest.mark.parametrize("name", FORKS)
+def test_texts_that_part(name: str, context: int, llama: Any) -> None:
+    """Each goes on by itself, though both have the same tokens in the same memory until then."""
+    ids = torch.randint(5, 300, (2, 40), generator=torch.Generator().manual_seed(5))
+    other = torch.randint(5, 300, (2, 40), generator=torch.Generator().manual_seed(6))
+
+    def run() -> list[Any]:
+        kept = DynamicCache(config=llama.config)
+        llama(ids[:, :9], past_key_values=kept)
+        found = [step(llama, kept, ids[:, :end]) for end in range(10, 17)]
+        forked = FORKS[name](kept)
+        length = forked.get_seq_length()
+        for more in range(1, 9):
+            if forked is not kept:
+                found.append(step(llama, kept, ids[:, : 16 + more]))
+            found.append(step(llama, forked, other[:, : length + more]))
+        return [*found, *(layer.keys for layer in forked.layers)]
+
+    theirs = run()
+    held = RecordedLayers({str(i): layer for i, layer in enumerate(layers_of(llama))}, {}, context)
+    assert equal(run(), theirs)
+    assert equal(run(), theirs)
+    assert programs(held)
+
+
+def test_layers_that_share_a_part(llama: Any) -> None:
+    layers = layers_of(llama)
+    layers[2].mlp = layers[0].mlp
+    layers[3].self_attn.q_proj = layers[1].self_attn.q_proj
+    layers[3].input_layernorm.weight = layers[1].input_layernorm.weight
+    theirs = answers(llama)
+    held = recorded(llama)
+    assert equal(answers(llama), theirs)
+    assert programs(held) == 12
+    layers[0].mlp.act_fn = torch.nn.Tanh()
+    changed = answers(llama)
+    held.undo()
+    assert equal(answers(llama), changed)
+    assert not equal(changed, theirs)
+
+
+def test_another_default_device(llama: Any, expected: list[Any]) -> None:
+    """What compiled functions write is in RAM all the same."""
+    recorded(llama)
+    answers(llama)
+    layer = layers_of(llama)[0]
+    states = torch.randn(1, 1, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+    kept = DynamicCache(config=llama.config)
+    ids = torch.arange(20)[None]
+    llama(ids, past_key_values=kept)
+    cos, sin = torch.randn(2, 1, 1, 16, generator=torch.Generator().manual_seed(2)).bfloat16()
+    asked: dict[str, Any] = {"attention_mask": None, "position_embeddings": (cos, sin)}
+    theirs = layer(states, past_key_values=copy.deepcopy(kept), **asked)
+    with torch.device("meta"):
+        mine = layer(states, past_key_values=copy.deepcopy(kept), **asked)
+    assert torch.equal(mine, theirs)
+
+
 # ------------------------------------------------------------------------------------ whoever changes something
 
 

@@ -177,7 +177,7 @@ def _taken_room(size: int) -> Any:
         room = _rooms.pop()  # nobody else has it then
     except IndexError:
         room = None
-    return torch.empty(size, dtype=torch.uint8) if room is None or room.nbytes < size else room
+    return torch.empty(size, dtype=torch.uint8, device="cpu") if room is None or room.nbytes < size else room
 
 
 def _leave_room(room: Any) -> None:

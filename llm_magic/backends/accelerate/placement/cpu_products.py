@@ -323,7 +323,7 @@ def _by_bytes(
         return None
     is_full, shape = products.places == count, tokens.shape[:-1]
     results = [tokens.new_empty((*shape, of) if is_full else (products.places, of)) for of in rows]
-    room = torch.empty(products.room, dtype=torch.uint8) if products.room else None
+    room = torch.empty(products.room, dtype=torch.uint8, device="cpu") if products.room else None
     addresses: list[int] = []
     for source, result in zip(sources, results, strict=True):
         addresses += (*source, result.data_ptr())
@@ -344,7 +344,7 @@ def _by_numbers(tokens: Any, weights: PackedWeights) -> Any:
         return None
     inputs, results = tokens.to(dtype), tokens.new_empty(len(tokens), weights.rows)
     step = weights.rows if weights.shifts is not None else max(1, _UNPACKED_WEIGHTS // weights.columns)
-    numbers = torch.empty(min(step, weights.rows), weights.columns, dtype=dtype)
+    numbers = torch.empty(min(step, weights.rows), weights.columns, dtype=dtype, device="cpu")
     for start in range(0, weights.rows, step):
         some = numbers[: min(step, weights.rows - start)]
         _unpack(weights, start, some)
@@ -381,7 +381,7 @@ def _only() -> Any:
     """The number of the only matrix."""
     import torch
 
-    return torch.zeros(1, dtype=torch.int64)
+    return torch.zeros(1, dtype=torch.int64, device="cpu")
 
 
 @cache

@@ -121,7 +121,7 @@ class GrowingTensors:
         tokens = shape[-2]
         room = max(self._tokens, tokens)
         with torch.inference_mode(False):  # it is written to again, perhaps in another mode
-            memory = torch.empty((*shape[:-2], room, shape[-1]), dtype=dtype)
+            memory = torch.empty((*shape[:-2], room, shape[-1]), dtype=dtype, device="cpu")
         return self._noted(memory[..., :tokens, :], room)
 
     def longer(self, before: Any, more: Any) -> Any:

@@ -7,6 +7,7 @@ has them in another place each time. Whatever no kernel takes computes as its mo
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from llm_magic.backends.accelerate.placement import cpu_products
@@ -41,7 +42,8 @@ class Linears:
         self._tokens = 1
         for size in self._view.shape[:-1]:
             self._tokens *= size
-        self._empty, self._byte = torch.empty, torch.uint8
+        # Not on the default device, which somebody may have set.
+        self._empty, self._byte = partial(torch.empty, device=torch.device("cpu")), torch.uint8
 
     def run(self, values: Values) -> None:
         """Put what they make into ``values``."""

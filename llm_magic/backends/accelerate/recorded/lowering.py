@@ -224,7 +224,7 @@ class _Lowering:
         """A number that is added: torch has it in the dtype of the result first."""
         import torch
 
-        return float(torch.tensor(_number(value), dtype=self.out.dtype))
+        return float(torch.tensor(_number(value), dtype=self.out.dtype, device=_cpu()))
 
     def _refuse_if_rounded_first(self, *values: Any) -> None:
         """A lone number of another dtype does not decide that of the result: torch has it in that first."""

@@ -6,7 +6,7 @@ import ctypes
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from llm_magic.backends.accelerate.kernels.steps import Fold, Loop, Operand
@@ -192,7 +192,9 @@ class CompiledRegion:
         numbers = {base: number for number, base in enumerate([*self._outer, *inner])}
         self._words = ctypes.c_int64 * len(numbers)
         self._function = _compiled(tuple(renumbered(step, numbers) for step in region.steps))
-        self._empty, self._strided, self._byte = torch.empty, torch.empty_strided, torch.uint8
+        cpu = torch.device("cpu")  # not the default device, which somebody may have set
+        self._empty, self._strided = (partial(of, device=cpu) for of in (torch.empty, torch.empty_strided))
+        self._byte = torch.uint8
 
     def run(self, values: Values) -> None:
         """Put what it makes into ``values``."""

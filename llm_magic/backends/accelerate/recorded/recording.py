@@ -199,7 +199,7 @@ class Recorder:
         import torch
 
         self._layer, self._usual, self._whole, self._is_other = layer, usual, whole, is_other
-        self._random = torch.Generator().manual_seed(1 + is_other)
+        self._random = torch.Generator("cpu").manual_seed(1 + is_other)
         self._views: dict[int, View] = {}
         self._objects: dict[int, Argument] = {}
         self._alive: list[Any] = []
@@ -309,9 +309,9 @@ class Recorder:
         if (
             kind == "cache"
         ):  # only large parts take them, which look at nothing of them but how many there are
-            made = tuple(torch.zeros((), dtype=dtype).expand(shape) for shape in shapes)
+            made = tuple(torch.zeros((), dtype=dtype, device="cpu").expand(shape) for shape in shapes)
         else:
-            made = tuple(torch.randn(shape, generator=self._random).to(dtype) for shape in shapes)
+            made = tuple(self._drawn(shape).to(dtype) for shape in shapes)
         # Copies, for the layer may change what it gets, and what it gave.
         got = [each.clone() for each in _tensors((args, kwargs)) if self._view(each).shape != VARYING]
         self._leaves.append((got, made if kind == "cache" else tuple(each.clone() for each in made)))
@@ -365,12 +365,17 @@ class Recorder:
 
         stand = leaf.clone(memory_format=torch.contiguous_format)
         if leaf.dtype.is_floating_point:
-            stand.copy_(torch.randn(leaf.shape, generator=self._random))
+            stand.copy_(self._drawn(leaf.shape))
         elif self._is_other and leaf.dtype == torch.bool:
             stand.logical_not_()
         elif self._is_other and not leaf.dtype.is_complex:  # places in some table: the next ones
             stand = torch.where(leaf > 0, leaf - 1, leaf + 1)
         return stand
+
+    def _drawn(self, shape: Sequence[int]) -> Any:
+        import torch
+
+        return torch.randn(shape, generator=self._random, dtype=torch.float32, device="cpu")
 
     def _mask(self, leaf: Any) -> Any:
         if not self._is_other:
