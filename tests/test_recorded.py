@@ -110,8 +110,9 @@ def layers_of(model: Any) -> Any:
     return next(part for part in decoder.children() if isinstance(part, torch.nn.ModuleList))
 
 
-def recorded(model: Any) -> RecordedLayers:
-    return RecordedLayers({str(i): layer for i, layer in enumerate(layers_of(model))}, Recordings())
+def recorded(model: Any, recordings: Recordings | None = None, context: int = 0) -> RecordedLayers:
+    layers = {str(i): layer for i, layer in enumerate(layers_of(model))}
+    return RecordedLayers(layers, recordings or Recordings(), context)
 
 
 SWEEPS = ((30, 31), (31, 32), (32, 35), (35, 36), (36, 38))
@@ -331,7 +332,7 @@ def test_texts_that_part(name: str, context: int, llama: Any) -> None:
         return [*found, *(layer.keys for layer in forked.layers)]
 
     theirs = run()
-    held = RecordedLayers({str(i): layer for i, layer in enumerate(layers_of(llama))}, {}, context)
+    held = recorded(llama, context=context)
     assert equal(run(), theirs)
     assert equal(run(), theirs)
     assert programs(held)
@@ -511,9 +512,44 @@ def test_what_somebody_changes_is_heard(name: str, llama: Any, expected: list[An
         assert not equal(right, expected)
 
 
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_somebody_changes_while_nothing_is_recorded_is_heard(
+    name: str, llama: Any, expected: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As while blocks move, for what is known of layers is kept."""
+    layer = layers_of(llama)[1]
+    monkeypatch.setattr(type(layer.mlp), "forward", type(layer.mlp).forward)  # is put back
+    recordings = Recordings()
+    held = recorded(llama, recordings)
+    assert equal(answers(llama), expected)
+    held.undo()
+    CHANGES[name](layer)
+    right = answers(llama)
+    held = recorded(llama, recordings)
+    for _ in range(2):
+        assert equal(answers(llama), right)
+    assert programs(held) >= 9  # of the others
+    held.undo()
+    assert equal(answers(llama), right)
+
+
+def test_layers_are_recorded_once_for_all_moves(llama: Any, expected: list[Any], monkeypatch: Any) -> None:
+    recordings = Recordings()
+    held = recorded(llama, recordings)
+    assert equal(answers(llama), expected)
+    held.undo()
+    monkeypatch.setattr(module_of_recording.Recorder, "record", None)
+    for _ in range(2):
+        held = recorded(llama, recordings)
+        assert equal(answers(llama), expected)
+        assert programs(held) == 12
+        held.undo()
+
+
 def test_a_forward_of_somebody_stays_when_layers_are_as_they_were(llama: Any, expected: list[Any]) -> None:
     layer = layers_of(llama)[1]
-    held = recorded(llama)
+    recordings = Recordings()
+    held = recorded(llama, recordings)
     answers(llama)
     own = tripled(layer.forward)
     layer.forward = own
@@ -521,7 +557,7 @@ def test_a_forward_of_somebody_stays_when_layers_are_as_they_were(llama: Any, ex
     held.undo()
     assert vars(layer)["forward"] is own
     assert equal(answers(llama), changed)
-    held = recorded(llama)
+    held = recorded(llama, recordings)
     assert equal(answers(llama), changed)
     held.undo()
     del layer.forward

@@ -14,7 +14,9 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("llvmlite")
 
 from llm_magic.backends.accelerate.recorded import lowering  # noqa: E402
-from tests.recorded_layers import WIDTH, Layer, Twins, cache, states  # noqa: E402
+from llm_magic.backends.accelerate.recorded.layers import RecordedLayers  # noqa: E402
+from llm_magic.backends.accelerate.recorded.recordings import Recordings  # noqa: E402
+from tests.recorded_layers import WIDTH, Layer, Twins, cache, programs, states  # noqa: E402
 
 Pair = namedtuple("Pair", ["states", "rest"])
 Forward = Callable[..., Any]
@@ -715,3 +717,73 @@ def test_states_by_another_name_than_those_of_a_linear_layer() -> None:
     twins = Twins(Layer(lambda layer, x: x + layer.down(input=layer.up(input=x))))
     for seed in range(3):
         twins.check(states(1, seed))
+
+
+# ------------------------------------------------------------------------------------------ layers that are alike
+
+
+class Kin(torch.nn.Module):
+    """Layers that differ in one thing, which shows with several tokens alone."""
+
+    def __init__(self, function: Forward) -> None:
+        super().__init__()
+        self.up = torch.nn.Linear(WIDTH, WIDTH, dtype=torch.bfloat16)
+        self.function, self.number, self._number = function, 1, 1.0
+        self.held, self.named, self.other = HELD, NAMED, torch.nn.Module()
+        self.other.number = (1, (1,))
+        self.register_buffer("kept", torch.ones(1, dtype=torch.bfloat16))
+        self.eval()
+
+    def forward(self, hidden_states: Any, past_key_values: Any = None) -> Any:
+        found = self.up(hidden_states)
+        return found if hidden_states.shape[1] == 1 else found * self.function(self)
+
+
+HELD, NAMED = [1], {"number": 1}
+
+DIFFERENCES: dict[str, tuple[Forward, Callable[[Any, int], object]]] = {
+    "a setting": (lambda layer: layer.number, lambda layer, n: setattr(layer, "number", n)),
+    "its kind": (
+        lambda layer: 2 if isinstance(layer.number, bool) else 3,
+        lambda layer, n: setattr(layer, "number", [True, 1, 1.0][n % 3]),
+    ),
+    "one that is private": (
+        lambda layer: layer._number,
+        lambda layer, n: setattr(layer, "_number", float(n)),
+    ),
+    "a list": (lambda layer: layer.held[0], lambda layer, n: setattr(layer, "held", [n])),
+    "a dictionary": (
+        lambda layer: layer.named["number"],
+        lambda layer, n: setattr(layer, "named", {"number": n}),
+    ),
+    "a setting of a part": (
+        lambda layer: layer.other.number[1][0],
+        lambda layer, n: setattr(layer.other, "number", (1, (n,))),
+    ),
+    "the size of a buffer": (
+        lambda layer: layer.kept.shape[0],
+        lambda layer, n: setattr(layer, "kept", torch.ones(n, dtype=torch.bfloat16)),
+    ),
+    "a weight": (lambda layer: layer.up.weight[0, 0], lambda layer, n: layer.up.weight.fill_(n / 100)),
+    "a forward": (lambda _: 1, lambda layer, n: setattr(layer, "forward", times(layer.forward, n))),
+}
+
+
+def times(forward: Forward, number: int) -> Forward:
+    return lambda x, **kwargs: forward(x, **kwargs) * (number if x.shape[1] > 1 else 1)
+
+
+@pytest.mark.parametrize("name", DIFFERENCES)
+def test_layers_that_are_not_quite_alike(name: str) -> None:
+    function, differ = DIFFERENCES[name]
+    layers = [Kin(function) for _ in range(3)]
+    for number, layer in zip((2, 3, 5), layers, strict=True):
+        differ(layer, number)
+    inputs = [states(tokens, seed) for seed, tokens in enumerate((1, 1, 2, 2, 3, 1, 2))]
+    usual = [[layer(x) for x in inputs] for layer in layers]
+    held = RecordedLayers({str(number): layer for number, layer in enumerate(layers)}, Recordings())
+    kept = cache()
+    for turn, x in enumerate(inputs):
+        for layer, expected in zip(layers, usual, strict=True):
+            assert torch.equal(layer(x, past_key_values=kept), expected[turn])
+    assert programs(held) == 9

@@ -462,7 +462,7 @@ class Recorder:
             with _no_mode():
                 # A subclass may do anything: what it returns is seen by that.
                 like = None if is_plain else usual(*args, **kwargs)
-                shape = (*args[0].shape[:-1], module.out_features) if like is None else like.shape
+                shape = (*args[0].shape[:-1], _rows(module)) if like is None else like.shape
                 dtype = args[0].dtype if like is None else like.dtype
                 kind = "linear" if is_plain else "module"
                 (out,) = self.leaf(kind, module, (args, kwargs), [tuple(shape)], dtype)
@@ -518,6 +518,14 @@ def flat(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
         else:
             found.append(each)
     return found
+
+
+def _rows(linear: Any) -> int:
+    """What a linear layer gives, even where somebody has pruned its weights."""
+    import torch
+
+    weight = linear._parameters.get("weight")
+    return int(weight.shape[0] if type(weight) is torch.nn.Parameter else linear.out_features)
 
 
 def _check_result(value: Any) -> None:

@@ -39,7 +39,7 @@ class Recordings:
         self, name: str, layer: Any, usual: Callable[..., Any], call: Call, kind: Any
     ) -> Program | None:
         """That of a layer for a kind of sweep, of which ``call`` is one; ``None``: its own code is to run."""
-        looks = signature(layer)
+        looks = getattr(usual, "__func__", usual), signature(layer)
         known = self._of_layers.get((name, kind))
         if known is not None and known[0] == looks:
             return known[1]
@@ -81,7 +81,8 @@ class Recordings:
 def signature(layer: Any) -> Any:
     """What two layers share that do the same with other weights: their modules, and all settings of these."""
     return tuple(
-        (path, type(module), _tensors(module), _settings(module)) for path, module in layer.named_modules()
+        (path, type(module), type(module).forward, _tensors(module), _settings(module))
+        for path, module in layer.named_modules()
     )
 
 
@@ -94,11 +95,11 @@ def _tensors(module: Any) -> Any:
 
 
 def _settings(module: Any) -> Any:
-    """By value where they are plain, else by identity."""
+    """By value where they are plain, else by identity, but for what torch and others keep there for themselves."""
     return tuple(
-        (name, value if _is_plain(value) else id(value))
+        (name, (type(value), value) if _is_plain(value) else id(value))
         for name, value in vars(module).items()
-        if not name.startswith("_") and name not in _OF_THIS_LAYER
+        if name not in _OF_THIS_LAYER and (_is_plain(value) or not name.startswith("_"))
     )
 
 
