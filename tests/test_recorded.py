@@ -18,6 +18,7 @@ pytest.importorskip("llvmlite")
 
 import peft  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache  # noqa: E402
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # noqa: E402
 
 from llm_magic.backends.accelerate.decoding import attention, step_by_step  # noqa: E402
 from llm_magic.backends.accelerate.placement.cpu_linear import serve_plain_layers  # noqa: E402
@@ -336,6 +337,54 @@ def test_texts_that_part(name: str, context: int, llama: Any) -> None:
     assert equal(run(), theirs)
     assert equal(run(), theirs)
     assert programs(held)
+
+
+class Halved(DynamicCache):
+    """A cache of somebody, which does something else with values."""
+
+    def update(self, key_states: Any, value_states: Any, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        return super().update(key_states, value_states * 0.5, layer_idx, *args, **kwargs)
+
+
+@pytest.mark.parametrize("way", ["a class", "a cache", "a layer"])
+def test_a_cache_of_somebody(way: str, llama: Any) -> None:
+    ids = torch.randint(5, 300, (1, 40), generator=torch.Generator().manual_seed(5))
+
+    def run() -> list[Any]:
+        kept = Halved(config=llama.config) if way == "a class" else DynamicCache(config=llama.config)
+        llama(ids[:, :9], past_key_values=kept)
+        if way != "a class":
+            held = kept if way == "a cache" else kept.layers[1]
+            held.update = halved(held.update)
+        return [step(llama, kept, ids[:, :end]) for end in range(10, 17)]
+
+    theirs = run()
+    held = recorded(llama)
+    assert not equal(answers(llama), theirs)
+    assert equal(run(), theirs)
+    assert equal(run(), theirs)
+    assert programs(held)
+
+
+def halved(update: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda keys, values, *args, **kwargs: update(keys, values * 0.5, *args, **kwargs)
+
+
+def test_an_attention_function_that_somebody_registers(
+    llama: Any, expected: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded(llama)
+    assert equal(answers(llama), expected)
+    usual = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def tripled_attention(*args: Any, **kwargs: Any) -> Any:
+        return usual(*args, **kwargs)[0] * 3, None
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", tripled_attention)
+    mine = answers(llama)
+    other = made("llama")
+    assert equal(mine, answers(other))
+    assert not equal(mine, expected)
 
 
 def test_layers_that_share_a_part(llama: Any) -> None:

@@ -288,16 +288,21 @@ def _step(parts: Sequence[Any], layer: Any, growing: GrowingTensors) -> Callable
 
 
 def _cache_step(node: Node, module: Any, growing: GrowingTensors) -> Callable[[Values], None]:
-    from transformers.cache_utils import DynamicLayer
+    from transformers.cache_utils import Cache, DynamicLayer
 
     cache, key, value = node.args
     keys, outs = node.outputs
+
+    def adds_only(held: Any, layer: Any) -> bool:
+        """Whether a cache puts keys and values behind the others, and nobody has told it otherwise."""
+        is_usual = type(layer) is DynamicLayer and type(held).update is Cache.update
+        return is_usual and "update" not in vars(held) and "update" not in vars(layer)
 
     def step(values: Values) -> None:
         held, index = values[-1][cache.number], module.layer_idx
         more = shown(key, values), shown(value, values)
         layer: Any = held.layers[index] if index < len(held.layers) else None
-        if type(layer) is DynamicLayer and layer.is_initialized and layer.keys.is_cpu and layer.keys.numel():
+        if adds_only(held, layer) and layer.is_initialized and layer.keys.is_cpu and layer.keys.numel():
             # transformers copies all of them for each token.
             layer.keys = growing.longer(layer.keys, more[0])
             layer.values = growing.longer(layer.values, more[1])
@@ -309,9 +314,16 @@ def _cache_step(node: Node, module: Any, growing: GrowingTensors) -> Callable[[V
 
 
 def _attention_step(node: Node, module: Any) -> Callable[[Values], None]:
-    function, (out,) = attention_function(module), node.outputs
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    (out,) = node.outputs
+    own, known = ALL_ATTENTION_FUNCTIONS._local_mapping, ALL_ATTENTION_FUNCTIONS._global_mapping
+    name = module.config._attn_implementation
+    usual, registered = attention_function(module), own.get(name, known.get(name))
 
     def step(values: Values) -> None:
+        is_usual = own.get(name, known.get(name)) is registered  # nobody has registered another one
+        function = usual if is_usual else attention_function(module)
         args, kwargs = shown(node.args, values), {name: shown(value, values) for name, value in node.kwargs}
         values[out.base] = as_noted(function(module, *args, **kwargs)[0], out)
 
