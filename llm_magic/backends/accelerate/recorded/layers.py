@@ -11,7 +11,8 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
-from operator import itemgetter
+from itertools import repeat
+from operator import attrgetter, contains, itemgetter
 from typing import Any
 
 from llm_magic.backends.accelerate.decoding.running import below_its_hook, running
@@ -353,59 +354,48 @@ class _Guard:
             for inner in leaf.modules()
         }
         modules = [module for module in layer.modules() if id(module) not in apart]
-        self._layer = layer
         everywhere = torch.nn.modules.module
         self._hooks = [
             *(everywhere._global_forward_hooks, everywhere._global_forward_pre_hooks),
             *(held for module in modules[1:] for held in (module._forward_hooks, module._forward_pre_hooks)),
         ]
         self._attributes = [vars(module) for module in modules[1:]]
-        self._numbers = [_Numbers(module) for module in modules]
-        self._classes = [(module, type(module)) for module in modules]
-        self._forwards: list[tuple[Any, Any]] = [
-            (kind, kind.forward) for kind in dict.fromkeys(map(_type, modules))
-        ]
-        self._parts = [
-            (module._modules, tuple(module._modules.values())) for module in modules if module._modules
-        ]
-        configs = {id(module.config): module.config for module in modules if hasattr(module, "config")}
-        self._ways = [(config, _ways(config)) for config in configs.values()]
-        self._is_plain = not any(hasattr(module, "base_layer") for module in modules)  # PEFT's
+        self._modules, self._kinds = modules, list(dict.fromkeys(map(type, modules)))
+        self._numbers = [(_numbers_of(vars(module)), vars(module)) for module in modules]
+        self._parts = [module._modules for module in modules if module._modules]
+        self._configs = list({id(m.config): m.config for m in modules if hasattr(m, "config")}.values())
+        self._is_plain = not layer.training and not any(hasattr(m, "base_layer") for m in modules)  # PEFT's
+        self._before = self._now()
 
     def is_as_it_was(self) -> bool:
-        """Whether nothing is there that was not."""
+        """Whether nothing is there that was not. It is asked in every sweep, so most of it is done by builtins."""
+        try:
+            return (
+                self._is_plain
+                and not any(self._hooks)
+                and not any(map(contains, self._attributes, repeat("forward")))
+                and self._now() == self._before
+            )
+        except (AttributeError, KeyError):
+            return False
+
+    def _now(self) -> tuple[Any, ...]:
         return (
-            self._is_plain
-            and not self._layer.training
-            and not any(self._hooks)
-            and not any("forward" in each for each in self._attributes)
-            and all(tuple(held.values()) == before for held, before in self._parts)
-            and all(type(module) is kind for module, kind in self._classes)
-            and all(kind.forward is before for kind, before in self._forwards)
-            and all(numbers.are_as_they_were() for numbers in self._numbers)
-            and all(_ways(config) == before for config, before in self._ways)
+            list(map(type, self._modules)),
+            list(map(_FORWARD, self._kinds)),
+            [numbers(held) for numbers, held in self._numbers],
+            [tuple(held.values()) for held in self._parts],
+            list(map(_ways, self._configs)),
         )
 
 
-class _Numbers:
-    """What a module has that is a plain value: a recording has these as they were."""
-
-    def __init__(self, module: Any) -> None:
-        held = vars(module)
-        plain = (bool, int, float, str, type(None))
-        names = [name for name, value in held.items() if type(value) in plain]
-        self._held, self._get = held, itemgetter(*names, "training")
-        self._before = self._get(held)
-
-    def are_as_they_were(self) -> bool:
-        try:
-            return self._get(self._held) == self._before  # type: ignore[no-any-return]
-        except KeyError:
-            return False
+_FORWARD = attrgetter("forward")
 
 
-def _type(module: Any) -> Any:
-    return type(module)
+def _numbers_of(held: dict[str, Any]) -> Callable[[dict[str, Any]], Any]:
+    """What finds the plain values of a module: a recording has these as they were."""
+    plain = (bool, int, float, str, type(None))
+    return itemgetter("training", *(name for name, value in held.items() if type(value) in plain))
 
 
 def _ways(config: Any) -> tuple[Any, Any]:
