@@ -17,6 +17,8 @@ pytest.importorskip("torch.nn.utils.prune")
 pytest.importorskip("llvmlite")
 
 import peft  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache  # noqa: E402
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # noqa: E402
 
@@ -385,6 +387,29 @@ def test_an_attention_function_that_somebody_registers(
     other = made("llama")
     assert equal(mine, answers(other))
     assert not equal(mine, expected)
+
+
+def test_whoever_counts_operations_sees_all_of_them(llama: Any) -> None:
+    class Noted(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.names: list[str] = []
+
+        def __torch_dispatch__(self, function: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.names.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    def counted() -> tuple[int, list[str]]:
+        with FlopCounterMode(display=False) as flops, Noted() as noted:
+            answers(llama)
+        return flops.get_total_flops(), noted.names
+
+    answers(llama)  # the first time there is some room to be made
+    theirs = counted()
+    held = recorded(llama)
+    answers(llama)
+    assert programs(held) == 12
+    assert counted() == theirs
 
 
 def test_layers_that_share_a_part(llama: Any) -> None:

