@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -355,6 +356,19 @@ def test_without_kernels_the_libraries_compute(method: str, monkeypatch: pytest.
     for layer in (network[0], network[2]):
         serve(layer)
     assert torch.equal(forward(network, inputs()), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("count", [1, 40])
+def test_without_llvmlite_no_kernel_takes_tokens(
+    count: int, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu_products, "_readers", lambda: None)
+    monkeypatch.setitem(sys.modules, compiler.__name__, None)  # nor is anything imported that needs it
+    for name in ("_known", "_kernel", "_reader", "_quick_dtype"):
+        monkeypatch.setattr(cpu_products, name, cache(getattr(cpu_products, name).__wrapped__))
+    weights, _ = packed("int8", (8, 64))
+    assert multiplied(torch.ones(count, 64, dtype=getattr(torch, dtype)), weights) is None
 
 
 # --------------------------------------------------------------------- plain weights of 16 bits

@@ -404,11 +404,11 @@ def _plain(dtype: Any, columns: int) -> Layout:
 def _kernel(layout: Layout, dtype: str, together: int) -> Callable[[Any], None] | None:
     """The compiled kernel for so many tokens together; of none: what unpacks."""
     reader = _reader_of(layout, dtype, together)
-    used = {layout.kind, layout.scales, dtype}
-    is_known = reader is not None and {layout.scales, dtype} <= {"float32", "float16", "bfloat16"}
-    if "float16" in used and not _readers().has_float16():
+    if reader is None or not {layout.scales, dtype} <= {"float32", "float16", "bfloat16"}:
         return None
-    return _compiled(reader, layout.scales, dtype, together) if is_known else None
+    if "float16" in (layout.kind, layout.scales, dtype) and not _readers().has_float16():
+        return None
+    return _compiled(reader, layout.scales, dtype, together)
 
 
 @cache
@@ -487,6 +487,6 @@ def _quick_dtype(dtype: Any) -> Any:
 
 
 def _instructions() -> frozenset[str]:
-    from llm_magic.backends.accelerate.kernels.compiler import instructions
-
-    return instructions()
+    """What is known of this processor: nothing without llvmlite, or with one that does not work."""
+    readers = _readers()
+    return frozenset() if readers is None else readers.instructions()
