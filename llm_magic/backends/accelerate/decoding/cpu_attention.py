@@ -8,13 +8,13 @@ all query heads that share it. It needs llvmlite; without it, or for what it is 
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import struct
 from collections.abc import Callable
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 from llm_magic.backends.accelerate.decoding.joined import FEW_TOKENS
+from llm_magic.backends.accelerate.placement import cpu_products
 
 _SMALLEST_PART, _LARGEST_PART, _FEW_PARTS = 64, 1024, 32
 _MOST_ROWS, _WIDEST = 4, 1024
@@ -101,8 +101,11 @@ def attended(
 
 
 def is_there() -> bool:
-    """Whether there may be kernels for this processor: each is compiled when it is first needed."""
-    return importlib.util.find_spec("llvmlite") is not None
+    """Whether there may be kernels for this processor: each is compiled when it is first needed.
+
+    Without vectors for products there are none: the fused operations would be calls of a library, which is slow.
+    """
+    return cpu_products.is_there()
 
 
 def _may_read(query: Any, key: Any, value: Any, mask: Any, sinks: Any) -> bool:
