@@ -104,9 +104,11 @@ def _address(tensor: Any) -> int:
 
 
 def _is_such(weight: Any, packed: PackedWeights) -> bool:
-    """Whether a parameter of plain numbers still is what it was: ``model.float()`` changes it where it is."""
+    """Whether a parameter still is what it was: ``model.float()`` changes one of plain numbers where it is."""
     if packed.data is not weight:
         return True
+    if packed.kind not in cpu_products.PLAIN:  # its own shape is that of bytes
+        return bool(weight.is_cpu)
     shape = (packed.rows, packed.columns)
     is_same = weight.shape == shape and str(weight.dtype) == f"torch.{packed.kind}"
     return is_same and weight.is_contiguous() and weight.is_cpu
