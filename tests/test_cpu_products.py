@@ -555,6 +555,13 @@ def test_a_plain_layer_is_cast_traced_called_with_others_and_pickled() -> None:
     assert are_close(traced(x), expected.double(), "bfloat16")
 
 
+def test_a_layer_without_outputs_makes_none() -> None:
+    """A kernel would end the process: by a division."""
+    weights, _ = packed("int8", (8, 64))
+    assert prepared(weights.layout, (8, 0), "bfloat16", 1) is None
+    assert prepared(weights.layout, (8, 8), "bfloat16", 1) is not None
+
+
 def test_a_processor_without_conversions_has_no_kernels_for_float16(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(numbers, "instructions", lambda: frozenset({"avx2"}))
     kernel = cpu_products._kernel.__wrapped__

@@ -290,6 +290,8 @@ def prepared(layout: Layout, rows: tuple[int, ...], dtype: str, tokens: int) -> 
 def _prepared(
     layout: Layout, rows: tuple[int, ...], dtype: str, tokens: int, *, pairs: int
 ) -> Products | None:
+    if 0 in rows:  # threads divide by them
+        return None
     most = _TOGETHER_WITH_PLAIN if layout.kind in PLAIN else _TOGETHER
     blocks = -(-tokens // pairs // most)
     together = -(-tokens // pairs // blocks)
