@@ -32,7 +32,7 @@ def test_a_draft_model_proposes_and_the_answer_is_the_same(with_draft: Any) -> N
     for prompt in (REPEATING, "A language model reads"):
         asked = request(prompt, max_new_tokens=40)
         assert ask(engine, asked).text == ask(alone, asked).text
-    assert engine.status() == ("draft small",)
+    assert engine.status() == ("recorded layers", "draft small")
     memory, layout = engine.memory()["cpu"], engine.plan.layout
     assert memory["draft"] == layout.draft.bytes
     assert engine.plan.use("cpu").draft >= layout.draft.bytes
@@ -65,7 +65,7 @@ def test_the_text_proposes_where_blocks_travel_or_when_asked(
         asked = request(REPEATING, max_new_tokens=60, extra=extra)
         answer = ask(engine, asked)
         assert answer.text == ask(alone, request(REPEATING, max_new_tokens=60)).text
-        assert engine.status() == status
+        assert engine.status() == ("recorded layers", *status)
         assert 0 < answer.finish.sweeps < answer.finish.generated_tokens
         if most == 0:
             assert answer.finish.sweeps == answer.finish.generated_tokens - 1

@@ -116,8 +116,8 @@ class Quick:
         said = list(self._warm_up.status if self._warm_up else ())
         if self._placed.plan.machine.gpus:  # nobody expects a captured step of a CPU
             said.insert(0, self.steps.status if self.steps else f"eager decode: {self._why_not}")
-        if self._recorded and self._recorded.status:
-            said.append(self._recorded.status)
+        if self._recorded and (recorded := self._recorded.status):
+            said.append(f"{recorded} on the CPU" if self._placed.plan.machine.gpus else recorded)
         if self._draft:
             said.append(f"draft {self._draft_name}")
         elif self._placed.travels and self._can_verify:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
+import sys
 from collections.abc import Callable
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
@@ -105,7 +106,17 @@ def is_there() -> bool:
 
     Without vectors for products there are none: the fused operations would be calls of a library, which is slow.
     """
-    return cpu_products.is_there()
+    return cpu_products.is_there() and _may_probe_stacks()
+
+
+@cache
+def _may_probe_stacks() -> bool:
+    """Whether a function of Windows that needs more than a page of stack finds what it calls then: LLVM ends the process if not."""
+    if sys.platform != "win32":
+        return True
+    import llvmlite.binding as llvm
+
+    return llvm.address_of_symbol("__chkstk") is not None
 
 
 def _may_read(query: Any, key: Any, value: Any, mask: Any, sinks: Any) -> bool:

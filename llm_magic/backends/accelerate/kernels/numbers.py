@@ -112,8 +112,11 @@ class Reader(ABC):
         for which, columns in enumerate(self.columns):
             of_vector = builder.add(to, I64(which * self.floats))
             for first in range(0, len(columns), 4):
-                from_ = columns[first] // 16 * 16
-                some = loaded(builder, read, builder.add(start, I64(from_)), vector(stored_kind(dtype), 16))
+                width = min(16, self.weights)  # no more than there is
+                from_ = columns[first] // width * width
+                some = loaded(
+                    builder, read, builder.add(start, I64(from_)), vector(stored_kind(dtype), width)
+                )
                 some = shuffled(
                     builder, some, some, [column - from_ for column in columns[first : first + 4]]
                 )

@@ -21,8 +21,10 @@ _LOCAL = threading.local()
 
 
 def current() -> NotesAttention | None:
-    """What records on this thread."""
-    return getattr(_LOCAL, "recorder", None)
+    """What records on this thread; nothing for a compiler, which would have a layer compiled anew in another thread."""
+    import torch
+
+    return None if torch.compiler.is_compiling() else getattr(_LOCAL, "recorder", None)
 
 
 @contextmanager
