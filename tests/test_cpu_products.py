@@ -428,7 +428,7 @@ def test_plain_layers_refuse_what_torch_refuses() -> None:
 def test_plain_layers_are_kernels_with_as_many_tokens_as_these_are_quicker_with(
     known: set[str], expected: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compiler, "instructions", lambda: known)
+    monkeypatch.setattr(cpu_products, "_instructions", lambda: known)
     monkeypatch.setattr(cpu_products, "is_there", lambda: True)
     monkeypatch.setattr(cpu_products, "_quick_dtype", cpu_products._quick_dtype.__wrapped__)
     few = cpu_products.few_plain_tokens.__wrapped__
@@ -471,7 +471,7 @@ def test_plain_layers_stay_torchs_where_no_kernel_is_quicker() -> None:
 def test_products_are_in_a_dtype_that_the_cpu_has_instructions_for(
     known: set[str], expected: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compiler, "instructions", lambda: known)
+    monkeypatch.setattr(cpu_products, "_instructions", lambda: known)
     ask = cpu_products._quick_dtype.__wrapped__
     assert tuple(str(ask(getattr(torch, dtype))).removeprefix("torch.") for dtype in DTYPES) == expected
 
