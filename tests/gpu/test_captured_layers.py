@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import cache
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.gpu
 
+from llm_magic.backends.accelerate import quick as of_quick  # noqa: E402
 from llm_magic.backends.accelerate.decoding.captured_layers import CapturedLayers  # noqa: E402
 from llm_magic.backends.accelerate.decoding.speculate import Proposal, Speculation  # noqa: E402
 from llm_magic.backends.accelerate.decoding.static_cache import FixedLayer, StaticCache  # noqa: E402
@@ -129,9 +131,14 @@ def test_other_architectures(name: str, engine_of: Callable[..., Any], expected:
 )
 @pytest.mark.parametrize("name", ["gemma", "gpt2"])
 def test_proposals_are_verified(
-    name: str, way: str, engine_of: Callable[..., Any], expected: Callable[..., str]
+    name: str,
+    way: str,
+    engine_of: Callable[..., Any],
+    expected: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Sweeps of several tokens, of which some are taken back: on the CPU's layers, too."""
+    monkeypatch.setattr(of_quick, "clock", count().__next__)  # several tokens take no longer than one
     engine = engine_of(name, WAYS[way])
     asked = request(REPEATING, max_new_tokens=40, extra={"prompt_lookup_num_tokens": 5})
     answer = ask(engine, asked)

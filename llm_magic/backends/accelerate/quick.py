@@ -27,6 +27,7 @@ from llm_magic.backends.accelerate.decoding.warmup import COMPILING, WarmUp, reg
 from llm_magic.backends.accelerate.memory_errors import free_bytes
 from llm_magic.backends.accelerate.placement import cpu_products
 from llm_magic.backends.accelerate.placement.placed import PlacedModel
+from llm_magic.backends.accelerate.preparation import clock
 from llm_magic.backends.accelerate.recorded.layers import RecordedLayers
 from llm_magic.backends.accelerate.recorded.recordings import Recordings
 from llm_magic.errors import OptionError
@@ -67,7 +68,7 @@ class Quick:
             if draft.device.type == "cpu" and cpu_products.is_there():
                 RecordedLayers(_layers_of(draft), Recordings(), context)
         self._draft_model, self._draft_name = draft, draft_name
-        self._lookup, self._pace = PromptLookup(), Pace()
+        self._lookup, self._pace = PromptLookup(), Pace(clock=clock)
         self._recorded: RecordedLayers | None = None
         self._recordings = Recordings()
         self._can_verify = can_take_back(placed.model)
@@ -106,7 +107,7 @@ class Quick:
                 )
             return None
         if most is not None:
-            return Speculation(PromptLookup(), Pace(most))
+            return Speculation(PromptLookup(), Pace(most, clock))
         if self._draft is None and not self._placed.travels:
             return None
         return Speculation(self._draft or self._lookup, self._pace)

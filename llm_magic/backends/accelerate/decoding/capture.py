@@ -29,6 +29,7 @@ from llm_magic.backends.accelerate.placement.cpu_experts import (
     before_recording,
     host_work_taken_by,
 )
+from llm_magic.backends.accelerate.preparation import preparing
 
 _FIRST_VISIBLE = 512
 _FIRST_CAPACITY = 2048  # a usual chat's: its graphs need not be captured again after two turns
@@ -794,7 +795,8 @@ class CudaGraphs:
                     sweep()
             finally:  # what a sweep that failed has started still writes to the cache, and reads slots
                 current.wait_stream(self._stream)
-            graph = self._captured(sweep, current)
+            with preparing():
+                graph = self._captured(sweep, current)
         self._alive.add(graph)
         return graph
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from llm_magic.backends.accelerate.decoding.joined import FEW_TOKENS
 from llm_magic.backends.accelerate.placement import cpu_products
+from llm_magic.backends.accelerate.preparation import preparing
 
 _SMALLEST_PART, _LARGEST_PART, _FEW_PARTS = 64, 1024, 32
 _MOST_ROWS, _WIDEST = 4, 1024
@@ -286,7 +287,8 @@ def _kernel(
 
         if "float16" in (sizes[0], mask) and not numbers.has_float16():
             return None
-        return attention(Kind(*sizes, mask, has_cap, has_sinks))
+        with preparing():
+            return attention(Kind(*sizes, mask, has_cap, has_sinks))
     except Exception:  # another llvmlite, or it has no such instruction after all
         return None
 

@@ -18,6 +18,8 @@ from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import Any
 
+from llm_magic.backends.accelerate.preparation import preparing
+
 PLAIN = ("bfloat16", "float16")
 """Kinds of weights that are not packed."""
 
@@ -419,9 +421,10 @@ def _compiled(reader: Any, scales: str, dtype: str, together: int) -> Callable[[
     from llm_magic.backends.accelerate.kernels import products
 
     try:
-        if together:
-            return products.products(reader, together, dtype, scales)
-        return products.unpacking(reader, dtype, scales)
+        with preparing():
+            if together:
+                return products.products(reader, together, dtype, scales)
+            return products.unpacking(reader, dtype, scales)
     except RuntimeError:  # LLVM's: it has no such instruction after all
         return None
 

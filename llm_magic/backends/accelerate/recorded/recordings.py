@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from llm_magic.backends.accelerate.preparation import preparing
 from llm_magic.backends.accelerate.recorded.program import Program
 from llm_magic.backends.accelerate.recorded.recording import Outputs, Recording, record
 
@@ -48,7 +49,8 @@ class Recordings:
         if kin is not None and (kin, kind) in self._alike:
             program = self._alike[kin, kind]
         else:
-            program = self._recorded(layer, usual, call, self.seen[name])
+            with preparing():
+                program = self._recorded(layer, usual, call, self.seen[name])
         if kin is not None:
             self._alike[kin, kind] = program
         else:
