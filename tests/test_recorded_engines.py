@@ -271,3 +271,22 @@ def test_a_model_that_is_closed_has_its_layers_as_they_were(tiny_model: TinyMode
         held = vars(layer)
         assert "llm_magic" not in str(getattr(held.get("forward"), "__module__", ""))
         assert "llm_magic" not in str(getattr(held.get("_old_forward"), "__module__", ""))
+
+
+@pytest.mark.parametrize("placement", MAPS)
+def test_layers_in_16_bits_are_recorded_and_served_wherever_they_are(
+    tiny_model: TinyModel, placement: str
+) -> None:
+    """Accelerate leaves methods of classes on modules of the disk, which hid the kernels."""
+    source = tiny_model("llama")
+    engine = load(source, placement, spec=ModelSpec(str(source), dtype="bfloat16"))
+    try:
+        assert ask(engine, asked()).finish.generated_tokens
+        assert engine.status()[0] == "recorded layers"
+        layers = {id(layer) for layer in engine.model.model.layers}
+        left = [
+            name for name, m in engine.model.named_modules() if "forward" in vars(m) and id(m) not in layers
+        ]
+        assert not [name for name in left if name.startswith("model.layers.")]
+    finally:
+        engine.close()

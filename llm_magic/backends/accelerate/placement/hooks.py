@@ -137,9 +137,9 @@ def strip(module: Any) -> None:
     """Take the hooks off a module and all that is in it; what RAM holds goes back into the modules."""
     remove_hook_from_module(module, recurse=True)
     for part in module.modules():
-        # Accelerate leaves the method of its class on it, as if somebody had put one in its place.
+        # Accelerate leaves the method of its class on it, as if somebody had put one in its place; it may be served since.
         left = getattr(vars(part).get("forward"), "__func__", None)
-        if left is not None and left is getattr(type(part), "forward", None):
+        if left is not None and any(left is vars(kind).get("forward") for kind in type(part).__mro__):
             del part.forward
 
 
