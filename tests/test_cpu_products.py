@@ -18,7 +18,7 @@ pytest.importorskip("llvmlite")
 
 from llm_magic.backends.accelerate.kernels import compiler, numbers  # noqa: E402
 from llm_magic.backends.accelerate.placement import cpu_products, four_bits  # noqa: E402
-from llm_magic.backends.accelerate.placement.cpu_linear import is_linear, serve, serve_plain_layers  # noqa: E402
+from llm_magic.backends.accelerate.placement.cpu_linear import is_linear, serve_linear  # noqa: E402
 from llm_magic.backends.accelerate.placement.cpu_products import (  # noqa: E402
     PackedWeights,
     few_tokens,
@@ -30,6 +30,7 @@ from llm_magic.backends.accelerate.placement.cpu_products import (  # noqa: E402
 )
 from llm_magic.backends.accelerate.placement.packing import packed_weights  # noqa: E402
 from llm_magic.backends.accelerate.placement.quantize import import_library  # noqa: E402
+from llm_magic.backends.accelerate.placement.served_model import serve_plain_modules  # noqa: E402
 from tests.packed import without_extension  # noqa: E402
 from tests.test_packing import METHODS, bind, forward, inputs, network_of, parameters, parts, template  # noqa: E402
 
@@ -310,7 +311,7 @@ def test_a_layer_computes_by_kernels_what_its_library_does(method: str, dtype: s
         bound(each)
     for layer in (network[0], network[2]):
         name, bias = type(layer).__name__, layer.bias
-        serve(layer)
+        serve_linear(layer)
         assert (type(layer).__name__, layer.bias) == (name, bias)
     assert isinstance(network[0], type(by_library[0]))
     for rows in (1, 5, 40):
@@ -354,7 +355,7 @@ def test_without_kernels_the_libraries_compute(method: str, monkeypatch: pytest.
     monkeypatch.setattr(cpu_products, "_reader", cpu_products._reader.__wrapped__)
     assert not cpu_products.is_there()
     for layer in (network[0], network[2]):
-        serve(layer)
+        serve_linear(layer)
     assert torch.equal(forward(network, inputs()), expected)
 
 
@@ -393,8 +394,8 @@ def test_plain_layers_of_16_bits_are_served_where_the_cpu_is_slow_with_them(
     layers = [torch.nn.Linear(80, 48), torch.nn.Linear(48, 7, bias=False), torch.nn.Linear(7, 5)]
     model = torch.nn.Sequential(*layers, torch.nn.Conv1d(3, 3, 3)).to(getattr(torch, dtype))
     model.eval().requires_grad_(False)
-    serve_plain_layers(model)
-    serve_plain_layers(model)  # once is enough
+    serve_plain_modules(model)
+    serve_plain_modules(model)  # once is enough
     assert [is_linear(layer) for layer in model] == [True, True, True, False]
     assert [type(layer).__name__ for layer in layers] == ["Linear"] * 3
     for count in (1, 3, few_tokens(getattr(torch, dtype)), 33):
@@ -411,7 +412,7 @@ def test_plain_layers_of_16_bits_are_served_where_the_cpu_is_slow_with_them(
 @pytest.mark.usefixtures("_slow")
 def test_plain_layers_refuse_what_torch_refuses() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(64, 64)).bfloat16().eval().requires_grad_(False)
-    serve_plain_layers(model)
+    serve_plain_modules(model)
     with pytest.raises(RuntimeError, match="dtype"):
         model(torch.zeros(1, 64))
 
@@ -446,7 +447,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_plain_layers_with_many_tokens_are_torchs_where_the_cpu_is_quick(used: list[int]) -> None:
     model = torch.nn.Sequential(torch.nn.Linear(64, 64)).bfloat16().eval().requires_grad_(False)
     usual = copy.deepcopy(model)
-    serve_plain_layers(model)
+    serve_plain_modules(model)
     for count in (1, 5, 6, 40):
         assert are_close(model(tokens(count, 64)), usual(tokens(count, 64)).double(), "bfloat16")
     assert used == [1, 5]
@@ -456,7 +457,7 @@ def test_plain_layers_with_many_tokens_are_torchs_where_the_cpu_is_quick(used: l
 @pytest.mark.usefixtures("_quick")
 def test_plain_layers_stay_torchs_where_no_kernel_is_quicker() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(64, 64)).half()
-    serve_plain_layers(model)
+    serve_plain_modules(model)
     assert type(model[0]) is torch.nn.Linear
 
 
@@ -480,7 +481,7 @@ def served(method: str = "nf4", dtype: str = "bfloat16") -> Any:
     network = network_of(method, dtype)
     bound(network)
     for layer in (network[0], network[2]):
-        serve(layer)
+        serve_linear(layer)
     return network
 
 
@@ -499,7 +500,7 @@ def test_rows_that_do_not_share_bytes_evenly_are_quantos(method: str, rows: int)
     bound(network)
     x = tokens(3, 256, "float16")
     expected = network(x)
-    serve(layer)
+    serve_linear(layer)
     assert are_close(network(x), expected.double(), "bfloat16")
 
 
@@ -523,7 +524,7 @@ def test_scales_that_are_elsewhere_are_not_read() -> None:
 @pytest.mark.usefixtures("_slow")
 def test_a_plain_layer_may_become_wider_again() -> None:
     layer = torch.nn.Linear(64, 64).bfloat16().eval()
-    serve_plain_layers(layer)
+    serve_plain_modules(layer)
     x = tokens(2, 64, "float32")
     layer.float()
     assert torch.equal(layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias))
@@ -533,7 +534,7 @@ def test_a_plain_layer_may_become_wider_again() -> None:
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_plain_layer_learns(bias: bool) -> None:
     layer = torch.nn.Linear(64, 64, bias=bias).bfloat16().eval()
-    serve_plain_layers(layer)
+    serve_plain_modules(layer)
     layer(tokens(2, 64)).sum().backward()
     assert all(parameter.grad is not None for parameter in layer.parameters())
 
@@ -541,7 +542,7 @@ def test_a_plain_layer_learns(bias: bool) -> None:
 @pytest.mark.usefixtures("_slow")
 def test_a_plain_layer_is_cast_traced_called_with_others_and_pickled() -> None:
     layer = torch.nn.Linear(64, 64).bfloat16().eval().requires_grad_(False)
-    serve_plain_layers(layer)
+    serve_plain_modules(layer)
     x = tokens(2, 64)
     expected = layer(x)
     with torch.autocast("cpu", torch.float16):

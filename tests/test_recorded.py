@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache  # noqa:
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # noqa: E402
 
 from llm_magic.backends.accelerate.decoding import attention, step_by_step  # noqa: E402
-from llm_magic.backends.accelerate.placement.cpu_linear import serve_plain_layers  # noqa: E402
+from llm_magic.backends.accelerate.placement.served_model import serve_plain_modules  # noqa: E402
 from llm_magic.backends.accelerate.recorded import recording as module_of_recording  # noqa: E402
 from llm_magic.backends.accelerate.recorded.current import current  # noqa: E402
 from llm_magic.backends.accelerate.recorded.layers import RecordedLayers  # noqa: E402
@@ -104,7 +104,7 @@ def made(name: str, dtype: Any = torch.bfloat16, **own: Any) -> Any:
             weight.add_(torch.randn_like(weight) * 0.1)
     step_by_step.use(model)  # as a load does
     attention.use_on_cpu(model)
-    serve_plain_layers(model)
+    serve_plain_modules(model)
     return model
 
 
@@ -791,7 +791,7 @@ def test_weights_are_saved_as_ever(llama: Any, expected: list[Any], tmp_path: Pa
     llama.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
     attention.use_on_cpu(again)
-    serve_plain_layers(again)
+    serve_plain_modules(again)
     assert equal(answers(again), expected)
 
 

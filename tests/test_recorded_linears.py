@@ -9,7 +9,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("llvmlite")
 
-from llm_magic.backends.accelerate.placement.cpu_linear import serve  # noqa: E402
+from llm_magic.backends.accelerate.placement.cpu_linear import serve_linear  # noqa: E402
 from llm_magic.backends.accelerate.recorded import linears  # noqa: E402
 from llm_magic.backends.accelerate.recorded.linears import Linears  # noqa: E402
 from llm_magic.backends.accelerate.recorded.recording import Node, View  # noqa: E402
@@ -26,7 +26,7 @@ def test_weights_are_asked_for_once(method: str, monkeypatch: pytest.MonkeyPatch
     network = network_of(method)
     bound(network)
     layer = network[0]
-    serve(layer)
+    serve_linear(layer)
     states, made = (
         View(base, (1, size), (size, 1), 0, torch.bfloat16) for base, size in ((0, WIDTH), (1, 128))
     )

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from llm_magic.backends.accelerate.beside import rates_together
 from llm_magic.backends.accelerate.layer_time import layer_overhead_s
 from llm_magic.backends.accelerate.memory_errors import release_memory
-from llm_magic.backends.accelerate.placement.cpu_linear import serve_plain_layers
+from llm_magic.backends.accelerate.placement.served_model import serve_plain_modules
 from llm_magic.host.memory import host_memory
 from llm_magic.host.processors import cpu_name
 from llm_magic.host.speed import best_of, thread_words
@@ -217,7 +217,7 @@ def _layer(torch: Any, device_id: str, rows: int, columns: int) -> Any:
     layer = torch.nn.Linear(columns, rows, bias=False, device="meta").eval().requires_grad_(False)
     weight = torch.ones(rows, columns, dtype=torch.bfloat16, device=device_id)
     layer.weight = torch.nn.Parameter(weight, requires_grad=False)
-    serve_plain_layers(layer)
+    serve_plain_modules(layer)
     return layer
 
 

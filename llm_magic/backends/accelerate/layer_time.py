@@ -11,7 +11,7 @@ from typing import Any
 
 from llm_magic.backends.accelerate.decoding.attention import use_on_cpu, without_plans
 from llm_magic.backends.accelerate.placement import cpu_products
-from llm_magic.backends.accelerate.placement.cpu_linear import serve_plain_layers
+from llm_magic.backends.accelerate.placement.served_model import serve_plain_modules
 from llm_magic.host.speed import median_of
 
 LAYERS = 20
@@ -85,7 +85,7 @@ def _narrow_model(device_id: str) -> Any:
     model = model.to_empty(device=device_id).eval()
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data.fill_(0.01)
-    serve_plain_layers(model)
+    serve_plain_modules(model)
     use_on_cpu(model)
     return model
 

@@ -19,7 +19,6 @@ from llm_magic.backends.accelerate.memory_errors import (
     release_memory,
 )
 from llm_magic.backends.accelerate.packed_load import PackedLoad
-from llm_magic.backends.accelerate.placement.cpu_linear import serve_plain_layers
 from llm_magic.backends.accelerate.placement.offload_folder import (
     OffloadFolder,
     check_tensor_names,
@@ -27,6 +26,7 @@ from llm_magic.backends.accelerate.placement.offload_folder import (
 )
 from llm_magic.backends.accelerate.placement.placed import Fill, PlacedModel, accelerate_device_map
 from llm_magic.backends.accelerate.placement.quantize import refuse_devices
+from llm_magic.backends.accelerate.placement.served_model import serve_plain_modules
 from llm_magic.backends.accelerate.quiet import bars_into, quiet
 from llm_magic.backends.accelerate.source.large_files import large_files_opened
 from llm_magic.errors import EngineError, LLMMagicError, PlanError, SourceError
@@ -248,7 +248,7 @@ def _read_model(
     _place_loose_buffers(model, plan)
     model.eval().requires_grad_(False)
     fill = packed.fill(model) if packed else None
-    serve_plain_layers(model)  # the others are packed layers now
+    serve_plain_modules(model)  # the others are packed layers now
     return model, fill
 
 

@@ -1,37 +1,18 @@
-"""Linear layers that the CPU computes by kernels of ours: packed ones, and those of 16 bits with few tokens.
-
-They stay what they are for everybody else: of a subclass, with the same name.
-"""
+"""Linear layers that the CPU computes by kernels of ours: packed ones, and those of 16 bits with few tokens."""
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 from llm_magic.backends.accelerate.placement import cpu_products
 from llm_magic.backends.accelerate.placement.cpu_products import PackedWeights
 from llm_magic.backends.accelerate.placement.packing import packed_weights
-
-_MARK = "computes_by_kernels"
-
-
-def serve_plain_layers(model: Any) -> None:
-    """Let linear layers of 16 bits compute by our kernels with as many tokens as they are quicker with than torch."""
-    import torch
-
-    for module in model.modules():
-        if type(module) is torch.nn.Linear and cpu_products.few_plain_tokens(module.weight.dtype):
-            serve(module)
+from llm_magic.backends.accelerate.placement.served_class import is_served, serve, served_class
 
 
-def serve(layer: Any) -> None:
+def serve_linear(layer: Any) -> None:
     """Let a linear layer compute by our kernels on the CPU, where there is one for its weight."""
-    layer.__class__ = _with_kernels(layer.__class__)
-
-
-def is_served(layer: Any) -> bool:
-    """Whether a layer computes by kernels of ours, as far as there are any."""
-    return hasattr(type(layer), _MARK)
+    serve(layer, _by_kernel)
 
 
 def served_weights(layer: Any, dtype: Any) -> PackedWeights | None:
@@ -62,33 +43,10 @@ def is_linear(layer: Any) -> bool:
     """Whether a module is torch's linear layer, served by kernels or not."""
     import torch
 
-    return type(layer) is torch.nn.Linear or type(layer) is _with_kernels(torch.nn.Linear)
+    return type(layer) is torch.nn.Linear or type(layer) is served_class(torch.nn.Linear, _by_kernel)
 
 
-@cache
-def _with_kernels(usual_class: Any) -> Any:
-    def forward(self: Any, states: Any, *args: Any, **options: Any) -> Any:
-        outputs = _by_kernel(self, states)
-        return usual_class.forward(self, states, *args, **options) if outputs is None else outputs
-
-    def reduced(self: Any, _protocol: Any) -> Any:  # to be pickled: no module has this class
-        return _new, (usual_class,), self.__dict__
-
-    members = {
-        _MARK: True,
-        "forward": forward,
-        "__reduce_ex__": reduced,
-        "__module__": usual_class.__module__,
-    }
-    return type(usual_class.__name__, (usual_class,), members)
-
-
-def _new(usual_class: Any) -> Any:
-    served = _with_kernels(usual_class)
-    return served.__new__(served)
-
-
-def _by_kernel(layer: Any, states: Any) -> Any:
+def _by_kernel(layer: Any, states: Any, *_args: Any, **_options: Any) -> Any:
     """What the layer makes of ``states``; ``None`` where it is to do that itself."""
     import torch
 

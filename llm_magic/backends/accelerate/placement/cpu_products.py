@@ -184,6 +184,18 @@ def multiplied_each(tokens: Any, weights: PackedWeights, matrices: Any) -> Any:
     return None if results is None else results[0]
 
 
+def multiplied_each_plain(tokens: Any, stack: Any, matrices: Any) -> Any:
+    """As `multiplied_each`, with a stack in the dtype of the tokens ``[count, out, in]``."""
+    dtype = stack.dtype
+    if tokens.dtype != dtype or not few_plain_tokens(dtype) or not stack.is_contiguous():
+        return None
+    _, rows, columns = stack.shape
+    if tokens.shape[-1] != columns or not _may_be_read(tokens, stack):
+        return None
+    results = _by_bytes(tokens, _plain(dtype, columns), (rows,), ((stack.data_ptr(), 0, 0),), matrices)
+    return None if results is None else results[0]
+
+
 def _may_read(tokens: Any, weights: PackedWeights) -> bool:
     """Whether all is there, in RAM, and nobody looks on: to differentiate, to trace."""
     if (weights.scales is None) != (weights.kind in PLAIN) or tokens.shape[-1] != weights.columns:
@@ -195,6 +207,8 @@ def _may_be_read(tokens: Any, *parts: Any) -> bool:
     import torch
 
     if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+        return False
+    if torch._C._len_torch_dispatch_stack():  # what a kernel makes is not seen there
         return False
     if type(tokens) not in (torch.Tensor, torch.nn.Parameter) or not tokens.numel():
         return False
@@ -286,11 +300,12 @@ class Products:
 
 def prepared(layout: Layout, rows: tuple[int, ...], dtype: str, tokens: int) -> Products | None:
     """Products of so many tokens with a matrix for each of ``rows``; ``None`` where no kernel makes them."""
-    return _prepared(layout, rows, dtype, tokens, pairs=1)
+    return _prepared(layout, rows, dtype, tokens, 1)
 
 
+@cache
 def _prepared(
-    layout: Layout, rows: tuple[int, ...], dtype: str, tokens: int, *, pairs: int
+    layout: Layout, rows: tuple[int, ...], dtype: str, tokens: int, pairs: int
 ) -> Products | None:
     if 0 in rows:  # threads divide by them
         return None
@@ -319,10 +334,7 @@ def _by_bytes(
     import torch
 
     tokens, dtype, count = tokens.contiguous(), tokens.dtype, tokens.numel() // layout.columns
-    if matrices is None:
-        products = _known(layout, rows, _name(dtype), count)
-    else:
-        products = _prepared(layout, rows, _name(dtype), count, pairs=count)
+    products = _prepared(layout, rows, _name(dtype), count, 1 if matrices is None else count)
     if products is None:
         return None
     is_full, shape = products.places == count, tokens.shape[:-1]
@@ -391,12 +403,6 @@ def _only() -> Any:
 @cache
 def _name(dtype: Any) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-@cache
-def _known(layout: Layout, rows: tuple[int, ...], dtype: str, tokens: int) -> Products | None:
-    """As `prepared`, once."""
-    return prepared(layout, rows, dtype, tokens)
 
 
 @cache

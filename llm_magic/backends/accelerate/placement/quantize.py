@@ -23,7 +23,7 @@ from weakref import ref
 
 from llm_magic.backends.accelerate.default_dtype import default_dtype_kept
 from llm_magic.backends.accelerate.placement import four_bits
-from llm_magic.backends.accelerate.placement.cpu_linear import serve
+from llm_magic.backends.accelerate.placement.cpu_linear import serve_linear
 from llm_magic.backends.accelerate.placement.packing import (
     Parts,
     arrange,
@@ -255,7 +255,7 @@ def prepare(model: Any, name: str, dtype: Any, choice: Choice | None = None) -> 
             f"Use --quantize {' or '.join(able)}." if able else "Leave out --quantize.",
         )
     for layer in linear.values():
-        serve(layer)
+        serve_linear(layer)
     model.eval().requires_grad_(False)
     _refuse_saving(model, name)
     return packed

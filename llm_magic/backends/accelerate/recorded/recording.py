@@ -18,8 +18,8 @@ from types import MappingProxyType
 from typing import Any
 
 from llm_magic.backends.accelerate.decoding.running import running
-from llm_magic.backends.accelerate.placement.cpu_linear import is_served
 from llm_magic.backends.accelerate.placement.experts import find_stacks
+from llm_magic.backends.accelerate.placement.served_class import is_served
 from llm_magic.backends.accelerate.recorded.current import current, recording_by
 from llm_magic.errors import LLMMagicError
 
@@ -549,9 +549,9 @@ def leaves_of(layer: Any) -> Iterator[Any]:
     """Modules of a layer that are not looked into."""
     import torch
 
-    stacks = {stack.name for stack in find_stacks(layer)}
+    experts = {stack.module_name for stack in find_stacks(layer)}
     for path, module in layer.named_modules():
-        if isinstance(module, torch.nn.Linear) or path in stacks:
+        if isinstance(module, torch.nn.Linear) or path in experts:
             yield module
 
 

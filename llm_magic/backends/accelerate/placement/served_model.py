@@ -1,0 +1,21 @@
+"""The modules of a model that the CPU computes by kernels of ours."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llm_magic.backends.accelerate.placement import cpu_products
+from llm_magic.backends.accelerate.placement.cpu_linear import serve_linear
+from llm_magic.backends.accelerate.placement.plain_experts import serve_plain_experts
+
+
+def serve_plain_modules(model: Any) -> None:
+    """Let what is in 16 bits compute by our kernels with as many tokens as they are quicker with than torch."""
+    import torch
+
+    for module in model.modules():
+        if type(module) is torch.nn.Linear:
+            if cpu_products.few_plain_tokens(module.weight.dtype):
+                serve_linear(module)
+        else:
+            serve_plain_experts(module)
