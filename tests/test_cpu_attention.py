@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +20,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # noqa: E402
 from llm_magic.backends.accelerate.decoding import attention, cpu_attention, step_by_step  # noqa: E402
 from llm_magic.backends.accelerate.decoding.cpu_attention import attended  # noqa: E402
 from llm_magic.backends.accelerate.decoding.joined import FEW_TOKENS  # noqa: E402
-from llm_magic.backends.accelerate.kernels import numbers  # noqa: E402
+from llm_magic.backends.accelerate.kernels import compiler, numbers  # noqa: E402
 from llm_magic.backends.accelerate.placement import cpu_products  # noqa: E402
 from tests import tiny  # noqa: E402
 from tests.engines import ask, load  # noqa: E402
+from tests.kernel_caches import forget_kernels  # noqa: E402
 from tests.test_step_by_step import MODELS, quiet, sweep  # noqa: E402
 
 ERRORS = {torch.float32: 4e-6, torch.float16: 6e-4, torch.bfloat16: 5e-3}
@@ -288,9 +288,8 @@ def test_without_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_vectors_for_products_others_attend(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor is there an instruction for a product and a sum then: each would be a call of C's library."""
     monkeypatch.setattr(cpu_products, "_readers", lambda: numbers)
-    monkeypatch.setattr(numbers, "instructions", lambda: frozenset({"sse2"}))
-    for name in ("_kernel", "_reader"):
-        monkeypatch.setattr(cpu_products, name, cache(getattr(cpu_products, name).__wrapped__))
+    monkeypatch.setattr(compiler, "instructions", lambda: frozenset({"sse2"}))
+    forget_kernels(monkeypatch)
     cpu_attention._call.cache_clear()
     assert attended(*states((4, 2), 2, 20, 16)) is None
     cpu_attention._call.cache_clear()

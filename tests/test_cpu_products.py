@@ -8,7 +8,7 @@ import sys
 import threading
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,7 +17,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("llvmlite")
 
 from llm_magic.backends.accelerate.kernels import compiler, numbers  # noqa: E402
-from llm_magic.backends.accelerate.placement import cpu_products, four_bits  # noqa: E402
+from llm_magic.backends.accelerate.placement import cpu_products, four_bits, int4_orders  # noqa: E402
 from llm_magic.backends.accelerate.placement.cpu_linear import is_linear, serve_linear  # noqa: E402
 from llm_magic.backends.accelerate.placement.cpu_products import (  # noqa: E402
     PackedWeights,
@@ -31,10 +31,11 @@ from llm_magic.backends.accelerate.placement.cpu_products import (  # noqa: E402
 from llm_magic.backends.accelerate.placement.packing import packed_weights  # noqa: E402
 from llm_magic.backends.accelerate.placement.quantize import import_library  # noqa: E402
 from llm_magic.backends.accelerate.placement.served_model import serve_plain_modules  # noqa: E402
+from tests.kernel_caches import forget_kernels  # noqa: E402
 from tests.packed import without_extension  # noqa: E402
 from tests.test_packing import METHODS, bind, forward, inputs, network_of, parameters, parts, template  # noqa: E402
 
-KINDS = ("nf4", "fp4", "int8", "float8", "int4", "int2")
+KINDS = ("nf4", "fp4", "int8", "float8", "int4", "int2", "int4 in 64 rows", "int4 in 32 rows")
 DTYPES = ("bfloat16", "float16", "float32")
 SHAPES = ((8, 64), (12, 192), (36, 320), (512, 1024))
 HERE = [needed for needed, _, _ in numbers._WIDTHS if needed in compiler.instructions()]
@@ -44,9 +45,8 @@ HERE = [needed for needed, _, _ in numbers._WIDTHS if needed in compiler.instruc
 def _vectors(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a processor whose vectors are no wider."""
     known = compiler.instructions() - set(HERE[: HERE.index(request.param)])
-    monkeypatch.setattr(numbers, "instructions", lambda: known)
-    for name in ("_known", "_kernel", "_compiled", "_reader"):
-        monkeypatch.setattr(cpu_products, name, cache(getattr(cpu_products, name).__wrapped__))
+    monkeypatch.setattr(compiler, "instructions", lambda: known)
+    forget_kernels(monkeypatch)
 
 
 def packed(
@@ -62,6 +62,8 @@ def packed(
     def scales(*size: int) -> Any:
         return (torch.rand(size, generator=chance) / 50).to(getattr(torch, dtype))
 
+    if kind.endswith("rows"):
+        return in_blocks(integers(4, rows, columns), scales(rows, 2 * columns // 64), int(kind.split()[2]))
     if kind in ("nf4", "fp4"):
         codes, absmax = integers(4, rows, columns), torch.rand(rows * columns // 64, generator=chance)
         table = import_library("bitsandbytes").functional.get_4bit_type(kind, device="cpu")
@@ -89,6 +91,18 @@ def packed(
     return PackedWeights(kind, data, scale, shift, rows, columns, group), values.view(shape)
 
 
+def in_blocks(integers: Any, statistics: Any, block: int) -> tuple[PackedWeights, Any]:
+    """Integers of 4 bits as torch has them for CPUs, with scales and middles for groups of 64."""
+    rows, columns = integers.shape
+    of_groups = statistics.bfloat16().view(rows, -1, 2)
+    scale, middle = of_groups.double().unsqueeze(-2).unbind(-1)
+    values = (integers.view(rows, -1, 64).double() - 8) * scale + middle
+    low, high = integers.view(-1, 2, block // 2, columns).unbind(1)
+    data = (low | high << 4).transpose(1, 2).contiguous().view(rows, columns // 2)
+    held = of_groups.transpose(0, 1).contiguous()
+    return PackedWeights("int4", data, held, None, rows, columns, 64, block=block), values.view(rows, columns)
+
+
 def tokens(count: int, columns: int, dtype: str = "bfloat16") -> Any:
     return torch.randn(count, columns, generator=torch.Generator().manual_seed(count)).to(
         getattr(torch, dtype)
@@ -97,9 +111,7 @@ def tokens(count: int, columns: int, dtype: str = "bfloat16") -> Any:
 
 def unpacked(weights: PackedWeights, dtype: Any) -> Any:
     """The numbers of a matrix, as products with many tokens take them."""
-    numbers = torch.empty(weights.rows, weights.columns, dtype=dtype)
-    cpu_products._unpack(weights, 0, numbers)
-    return numbers
+    return cpu_products._unpacked(weights, 0, torch.empty(weights.rows * weights.columns, dtype=dtype)).T
 
 
 def are_close(found: Any, expected: Any, dtype: str) -> bool:
@@ -112,6 +124,7 @@ def are_close(found: Any, expected: Any, dtype: str) -> bool:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_products_with_few_tokens_and_with_many(kind: str, shape: tuple[int, int], dtype: str) -> None:
+    shape = (-(-shape[0] // 64) * 64, shape[1]) if kind.endswith("rows") else shape
     weights, values = packed(kind, shape, dtype)
     few = few_tokens(getattr(torch, dtype))
     for count in (1, 2, 3, 4, 5, few, few + 1, 40):
@@ -125,7 +138,7 @@ def test_products_with_few_tokens_and_with_many(kind: str, shape: tuple[int, int
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_numbers_are_those_that_the_bytes_stand_for(kind: str, dtype: str) -> None:
-    weights, values = packed(kind, (24, 384), dtype)
+    weights, values = packed(kind, (192, 384), dtype)
     whole = unpacked(weights, torch.float32)
     assert torch.equal(whole, values.float()) or (kind in ("nf4", "fp4") and are_close(whole, values, dtype))
     rounded = unpacked(weights, getattr(torch, dtype)).double()
@@ -134,7 +147,7 @@ def test_numbers_are_those_that_the_bytes_stand_for(kind: str, dtype: str) -> No
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_8_bits_are_read(kind: str) -> None:
-    weights, _ = packed(kind, (16, 256))
+    weights, _ = packed(kind, (64, 256))
     weights.data.view(torch.uint8).view(-1)[:256] = torch.arange(256, dtype=torch.uint8)
     if kind == "float8":
         is_number = ~weights.data.float().isnan()
@@ -149,7 +162,7 @@ def test_every_8_bits_are_read(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_token_has_the_same_bits_whatever_comes_with_it(kind: str) -> None:
     """Or proposals would be refused for their rounding, and experts would depend on their place."""
-    weights, _ = packed(kind, (48, 384))
+    weights, _ = packed(kind, (192, 384))
     some = tokens(few_tokens(torch.bfloat16), 384)
     together = multiplied(some, weights)
     for count in (1, 2, 3, 5):
@@ -159,7 +172,7 @@ def test_a_token_has_the_same_bits_whatever_comes_with_it(kind: str) -> None:
 @pytest.mark.usefixtures("_vectors")
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_token_with_a_matrix_of_its_own(kind: str) -> None:
-    several = [packed(kind, (32, 256), seed=seed)[0] for seed in range(5)]
+    several = [packed(kind, (64, 256), seed=seed)[0] for seed in range(5)]
     first = several[0]
     stack = replace(
         first,
@@ -249,14 +262,22 @@ def test_what_no_kernel_takes() -> None:
 @pytest.mark.usefixtures("_vectors")
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_same_tokens_with_several_matrices(kind: str) -> None:
-    several = [packed(kind, (rows, 384), seed=rows)[0] for rows in (48, 4, 20)]
+    sizes = (192, 64, 128) if kind.endswith("rows") else (48, 4, 20)
+    several = [packed(kind, (rows, 384), seed=rows)[0] for rows in sizes]
     for count in (1, 3, few_tokens(torch.bfloat16)):
         some = tokens(count, 384)
         found = multiplied_with(some, several)
         for result, weights in zip(found, several, strict=True):
             assert torch.equal(result, multiplied(some, weights))
     batch = tokens(4, 384).view(2, 2, 384)
-    assert [result.shape for result in multiplied_with(batch, several)] == [(2, 2, 48), (2, 2, 4), (2, 2, 20)]
+    assert [result.shape for result in multiplied_with(batch, several)] == [(2, 2, rows) for rows in sizes]
+
+
+def test_blocks_of_rows_that_are_not_full_are_torchs() -> None:
+    weights, _ = packed("int4 in 32 rows", (96, 128))
+    assert multiplied(tokens(2, 128), weights) is not None
+    for count in (2, 40):
+        assert multiplied(tokens(count, 128), replace(weights, block=64)) is None
 
 
 def test_several_matrices_that_no_kernel_takes_together() -> None:
@@ -350,9 +371,7 @@ def test_without_kernels_the_libraries_compute(method: str, monkeypatch: pytest.
     bound(network)
     expected = forward(without_extension(network), inputs())
     monkeypatch.setattr(cpu_products, "_readers", lambda: None)
-    for name in ("_known", "_kernel"):
-        monkeypatch.setattr(cpu_products, name, cache(getattr(cpu_products, name).__wrapped__))
-    monkeypatch.setattr(cpu_products, "_reader", cpu_products._reader.__wrapped__)
+    forget_kernels(monkeypatch)
     assert not cpu_products.is_there()
     for layer in (network[0], network[2]):
         serve_linear(layer)
@@ -366,8 +385,7 @@ def test_without_llvmlite_no_kernel_takes_tokens(
 ) -> None:
     monkeypatch.setattr(cpu_products, "_readers", lambda: None)
     monkeypatch.setitem(sys.modules, compiler.__name__, None)  # nor is anything imported that needs it
-    for name in ("_known", "_kernel", "_reader", "_quick_dtype"):
-        monkeypatch.setattr(cpu_products, name, cache(getattr(cpu_products, name).__wrapped__))
+    forget_kernels(monkeypatch)
     weights, _ = packed("int8", (8, 64))
     assert multiplied(torch.ones(count, 64, dtype=getattr(torch, dtype)), weights) is None
 
@@ -564,7 +582,7 @@ def test_a_layer_without_outputs_makes_none() -> None:
 
 
 def test_a_processor_without_conversions_has_no_kernels_for_float16(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(numbers, "instructions", lambda: frozenset({"avx2"}))
+    monkeypatch.setattr(compiler, "instructions", lambda: frozenset({"avx2"}))
     kernel = cpu_products._kernel.__wrapped__
     weights, _ = packed("nf4", (32, 256))
     assert kernel(weights.layout, "float16", 1) is None
@@ -575,7 +593,7 @@ def test_an_llvmlite_that_is_broken_is_as_good_as_none(monkeypatch: pytest.Monke
     def broken() -> frozenset[str]:
         raise AttributeError
 
-    monkeypatch.setattr(numbers, "instructions", broken)
+    monkeypatch.setattr(compiler, "instructions", broken)
     assert cpu_products._readers.__wrapped__() is None
 
 
@@ -585,3 +603,20 @@ def test_a_layer_that_is_trained_is_its_librarys() -> None:
     x = inputs().requires_grad_()
     network(x).sum().backward()
     assert x.grad is not None
+
+
+def test_torchs_integers_of_4_bits_are_read_as_they_lie(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of whatever order torch has for this processor, from one to several of its blocks, and what it has no kernel for."""
+    network, expected = network_of("int4", "bfloat16"), None
+    weight = next(parameter for _, parameter in network.named_parameters() if hasattr(parameter, "_scale_shift"))
+    block = int4_orders.block_in_halves()
+    assert block in (32, 64)
+    found = packed_weights(weight)
+    assert found is not None
+    assert found.block == block
+    for count in (1, 7, 40):
+        some = tokens(count, weight.shape[1])
+        expected = torch.nn.functional.linear(some, weight)
+        assert are_close(multiplied(some, found), expected.double(), "bfloat16")
+    monkeypatch.setattr(int4_orders, "block_in_halves", lambda: 0)
+    assert packed_weights(weight) is None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from functools import cache
 
 import pytest
 
@@ -12,6 +11,7 @@ llvm = pytest.importorskip("llvmlite.binding")
 
 from llm_magic.backends.accelerate.kernels import compiler  # noqa: E402
 from llm_magic.backends.accelerate.placement import cpu_products  # noqa: E402
+from tests.kernel_caches import forget_kernels  # noqa: E402
 from tests.test_cpu_products import packed, tokens  # noqa: E402
 
 THREADS = 3
@@ -50,8 +50,7 @@ class LlvmsOpenMP:
 def _anew(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels that are compiled for the test alone, and several threads for any size."""
     monkeypatch.setattr(cpu_products, "_ALONE", 0)
-    for name in ("_known", "_kernel", "_compiled"):
-        monkeypatch.setattr(cpu_products, name, cache(getattr(cpu_products, name).__wrapped__))
+    forget_kernels(monkeypatch)
 
 
 def products_are_right() -> bool:

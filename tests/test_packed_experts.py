@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from llm_magic.backends.accelerate.placement import packed_experts, packed_stack, packing
+from llm_magic.backends.accelerate.placement import expert_products, packed_experts, packed_stack, packing
 from llm_magic.backends.accelerate.placement.blocks import BlockTensors
 from llm_magic.backends.accelerate.placement.expert_cache import ExpertCache
 from llm_magic.backends.accelerate.placement.expert_stores import RamExperts
@@ -137,6 +137,15 @@ def test_each_matrix_is_packed_as_a_linear_layer_of_the_same_weight(method: str,
             assert torch.equal(held[EXPERTS - 1].view(torch.uint8), part.view(torch.uint8))
 
 
+def stacks_of(module: Any) -> dict[str, Any]:
+    return {name: getattr(module, name) for name in expert_products.stack_names(module)}
+
+
+def one_by_one(product: Any) -> Any:
+    """A module, tokens and experts to what these make of each."""
+    return lambda module, *args: expert_products.one_by_one(stacks_of(module), product)(module, *args)
+
+
 def layer(inputs: int, outputs: int, method: str, dtype: Any = torch.float32) -> Any:
     """A packed linear layer without bytes."""
     with torch.device("meta"):
@@ -153,7 +162,7 @@ def test_numbers_beyond_the_last_expert_mean_none(kind: str, tokens: int) -> Non
     without, none = chosen.clone(), shares.clone()
     without[-1, 1], none[-1, 1] = EXPERTS, 0
     torch.testing.assert_close(module(hidden, without, shares), module(hidden, chosen, none))
-    few = packed_experts._side_by_side(module, hidden, without.flatten())
+    few = expert_products.side_by_side(stacks_of(module))(module, hidden, without.flatten())
     assert few.isfinite().all()  # those of the last expert, whose share is nothing
 
 
@@ -222,12 +231,8 @@ def test_many_tokens_of_a_gpu_multiply_with_the_numbers(
     chosen[chosen == 4] = 3
     experts = chosen.flatten()
     found = packed_experts._unpacked(module, hidden, experts)
-    assert torch.equal(
-        found, packed_experts._one_by_one(module, hidden, experts, packed_experts._unpacked_product)
-    )
-    assert are_alike(
-        found, packed_experts._one_by_one(module, hidden, experts, packed_experts._packed_product)
-    )
+    assert torch.equal(found, one_by_one(packed_experts._unpacked_product)(module, hidden, experts))
+    assert are_alike(found, one_by_one(packed_experts._packed_product)(module, hidden, experts))
     for size in (1, 2 * 4 * 2 * INSIDE * WIDTH):
         monkeypatch.setattr(packed_stack, "UNPACKED_EXPERTS_BYTES", size)
         assert torch.equal(packed_experts._unpacked(module, hidden, experts), found)

@@ -12,7 +12,7 @@ from llm_magic.backends.accelerate.kernels.compiler import I32, I64, POINTER, VO
 
 I8, I16, F32 = ir.IntType(8), ir.IntType(16), ir.FloatType()
 
-_SIZES = {"i8": 1, "i16": 2, "half": 2, "float": 4, "i64": 8}
+_SIZES = {"i8": 1, "i16": 2, "half": 2, "i32": 4, "float": 4, "i64": 8}
 
 
 def at(builder: ir.IRBuilder, start: Any, index: Any, kind: Any) -> Any:

@@ -5,7 +5,6 @@ A way to read may leave the numbers in an order of its own, where that takes few
 
 from __future__ import annotations
 
-import struct
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from typing import Any
 
 from llvmlite import ir
 
+from llm_magic.backends.accelerate.kernels import compiler
 from llm_magic.backends.accelerate.kernels.code import (
     F32,
     I8,
@@ -30,7 +30,14 @@ from llm_magic.backends.accelerate.kernels.code import (
     stored_kind,
     vector,
 )
-from llm_magic.backends.accelerate.kernels.compiler import I32, I64, instructions
+from llm_magic.backends.accelerate.kernels.compiler import I32, I64
+from llm_magic.backends.accelerate.kernels.dots import (
+    DOT,
+    dots_added,
+    has_dots_of_bfloat16,
+    leading_bytes,
+    looked_up,
+)
 
 _WIDTHS = (
     ("avx512bw", 64, "llvm.x86.avx512.pshuf.b.512"),
@@ -169,7 +176,7 @@ class Codes(Reader):
     def _looked_up(self, module: ir.Module, builder: ir.IRBuilder, codes: Any) -> Iterator[Any]:
         kind = codes.type
         lookup = intrinsic(module, self.lookup, kind, kind, kind)
-        numbers = [_leading_bytes(number, self.bytes_of_number) for number in self.table]
+        numbers = [leading_bytes(number, self.bytes_of_number) for number in self.table]
         tables = [
             [number[place] for number in numbers] * (self.bytes // 16) for place in range(len(numbers[0]))
         ]
@@ -191,14 +198,6 @@ class Codes(Reader):
 
     def _lanes(self, start: int, places: Sequence[int]) -> list[int]:
         return [lane + start + place for lane in range(0, self.bytes, 16) for place in places]
-
-
-def _leading_bytes(number: float, count: int) -> bytes:
-    """Those of a float32, rounded to the nearest number that has no others, to the even one between two."""
-    (bits,) = struct.unpack("<I", struct.pack("<f", number))
-    dropped = 8 * (4 - count)
-    bits += (1 << dropped - 1) - 1 + (bits >> dropped & 1)
-    return struct.pack(">I", bits)[:count]
 
 
 @dataclass(frozen=True)
@@ -248,52 +247,6 @@ class Halves(Reader):
 
 
 @dataclass(frozen=True)
-class Pairs(Reader):
-    """Numbers in bfloat16 for an instruction that multiplies 32 of them, and adds what each two make to a sum.
-
-    Attributes
-    ----------
-    is_long
-        Whether tokens are too long for the L1 cache. Then it pays to read one row more with each, although not all sums
-        are in registers.
-    """
-
-    is_long: bool
-
-    @property
-    def registers(self) -> int:
-        return 40 if self.is_long else 32
-
-    @property
-    def columns(self) -> list[list[int]]:
-        return [list(range(self.weights))]
-
-    @property
-    def in_a_vector(self) -> int:
-        return self.weights
-
-    @property
-    def takes_tokens_as_they_are(self) -> bool:
-        return True
-
-    def numbers(self, module: ir.Module, builder: ir.IRBuilder, packed: Any, part: Any) -> list[Any]:  # noqa: ARG002
-        return [builder.bitcast(packed, vector(I32, self.floats))]
-
-    def arrange(self, builder: ir.IRBuilder, source: Place, target: Place, dtype: str) -> None:
-        stored(builder, loaded(builder, *source, vector(stored_kind(dtype), self.weights)), *target)
-
-    def arranged(self, builder: ir.IRBuilder, tokens: Any, start: Any) -> list[Any]:
-        some = loaded(builder, tokens, start, vector(I16, self.weights))
-        return [builder.bitcast(some, vector(I32, self.floats))]
-
-    def added(self, module: ir.Module, builder: ir.IRBuilder, token: Any, number: Any, before: Any) -> Any:
-        sums, words = before.type, number.type
-        # Older versions of LLVM know pairs as words, newer ones take them for bfloat16.
-        dot = intrinsic(module, "llvm.x86.avx512bf16.dpbf16ps.512", sums, sums, words, words)
-        return builder.call(dot, [before, number, token])
-
-
-@dataclass(frozen=True)
 class Fractions(_Bytes):
     """Integers of ``bits`` bits; those of a row in the first part of a matrix are the lowest of their bytes."""
 
@@ -326,9 +279,91 @@ class Floats(_Bytes):
         return builder.bitcast(builder.or_(bits, sign), floats)
 
 
+@dataclass(frozen=True)
+class _Dots(Reader):
+    """Numbers in bfloat16 for an instruction that multiplies 32 of them, and adds what each two make to a sum.
+
+    Tokens are in bfloat16, too.
+    """
+
+    @property
+    def floats(self) -> int:
+        return DOT // 2
+
+    @property
+    def in_a_vector(self) -> int:
+        return DOT
+
+    def arrange(self, builder: ir.IRBuilder, source: Place, target: Place, dtype: str) -> None:
+        some = loaded(builder, *source, vector(stored_kind(dtype), self.weights))
+        columns = [column for columns in self.columns for column in columns]
+        stored(builder, shuffled(builder, some, some, columns), *target)
+
+    def arranged(self, builder: ir.IRBuilder, tokens: Any, start: Any) -> list[Any]:
+        places = (builder.add(start, I64(which * DOT)) for which in range(len(self.columns)))
+        return [
+            builder.bitcast(loaded(builder, tokens, place, vector(I16, DOT)), vector(I32, self.floats))
+            for place in places
+        ]
+
+    def added(self, module: ir.Module, builder: ir.IRBuilder, token: Any, number: Any, before: Any) -> Any:
+        return dots_added(module, builder, number, token, before)
+
+
+@dataclass(frozen=True)
+class Pairs(_Dots):
+    """Numbers in bfloat16.
+
+    Attributes
+    ----------
+    is_long
+        Whether tokens are too long for the L1 cache. Then it pays to read one row more with each, although not all sums
+        are in registers.
+    """
+
+    is_long: bool
+
+    @property
+    def registers(self) -> int:
+        return 40 if self.is_long else 32
+
+    @property
+    def columns(self) -> list[list[int]]:
+        return [list(range(self.weights))]
+
+    @property
+    def takes_tokens_as_they_are(self) -> bool:
+        return True
+
+    def numbers(self, module: ir.Module, builder: ir.IRBuilder, packed: Any, part: Any) -> list[Any]:  # noqa: ARG002
+        return [builder.bitcast(packed, vector(I32, self.floats))]
+
+
+@dataclass(frozen=True)
+class CodeDots(_Dots):
+    """As `Codes`.
+
+    Attributes
+    ----------
+    table
+        The 16 numbers.
+    """
+
+    table: tuple[float, ...]
+
+    @property
+    def columns(self) -> list[list[int]]:
+        return [list(range(low, self.weights, 2)) for low in (0, 1)]
+
+    def numbers(self, module: ir.Module, builder: ir.IRBuilder, packed: Any, _part: Any) -> list[Any]:
+        words = builder.zext(packed, vector(I16, DOT))
+        halves = builder.lshr(words, same(words.type, 4)), words
+        return [looked_up(module, builder, self.table, half) for half in halves]
+
+
 def has_float16() -> bool:
     """Whether the processor has instructions between float16 and float32."""
-    return not instructions().isdisjoint({"f16c", "neon"})
+    return not compiler.instructions().isdisjoint({"f16c", "neon"})
 
 
 def codes(table: Sequence[float], group: int, columns: int, *, is_exact: bool) -> Reader | None:
@@ -368,8 +403,17 @@ def halves(dtype: str, columns: int) -> Reader | None:
 
 def pairs(columns: int) -> Reader | None:
     """What multiplies numbers in bfloat16 with tokens in bfloat16, as `codes`."""
-    has_it = {"avx512bf16", "avx512bw"} <= instructions()
-    return Pairs(64, 32, 0, columns >= _LONG, has_scale=False) if has_it and columns % 32 == 0 else None
+    return (
+        Pairs(64, 32, 0, columns >= _LONG, has_scale=False)
+        if has_dots_of_bfloat16() and columns % 32 == 0
+        else None
+    )
+
+
+def code_dots(table: Sequence[float], group: int, columns: int) -> Reader | None:
+    """What multiplies 4-bit codes with tokens in bfloat16, as `codes`."""
+    is_for_it = has_dots_of_bfloat16() and group % 32 == 0 and columns % max(group, 64) == 0
+    return CodeDots(32, 64, group, tuple(table)) if is_for_it else None
 
 
 def floats(columns: int) -> Reader | None:
@@ -378,5 +422,5 @@ def floats(columns: int) -> Reader | None:
 
 
 def _widths() -> Iterator[tuple[int, str]]:
-    known = instructions()
+    known = compiler.instructions()
     return ((width, lookup) for needed, width, lookup in _WIDTHS if needed in known)

@@ -51,10 +51,10 @@ _AHEAD = 2048
 _ROWS_AT_A_TIME = 4
 """That a thread reads. With more of them RAM gives no more, with fewer it gives less."""
 
-_TOKENS, _ARRANGED, _MATRICES, _THREADS, _COUNT, _COLUMNS, _PAIRS, _BLOCKS, _PARTS = range(9)
-_HEAD_WORDS = 9
-_DATA, _SCALES, _SHIFTS, _RESULTS = range(4)
-_ADDRESSES = 4
+TOKENS, ARRANGED, MATRICES, THREADS, COUNT, COLUMNS, PAIRS, BLOCKS, PARTS = range(9)
+HEAD_WORDS = 9
+DATA, SCALES, SHIFTS, RESULTS = range(4)
+ADDRESSES = 4
 """Words of the argument of a kernel: those of the call, then addresses of each of its parts, then their rows."""
 
 
@@ -98,7 +98,7 @@ def products(reader: Reader, tokens: int, dtype: str, scales: str) -> Callable[[
     work = ir.Function(module, WORK, "work")
     builder = ir.IRBuilder(work.append_basic_block())
     words = work.args[0]
-    with loop(builder, I64(0), word(builder, words, _PARTS)) as part:
+    with loop(builder, I64(0), word(builder, words, PARTS)) as part:
         _products(_Matrix(module, builder, reader, words, part, scales=scales), tokens, dtype)
     builder.ret_void()
     before = (
@@ -106,7 +106,7 @@ def products(reader: Reader, tokens: int, dtype: str, scales: str) -> Callable[[
         if needs_room(reader, tokens)
         else None
     )
-    return compiled_for_a_team(module, work, _THREADS, before)
+    return compiled_for_a_team(module, work, THREADS, before)
 
 
 def needs_room(reader: Reader, tokens: int) -> bool:
@@ -130,7 +130,7 @@ def unpacking(reader: Reader, dtype: str, scales: str) -> Callable[[Any], None]:
     matrix = _Matrix(module, builder, reader, words, I64(0), scales=scales)
     _unpacking(matrix, dtype)
     builder.ret_void()
-    return compiled_for_a_team(module, work, _THREADS)
+    return compiled_for_a_team(module, work, THREADS)
 
 
 def _arrange(builder: ir.IRBuilder, reader: Reader, words: Any, tokens: int, dtype: str) -> None:
@@ -138,9 +138,9 @@ def _arrange(builder: ir.IRBuilder, reader: Reader, words: Any, tokens: int, dty
 
     Where a block is not full, the last token stands for what is missing.
     """
-    source, target = word(builder, words, _TOKENS, POINTER), word(builder, words, _ARRANGED, POINTER)
-    columns, last = word(builder, words, _COLUMNS), builder.sub(word(builder, words, _COUNT), I64(1))
-    blocks = builder.mul(word(builder, words, _PAIRS), word(builder, words, _BLOCKS))
+    source, target = word(builder, words, TOKENS, POINTER), word(builder, words, ARRANGED, POINTER)
+    columns, last = word(builder, words, COLUMNS), builder.sub(word(builder, words, COUNT), I64(1))
+    blocks = builder.mul(word(builder, words, PAIRS), word(builder, words, BLOCKS))
     steps = builder.udiv(columns, I64(reader.weights))
     with loop(builder, I64(0), blocks) as block:
         for token in range(tokens):
@@ -161,14 +161,14 @@ class _Matrix:
         self, module: ir.Module, builder: ir.IRBuilder, reader: Reader, words: Any, part: Any, *, scales: str
     ) -> None:
         self.module, self.builder, self.reader, self.words = module, builder, reader, words
-        first = at(builder, words, builder.add(I64(_HEAD_WORDS), builder.mul(part, I64(_ADDRESSES))), I64)
+        first = at(builder, words, builder.add(I64(HEAD_WORDS), builder.mul(part, I64(ADDRESSES))), I64)
         self.data, self._scales, self._shifts, self.results = (
-            word(builder, first, i, POINTER) for i in (_DATA, _SCALES, _SHIFTS, _RESULTS)
+            word(builder, first, i, POINTER) for i in (DATA, SCALES, SHIFTS, RESULTS)
         )
         self._dtype = scales
-        place = builder.add(builder.mul(word(builder, words, _PARTS), I64(_ADDRESSES)), part)
-        self.columns = word(builder, words, _COLUMNS)
-        self.rows = word(builder, at(builder, words, place, I64), _HEAD_WORDS)
+        place = builder.add(builder.mul(word(builder, words, PARTS), I64(ADDRESSES)), part)
+        self.columns = word(builder, words, COLUMNS)
+        self.rows = word(builder, at(builder, words, place, I64), HEAD_WORDS)
         self.steps = builder.udiv(self.columns, I64(reader.weights))
 
     def row(self, matrix: Any, number: Any) -> _Row:
@@ -252,7 +252,7 @@ class _Row:
 def _products(matrix: _Matrix, tokens: int, dtype: str) -> None:
     """A thread's share of the rows of all pairs."""
     builder, rows = matrix.builder, matrix.rows
-    matrices, pairs = word(builder, matrix.words, _MATRICES, POINTER), word(builder, matrix.words, _PAIRS)
+    matrices, pairs = word(builder, matrix.words, MATRICES, POINTER), word(builder, matrix.words, PAIRS)
     first, last = share_of_a_thread(matrix.module, builder, builder.mul(pairs, rows))
     at_a_time = _rows_at_a_time(matrix.reader, tokens)
     sums = _Sums(matrix, tokens, at_a_time, dtype)
@@ -289,9 +289,9 @@ class _Sums:
         self._matrix, self._tokens, self._dtype = matrix, tokens, dtype
         self._kind = vector(F32, matrix.reader.floats)
         self._sums = [[variable(builder, self._kind) for _ in range(tokens)] for _ in range(rows)]
-        source = _ARRANGED if needs_room(matrix.reader, tokens) else _TOKENS
+        source = ARRANGED if needs_room(matrix.reader, tokens) else TOKENS
         self._source = word(builder, matrix.words, source, POINTER)
-        self._blocks = word(builder, matrix.words, _BLOCKS)
+        self._blocks = word(builder, matrix.words, BLOCKS)
 
     def write(self, pair: Any, rows: Sequence[_Row]) -> None:
         """All tokens of a pair times some rows of its matrix."""

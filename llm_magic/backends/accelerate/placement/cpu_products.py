@@ -23,10 +23,14 @@ from llm_magic.backends.accelerate.preparation import preparing
 PLAIN = ("bfloat16", "float16")
 """Kinds of weights that are not packed."""
 
-_TOGETHER, _TOGETHER_WITH_PLAIN = 4, 8
-"""Tokens that are multiplied with a weight at a time, about as long as RAM is waited for: numbers are made of packed ones."""
-_FEW, _FEW_WITH_WIDE = 12, 24
-"""Up to so many are multiplied with the bytes; the second where numbers are of 32 bits. Measured with AMX, and with AVX2."""
+_TOGETHER, _TOGETHER_IN_BLOCKS, _TOGETHER_WITH_PLAIN = 4, 6, 8
+"""Tokens that are multiplied with a weight at a time, about as long as RAM is waited for: numbers are made of packed ones.
+
+The second where integers in blocks of rows are multiplied in bfloat16.
+"""
+_FEW, _FEW_WITHOUT_TILES = 12, 24
+"""Up to so many are multiplied with the bytes of packed weights; the second where a processor has no tiles for numbers of
+16 bits. Measured with AMX, and with AVX2 and avx512bf16 (Zen 4)."""
 _FEW_PLAIN = (("amx-bf16", 1), ("avx512fp16", 1), ("avx512bf16", 16))
 """And with a matrix of 16 bits, on a processor that has instructions for them: the first of these that it has.
 
@@ -57,6 +61,8 @@ class PackedWeights:
         Weights that share a scale; 0 for a row.
     factor
         On the scales as they are.
+    block
+        Rows of a block, where integers of 4 bits lie in such; see `kernels.row_blocks`. Scales are beside middles then.
     """
 
     kind: str
@@ -67,12 +73,13 @@ class PackedWeights:
     columns: int
     group: int = 0
     factor: float = 1.0
+    block: int = 0
 
     @cached_property
     def layout(self) -> Layout:
         """What a kernel must know of them."""
         scales = "float32" if self.scales is None else _name(self.scales.dtype)
-        return Layout(self.kind, self.columns, self.group, self.factor, scales)
+        return Layout(self.kind, self.columns, self.group, self.factor, scales, self.block)
 
 
 @dataclass(frozen=True)
@@ -84,10 +91,11 @@ class Layout:
     group: int = 0
     factor: float = 1.0
     scales: str = "float32"
+    block: int = 0
 
     @cached_property
     def _hash(self) -> int:
-        return hash((self.kind, self.columns, self.group, self.factor, self.scales))
+        return hash((self.kind, self.columns, self.group, self.factor, self.scales, self.block))
 
     def __hash__(self) -> int:
         """Made once: a kernel is looked up for every product."""
@@ -113,7 +121,9 @@ def multiplies_slowly(dtype: Any) -> bool:
 
 def few_tokens(dtype: Any) -> int:
     """Up to how many tokens bytes are quicker than numbers, which are made for all of them once."""
-    return _FEW if _quick_dtype(dtype).itemsize == 2 else _FEW_WITH_WIDE  # bytes of a number
+    has_wide = _quick_dtype(dtype).itemsize > 2  # bytes of a number
+    has_dots_alone = "avx512bf16" in _instructions() and "amx-bf16" not in _instructions()
+    return _FEW_WITHOUT_TILES if has_wide or has_dots_alone else _FEW
 
 
 @cache
@@ -233,8 +243,8 @@ class Products:
         How many, and with how many matrices of a stack they are multiplied; see `kernels.products.products`.
     blocks, together
         Of tokens for each pair, and their size: results have room for all of them, also where the last is not full.
-    needs_room
-        Whether the tokens are arranged before.
+    room_for_each
+        Floats that a token takes where they are arranged before.
     """
 
     kernel: Callable[[Any], None]
@@ -244,7 +254,7 @@ class Products:
     pairs: int
     blocks: int
     together: int
-    needs_room: bool
+    room_for_each: int
 
     @cached_property
     def places(self) -> int:
@@ -254,7 +264,7 @@ class Products:
     @cached_property
     def room(self) -> int:
         """Bytes that a call needs for tokens."""
-        return 4 * self.places * self.columns if self.needs_room else 0
+        return 4 * self.places * self.room_for_each
 
     @cached_property
     def _weights(self) -> int:
@@ -304,20 +314,25 @@ def prepared(layout: Layout, rows: tuple[int, ...], dtype: str, tokens: int) -> 
 
 
 @cache
-def _prepared(
-    layout: Layout, rows: tuple[int, ...], dtype: str, tokens: int, pairs: int
-) -> Products | None:
-    if 0 in rows:  # threads divide by them
+def _prepared(layout: Layout, rows: tuple[int, ...], dtype: str, tokens: int, pairs: int) -> Products | None:
+    if 0 in rows or (layout.block and any(count % layout.block for count in rows)):  # threads divide by them
         return None
-    most = _TOGETHER_WITH_PLAIN if layout.kind in PLAIN else _TOGETHER
+    most = _most_together(layout, dtype)
     blocks = -(-tokens // pairs // most)
     together = -(-tokens // pairs // blocks)
     kernel = _kernel(layout, dtype, together)
     if kernel is None:
         return None
-    return Products(
-        kernel, layout.columns, rows, tokens, pairs, blocks, together, _needs_room(layout, dtype, together)
-    )
+    room = _room_for_each(layout, dtype, together)
+    return Products(kernel, layout.columns, rows, tokens, pairs, blocks, together, room)
+
+
+def _most_together(layout: Layout, dtype: str) -> int:
+    """Tokens that are multiplied at a time."""
+    if layout.block:
+        order = _order(layout, dtype)
+        return _TOGETHER_IN_BLOCKS if order is not None and order.has_dots else _TOGETHER
+    return _TOGETHER_WITH_PLAIN if layout.kind in PLAIN else _TOGETHER
 
 
 def _by_bytes(
@@ -356,20 +371,37 @@ def _by_numbers(tokens: Any, weights: PackedWeights) -> Any:
     import torch
 
     dtype = _quick_dtype(tokens.dtype)
-    if _kernel(weights.layout, _name(dtype), 0) is None:
+    if _kernel(weights.layout, _name(dtype), 0) is None or (weights.block and weights.rows % weights.block):
         return None
     inputs, results = tokens.to(dtype), tokens.new_empty(len(tokens), weights.rows)
-    step = weights.rows if weights.shifts is not None else max(1, _UNPACKED_WEIGHTS // weights.columns)
-    numbers = torch.empty(min(step, weights.rows), weights.columns, dtype=dtype, device="cpu")
+    if weights.block:
+        step = max(1, _UNPACKED_WEIGHTS // weights.columns // weights.block) * weights.block
+    else:
+        step = weights.rows if weights.shifts is not None else max(1, _UNPACKED_WEIGHTS // weights.columns)
+    numbers = torch.empty(min(step, weights.rows) * weights.columns, dtype=dtype, device="cpu")
     for start in range(0, weights.rows, step):
-        some = numbers[: min(step, weights.rows - start)]
-        _unpack(weights, start, some)
-        results[:, start : start + len(some)] = torch.mm(inputs, some.T)
+        rows = min(step, weights.rows - start)
+        some = numbers[: rows * weights.columns]
+        results[:, start : start + rows] = torch.mm(inputs, _unpacked(weights, start, some))
     return results
 
 
-def _unpack(weights: PackedWeights, start: int, numbers: Any) -> None:
-    """The numbers of the rows from ``start`` on."""
+def _unpacked(weights: PackedWeights, start: int, numbers: Any) -> Any:
+    """Numbers ``[in, out]`` of the rows from ``start`` on, as many as there is room for."""
+    rows = numbers.numel() // weights.columns
+    kernel = _kernel(weights.layout, _name(numbers.dtype), 0)
+    assert kernel is not None
+    unpack = Products(kernel, weights.columns, (rows,), 0, 1, 0, 0, 0)
+    if weights.block:
+        addresses = (*_addresses(weights), numbers.data_ptr())
+        unpack.run(unpack.words(start // weights.block, weights.rows, addresses))
+        return numbers.view(weights.columns, rows)
+    part = _rows_from(weights, start)
+    unpack.run(unpack.words(0, 0, (*_addresses(part), numbers.data_ptr())))
+    return numbers.view(rows, weights.columns).T
+
+
+def _rows_from(weights: PackedWeights, start: int) -> PackedWeights:
     import torch
 
     of_a_row = weights.data.numel() // weights.rows
@@ -377,11 +409,7 @@ def _unpack(weights: PackedWeights, start: int, numbers: Any) -> None:
     scales = weights.scales
     if scales is not None:
         scales = scales.view(-1)[start * (scales.numel() // weights.rows) :]
-    part = replace(weights, data=data, scales=scales)
-    kernel = _kernel(weights.layout, _name(numbers.dtype), 0)
-    assert kernel is not None
-    unpack = Products(kernel, weights.columns, (len(numbers),), 0, 1, 0, 0, needs_room=False)
-    unpack.run(unpack.words(0, 0, (*_addresses(part), numbers.data_ptr())))
+    return replace(weights, data=data, scales=scales)
 
 
 _HEAD_WORDS, _PART_WORDS, _THREADS = 9, 5, 3
@@ -413,7 +441,7 @@ def _plain(dtype: Any, columns: int) -> Layout:
 @cache
 def _kernel(layout: Layout, dtype: str, together: int) -> Callable[[Any], None] | None:
     """The compiled kernel for so many tokens together; of none: what unpacks."""
-    reader = _reader_of(layout, dtype, together)
+    reader = _order(layout, dtype) if layout.block else _reader_of(layout, dtype, together)
     if reader is None or not {layout.scales, dtype} <= {"float32", "float16", "bfloat16"}:
         return None
     if "float16" in (layout.kind, layout.scales, dtype) and not _readers().has_float16():
@@ -424,10 +452,14 @@ def _kernel(layout: Layout, dtype: str, together: int) -> Callable[[Any], None] 
 @cache
 def _compiled(reader: Any, scales: str, dtype: str, together: int) -> Callable[[Any], None] | None:
     # Not for every number of columns: those that are read alike share it.
-    from llm_magic.backends.accelerate.kernels import products
+    from llm_magic.backends.accelerate.kernels import products, row_blocks
 
     try:
         with preparing():
+            if isinstance(reader, row_blocks.RowBlocks):
+                if together:
+                    return row_blocks.row_block_products(reader, together, dtype)
+                return row_blocks.row_block_numbers(reader, dtype)
             if together:
                 return products.products(reader, together, dtype, scales)
             return products.unpacking(reader, dtype, scales)
@@ -435,19 +467,43 @@ def _compiled(reader: Any, scales: str, dtype: str, together: int) -> Callable[[
         return None
 
 
-def _needs_room(layout: Layout, dtype: str, together: int) -> bool:
+def _room_for_each(layout: Layout, dtype: str, together: int) -> int:
+    """Floats that a token takes where it is arranged for a kernel."""
     from llm_magic.backends.accelerate.kernels import products
 
-    return products.needs_room(_reader_of(layout, dtype, together), together)
+    if layout.block:
+        return int(_order(layout, dtype).floats_of_a_token(layout.columns))
+    return layout.columns * products.needs_room(_reader_of(layout, dtype, together), together)
+
+
+def _order(layout: Layout, dtype: str) -> Any:
+    """How integers in blocks of rows are multiplied; ``None`` where no kernel does."""
+    if _readers() is None or layout.columns % layout.group or layout.scales != "bfloat16":
+        return None
+    from llm_magic.backends.accelerate.kernels.row_blocks import row_blocks
+
+    return row_blocks(layout.block, layout.group, dtype)
 
 
 def _reader_of(layout: Layout, dtype: str, together: int) -> Any:
     """What reads weights to multiply them with so many tokens; with none, to unpack them."""
-    if together and layout.kind == dtype == "bfloat16" and _readers() is not None:
-        reader = _readers().pairs(layout.columns)
+    if together and dtype == "bfloat16":
+        reader = _dot_reader(layout)
         if reader is not None:
             return reader
     return _reader(layout, is_exact=dtype != "bfloat16")
+
+
+@cache
+def _dot_reader(layout: Layout) -> Any:
+    """What multiplies weights with tokens in bfloat16, several at once; ``None``: this processor does not."""
+    readers, kind = _readers(), layout.kind
+    if readers is None:
+        return None
+    if kind == "bfloat16":
+        return readers.pairs(layout.columns)
+    is_coded = kind in ("nf4", "fp4")
+    return readers.code_dots(_table(kind), layout.group, layout.columns) if is_coded else None
 
 
 @cache
@@ -500,4 +556,4 @@ def _quick_dtype(dtype: Any) -> Any:
 def _instructions() -> frozenset[str]:
     """What is known of this processor: nothing without llvmlite, or with one that does not work."""
     readers = _readers()
-    return frozenset() if readers is None else readers.instructions()
+    return frozenset() if readers is None else readers.compiler.instructions()

@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
-import torch
-
 Product = Callable[[Any, Any], Any]
 """What a matrix, as a stack gives it, makes of tokens ``[n, in]``."""
 
@@ -37,7 +35,7 @@ def weighted(module: Any, compute: Compute, hidden_states: Any, top_k_index: Any
     """What experts make of tokens, each with its share; arguments as those of a module of experts."""
     tokens, of_each = top_k_index.shape
     if not tokens:
-        return torch.empty_like(hidden_states)
+        return hidden_states.new_empty(hidden_states.shape)
     outputs = compute(module, hidden_states, top_k_index.flatten())
     shares = top_k_weights.masked_fill(top_k_index >= module.num_experts, 0)
     shared = outputs.view(tokens, of_each, -1) * shares.unsqueeze(-1)
@@ -84,7 +82,7 @@ def one_by_one(stacks: Mapping[str, Stack], product: Product) -> Compute:
 
 def in_order(module: Any, experts: Any) -> tuple[Any, list[int]]:
     """Places of ``experts`` in ascending order, without those beyond the last one, and how often each is used."""
-    uses = torch.bincount(experts, minlength=module.num_experts)[: module.num_experts].tolist()
+    uses = experts.bincount(minlength=module.num_experts)[: module.num_experts].tolist()
     return experts.argsort(stable=True)[: sum(uses)], uses
 
 

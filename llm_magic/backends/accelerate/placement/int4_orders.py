@@ -132,6 +132,14 @@ def _cpu_block() -> int:
 
 
 @cache
+def block_in_halves() -> int:
+    """Rows of a block, where this CPU's order has the first half of them in low halves of bytes; 0: it has not."""
+    rows = _cpu_block()
+    low, high = (half.tolist() for half in _cpu_halves(rows))
+    return rows if [*low, *high] == list(range(rows)) else 0
+
+
+@cache
 def _cpu_places(rows: int, device: Any) -> Any:
     """Where each row of a block is in a column: by their bytes those in low halves, then those in high ones."""
     import torch

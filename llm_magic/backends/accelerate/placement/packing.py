@@ -162,8 +162,15 @@ def packed_weights(packed: Any) -> PackedWeights | None:
 
 def _packed_by_quanto(packed: Any) -> PackedWeights | None:
     kind, (rows, columns) = _QUANTO_KINDS.get(packed.qtype.name), packed.shape
-    if kind is None or packed.axis != 0 or hasattr(packed, "_scale_shift"):
+    if kind is None or packed.axis != 0:
         return None
+    if hasattr(packed, "_scale_shift"):
+        data, group, block = packed._data._data, packed._group_size, int4_orders.block_in_halves()
+        is_read = block and not int4_orders.is_for_cuda(data)
+        of_rows = packed._scale_shift
+        return (
+            PackedWeights(kind, data, of_rows, None, rows, columns, group, block=block) if is_read else None
+        )
     if kind in ("int8", "float8"):
         return PackedWeights(kind, packed._data, packed._scale, None, rows, columns)
     if rows % (8 // packed.qtype.bits):  # then the parts that share bytes begin within a row

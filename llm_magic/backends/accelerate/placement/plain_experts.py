@@ -10,6 +10,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from llm_magic.backends.accelerate.placement import cpu_products
+from llm_magic.backends.accelerate.placement.expert_products import (
+    are_few_for_a_cpu,
+    one_by_one,
+    side_by_side,
+    stack_names,
+    weighted,
+)
 from llm_magic.backends.accelerate.placement.served_class import is_served, serve
 
 
@@ -18,8 +25,8 @@ def serve_plain_experts(module: Any) -> None:
     # Transformers' interface for experts says how they are laid out.
     if getattr(module, "is_transposed", True) or not hasattr(module, "is_concatenated") or is_served(module):
         return
-    stacks = [module._parameters.get(name) for name in ("gate_up_proj", "up_proj", "down_proj")]
-    if all(stack is None or cpu_products.few_plain_tokens(stack.dtype) for stack in stacks):
+    stack = module._parameters.get("down_proj")  # a module, where it is packed
+    if stack is not None and cpu_products.few_plain_tokens(stack.dtype):
         serve(module, _by_kernels)
 
 
@@ -59,25 +66,21 @@ def product(matrix: Any, tokens: Any) -> Any:
 
 def _by_kernels(module: Any, hidden_states: Any, top_k_index: Any, top_k_weights: Any) -> Any:
     """What the module makes of its arguments; ``None`` where it is to do that itself."""
-    from llm_magic.backends.accelerate.placement import expert_products
-
     stacks = _stacks(module, hidden_states)
     if stacks is None:
         return None
     tokens, of_each = top_k_index.shape
     is_here = all(isinstance(stack._matrices, _tensor()) for stack in stacks.values())
-    if is_here and expert_products.are_few_for_a_cpu(module, tokens, of_each):
-        compute = expert_products.side_by_side(stacks)
+    if is_here and are_few_for_a_cpu(module, tokens, of_each):
+        compute = side_by_side(stacks)
     else:
-        compute = expert_products.one_by_one(stacks, product)
-    return expert_products.weighted(module, compute, hidden_states, top_k_index, top_k_weights)
+        compute = one_by_one(stacks, product)
+    return weighted(module, compute, hidden_states, top_k_index, top_k_weights)
 
 
 def _stacks(module: Any, hidden_states: Any) -> Mapping[str, PlainStack] | None:
     """The module's stacks by name, where they and the tokens are in RAM, and nobody looks on."""
     import torch
-
-    from llm_magic.backends.accelerate.placement.expert_products import stack_names
 
     if not hidden_states.is_cpu or module.training:
         return None
