@@ -158,6 +158,7 @@ def layer(inputs: int, outputs: int, method: str, dtype: Any = torch.float32) ->
 @pytest.mark.parametrize("kind", KINDS)
 def test_numbers_beyond_the_last_expert_mean_none(kind: str, tokens: int) -> None:
     module = packed(_experts(kind), "nf4")
+    module._is_expert_parallel = True
     hidden, chosen, shares = routed_to(tokens)
     without, none = chosen.clone(), shares.clone()
     without[-1, 1], none[-1, 1] = EXPERTS, 0

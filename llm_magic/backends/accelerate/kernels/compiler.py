@@ -54,6 +54,7 @@ def word(builder: ir.IRBuilder, words: Any, index: int, kind: Any = I64) -> Any:
     return builder.load(builder.gep(words, [I64(index)], source_etype=I64), typ=kind)
 
 
+@cache
 def instructions() -> frozenset[str]:
     """What LLVM knows of this processor, such as ``"avx2"``; on ARM ``"neon"``."""
     _initialize()

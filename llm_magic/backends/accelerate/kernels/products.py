@@ -51,8 +51,8 @@ _AHEAD = 2048
 _ROWS_AT_A_TIME = 4
 """That a thread reads. With more of them RAM gives no more, with fewer it gives less."""
 
-TOKENS, ARRANGED, MATRICES, THREADS, COUNT, COLUMNS, PAIRS, BLOCKS, PARTS = range(9)
-HEAD_WORDS = 9
+TOKENS, ARRANGED, MATRICES, THREADS, COUNT, COLUMNS, PAIRS, SHARING, BLOCKS, PARTS = range(10)
+HEAD_WORDS = 10
 DATA, SCALES, SHIFTS, RESULTS = range(4)
 ADDRESSES = 4
 """Words of the argument of a kernel: those of the call, then addresses of each of its parts, then their rows."""
@@ -75,10 +75,11 @@ def products(reader: Reader, tokens: int, dtype: str, scales: str) -> Callable[[
 
         ========  =====================================================================================
         address   of the tokens ``[n, columns]``
-        address   of room for ``pairs * blocks * tokens`` of them in float32, if they need it: `needs_room`
+        address   of room for ``pairs / sharing * blocks * tokens`` in float32, if they need it: `needs_room`
         address   of the number of each pair's matrix, int64 ``[pairs]``
         threads   one, or all of torch's
         n, columns, pairs
+        sharing   pairs, one after the other, that have the same tokens
         blocks    of ``tokens`` that each pair has
         parts     stacks of matrices, each multiplied with all of that
         ========  =====================================================================================
@@ -133,6 +134,12 @@ def unpacking(reader: Reader, dtype: str, scales: str) -> Callable[[Any], None]:
     return compiled_for_a_team(module, work, THREADS)
 
 
+def blocks_of_tokens(builder: ir.IRBuilder, words: Any) -> Any:
+    """How many blocks of tokens there are in all."""
+    pairs, sharing = (word(builder, words, i) for i in (PAIRS, SHARING))
+    return builder.mul(builder.udiv(pairs, sharing), word(builder, words, BLOCKS))
+
+
 def _arrange(builder: ir.IRBuilder, reader: Reader, words: Any, tokens: int, dtype: str) -> None:
     """Write the tokens in the order in which they are read: for each step those of a block, one after the other.
 
@@ -140,7 +147,7 @@ def _arrange(builder: ir.IRBuilder, reader: Reader, words: Any, tokens: int, dty
     """
     source, target = word(builder, words, TOKENS, POINTER), word(builder, words, ARRANGED, POINTER)
     columns, last = word(builder, words, COLUMNS), builder.sub(word(builder, words, COUNT), I64(1))
-    blocks = builder.mul(word(builder, words, PAIRS), word(builder, words, BLOCKS))
+    blocks = blocks_of_tokens(builder, words)
     steps = builder.udiv(columns, I64(reader.weights))
     with loop(builder, I64(0), blocks) as block:
         for token in range(tokens):
@@ -291,14 +298,17 @@ class _Sums:
         self._sums = [[variable(builder, self._kind) for _ in range(tokens)] for _ in range(rows)]
         source = ARRANGED if needs_room(matrix.reader, tokens) else TOKENS
         self._source = word(builder, matrix.words, source, POINTER)
-        self._blocks = word(builder, matrix.words, BLOCKS)
+        self._blocks, self._sharing = (word(builder, matrix.words, i) for i in (BLOCKS, SHARING))
 
     def write(self, pair: Any, rows: Sequence[_Row]) -> None:
         """All tokens of a pair times some rows of its matrix."""
         matrix, builder = self._matrix, self._matrix.builder
         with loop(builder, I64(0), self._blocks) as block:
-            first = builder.mul(builder.add(builder.mul(pair, self._blocks), block), I64(self._tokens))
-            self._add_up(rows, builder.mul(first, matrix.columns))
+            first, read = (
+                builder.mul(builder.add(builder.mul(of, self._blocks), block), I64(self._tokens))
+                for of in (pair, builder.udiv(pair, self._sharing))
+            )
+            self._add_up(rows, builder.mul(read, matrix.columns))
             held = [builder.load(held, typ=self._kind) for of_row in self._sums for held in of_row]
             starts = [
                 builder.mul(builder.add(first, I64(token)), matrix.rows) for token in range(self._tokens)

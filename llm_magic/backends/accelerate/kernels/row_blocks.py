@@ -56,8 +56,10 @@ from llm_magic.backends.accelerate.kernels.products import (
     PARTS,
     RESULTS,
     SCALES,
+    SHARING,
     THREADS,
     TOKENS,
+    blocks_of_tokens,
 )
 
 _FLOATS = 16
@@ -149,8 +151,7 @@ def _arrange(builder: ir.IRBuilder, order: RowBlocks, words: Any, tokens: int, d
     source, target = word(builder, words, TOKENS, POINTER), word(builder, words, ARRANGED, POINTER)
     columns, last = word(builder, words, COLUMNS), builder.sub(word(builder, words, COUNT), I64(1))
     groups = builder.udiv(columns, I64(order.group))
-    places = builder.mul(word(builder, words, PAIRS), word(builder, words, BLOCKS))
-    with loop(builder, I64(0), builder.mul(places, I64(tokens))) as place:
+    with loop(builder, I64(0), builder.mul(blocks_of_tokens(builder, words), I64(tokens))) as place:
         read = builder.mul(least(builder, place, last), columns)
         written = at(builder, target, builder.mul(place, builder.add(columns, groups)), F32)
         with loop(builder, I64(0), groups) as group:
@@ -244,12 +245,13 @@ class _Products:
             pair, block = builder.udiv(turn, blocks), builder.urem(turn, blocks)
             matrix, row = loaded(builder, matrices, pair, I64), builder.mul(block, rows)
             with loop(builder, I64(0), of_tokens) as some:
-                first_token = builder.add(builder.mul(pair, of_tokens), some)
-                tokens = [
-                    builder.add(builder.mul(first_token, I64(self._tokens)), I64(i))
-                    for i in range(self._tokens)
-                ]
-                self._add_up(matrix, row, tokens)
+                sharing = builder.udiv(pair, word(builder, part.words, SHARING))
+                read, written = (
+                    builder.mul(builder.add(builder.mul(of, of_tokens), some), I64(self._tokens))
+                    for of in (sharing, pair)
+                )
+                self._add_up(matrix, row, [builder.add(read, I64(i)) for i in range(self._tokens)])
+                tokens = [builder.add(written, I64(i)) for i in range(self._tokens)]
                 for token, sums in zip(tokens, self._sums, strict=True):
                     start = builder.add(builder.mul(token, part.rows), row)
                     for which, held in enumerate(sums):

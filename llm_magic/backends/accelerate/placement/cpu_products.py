@@ -187,7 +187,10 @@ def multiplied_with(tokens: Any, several: Sequence[PackedWeights]) -> list[Any] 
 
 
 def multiplied_each(tokens: Any, weights: PackedWeights, matrices: Any) -> Any:
-    """Each token ``[n, in]`` times one matrix of a stack, whose numbers are ``matrices`` (int64 ``[n]``); as `multiplied`."""
+    """Each token ``[n, in]`` times ``k`` matrices of a stack, whose numbers are ``matrices`` (int64 ``[n * k]``).
+
+    As `multiplied`, ``[n * k, out]``.
+    """
     if not _may_read(tokens, weights):
         return None
     results = _by_bytes(tokens, weights.layout, (weights.rows,), (_addresses(weights),), matrices)
@@ -239,8 +242,9 @@ class Products:
         Compiled for ``together`` tokens at a time.
     columns, rows
         Of each matrix: ``in``, and for each matrix ``out``.
-    tokens, pairs
-        How many, and with how many matrices of a stack they are multiplied; see `kernels.products.products`.
+    tokens, pairs, sharing
+        How many, and with how many matrices of a stack they are multiplied, so many with the same ones; see
+        `kernels.products.products`.
     blocks, together
         Of tokens for each pair, and their size: results have room for all of them, also where the last is not full.
     room_for_each
@@ -252,6 +256,7 @@ class Products:
     rows: tuple[int, ...]
     tokens: int
     pairs: int
+    sharing: int
     blocks: int
     together: int
     room_for_each: int
@@ -264,7 +269,7 @@ class Products:
     @cached_property
     def room(self) -> int:
         """Bytes that a call needs for tokens."""
-        return 4 * self.places * self.room_for_each
+        return 4 * self.places // self.sharing * self.room_for_each
 
     @cached_property
     def _weights(self) -> int:
@@ -272,7 +277,7 @@ class Products:
 
     @cached_property
     def _constants(self) -> tuple[int, ...]:
-        return self.tokens, self.columns, self.pairs, self.blocks, len(self.rows)
+        return self.tokens, self.columns, self.pairs, self.sharing, self.blocks, len(self.rows)
 
     @cached_property
     def _packed(self) -> tuple[Callable[..., bytes], Callable[[bytes], Any]]:
@@ -310,21 +315,25 @@ class Products:
 
 def prepared(layout: Layout, rows: tuple[int, ...], dtype: str, tokens: int) -> Products | None:
     """Products of so many tokens with a matrix for each of ``rows``; ``None`` where no kernel makes them."""
-    return _prepared(layout, rows, dtype, tokens, 1)
+    return _prepared(layout, rows, dtype, tokens, 0)
 
 
 @cache
-def _prepared(layout: Layout, rows: tuple[int, ...], dtype: str, tokens: int, pairs: int) -> Products | None:
+def _prepared(
+    layout: Layout, rows: tuple[int, ...], dtype: str, tokens: int, of_each: int
+) -> Products | None:
+    """Products of each token with ``of_each`` matrices of a stack; 0: of all of them with the only one."""
     if 0 in rows or (layout.block and any(count % layout.block for count in rows)):  # threads divide by them
         return None
     most = _most_together(layout, dtype)
-    blocks = -(-tokens // pairs // most)
-    together = -(-tokens // pairs // blocks)
+    together = 1 if of_each else -(-tokens // -(-tokens // most))
     kernel = _kernel(layout, dtype, together)
     if kernel is None:
         return None
     room = _room_for_each(layout, dtype, together)
-    return Products(kernel, layout.columns, rows, tokens, pairs, blocks, together, room)
+    if of_each:
+        return Products(kernel, layout.columns, rows, tokens, tokens * of_each, of_each, 1, 1, room)
+    return Products(kernel, layout.columns, rows, tokens, 1, 1, -(-tokens // together), together, room)
 
 
 def _most_together(layout: Layout, dtype: str) -> int:
@@ -349,10 +358,12 @@ def _by_bytes(
     import torch
 
     tokens, dtype, count = tokens.contiguous(), tokens.dtype, tokens.numel() // layout.columns
-    products = _prepared(layout, rows, _name(dtype), count, 1 if matrices is None else count)
+    of_each = 0 if matrices is None else len(matrices) // count
+    products = _prepared(layout, rows, _name(dtype), count, of_each)
     if products is None:
         return None
-    is_full, shape = products.places == count, tokens.shape[:-1]
+    shape = tokens.shape[:-1] if matrices is None else matrices.shape
+    is_full = matrices is not None or products.places == count
     results = [tokens.new_empty((*shape, of) if is_full else (products.places, of)) for of in rows]
     room = torch.empty(products.room, dtype=torch.uint8, device="cpu") if products.room else None
     addresses: list[int] = []
@@ -391,7 +402,7 @@ def _unpacked(weights: PackedWeights, start: int, numbers: Any) -> Any:
     rows = numbers.numel() // weights.columns
     kernel = _kernel(weights.layout, _name(numbers.dtype), 0)
     assert kernel is not None
-    unpack = Products(kernel, weights.columns, (rows,), 0, 1, 0, 0, 0)
+    unpack = Products(kernel, weights.columns, (rows,), 0, 1, 1, 0, 0, 0)
     if weights.block:
         addresses = (*_addresses(weights), numbers.data_ptr())
         unpack.run(unpack.words(start // weights.block, weights.rows, addresses))
@@ -412,7 +423,7 @@ def _rows_from(weights: PackedWeights, start: int) -> PackedWeights:
     return replace(weights, data=data, scales=scales)
 
 
-_HEAD_WORDS, _PART_WORDS, _THREADS = 9, 5, 3
+_HEAD_WORDS, _PART_WORDS, _THREADS = 10, 5, 3
 """Of a kernel's argument, and which of them says how many threads there are; see `kernels.products`."""
 
 

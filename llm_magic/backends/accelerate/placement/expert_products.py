@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
+from llm_magic.backends.accelerate.recorded.current import current
+
 Product = Callable[[Any, Any], Any]
 """What a matrix, as a stack gives it, makes of tokens ``[n, in]``."""
 
@@ -17,13 +19,22 @@ Compute = Callable[[Any, Any, Any], Any]
 
 
 class Stack(Protocol):
-    """The matrices of all experts of a layer."""
+    """The matrices of all experts of a layer.
+
+    Attributes
+    ----------
+    outputs
+        Rows of each.
+    """
+
+    @property
+    def outputs(self) -> int: ...
 
     def __getitem__(self, expert: int) -> Any:
         """One of them."""
 
     def multiplied(self, tokens: Any, experts: Any) -> Any:
-        """Each token ``[n, in]`` times the matrix of one of the experts, whose numbers are ``[n]``: ``[n, out]``."""
+        """Each token ``[n, in]`` times the matrices of its experts, whose numbers are ``[n * k]``: ``[n * k, out]``."""
 
 
 def stack_names(module: Any) -> tuple[str, str]:
@@ -37,9 +48,15 @@ def weighted(module: Any, compute: Compute, hidden_states: Any, top_k_index: Any
     if not tokens:
         return hidden_states.new_empty(hidden_states.shape)
     outputs = compute(module, hidden_states, top_k_index.flatten())
-    shares = top_k_weights.masked_fill(top_k_index >= module.num_experts, 0)
-    shared = outputs.view(tokens, of_each, -1) * shares.unsqueeze(-1)
+    if may_be_beyond(module):
+        top_k_weights = top_k_weights.masked_fill(top_k_index >= module.num_experts, 0)
+    shared = outputs.view(tokens, of_each, -1) * top_k_weights.unsqueeze(-1)
     return shared.sum(dim=1).to(hidden_states.dtype)
+
+
+def may_be_beyond(module: Any) -> bool:
+    """Whether there may be numbers beyond the last expert, which mean those of other processes."""
+    return bool(getattr(module, "_is_expert_parallel", True))  # not yet in transformers 5.17
 
 
 def are_few_for_a_cpu(module: Any, tokens: int, of_each: int) -> bool:
@@ -51,12 +68,19 @@ def side_by_side(stacks: Mapping[str, Stack]) -> Compute:
     """Each token with each of its experts: few kernels, and a GPU's host does not ask which."""
 
     def compute(module: Any, tokens: Any, experts: Any) -> Any:
-        of_each, experts = len(experts) // len(tokens), experts.long().clamp(0, module.num_experts - 1)
+        if may_be_beyond(module):
+            experts = experts.clamp(0, module.num_experts - 1)
+        experts = experts.long()
 
         def linear(name: str, inputs: Any) -> Any:
-            return biased(module, name, stacks[name].multiplied(inputs, experts), experts)
+            stack, recorder = stacks[name], current()
+            if recorder is None:
+                products = stack.multiplied(inputs, experts)
+            else:
+                products = recorder.products_of_experts(module, name, inputs, experts, stack.outputs)
+            return biased(module, name, products, experts)
 
-        return of_an_expert(module, linear, tokens.repeat_interleave(of_each, dim=0))
+        return of_an_expert(module, linear, tokens)
 
     return compute
 

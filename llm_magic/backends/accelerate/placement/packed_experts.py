@@ -62,6 +62,14 @@ def packed_experts(module: Any, hidden_states: Any, top_k_index: Any, top_k_weig
     return weighted(module, compute, hidden_states, top_k_index, top_k_weights)
 
 
+def computes_packed(module: Any) -> bool:
+    """Whether a module computes by `packed_experts`."""
+    config = getattr(module, "config", None)
+    return getattr(config, "_experts_implementation", None) == IMPLEMENTATION and hasattr(
+        module, "is_concatenated"
+    )
+
+
 def _unpacked(module: Any, tokens: Any, experts: Any) -> Any:
     """Many tokens, in the order of the experts, some of which are unpacked at a time."""
     order, uses = in_order(module, experts)

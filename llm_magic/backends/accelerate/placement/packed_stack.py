@@ -63,6 +63,11 @@ class PackedStack(torch.nn.Module):
         """How many there are."""
         return self.shape[0]
 
+    @property
+    def outputs(self) -> int:
+        """Rows of each matrix."""
+        return int(self.linear.out_features)
+
     def matrix(self, stack: Any, expert: int) -> Any:
         """One expert of an unpacked stack, as ``(out, in)``."""
         return stack[expert].T if self.is_transposed else stack[expert]
@@ -113,13 +118,14 @@ class PackedStack(torch.nn.Module):
         return lambda tensors: PackedMatrix(template, dict(zip(parts, tensors, strict=True)))
 
     def multiplied(self, tokens: Any, experts: Any) -> Any:
-        """Each token ``[n, in]`` times the matrix of one of the experts, whose numbers are ``[n]``: ``[n, out]``."""
+        """Each token ``[n, in]`` times the matrices of its experts, whose numbers are ``[n * k]``: ``[n * k, out]``."""
         if tokens.device.type == "cpu" and (weights := self[0].in_ram) is not None:
             # The first of the stack: the others follow it.
             outputs = cpu_products.multiplied_each(tokens, weights, experts)
             if outputs is not None:
                 return outputs
-        rows = zip(tokens.split(1), self.chosen(experts), strict=True)
+        repeated = tokens.repeat_interleave(len(experts) // len(tokens), dim=0)
+        rows = zip(repeated.split(1), self.chosen(experts), strict=True)
         return torch.cat([matrix(row) for row, matrix in rows])
 
     def chosen(self, experts: Any) -> Iterator[PackedMatrix]:

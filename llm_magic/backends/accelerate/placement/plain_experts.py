@@ -42,17 +42,23 @@ class PlainStack:
     def __init__(self, matrices: Any) -> None:
         self._matrices = matrices
 
+    @property
+    def outputs(self) -> int:
+        """Rows of each matrix."""
+        return int(self._matrices.shape[1])
+
     def __getitem__(self, expert: int) -> Any:
         return self._matrices[expert]
 
     def multiplied(self, tokens: Any, experts: Any) -> Any:
-        """Each token ``[n, in]`` times the matrix of one of the experts, whose numbers are ``[n]``: ``[n, out]``."""
+        """Each token ``[n, in]`` times the matrices of its experts, whose numbers are ``[n * k]``: ``[n * k, out]``."""
         import torch
 
         outputs = cpu_products.multiplied_each_plain(tokens, self._matrices, experts)
         if outputs is not None:
             return outputs
-        rows = zip(tokens.split(1), experts.tolist(), strict=True)
+        repeated = tokens.repeat_interleave(len(experts) // len(tokens), dim=0)
+        rows = zip(repeated.split(1), experts.tolist(), strict=True)
         return torch.cat([product(self._matrices[expert], row) for row, expert in rows])
 
 

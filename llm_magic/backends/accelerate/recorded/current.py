@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 
-class NotesAttention(Protocol):
+class NotesParts(Protocol):
     """What records a layer."""
 
     def attention(
@@ -16,11 +16,14 @@ class NotesAttention(Protocol):
     ) -> tuple[Any, None]:
         """As an attention function of transformers: note the call, and give numbers at random."""
 
+    def products_of_experts(self, module: Any, name: str, tokens: Any, experts: Any, width: int) -> Any:
+        """Of a stack of a module of experts, as its ``multiplied``: note the call, and give numbers at random."""
+
 
 _LOCAL = threading.local()
 
 
-def current() -> NotesAttention | None:
+def current() -> NotesParts | None:
     """What records on this thread; nothing for a compiler, which would have a layer compiled anew in another thread."""
     import torch
 
@@ -28,8 +31,8 @@ def current() -> NotesAttention | None:
 
 
 @contextmanager
-def recording_by(recorder: NotesAttention) -> Iterator[None]:
-    """While it lasts, attention on this thread is noted."""
+def recording_by(recorder: NotesParts) -> Iterator[None]:
+    """While it lasts, attention and products of experts on this thread are noted."""
     _LOCAL.recorder = recorder
     try:
         yield

@@ -23,6 +23,7 @@ from llm_magic.backends.accelerate.placement.layer_cache import (
     layer_indices,
     tokens_seen,
 )
+from llm_magic.backends.accelerate.placement.plain_experts import PlainStack
 from llm_magic.backends.accelerate.recorded.linears import Linears
 from llm_magic.backends.accelerate.recorded.program import (
     CompiledRegion,
@@ -37,6 +38,7 @@ from llm_magic.backends.accelerate.recorded.recording import (
     Node,
     Outputs,
     View,
+    can_open,
     flat,
     leaves_of,
 )
@@ -229,7 +231,7 @@ class Bound:
         return (
             all(leaves[number].shape == shape for number, shape in self._checked)
             and all(_is_such(held.get(name), view) for held, name, view in self._weights)
-            and all(getattr(held.get("weight"), "shape", None) == shape for held, shape in self._matrices)
+            and all(_shape_and_dtype(held.get(name)) == known for held, name, known in self._matrices)
         )
 
     def run(self, leaves: Sequence[Any]) -> Any:
@@ -245,15 +247,20 @@ class Bound:
         return shown(self._result, values)
 
 
-def _matrices(program: Program, layer: Any) -> Iterator[tuple[Any, Any]]:
-    """Parameters of linear layers, and the shape of those that are numbers one by one, which may be pruned."""
+def _matrices(program: Program, layer: Any) -> Iterator[tuple[Any, str, Any]]:
+    """Where parameters are that are numbers one by one, of linear layers and experts, and what they were when recorded."""
     import torch
 
     for part in program.parts:
-        if isinstance(part, Node) and part.kind == "linear":
+        if isinstance(part, Node) and part.kind in ("linear", "experts"):
+            name = "weight" if part.kind == "linear" else part.args[0]
             held = layer.get_submodule(part.name)._parameters
-            if type(held.get("weight")) is torch.nn.Parameter:
-                yield held, held["weight"].shape
+            if type(held.get(name)) is torch.nn.Parameter:
+                yield held, name, _shape_and_dtype(held[name])
+
+
+def _shape_and_dtype(parameter: Any) -> Any:
+    return None if parameter is None else (parameter.shape, parameter.dtype)
 
 
 def _together(parts: Sequence[CompiledRegion | Node]) -> list[list[Any]]:
@@ -284,8 +291,8 @@ def _step(parts: Sequence[Any], layer: Any, growing: GrowingTensors) -> Callable
         return Linears(parts, modules).run
     if part.kind == "cache":
         return _cache_step(part, modules[0], growing)
-    if part.kind == "attention":
-        return _attention_step(part, modules[0])
+    if part.kind in _STEPS:
+        return _STEPS[part.kind](part, modules[0])
     return lambda values: call(part, modules[0], values)
 
 
@@ -332,6 +339,21 @@ def _attention_step(node: Node, module: Any) -> Callable[[Values], None]:
     return step
 
 
+def _experts_step(node: Node, module: Any) -> Callable[[Values], None]:
+    name, tokens, experts = node.args
+    (out,) = node.outputs
+
+    def step(values: Values) -> None:
+        stack = module._modules.get(name) or PlainStack(module._parameters[name])
+        products = stack.multiplied(shown(tokens, values), shown(experts, values))
+        values[out.base] = as_noted(products, out)
+
+    return step
+
+
+_STEPS = {"attention": _attention_step, "experts": _experts_step}
+
+
 class _Over:
     """The guard of a layer that is not to run as recorded any more."""
 
@@ -342,7 +364,7 @@ class _Over:
 class _Guard:
     """Whether somebody has put something on a layer's modules meanwhile: a hook, another forward, another module.
 
-    Experts and the like are called as modules, so theirs may be what they want.
+    What is called as a module may be what it wants.
     """
 
     def __init__(self, layer: Any) -> None:
@@ -352,7 +374,7 @@ class _Guard:
             id(inner)
             for leaf in leaves_of(layer)
             if not isinstance(leaf, torch.nn.Linear)
-            for inner in leaf.modules()
+            for inner in (leaf.children() if can_open(leaf) else leaf.modules())
         }
         modules = [module for module in layer.modules() if id(module) not in apart]
         everywhere = torch.nn.modules.module

@@ -19,6 +19,7 @@ from typing import Any
 
 from llm_magic.backends.accelerate.decoding.running import running
 from llm_magic.backends.accelerate.placement.experts import find_stacks
+from llm_magic.backends.accelerate.placement.packed_experts import computes_packed
 from llm_magic.backends.accelerate.placement.served_class import is_served
 from llm_magic.backends.accelerate.recorded.current import current, recording_by
 from llm_magic.errors import LLMMagicError
@@ -75,7 +76,8 @@ class Node:
     number
         Its place among all.
     kind
-        ``"op"``: of torch. ``"linear"`` and ``"module"``: a module of the layer. ``"attention"``, ``"cache"``.
+        ``"op"``: of torch. ``"linear"`` and ``"module"``: a module of the layer. ``"attention"``, ``"cache"``, and
+        ``"experts"``: products with a stack.
     name
         The operation, the module's path in the layer, or that of the module that attends.
     args, kwargs
@@ -155,6 +157,8 @@ def record(
     usual: Callable[..., Any],
     call: tuple[Sequence[Any], Mapping[str, Any]],
     whole: Mapping[str, Outputs] = MappingProxyType({}),
+    *,
+    opens_experts: bool = False,
 ) -> tuple[Recording, Rehearsal]:
     """Write down what ``usual(*args, **kwargs)``, a layer's forward, does; the KV cache among its arguments stays as it is.
 
@@ -164,6 +168,8 @@ def record(
         ``args`` and ``kwargs``.
     whole
         Modules of the layer that are not looked into, and what they return.
+    opens_experts
+        Whether modules of experts are looked into, where only their products are ours: see `can_open`.
 
     Raises
     ------
@@ -171,9 +177,10 @@ def record(
         When that would not be the whole of it.
     """
     with _as_it_was(layer):
-        first, rehearsal = Recorder(layer, usual, whole).record(*call)
+        first, rehearsal = Recorder(layer, usual, whole, opens_experts=opens_experts).record(*call)
     with _as_it_was(layer):
-        second, _ = Recorder(layer, usual, whole, is_other=True).record(*call)
+        other = Recorder(layer, usual, whole, opens_experts=opens_experts, is_other=True)
+        second, _ = other.record(*call)
     if first != second:
         raise CannotRecordError("what the layer does depends on numbers or on the length of the text")
     return first, rehearsal
@@ -194,11 +201,13 @@ class Recorder:
         usual: Callable[..., Any],
         whole: Mapping[str, Outputs],
         *,
+        opens_experts: bool = False,
         is_other: bool = False,
     ) -> None:
         import torch
 
-        self._layer, self._usual, self._whole, self._is_other = layer, usual, whole, is_other
+        self._layer, self._usual, self._is_other = layer, usual, is_other
+        self._whole, self._opens_experts = whole, opens_experts
         self._random = torch.Generator("cpu").manual_seed(1 + is_other)
         self._views: dict[int, View] = {}
         self._objects: dict[int, Argument] = {}
@@ -330,6 +339,13 @@ class Recorder:
             )
         return out, None
 
+    def products_of_experts(self, module: Any, name: str, tokens: Any, experts: Any, width: int) -> Any:
+        """As of a stack of the module."""
+        with _no_mode():
+            shape, inputs = (len(experts), width), (name, tokens, experts)
+            (out,) = self.leaf("experts", module, (inputs, {}), [shape], tokens.dtype)
+        return out
+
     def _note(
         self,
         kind: str,
@@ -446,6 +462,8 @@ class Recorder:
         apart |= {id(module): module for module in map(self._layer.get_submodule, self._whole)}
         with ExitStack() as stack:
             for module in apart.values():
+                if self._opens_experts and can_open(module):
+                    continue
                 leaf = self._linear if isinstance(module, torch.nn.Linear) else self._part
                 stack.enter_context(running(module, leaf(module)))
             yield
@@ -553,6 +571,12 @@ def leaves_of(layer: Any) -> Iterator[Any]:
     for path, module in layer.named_modules():
         if isinstance(module, torch.nn.Linear) or path in experts:
             yield module
+
+
+def can_open(module: Any) -> bool:
+    """Whether all that a module of experts does for a few tokens can be seen, but for products that it has noted."""
+    is_ours = computes_packed(module) or (is_served(module) and hasattr(module, "is_concatenated"))
+    return is_ours and "forward" not in vars(module)
 
 
 def _untouchable(like: Any, attributes: Mapping[str, Any]) -> Any:

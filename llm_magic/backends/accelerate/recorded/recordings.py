@@ -8,7 +8,7 @@ from typing import Any
 
 from llm_magic.backends.accelerate.preparation import preparing
 from llm_magic.backends.accelerate.recorded.program import Program
-from llm_magic.backends.accelerate.recorded.recording import Outputs, Recording, record
+from llm_magic.backends.accelerate.recorded.recording import Outputs, Recording, can_open, record
 
 Call = tuple[Sequence[Any], Mapping[str, Any]]
 """``args`` and ``kwargs``."""
@@ -63,14 +63,24 @@ class Recordings:
     ) -> Program | None:
         """A new program; one that leaves parts as they are which take more than tensors, if there is no other."""
         rest = {path: outputs for path, outputs in seen.items() if not outputs.by_need}
-        found = self._tried(layer, usual, call, rest)
+        found = None
+        if any(map(can_open, layer.modules())):
+            found = self._tried(layer, usual, call, rest, opens_experts=True)
+        if found is None:
+            found = self._tried(layer, usual, call, rest)
         return self._tried(layer, usual, call, seen) if found is None and len(rest) < len(seen) else found
 
     def _tried(
-        self, layer: Any, usual: Callable[..., Any], call: Call, whole: dict[str, Outputs]
+        self,
+        layer: Any,
+        usual: Callable[..., Any],
+        call: Call,
+        whole: dict[str, Outputs],
+        *,
+        opens_experts: bool = False,
     ) -> Program | None:
         try:
-            recording, rehearsal = record(layer, usual, call, whole)
+            recording, rehearsal = record(layer, usual, call, whole, opens_experts=opens_experts)
             program = self._programs.get(recording)
             if program is None:
                 program = self._programs[recording] = Program(recording)
