@@ -11,6 +11,14 @@ from llm_magic.backends.accelerate.placement import cpu_products
 
 def forget_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if nothing had been compiled yet, as long as the test runs."""
-    names = ("_prepared", "_kernel", "_compiled", "_reader", "_dot_reader", "_quick_dtype", "few_plain_tokens")
+    names = (
+        "_prepared",
+        "_kernel",
+        "_compiled",
+        "_reader",
+        "_dot_reader",
+        "_quick_dtype",
+        "few_plain_tokens",
+    )
     for name in names:
         monkeypatch.setattr(cpu_products, name, cache(getattr(cpu_products, name).__wrapped__))

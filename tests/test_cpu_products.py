@@ -608,7 +608,9 @@ def test_a_layer_that_is_trained_is_its_librarys() -> None:
 def test_torchs_integers_of_4_bits_are_read_as_they_lie(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of whatever order torch has for this processor, from one to several of its blocks, and what it has no kernel for."""
     network, expected = network_of("int4", "bfloat16"), None
-    weight = next(parameter for _, parameter in network.named_parameters() if hasattr(parameter, "_scale_shift"))
+    weight = next(
+        parameter for _, parameter in network.named_parameters() if hasattr(parameter, "_scale_shift")
+    )
     block = int4_orders.block_in_halves()
     assert block in (32, 64)
     found = packed_weights(weight)

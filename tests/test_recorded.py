@@ -710,6 +710,81 @@ def test_other_experts(llama: Any) -> None:
     assert equal(mine, answers(other))
 
 
+def served_mixture(name: str = "qwen3_moe", **own: Any) -> Any:
+    """Whose experts and router compute by kernels."""
+    model = made(name, **own)
+    model.requires_grad_(False)
+    serve_plain_modules(model)
+    return model
+
+
+def kinds_of_parts(held: Any) -> set[str]:
+    """What recorded layers have beside torch's operations."""
+    found = [bound for layer in held._layers for bound in layer._bound.values() if bound is not None]
+    return {node.kind for bound in found for node in bound._program.recording.nodes}
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "glm4_moe"])
+def test_experts_are_looked_into_where_only_their_products_are_kernels(name: str) -> None:
+    model = served_mixture(name)
+    theirs = answers(model)
+    held = recorded(model)
+    assert equal(answers(model), theirs)
+    assert "experts" in kinds_of_parts(held)
+
+
+def test_many_experts_at_a_time_are_a_part_as_a_whole() -> None:
+    model = served_mixture()
+    sweeps = [(20, 28), (28, 40)]
+    theirs = answers(model, sweeps)
+    held = recorded(model)
+    assert equal(answers(model, sweeps), theirs)
+    assert "module" in kinds_of_parts(held)
+    assert "experts" not in kinds_of_parts(held)
+
+
+def test_experts_that_somebody_looks_at_or_changes() -> None:
+    model, usual = served_mixture(), served_mixture()
+    held = recorded(model)
+    answers(model)
+    assert "experts" in kinds_of_parts(held)
+    experts, theirs = layers_of(model)[0].mlp.experts, layers_of(usual)[0].mlp.experts
+    called: list[Any] = []
+    handle = experts.register_forward_hook(lambda *args: called.append(args) or None)
+    assert equal(answers(model), answers(usual))
+    assert called
+    handle.remove()
+    for module in (experts, theirs):
+        module.down_proj = torch.nn.Parameter(module.down_proj.data * 2, requires_grad=False)
+    assert equal(answers(model), answers(usual))
+    for module in (experts, theirs):
+        module.forward = lambda hidden, *_: hidden * 3
+    assert equal(answers(model), answers(usual))
+    for module in (experts, theirs):
+        del module.forward
+        module.act_fn = torch.nn.ReLU()
+    assert equal(answers(model), answers(usual))
+    model.float()
+    usual.float()
+    assert equal(answers(model), answers(usual))
+
+
+def test_what_a_kernel_makes_is_not_recorded_as_nothing() -> None:
+    """It does not come through torch's dispatcher, which would see memory that nobody has written to."""
+    model = served_mixture()
+    held = recorded(model)
+    answers(model)
+    looked_at = [
+        node.name
+        for layer in held._layers
+        for bound in layer._bound.values()
+        for node in bound._program.recording.nodes
+        if node.kind == "op"
+    ]
+    assert looked_at
+    assert not any("empty" in str(name) for name in looked_at)
+
+
 def test_eager_experts_are_those_of_the_token() -> None:
     model = made("qwen3_moe")
     model.set_experts_implementation("eager")

@@ -65,9 +65,8 @@ def packed_experts(module: Any, hidden_states: Any, top_k_index: Any, top_k_weig
 def computes_packed(module: Any) -> bool:
     """Whether a module computes by `packed_experts`."""
     config = getattr(module, "config", None)
-    return getattr(config, "_experts_implementation", None) == IMPLEMENTATION and hasattr(
-        module, "is_concatenated"
-    )
+    is_ours = getattr(config, "_experts_implementation", None) == IMPLEMENTATION
+    return is_ours and any(isinstance(child, PackedStack) for child in module.children())
 
 
 def _unpacked(module: Any, tokens: Any, experts: Any) -> Any:

@@ -17,13 +17,22 @@ from llm_magic.backends.accelerate.placement.expert_products import (
     stack_names,
     weighted,
 )
-from llm_magic.backends.accelerate.placement.served_class import is_served, serve
+from llm_magic.backends.accelerate.placement.served_class import is_served, serve, served_by
+
+
+def is_module_of_experts(module: Any) -> bool:
+    """Whether it is one that transformers' interface serves, which says how stacks are laid out."""
+    return hasattr(module, "is_concatenated") and hasattr(module, "is_transposed")
+
+
+def is_served_experts(module: Any) -> bool:
+    """Whether a module of experts computes by our kernels, where these can."""
+    return served_by(module) is _by_kernels
 
 
 def serve_plain_experts(module: Any) -> None:
     """Let a module of experts compute by our kernels on the CPU, where it is one that they are for."""
-    # Transformers' interface for experts says how they are laid out.
-    if getattr(module, "is_transposed", True) or not hasattr(module, "is_concatenated") or is_served(module):
+    if module.is_transposed or is_served(module):
         return
     stack = module._parameters.get("down_proj")  # a module, where it is packed
     if stack is not None and cpu_products.few_plain_tokens(stack.dtype):

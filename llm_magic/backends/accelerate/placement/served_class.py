@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import cache, wraps
 from typing import Any
 
-_MARK = "computes_by_kernels"
+_MARK = "_computes_by"
 
 
 def serve(module: Any, by_kernels: Callable[..., Any]) -> None:
@@ -22,7 +22,20 @@ def serve(module: Any, by_kernels: Callable[..., Any]) -> None:
 
 def is_served(module: Any) -> bool:
     """Whether a module computes by kernels of ours, as far as there are any."""
-    return hasattr(type(module), _MARK)
+    return served_by(module) is not None
+
+
+def served_by(module: Any) -> Any:
+    """What it was served with; ``None`` where it was not."""
+    return getattr(type(module), _MARK, None)
+
+
+def usual_forward(module: Any) -> Callable[..., Any]:
+    """The forward of a served module's class, called as a method of it."""
+    kinds: tuple[Any, ...] = type(module).__mro__
+    served = next(place for place, kind in enumerate(kinds) if _MARK in vars(kind))
+    usual: Callable[..., Any] = kinds[served + 1].forward
+    return usual
 
 
 @cache
@@ -39,7 +52,7 @@ def served_class(usual_class: Any, by_kernels: Callable[..., Any]) -> Any:
         return _new, (usual_class, by_kernels), self.__dict__
 
     members = {
-        _MARK: True,
+        _MARK: staticmethod(by_kernels),
         "forward": forward,
         "__reduce_ex__": reduced,
         "__module__": usual_class.__module__,

@@ -6,7 +6,8 @@ from typing import Any
 
 from llm_magic.backends.accelerate.placement import cpu_products
 from llm_magic.backends.accelerate.placement.cpu_linear import serve_linear
-from llm_magic.backends.accelerate.placement.plain_experts import serve_plain_experts
+from llm_magic.backends.accelerate.placement.plain_experts import is_module_of_experts, serve_plain_experts
+from llm_magic.backends.accelerate.placement.plain_routers import serve_plain_router
 
 
 def serve_plain_modules(model: Any) -> None:
@@ -17,5 +18,9 @@ def serve_plain_modules(model: Any) -> None:
         if type(module) is torch.nn.Linear:
             if cpu_products.few_plain_tokens(module.weight.dtype):
                 serve_linear(module)
-        else:
+        elif is_module_of_experts(module):
             serve_plain_experts(module)
+        elif any(map(is_module_of_experts, module.children())):
+            for child in module.children():
+                if not isinstance(child, (torch.nn.Linear, torch.nn.Embedding)):
+                    serve_plain_router(child)

@@ -17,6 +17,7 @@ from typing import Any
 
 from llm_magic.backends.accelerate.decoding.running import below_its_hook, running
 from llm_magic.backends.accelerate.decoding.step_by_step import attention_function
+from llm_magic.backends.accelerate.placement import cpu_products
 from llm_magic.backends.accelerate.placement.layer_cache import (
     GrowingTensors,
     find_cache,
@@ -24,6 +25,7 @@ from llm_magic.backends.accelerate.placement.layer_cache import (
     tokens_seen,
 )
 from llm_magic.backends.accelerate.placement.plain_experts import PlainStack
+from llm_magic.backends.accelerate.placement.plain_routers import is_served_router
 from llm_magic.backends.accelerate.recorded.linears import Linears
 from llm_magic.backends.accelerate.recorded.program import (
     CompiledRegion,
@@ -37,6 +39,7 @@ from llm_magic.backends.accelerate.recorded.recording import (
     VARYING,
     Node,
     Outputs,
+    Recording,
     View,
     can_open,
     flat,
@@ -222,7 +225,8 @@ class Bound:
             self._weights.append((held, name, view))
         self._matrices = list(_matrices(program, layer))
         self._steps = [
-            _step(parts, layer, growing or GrowingTensors(0)) for parts in _together(program.parts)
+            _router_step(parts[0], layer, recording) or _step(parts, layer, growing or GrowingTensors(0))
+            for parts in _together(program.parts)
         ]
         self._result = program.result
 
@@ -335,6 +339,33 @@ def _attention_step(node: Node, module: Any) -> Callable[[Values], None]:
         function = usual if is_usual else attention_function(module)
         args, kwargs = shown(node.args, values), {name: shown(value, values) for name, value in node.kwargs}
         values[out.base] = as_noted(function(module, *args, **kwargs)[0], out)
+
+    return step
+
+
+def _router_step(part: Any, layer: Any, recording: Recording) -> Callable[[Values], None] | None:
+    """A router's product, as its module makes it; ``None``: it is something else."""
+    import torch
+
+    if not isinstance(part, Node) or part.name is not torch.ops.aten.mm.default:
+        return None
+    states, matrix = part.args
+    owner = next(
+        ((path, name, view) for path, name, view in recording.weights if view.base == matrix.base), None
+    )
+    if owner is None or owner[1] != "weight" or not is_served_router(layer.get_submodule(owner[0])):
+        return None
+    whole = owner[2]
+    if (matrix.shape, matrix.stride, matrix.offset) != (whole.shape[::-1], whole.stride[::-1], whole.offset):
+        return None
+    (out,) = part.outputs
+
+    def step(values: Values) -> None:
+        products = cpu_products.multiplied_plain(shown(states, values), values[matrix.base])
+        if products is None:
+            call(part, None, values)
+        else:
+            values[out.base] = as_noted(products, out)
 
     return step
 

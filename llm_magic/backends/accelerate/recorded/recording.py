@@ -20,6 +20,7 @@ from typing import Any
 from llm_magic.backends.accelerate.decoding.running import running
 from llm_magic.backends.accelerate.placement.experts import find_stacks
 from llm_magic.backends.accelerate.placement.packed_experts import computes_packed
+from llm_magic.backends.accelerate.placement.plain_experts import is_served_experts
 from llm_magic.backends.accelerate.placement.served_class import is_served
 from llm_magic.backends.accelerate.recorded.current import current, recording_by
 from llm_magic.errors import LLMMagicError
@@ -575,7 +576,7 @@ def leaves_of(layer: Any) -> Iterator[Any]:
 
 def can_open(module: Any) -> bool:
     """Whether all that a module of experts does for a few tokens can be seen, but for products that it has noted."""
-    is_ours = computes_packed(module) or (is_served(module) and hasattr(module, "is_concatenated"))
+    is_ours = computes_packed(module) or is_served_experts(module)
     return is_ours and "forward" not in vars(module)
 
 

@@ -1,0 +1,63 @@
+"""Routers of experts in 16 bits: the product with their weight is no module, and slow in torch for a few tokens.
+
+So it is caught on its way to torch. Recorded layers multiply in the same way: which experts a token gets does not depend
+on how its layer runs.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from llm_magic.backends.accelerate.placement import cpu_products
+from llm_magic.backends.accelerate.placement.served_class import serve, served_by, usual_forward
+
+_DIMENSIONS = 2
+
+
+def serve_plain_router(module: Any) -> None:
+    """Let a module beside experts multiply by our kernels on the CPU, where it has a weight for that."""
+    weight = module._parameters.get("weight")
+    if weight is None or weight.dim() != _DIMENSIONS or served_by(module) is not None:
+        return
+    if cpu_products.few_plain_tokens(weight.dtype):
+        serve(module, _by_kernels)
+
+
+def is_served_router(module: Any) -> bool:
+    """Whether products with the weight of a module are made by our kernels, where these can."""
+    return served_by(module) is _by_kernels
+
+
+def _by_kernels(module: Any, *args: Any, **options: Any) -> Any:
+    import torch
+
+    weight = module._parameters.get("weight")
+    if weight is None or not weight.is_cpu or torch.compiler.is_compiling():
+        return None
+    states = next((each for each in (*args, *options.values()) if isinstance(each, torch.Tensor)), None)
+    if states is None or states.numel() > cpu_products.few_plain_tokens(weight.dtype) * weight.shape[1]:
+        return None
+    with _caught():
+        return usual_forward(module)(module, *args, **options)
+
+
+def _caught() -> Any:
+    """While it lasts, linear functions of a parameter that kernels take are theirs."""
+    return _mode()()
+
+
+@cache
+def _mode() -> Any:
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    class Caught(TorchFunctionMode):
+        def __torch_function__(self, function: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if function is torch.nn.functional.linear and len(args) == _DIMENSIONS and not kwargs:
+                outputs = cpu_products.multiplied_plain(*args)
+                if outputs is not None:
+                    return outputs
+            return function(*args, **kwargs or {})
+
+    return Caught
