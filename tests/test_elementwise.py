@@ -13,7 +13,7 @@ pytest.importorskip("llvmlite")
 from torch.nn import functional  # noqa: E402
 
 from llm_magic.backends.accelerate.kernels.elementwise import merged  # noqa: E402
-from llm_magic.backends.accelerate.recorded.layers import Bound  # noqa: E402
+from llm_magic.backends.accelerate.recorded.bound import Bound  # noqa: E402
 from llm_magic.backends.accelerate.recorded.program import CompiledRegion, Program  # noqa: E402
 from llm_magic.backends.accelerate.recorded.recording import record  # noqa: E402
 

@@ -8,8 +8,6 @@ something else when numbers, positions and the length of the KV cache are others
 
 from __future__ import annotations
 
-import operator
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -22,18 +20,11 @@ from llm_magic.backends.accelerate.placement.experts import find_stacks
 from llm_magic.backends.accelerate.placement.packed_experts import computes_packed
 from llm_magic.backends.accelerate.placement.plain_experts import is_served_experts
 from llm_magic.backends.accelerate.placement.served_class import is_served
+from llm_magic.backends.accelerate.recorded.as_it_was import CannotRecordError, as_it_was
 from llm_magic.backends.accelerate.recorded.current import current, recording_by
-from llm_magic.errors import LLMMagicError
 
 _STATES = 3  # dimensions of states and rotations; masks have more
 _TOKENS_BEFORE, _MANY_TOKENS = 7, 1 << 30
-
-
-class CannotRecordError(LLMMagicError):
-    """The layer is not one that can be recorded."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message, "")
 
 
 @dataclass(frozen=True)
@@ -177,9 +168,9 @@ def record(
     CannotRecordError
         When that would not be the whole of it.
     """
-    with _as_it_was(layer):
+    with as_it_was(layer):
         first, rehearsal = Recorder(layer, usual, whole, opens_experts=opens_experts).record(*call)
-    with _as_it_was(layer):
+    with as_it_was(layer):
         other = Recorder(layer, usual, whole, opens_experts=opens_experts, is_other=True)
         second, _ = other.record(*call)
     if first != second:
@@ -610,67 +601,6 @@ def _looks_at_numbers(function: Any, args: tuple[Any, ...]) -> bool:
     if function is torch.ops.aten.index.Tensor:  # by places it does not, by a mask it does
         return any(each is not None and each.dtype in (torch.bool, torch.uint8) for each in args[1])
     return bool({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(function.tags))
-
-
-@contextmanager
-def _as_it_was(layer: Any) -> Iterator[None]:
-    """Put everything back that a layer's code keeps in its modules; code that does so is not to be recorded.
-
-    Raises
-    ------
-    CannotRecordError
-        When there was something.
-    """
-    modules = list(layer.modules())
-    before = [_kept(module) for module in modules]
-    try:
-        yield
-    finally:
-        changes = [_put_back(module, held) for module, held in zip(modules, before, strict=True)]
-    if any(changes):
-        raise CannotRecordError("it changes what its modules keep")
-
-
-def _kept(module: Any) -> list[tuple[Any, Any]]:
-    """All that may change in a module, and what is in it."""
-    import torch
-
-    collections = [each for each in vars(module).values() if type(each) in (list, dict, set, OrderedDict)]
-    kept = [(each, each.copy()) for each in (vars(module), *collections)]
-    tensors = (*module._parameters.values(), *module._buffers.values(), *vars(module).values())
-    return [*kept, *((each, each.data) for each in tensors if isinstance(each, torch.Tensor))]
-
-
-def _put_back(module: Any, kept: list[tuple[Any, Any]]) -> bool:
-    """Whether something was another."""
-    now = _kept(module)
-    is_same = len(now) == len(kept) and all(
-        held is other and _is_same(value, what)
-        for (held, value), (other, what) in zip(kept, now, strict=True)
-    )
-    for held, value in () if is_same else kept:
-        _fill(held, value)
-    return not is_same
-
-
-def _is_same(before: Any, now: Any) -> bool:
-    import torch
-
-    if isinstance(before, torch.Tensor):
-        return bool(before.data_ptr() == now.data_ptr() and before.shape == now.shape)
-    if isinstance(before, dict):
-        return before.keys() == now.keys() and all(now[name] is value for name, value in before.items())
-    return len(before) == len(now) and all(map(operator.is_, before, now))
-
-
-def _fill(held: Any, value: Any) -> None:
-    import torch
-
-    if isinstance(held, torch.Tensor):
-        held.data = value
-        return
-    held.clear()
-    held.extend(value) if isinstance(held, list) else held.update(value)
 
 
 def _mode(recorder: Recorder) -> Any:

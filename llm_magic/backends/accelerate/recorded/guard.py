@@ -1,0 +1,82 @@
+"""Whether a layer's modules are what they were when it was recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import repeat
+from operator import attrgetter, contains, itemgetter
+from typing import Any
+
+from llm_magic.backends.accelerate.recorded.recording import can_open, leaves_of
+
+
+class Over:
+    """The guard of a layer that is not to run as recorded any more."""
+
+    def is_as_it_was(self) -> bool:
+        return False
+
+
+class Guard:
+    """Whether somebody has put something on a layer's modules meanwhile: a hook, another forward, another module.
+
+    What is called as a module may be what it wants.
+    """
+
+    def __init__(self, layer: Any) -> None:
+        import torch
+
+        apart = {
+            id(inner)
+            for leaf in leaves_of(layer)
+            if not isinstance(leaf, torch.nn.Linear)
+            for inner in (leaf.children() if can_open(leaf) else leaf.modules())
+        }
+        modules = [module for module in layer.modules() if id(module) not in apart]
+        everywhere = torch.nn.modules.module
+        self._hooks = [
+            *(everywhere._global_forward_hooks, everywhere._global_forward_pre_hooks),
+            *(held for module in modules[1:] for held in (module._forward_hooks, module._forward_pre_hooks)),
+        ]
+        self._attributes = [vars(module) for module in modules[1:]]
+        self._modules, self._kinds = modules, list(dict.fromkeys(map(type, modules)))
+        self._numbers = [(_numbers_of(vars(module)), vars(module)) for module in modules]
+        self._parts = [module._modules for module in modules if module._modules]
+        self._configs = list({id(m.config): m.config for m in modules if hasattr(m, "config")}.values())
+        self._is_plain = not layer.training and not any(hasattr(m, "base_layer") for m in modules)  # PEFT's
+        self._before = self._now()
+
+    def is_as_it_was(self) -> bool:
+        """Whether nothing is there that was not. It is asked in every sweep, so most of it is done by builtins."""
+        try:
+            return (
+                self._is_plain
+                and not any(self._hooks)
+                and not any(map(contains, self._attributes, repeat("forward")))
+                and self._now() == self._before
+            )
+        except (AttributeError, KeyError):
+            return False
+
+    def _now(self) -> tuple[Any, ...]:
+        return (
+            list(map(type, self._modules)),
+            list(map(_FORWARD, self._kinds)),
+            [numbers(held) for numbers, held in self._numbers],
+            [tuple(held.values()) for held in self._parts],
+            list(map(_ways, self._configs)),
+        )
+
+
+_FORWARD = attrgetter("forward")
+
+
+def _numbers_of(held: dict[str, Any]) -> Callable[[dict[str, Any]], Any]:
+    """What finds the plain values of a module: a recording has these as they were."""
+    plain = (bool, int, float, str, type(None))
+    return itemgetter("training", *(name for name, value in held.items() if type(value) in plain))
+
+
+def _ways(config: Any) -> tuple[Any, Any]:
+    """Implementations of what an architecture can compute in several ways."""
+    return config._attn_implementation, getattr(config, "_experts_implementation", None)
