@@ -168,14 +168,26 @@ def record(
     CannotRecordError
         When that would not be the whole of it.
     """
-    with as_it_was(layer):
-        first, rehearsal = Recorder(layer, usual, whole, opens_experts=opens_experts).record(*call)
-    with as_it_was(layer):
-        other = Recorder(layer, usual, whole, opens_experts=opens_experts, is_other=True)
-        second, _ = other.record(*call)
+    first, rehearsal = record_once(layer, usual, call, whole, opens_experts=opens_experts)
+    second, _ = record_once(layer, usual, call, whole, opens_experts=opens_experts, is_other=True)
     if first != second:
         raise CannotRecordError("what the layer does depends on numbers or on the length of the text")
     return first, rehearsal
+
+
+def record_once(
+    layer: Any,
+    usual: Callable[..., Any],
+    call: tuple[Sequence[Any], Mapping[str, Any]],
+    whole: Mapping[str, Outputs],
+    *,
+    opens_experts: bool,
+    is_other: bool = False,
+) -> tuple[Recording, Rehearsal]:
+    """As `record`, without a look at what other numbers do, or with those."""
+    with as_it_was(layer):
+        recorder = Recorder(layer, usual, whole, opens_experts=opens_experts, is_other=is_other)
+        return recorder.record(*call)
 
 
 class Recorder:

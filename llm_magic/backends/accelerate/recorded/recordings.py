@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from llm_magic.backends.accelerate.preparation import preparing
 from llm_magic.backends.accelerate.recorded.program import Program
-from llm_magic.backends.accelerate.recorded.recording import Outputs, Recording, can_open, record
+from llm_magic.backends.accelerate.recorded.recording import Outputs, Recording, can_open, record, record_once
 
 Call = tuple[Sequence[Any], Mapping[str, Any]]
 """``args`` and ``kwargs``."""
@@ -20,8 +21,9 @@ _OF_THIS_LAYER = ("layer_idx", "forward", "training")
 class Recordings:
     """Programs of layers for kinds of sweeps.
 
-    A layer is recorded in the first sweep of a kind. Where another one has the same modules with the same settings, and
-    both were recorded alike in their first kind of sweep, one recording is enough for each further kind.
+    A layer is recorded in the first sweep of a kind: twice, and rehearsed, but where one that has the same modules with
+    the same settings was, it is only looked whether the same is recorded. Where both were recorded alike in their first
+    kind of sweep, one recording is enough for each further kind.
 
     Attributes
     ----------
@@ -35,6 +37,7 @@ class Recordings:
         self._of_layers: dict[tuple[str, Any], tuple[Any, Program | None]] = {}
         self._first: dict[str, tuple[Any, Any, Program | None]] = {}
         self._alike: dict[tuple[Any, Any], Program | None] = {}
+        self._rehearsed: dict[tuple[Any, Any], tuple[Program, _Way]] = {}
 
     def program(
         self, name: str, layer: Any, usual: Callable[..., Any], call: Call, kind: Any
@@ -50,7 +53,8 @@ class Recordings:
             program = self._alike[kin, kind]
         else:
             with preparing():
-                program = self._recorded(layer, usual, call, self.seen[name])
+                program = self._as_rehearsed((looks, kind), layer, usual, call)
+                program = program or self._recorded((looks, kind), layer, usual, call, self.seen[name])
         if kin is not None:
             self._alike[kin, kind] = program
         else:
@@ -58,29 +62,45 @@ class Recordings:
         self._of_layers[name, kind] = looks, program
         return program
 
-    def _recorded(
-        self, layer: Any, usual: Callable[..., Any], call: Call, seen: dict[str, Outputs]
+    def _as_rehearsed(
+        self, key: tuple[Any, Any], layer: Any, usual: Callable[..., Any], call: Call
     ) -> Program | None:
-        """A new program; one that leaves parts as they are which take more than tensors, if there is no other."""
-        rest = {path: outputs for path, outputs in seen.items() if not outputs.by_need}
-        found = None
-        if any(map(can_open, layer.modules())):
-            found = self._tried(layer, usual, call, rest, opens_experts=True)
-        if found is None:
-            found = self._tried(layer, usual, call, rest)
-        return self._tried(layer, usual, call, seen) if found is None and len(rest) < len(seen) else found
+        """The program of a layer that is like this one, if that is what is recorded here."""
+        if key not in self._rehearsed:
+            return None
+        program, way = self._rehearsed[key]
+        try:
+            recording, _ = record_once(layer, usual, call, way.whole, opens_experts=way.opens_experts)
+        except Exception as error:
+            _LOG.debug("not recorded as another: %s: %s", type(layer).__name__, error)
+            return None
+        return program if recording == program.recording else None
 
-    def _tried(
+    def _recorded(
         self,
+        key: tuple[Any, Any],
         layer: Any,
         usual: Callable[..., Any],
         call: Call,
-        whole: dict[str, Outputs],
-        *,
-        opens_experts: bool = False,
+        seen: dict[str, Outputs],
     ) -> Program | None:
+        """A new program; one that leaves parts as they are which take more than tensors, if there is no other."""
+        rest = {path: outputs for path, outputs in seen.items() if not outputs.by_need}
+        ways = [_Way(rest, opens_experts=False)]
+        if any(map(can_open, layer.modules())):
+            ways.insert(0, _Way(rest, opens_experts=True))
+        if len(rest) < len(seen):
+            ways.append(_Way(seen, opens_experts=False))
+        for way in ways:
+            program = self._tried(layer, usual, call, way)
+            if program is not None:
+                self._rehearsed[key] = program, way
+                return program
+        return None
+
+    def _tried(self, layer: Any, usual: Callable[..., Any], call: Call, way: _Way) -> Program | None:
         try:
-            recording, rehearsal = record(layer, usual, call, whole, opens_experts=opens_experts)
+            recording, rehearsal = record(layer, usual, call, way.whole, opens_experts=way.opens_experts)
             program = self._programs.get(recording)
             if program is None:
                 program = self._programs[recording] = Program(recording)
@@ -88,6 +108,14 @@ class Recordings:
         except Exception as error:  # a layer's code may do anything, and it runs as it is without this
             _LOG.debug("not recorded: %s: %s", type(layer).__name__, error)
             return None
+
+
+@dataclass(frozen=True)
+class _Way:
+    """How far a layer is looked into; see `recording.record`."""
+
+    whole: dict[str, Outputs]
+    opens_experts: bool
 
 
 def signature(layer: Any) -> Any:
