@@ -194,6 +194,45 @@ def packed(setup: Setup) -> None:
         )
 
 
+def billion(setup: Setup) -> None:
+    """A Llama of a billion weights in RAM, in bf16 and in 4 bits, beside stock Accelerate and llama.cpp."""
+    folder = setup.made("llama-1b")
+    case = {"prompt": words(256, 32000), "tokens": setup.tokens}
+    in_ram = placement(folder, "cpu")
+    contenders = [
+        Contender("bf16", "engine", _ours(folder, in_ram, 512), case),
+        Contender("stock Accelerate, bf16", "accelerate", _stock(folder, in_ram), case),
+    ]
+    for library, method in (("bitsandbytes", "nf4"), ("optimum.quanto", "int4")):
+        if find_spec(library.partition(".")[0]) is None:
+            setup.report.skip(f"{method} ({library} is not installed)")
+            continue
+        contenders.append(
+            Contender(method, "engine", _ours(folder, in_ram, 512) | {"quantize": method}, case)
+        )
+        stock = {"folder": folder, "device_map": {"": "cpu"}, "quantize": method}
+        if method == "nf4":
+            contenders.append(Contender(f"stock Accelerate, {method}", "accelerate", stock, case))
+    if find_spec("llama_cpp") is None:
+        setup.report.skip("llama.cpp (llama-cpp-python is not installed)")
+    else:
+        for name, file in (("bf16", "llama-1b.gguf"), ("Q4_0", "llama-1b.q4_0.gguf")):
+            contenders.append(Contender(f"llama.cpp, {name}", "llama.cpp", {"path": setup.made(file)}, case))
+    group = setup.run("billion", contenders)
+    title = "Random Llama of 0.8 billion weights, all in RAM, 256 tokens of prompt (llama.cpp: head in 6 bits with Q4_0)"
+    setup.report.add(group, title, [DECODE, PREFILL], reference="bf16")
+    for mine, theirs in (
+        ("bf16", "stock Accelerate, bf16"),
+        ("nf4", "stock Accelerate, nf4"),
+        ("bf16", "llama.cpp, bf16"),
+        ("int4", "llama.cpp, Q4_0"),
+        ("nf4", "llama.cpp, Q4_0"),
+    ):
+        for what, title in (("decode_tps", "decode"), ("prefill_tps", "prefill")):
+            ratio = group.ratio(mine, theirs, what)
+            setup.report.note(Figure(f"CPU, {mine} in RAM, {title}: times {theirs}", ratio))
+
+
 def screens(setup: Setup) -> None:
     """What showing an answer takes."""
     options = {"source": "starter"}
@@ -274,6 +313,7 @@ def packed_experts(setup: Setup) -> None:
         for where, device_map in (("all in RAM", in_ram), ("all layers on disk", on_disk)):
             options = _ours(folder, device_map, 512) | {"quantize": method}
             contenders.append(Contender(f"{method}, {where}", "engine", options, case))
+    contenders.append(Contender("stock bf16, all in RAM", "accelerate", _stock(folder, in_ram), case))
     if find_spec("bitsandbytes") is not None:
         stock = {"folder": folder, "device_map": {"": "cpu"}, "quantize": "nf4"}
         contenders.append(Contender("stock nf4, all in RAM", "accelerate", stock, case))
@@ -364,6 +404,7 @@ GROUPS: dict[str, Callable[[Setup], None]] = {
     "placements": placements,
     "lookup": lookup,
     "packed": packed,
+    "billion": billion,
     "screens": screens,
     "moves": moves,
     "experts": experts,

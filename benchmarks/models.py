@@ -69,6 +69,8 @@ WIDE_VOCABULARY = {
     "max_position_embeddings": 4096,
     "tie_word_embeddings": False,
 }
+_Q4_0 = ".q4_0.gguf"
+
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-8b": ("Llama", LLAMA_8B),
     "llama-1b": ("Llama", LLAMA_1B),
@@ -85,12 +87,13 @@ class Models:
         """Make it, unless it is there; gives its path.
 
         ``what`` is ``"starter"``, ``"starter.bf16.gguf"`` or a name of `SHAPES`, which ``changes``
-        may change; with ``.gguf`` behind it, the model of that name in ``folder`` is written for llama.cpp.
+        may change; with ``.gguf`` behind it, the model of that name in ``folder`` is written for llama.cpp, and
+        with ``.q4_0.gguf`` that file is packed by it.
         """
         if what == "starter":
             return {"path": str(starter_folder())}
         target = Path(folder) / what
-        done, made = target.with_name(f"{what}.done"), repr((SHAPES.get(what.removesuffix(".gguf")), changes))
+        done, made = target.with_name(f"{what}.done"), repr((SHAPES.get(what.partition(".")[0]), changes))
         if not done.exists() or done.read_text(encoding="utf-8") != made:
             _maker(what, changes)(target)
             os.sync()  # pages that wait to be written cannot be dropped
@@ -129,6 +132,8 @@ def starter_folder() -> Path:
 def _maker(what: str, changes: Mapping[str, Any]) -> Callable[[Path], None]:
     if what == "starter.bf16.gguf":
         return starter_in_bf16
+    if what.endswith(_Q4_0):
+        return lambda target: packed_gguf(target.with_name(what.removesuffix(_Q4_0) + ".gguf"), target)
     if what.endswith(".gguf"):
         return lambda target: llama_as_gguf(target.with_suffix(""), target)
     kind, shape = SHAPES[what]
@@ -243,6 +248,19 @@ def llama_as_gguf(folder: Path, target: Path) -> None:
                 raw = tensor.view(torch.uint8).numpy()
                 writer.add_tensor(gguf_name(name), raw, raw_dtype=gguf.GGMLQuantizationType.BF16)
     _write(writer)
+
+
+def packed_gguf(source: Path, target: Path) -> None:
+    """A GGUF of llama.cpp in its Q4_0: 4 bits, 32 weights to a scale."""
+    import ctypes
+
+    import llama_cpp
+
+    options = llama_cpp.llama_model_quantize_default_params()
+    options.ftype = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0
+    failed = llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(options))
+    if failed:
+        raise RuntimeError(f"llama.cpp could not pack {source.name}")
 
 
 def gguf_name(name: str) -> str:
