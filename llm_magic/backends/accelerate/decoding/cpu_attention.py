@@ -15,6 +15,7 @@ from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 from llm_magic.backends.accelerate.decoding.joined import FEW_TOKENS
+from llm_magic.backends.accelerate.looked_at import is_looked_at
 from llm_magic.backends.accelerate.placement import cpu_products
 from llm_magic.backends.accelerate.preparation import preparing
 
@@ -124,7 +125,7 @@ def _may_read(query: Any, key: Any, value: Any, mask: Any, sinks: Any) -> bool:
     """Whether all is there, in RAM, and nobody looks on: to differentiate, to trace."""
     import torch
 
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+    if is_looked_at():
         return False
     needs_grad = torch.is_grad_enabled()
     for part in (query, key, value, mask, sinks):

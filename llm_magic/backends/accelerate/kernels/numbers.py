@@ -361,6 +361,11 @@ class CodeDots(_Dots):
         return [looked_up(module, builder, self.table, half) for half in halves]
 
 
+def has_vectors() -> bool:
+    """Whether the processor has instructions that readers are made for."""
+    return any(True for _ in _widths())
+
+
 def has_float16() -> bool:
     """Whether the processor has instructions between float16 and float32."""
     return not compiler.instructions().isdisjoint({"f16c", "neon"})

@@ -43,6 +43,7 @@ from llm_magic.backends.accelerate.kernels.compiler import (
     word,
 )
 from llm_magic.backends.accelerate.kernels.dots import dots_added, has_dots_of_bfloat16, looked_up
+from llm_magic.backends.accelerate.kernels.numbers import has_vectors
 from llm_magic.backends.accelerate.kernels.products import (
     ADDRESSES,
     ARRANGED,
@@ -95,7 +96,7 @@ class RowBlocks:
 
 def row_blocks(rows: int, group: int, dtype: str) -> RowBlocks | None:
     """How this processor multiplies blocks of so many rows with tokens of a dtype; ``None`` where it cannot."""
-    if rows % (2 * _FLOATS) or group % _FLOATS:
+    if rows % (2 * _FLOATS) or group % _FLOATS or not has_vectors():
         return None
     has_dots = dtype == "bfloat16" and rows % (4 * _FLOATS) == 0 and has_dots_of_bfloat16()
     return RowBlocks(rows, group, has_dots)

@@ -7,12 +7,17 @@ from typing import Any
 from llm_magic.backends.accelerate.placement import cpu_products
 from llm_magic.backends.accelerate.placement.cpu_products import PackedWeights
 from llm_magic.backends.accelerate.placement.packing import packed_weights
-from llm_magic.backends.accelerate.placement.served_class import is_served, serve, served_class
+from llm_magic.backends.accelerate.placement.served_class import serve, served_by, served_class
 
 
 def serve_linear(layer: Any) -> None:
     """Let a linear layer compute by our kernels on the CPU, where there is one for its weight."""
-    serve(layer, _by_kernel)
+    serve(layer, _linear_by_kernels)
+
+
+def is_served_linear(layer: Any) -> bool:
+    """Whether a layer computes by our kernels, where these can."""
+    return served_by(layer) is _linear_by_kernels
 
 
 def served_weights(layer: Any, dtype: Any) -> PackedWeights | None:
@@ -24,7 +29,7 @@ def served_weights(layer: Any, dtype: Any) -> PackedWeights | None:
 
     weight, bias = (layer._parameters.get(name) for name in ("weight", "bias"))
     computed = getattr(layer, "compute_dtype", None) or dtype
-    if not is_served(layer) or weight is None or type(weight) is torch.Tensor or computed != dtype:
+    if not is_served_linear(layer) or weight is None or type(weight) is torch.Tensor or computed != dtype:
         return None
     if bias is not None and (bias.dtype != dtype or not bias.is_cpu):
         return None
@@ -43,10 +48,10 @@ def is_linear(layer: Any) -> bool:
     """Whether a module is torch's linear layer, served by kernels or not."""
     import torch
 
-    return type(layer) is torch.nn.Linear or type(layer) is served_class(torch.nn.Linear, _by_kernel)
+    return type(layer) is torch.nn.Linear or type(layer) is served_class(torch.nn.Linear, _linear_by_kernels)
 
 
-def _by_kernel(layer: Any, states: Any, *_args: Any, **_options: Any) -> Any:
+def _linear_by_kernels(layer: Any, states: Any, *_args: Any, **_options: Any) -> Any:
     """What the layer makes of ``states``; ``None`` where it is to do that itself."""
     import torch
 

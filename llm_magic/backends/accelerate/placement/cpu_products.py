@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import Any
 
+from llm_magic.backends.accelerate.looked_at import is_looked_at
 from llm_magic.backends.accelerate.preparation import preparing
 
 PLAIN = ("bfloat16", "float16")
@@ -159,7 +160,7 @@ def multiplied(tokens: Any, weights: PackedWeights) -> Any:
 def multiplied_plain(tokens: Any, matrix: Any) -> Any:
     """Tokens times a parameter of 16 bits ``[out, in]``, in the same dtype; as `multiplied`."""
     dtype = matrix.dtype
-    if tokens.dtype != dtype or not matrix.is_contiguous() or not _may_be_read(tokens, matrix):
+    if tokens.dtype != dtype or not _are_plain(matrix, _MATRIX) or not _may_be_read(tokens, matrix):
         return None
     rows, columns = matrix.shape
     if tokens.shape[-1] != columns:
@@ -200,13 +201,28 @@ def multiplied_each(tokens: Any, weights: PackedWeights, matrices: Any) -> Any:
 def multiplied_each_plain(tokens: Any, stack: Any, matrices: Any) -> Any:
     """As `multiplied_each`, with a stack in the dtype of the tokens ``[count, out, in]``."""
     dtype = stack.dtype
-    if tokens.dtype != dtype or not few_plain_tokens(dtype) or not stack.is_contiguous():
+    if tokens.dtype != dtype or not few_plain_tokens(dtype) or not _are_plain(stack, _STACK):
         return None
     _, rows, columns = stack.shape
     if tokens.shape[-1] != columns or not _may_be_read(tokens, stack):
         return None
     results = _by_bytes(tokens, _plain(dtype, columns), (rows,), ((stack.data_ptr(), 0, 0),), matrices)
     return None if results is None else results[0]
+
+
+_MATRIX, _STACK = 2, 3
+"""Their dimensions."""
+
+
+def _are_plain(weights: Any, dimensions: int) -> bool:
+    return are_numbers(weights) and weights.dim() == dimensions and bool(weights.is_contiguous())
+
+
+def are_numbers(tensor: Any) -> bool:
+    """Whether it is torch's own tensor: one of somebody else may have no bytes, or bytes that mean something else."""
+    import torch
+
+    return type(tensor) in (torch.Tensor, torch.nn.Parameter)
 
 
 def _may_read(tokens: Any, weights: PackedWeights) -> bool:
@@ -219,11 +235,7 @@ def _may_read(tokens: Any, weights: PackedWeights) -> bool:
 def _may_be_read(tokens: Any, *parts: Any) -> bool:
     import torch
 
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
-        return False
-    if torch._C._len_torch_dispatch_stack():  # what a kernel makes is not seen there
-        return False
-    if type(tokens) not in (torch.Tensor, torch.nn.Parameter) or not tokens.numel():
+    if is_looked_at() or not are_numbers(tokens) or not tokens.numel():
         return False
     needs_grad = torch.is_grad_enabled()
     for part in (tokens, *parts):  # a loop: it is asked for every product
@@ -358,6 +370,7 @@ def _by_bytes(
     import torch
 
     tokens, dtype, count = tokens.contiguous(), tokens.dtype, tokens.numel() // layout.columns
+    matrices = None if matrices is None else matrices.contiguous()
     of_each = 0 if matrices is None else len(matrices) // count
     products = _prepared(layout, rows, _name(dtype), count, of_each)
     if products is None:

@@ -48,29 +48,24 @@ def weighted(module: Any, compute: Compute, hidden_states: Any, top_k_index: Any
     if not tokens:
         return hidden_states.new_empty(hidden_states.shape)
     outputs = compute(module, hidden_states, top_k_index.flatten())
-    if may_be_beyond(module):
-        top_k_weights = top_k_weights.masked_fill(top_k_index >= module.num_experts, 0)
+    top_k_weights = top_k_weights.masked_fill(top_k_index >= module.num_experts, 0)
     shared = outputs.view(tokens, of_each, -1) * top_k_weights.unsqueeze(-1)
     return shared.sum(dim=1).to(hidden_states.dtype)
 
 
-def may_be_beyond(module: Any) -> bool:
-    """Whether there may be numbers beyond the last expert, which mean those of other processes."""
-    return bool(getattr(module, "_is_expert_parallel", True))  # not yet in transformers 5.17
+def are_few_for_a_cpu(module: Any, tokens: int, of_each: int, most: int) -> bool:
+    """Whether to read an expert once for each of its tokens: no more of them than there hardly ever are several.
 
-
-def are_few_for_a_cpu(module: Any, tokens: int, of_each: int) -> bool:
-    """Whether to read an expert once for each of its tokens: no more of them than there hardly ever are several."""
-    return tokens == 1 or 2 * tokens * of_each <= module.num_experts
+    With more than ``most`` tokens an expert may have as many that it is not multiplied by its bytes.
+    """
+    return tokens == 1 or (2 * tokens * of_each <= module.num_experts and tokens <= most)
 
 
 def side_by_side(stacks: Mapping[str, Stack]) -> Compute:
     """Each token with each of its experts: few kernels, and a GPU's host does not ask which."""
 
     def compute(module: Any, tokens: Any, experts: Any) -> Any:
-        if may_be_beyond(module):
-            experts = experts.clamp(0, module.num_experts - 1)
-        experts = experts.long()
+        experts = experts.long().clamp(0, module.num_experts - 1)
 
         def linear(name: str, inputs: Any) -> Any:
             stack, recorder = stacks[name], current()

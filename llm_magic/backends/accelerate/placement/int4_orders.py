@@ -153,13 +153,14 @@ def _cpu_halves(rows: int) -> tuple[Any, Any]:
     import torch
 
     low, high = _cpu_rows(rows)
-    return torch.tensor(low[: rows // 2]), torch.tensor(high[: rows // 2])
+    first, second = (torch.tensor(half[: rows // 2], device="cpu") for half in (low, high))
+    return first, second
 
 
 def _cpu_rows(rows: int) -> tuple[list[int], list[int]]:
     """Whose halves, low and high, the bytes of 32 columns hold, told by numbers that stand in the rows."""
     import torch
 
-    numbers = torch.arange(rows).unsqueeze(1).expand(rows, 16 * _K_TILES)
+    numbers = torch.arange(rows, device="cpu").unsqueeze(1).expand(rows, 16 * _K_TILES)
     ones, tens = (_by_torch(digits.contiguous()).view(-1) for digits in (numbers & 15, numbers >> 4))
     return ((ones & 15) + (tens << 4)).tolist(), ((ones >> 4) + (tens & 240)).tolist()

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from llm_magic.backends.accelerate.placement import cpu_products
 from llm_magic.backends.accelerate.placement.expert_products import (
     are_few_for_a_cpu,
     biased,
@@ -50,7 +51,10 @@ def packed_experts(module: Any, hidden_states: Any, top_k_index: Any, top_k_weig
     """
     tokens, of_each = top_k_index.shape
     on_cpu, is_here = hidden_states.device.type == "cpu", hasattr(module.down_proj, "unpacked")
-    is_few = are_few_for_a_cpu(module, tokens, of_each) if on_cpu else tokens <= FEW_TOKENS
+    if on_cpu:
+        is_few = are_few_for_a_cpu(module, tokens, of_each, cpu_products.few_tokens(hidden_states.dtype))
+    else:
+        is_few = tokens <= FEW_TOKENS
     stacks = {name: getattr(module, name) for name in stack_names(module)}
     if is_here and is_few:
         compute = side_by_side(stacks)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from llm_magic.backends.accelerate.looked_at import is_looked_at
 from llm_magic.backends.accelerate.placement import cpu_products
 from llm_magic.backends.accelerate.placement.expert_products import (
     are_few_for_a_cpu,
@@ -17,7 +18,8 @@ from llm_magic.backends.accelerate.placement.expert_products import (
     stack_names,
     weighted,
 )
-from llm_magic.backends.accelerate.placement.served_class import is_served, serve, served_by
+from llm_magic.backends.accelerate.placement.served_class import serve, served_by
+from llm_magic.backends.accelerate.recorded.current import current
 
 
 def is_module_of_experts(module: Any) -> bool:
@@ -27,16 +29,20 @@ def is_module_of_experts(module: Any) -> bool:
 
 def is_served_experts(module: Any) -> bool:
     """Whether a module of experts computes by our kernels, where these can."""
-    return served_by(module) is _by_kernels
+    return served_by(module) is _experts_by_kernels
 
 
 def serve_plain_experts(module: Any) -> None:
     """Let a module of experts compute by our kernels on the CPU, where it is one that they are for."""
-    if module.is_transposed or is_served(module):
+    if module.is_transposed or served_by(module):
         return
     stack = module._parameters.get("down_proj")  # a module, where it is packed
     if stack is not None and cpu_products.few_plain_tokens(stack.dtype):
-        serve(module, _by_kernels)
+        serve(module, _experts_by_kernels)
+
+
+_OF_TRANSFORMERS = (None, "eager", "batched_mm", "grouped_mm")
+"""Implementations that are ways to the same; somebody who wants another one gets that."""
 
 
 class PlainStack:
@@ -59,6 +65,11 @@ class PlainStack:
     def __getitem__(self, expert: int) -> Any:
         return self._matrices[expert]
 
+    @property
+    def is_fetched(self) -> bool:
+        """Whether a matrix is there only while it is asked for."""
+        return not cpu_products.are_numbers(self._matrices)
+
     def multiplied(self, tokens: Any, experts: Any) -> Any:
         """Each token ``[n, in]`` times the matrices of its experts, whose numbers are ``[n * k]``: ``[n * k, out]``."""
         import torch
@@ -79,14 +90,15 @@ def product(matrix: Any, tokens: Any) -> Any:
     return torch.nn.functional.linear(tokens, matrix) if outputs is None else outputs
 
 
-def _by_kernels(module: Any, hidden_states: Any, top_k_index: Any, top_k_weights: Any) -> Any:
+def _experts_by_kernels(module: Any, hidden_states: Any, top_k_index: Any, top_k_weights: Any) -> Any:
     """What the module makes of its arguments; ``None`` where it is to do that itself."""
     stacks = _stacks(module, hidden_states)
     if stacks is None:
         return None
     tokens, of_each = top_k_index.shape
-    is_here = all(isinstance(stack._matrices, _tensor()) for stack in stacks.values())
-    if is_here and are_few_for_a_cpu(module, tokens, of_each):
+    most = cpu_products.few_plain_tokens(hidden_states.dtype)
+    is_here = not any(stack.is_fetched for stack in stacks.values())
+    if is_here and are_few_for_a_cpu(module, tokens, of_each, most):
         compute = side_by_side(stacks)
     else:
         compute = one_by_one(stacks, product)
@@ -94,27 +106,31 @@ def _by_kernels(module: Any, hidden_states: Any, top_k_index: Any, top_k_weights
 
 
 def _stacks(module: Any, hidden_states: Any) -> Mapping[str, PlainStack] | None:
-    """The module's stacks by name, where they and the tokens are in RAM, and nobody looks on."""
+    """The module's stacks by name, where kernels may multiply with them."""
+    if not _may_compute(module, hidden_states):
+        return None
+    names = stack_names(module)
+    held = [vars(module).get(name, module._parameters.get(name)) for name in names]
+    if not all(_is_in_ram(matrices, hidden_states.dtype) for matrices in held):
+        return None
+    return {name: PlainStack(matrices) for name, matrices in zip(names, held, strict=True)}
+
+
+def _may_compute(module: Any, hidden_states: Any) -> bool:
+    """Whether tokens are in RAM, nobody looks on but who records layers, and nobody wants another implementation."""
     import torch
 
-    if not hidden_states.is_cpu or module.training:
-        return None
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
-        return None
-    found, learns = {}, torch.is_grad_enabled()
-    if learns and hidden_states.requires_grad:
-        return None
-    for name in stack_names(module):
-        matrices = vars(module).get(name, module._parameters.get(name))
-        if matrices is None or matrices.device.type != "cpu" or matrices.dtype != hidden_states.dtype:
-            return None
-        if learns and getattr(matrices, "requires_grad", False):
-            return None
-        found[name] = PlainStack(matrices)
-    return found
+    if not hidden_states.is_cpu or not cpu_products.are_numbers(hidden_states) or module.training:
+        return False
+    if current() is None and is_looked_at():
+        return False
+    learns = torch.is_grad_enabled() and hidden_states.requires_grad
+    return not learns and module.config._experts_implementation in _OF_TRANSFORMERS
 
 
-def _tensor() -> Any:
+def _is_in_ram(matrices: Any, dtype: Any) -> bool:
     import torch
 
-    return torch.Tensor
+    if matrices is None or matrices.device.type != "cpu" or matrices.dtype != dtype:
+        return False
+    return not (torch.is_grad_enabled() and getattr(matrices, "requires_grad", False))

@@ -9,37 +9,37 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+from llm_magic.backends.accelerate.looked_at import is_looked_at
 from llm_magic.backends.accelerate.placement import cpu_products
-from llm_magic.backends.accelerate.placement.served_class import serve, served_by, usual_forward
+from llm_magic.backends.accelerate.placement.served_class import serve, served_by, usual_class_of
 
-_DIMENSIONS = 2
+_MATRIX = 2  # dimensions
 
 
 def serve_plain_router(module: Any) -> None:
     """Let a module beside experts multiply by our kernels on the CPU, where it has a weight for that."""
     weight = module._parameters.get("weight")
-    if weight is None or weight.dim() != _DIMENSIONS or served_by(module) is not None:
-        return
-    if cpu_products.few_plain_tokens(weight.dtype):
-        serve(module, _by_kernels)
+    is_matrix = weight is not None and weight.dim() == _MATRIX
+    if is_matrix and served_by(module) is None and cpu_products.few_plain_tokens(weight.dtype):
+        serve(module, _router_by_kernels)
 
 
 def is_served_router(module: Any) -> bool:
     """Whether products with the weight of a module are made by our kernels, where these can."""
-    return served_by(module) is _by_kernels
+    return served_by(module) is _router_by_kernels
 
 
-def _by_kernels(module: Any, *args: Any, **options: Any) -> Any:
+def _router_by_kernels(module: Any, *args: Any, **options: Any) -> Any:
     import torch
 
     weight = module._parameters.get("weight")
-    if weight is None or not weight.is_cpu or torch.compiler.is_compiling():
+    if weight is None or not cpu_products.are_numbers(weight) or not weight.is_cpu or is_looked_at():
         return None
     states = next((each for each in (*args, *options.values()) if isinstance(each, torch.Tensor)), None)
-    if states is None or states.numel() > cpu_products.few_plain_tokens(weight.dtype) * weight.shape[1]:
+    if states is None or states.numel() > cpu_products.few_plain_tokens(weight.dtype) * weight.shape[-1]:
         return None
     with _caught():
-        return usual_forward(module)(module, *args, **options)
+        return usual_class_of(module).forward(module, *args, **options)
 
 
 def _caught() -> Any:
@@ -54,10 +54,11 @@ def _mode() -> Any:
 
     class Caught(TorchFunctionMode):
         def __torch_function__(self, function: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if function is torch.nn.functional.linear and len(args) == _DIMENSIONS and not kwargs:
-                outputs = cpu_products.multiplied_plain(*args)
-                if outputs is not None:
-                    return outputs
-            return function(*args, **kwargs or {})
+            more = {} if kwargs is None else kwargs
+            outputs = _products(*args, **more) if function is torch.nn.functional.linear else None
+            return function(*args, **more) if outputs is None else outputs
+
+    def _products(states: Any, weight: Any, bias: Any = None) -> Any:
+        return cpu_products.multiplied_plain(states, weight) if bias is None else None
 
     return Caught

@@ -20,22 +20,16 @@ def serve(module: Any, by_kernels: Callable[..., Any]) -> None:
     module.__class__ = served_class(module.__class__, by_kernels)
 
 
-def is_served(module: Any) -> bool:
-    """Whether a module computes by kernels of ours, as far as there are any."""
-    return served_by(module) is not None
-
-
 def served_by(module: Any) -> Any:
     """What it was served with; ``None`` where it was not."""
     return getattr(type(module), _MARK, None)
 
 
-def usual_forward(module: Any) -> Callable[..., Any]:
-    """The forward of a served module's class, called as a method of it."""
-    kinds: tuple[Any, ...] = type(module).__mro__
-    served = next(place for place, kind in enumerate(kinds) if _MARK in vars(kind))
-    usual: Callable[..., Any] = kinds[served + 1].forward
-    return usual
+def usual_class_of(module: Any) -> Any:
+    """The class that a served module is of for everybody else; of other modules their own."""
+    kinds = type(module).__mro__
+    served = next((place for place, kind in enumerate(kinds) if _MARK in vars(kind)), -1)
+    return kinds[served + 1]
 
 
 @cache
@@ -45,7 +39,8 @@ def served_class(usual_class: Any, by_kernels: Callable[..., Any]) -> Any:
 
     @wraps(usual)
     def forward(self: Any, *args: Any, **options: Any) -> Any:
-        outputs = by_kernels(self, *args, **options)
+        is_usual = usual_class.forward is usual  # nobody has put another one there meanwhile
+        outputs = by_kernels(self, *args, **options) if is_usual else None
         return usual_class.forward(self, *args, **options) if outputs is None else outputs
 
     def reduced(self: Any, _protocol: Any) -> Any:  # to be pickled: no module has this class

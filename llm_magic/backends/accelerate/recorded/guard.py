@@ -7,6 +7,8 @@ from itertools import repeat
 from operator import attrgetter, contains, itemgetter
 from typing import Any
 
+from llm_magic.backends.accelerate.placement.packed_stack import PackedStack
+from llm_magic.backends.accelerate.placement.served_class import usual_class_of
 from llm_magic.backends.accelerate.recorded.recording import can_open, leaves_of
 
 
@@ -30,7 +32,8 @@ class Guard:
             id(inner)
             for leaf in leaves_of(layer)
             if not isinstance(leaf, torch.nn.Linear)
-            for inner in (leaf.children() if can_open(leaf) else leaf.modules())
+            for inner in leaf.modules()
+            if isinstance(inner, PackedStack) or not can_open(leaf)
         }
         modules = [module for module in layer.modules() if id(module) not in apart]
         everywhere = torch.nn.modules.module
@@ -39,7 +42,9 @@ class Guard:
             *(held for module in modules[1:] for held in (module._forward_hooks, module._forward_pre_hooks)),
         ]
         self._attributes = [vars(module) for module in modules[1:]]
-        self._modules, self._kinds = modules, list(dict.fromkeys(map(type, modules)))
+        kinds = [(type(module), usual_class_of(module)) for module in modules]
+        self._modules, self._kinds = modules, list(dict.fromkeys(kind for both in kinds for kind in both))
+        self._gates = [kind for kind in self._kinds if hasattr(kind, "_apply_gate")]
         self._numbers = [(_numbers_of(vars(module)), vars(module)) for module in modules]
         self._parts = [module._modules for module in modules if module._modules]
         self._configs = list({id(m.config): m.config for m in modules if hasattr(m, "config")}.values())
@@ -62,19 +67,22 @@ class Guard:
         return (
             list(map(type, self._modules)),
             list(map(_FORWARD, self._kinds)),
+            list(map(_GATE, self._gates)),
+            list(map(len, self._attributes)),
             [numbers(held) for numbers, held in self._numbers],
             [tuple(held.values()) for held in self._parts],
             list(map(_ways, self._configs)),
         )
 
 
-_FORWARD = attrgetter("forward")
+_FORWARD, _GATE = attrgetter("forward"), attrgetter("_apply_gate")
 
 
 def _numbers_of(held: dict[str, Any]) -> Callable[[dict[str, Any]], Any]:
-    """What finds the plain values of a module: a recording has these as they were."""
+    """What finds the plain values and functions of a module: a recording has these as they were."""
     plain = (bool, int, float, str, type(None))
-    return itemgetter("training", *(name for name, value in held.items() if type(value) in plain))
+    names = (name for name, value in held.items() if type(value) in plain or callable(value))
+    return itemgetter("training", *names)
 
 
 def _ways(config: Any) -> tuple[Any, Any]:

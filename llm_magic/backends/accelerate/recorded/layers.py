@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 from llm_magic.backends.accelerate.decoding.running import below_its_hook, running
+from llm_magic.backends.accelerate.looked_at import is_looked_at
 from llm_magic.backends.accelerate.placement.layer_cache import (
     GrowingTensors,
     find_cache,
@@ -113,14 +114,7 @@ class RecordedLayer:
         import torch
 
         states = args[0] if args else kwargs.get("hidden_states")
-        if (
-            states is None
-            or torch.is_grad_enabled()
-            or torch.is_autocast_enabled("cpu")
-            or torch.compiler.is_compiling()
-            or torch._C._len_torch_dispatch_stack()  # somebody looks on, to count or to trace
-            or not self._guard.is_as_it_was()
-        ):
+        if states is None or torch.is_grad_enabled() or is_looked_at() or not self._guard.is_as_it_was():
             return self._usual(*args, **kwargs)
         leaves = flat(args, kwargs)
         is_here = (

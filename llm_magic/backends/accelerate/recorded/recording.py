@@ -16,10 +16,10 @@ from types import MappingProxyType
 from typing import Any
 
 from llm_magic.backends.accelerate.decoding.running import running
+from llm_magic.backends.accelerate.placement.cpu_linear import is_served_linear
 from llm_magic.backends.accelerate.placement.experts import find_stacks
 from llm_magic.backends.accelerate.placement.packed_experts import computes_packed
 from llm_magic.backends.accelerate.placement.plain_experts import is_served_experts
-from llm_magic.backends.accelerate.placement.served_class import is_served
 from llm_magic.backends.accelerate.recorded.as_it_was import CannotRecordError, as_it_was
 from llm_magic.backends.accelerate.recorded.current import current, recording_by
 
@@ -475,7 +475,7 @@ class Recorder:
     def _linear(self, module: Any) -> Callable[..., Any]:
         import torch
 
-        usual, is_usual = module.forward, type(module) is torch.nn.Linear or is_served(module)
+        usual, is_usual = module.forward, type(module) is torch.nn.Linear or is_served_linear(module)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             if current() is not self:  # another thread's

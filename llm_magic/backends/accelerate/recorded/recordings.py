@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from llm_magic.backends.accelerate.placement.served_class import usual_class_of
 from llm_magic.backends.accelerate.preparation import preparing
 from llm_magic.backends.accelerate.recorded.program import Program
 from llm_magic.backends.accelerate.recorded.recording import Outputs, Recording, can_open, record, record_once
@@ -121,7 +122,7 @@ class _Way:
 def signature(layer: Any) -> Any:
     """What two layers share that do the same with other weights: their modules, and all settings of these."""
     return tuple(
-        (path, type(module), type(module).forward, _tensors(module), _settings(module))
+        (path, type(module), usual_class_of(module).forward, _tensors(module), _settings(module))
         for path, module in layer.named_modules()
     )
 
