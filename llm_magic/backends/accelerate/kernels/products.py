@@ -45,17 +45,29 @@ from llm_magic.backends.accelerate.kernels.compiler import (
     word,
 )
 from llm_magic.backends.accelerate.kernels.numbers import Reader
+from llm_magic.backends.accelerate.kernels.words import (
+    ADDRESSES,
+    ARRANGED,
+    BLOCKS,
+    COLUMNS,
+    COUNT,
+    DATA,
+    HEAD_WORDS,
+    MATRICES,
+    PAIRS,
+    PARTS,
+    RESULTS,
+    SCALES,
+    SHARING,
+    SHIFTS,
+    THREADS,
+    TOKENS,
+)
 
 _AHEAD = 2048
 """Bytes before their use at which weights are asked for: enough to wait for RAM, few enough to be in the L2 cache still."""
 _ROWS_AT_A_TIME = 4
 """That a thread reads. With more of them RAM gives no more, with fewer it gives less."""
-
-TOKENS, ARRANGED, MATRICES, THREADS, COUNT, COLUMNS, PAIRS, SHARING, BLOCKS, PARTS = range(10)
-HEAD_WORDS = 10
-DATA, SCALES, SHIFTS, RESULTS = range(4)
-ADDRESSES = 4
-"""Words of the argument of a kernel: those of the call, then addresses of each of its parts, then their rows."""
 
 
 def products(reader: Reader, tokens: int, dtype: str, scales: str) -> Callable[[Any], None]:

@@ -44,7 +44,8 @@ from llm_magic.backends.accelerate.kernels.compiler import (
 )
 from llm_magic.backends.accelerate.kernels.dots import dots_added, has_dots_of_bfloat16, looked_up
 from llm_magic.backends.accelerate.kernels.numbers import has_vectors
-from llm_magic.backends.accelerate.kernels.products import (
+from llm_magic.backends.accelerate.kernels.products import blocks_of_tokens
+from llm_magic.backends.accelerate.kernels.words import (
     ADDRESSES,
     ARRANGED,
     BLOCKS,
@@ -60,7 +61,6 @@ from llm_magic.backends.accelerate.kernels.products import (
     SHARING,
     THREADS,
     TOKENS,
-    blocks_of_tokens,
 )
 
 _FLOATS = 16

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import Any
 
+from llm_magic.backends.accelerate.kernels.words import ADDRESSES, HEAD_WORDS, THREADS
 from llm_magic.backends.accelerate.looked_at import is_looked_at
 from llm_magic.backends.accelerate.preparation import preparing
 
@@ -150,9 +151,7 @@ def multiplied(tokens: Any, weights: PackedWeights) -> Any:
     if not _may_read(tokens, weights):
         return None
     if tokens.numel() <= few_tokens(tokens.dtype) * weights.columns:
-        addresses = _addresses(weights)
-        results = _by_bytes(tokens, weights.layout, (weights.rows,), (addresses,))
-        return None if results is None else results[0]
+        return _by_bytes(tokens, weights.layout, weights.rows, _addresses(weights))
     result = _by_numbers(tokens.reshape(-1, weights.columns).contiguous(), weights)
     return None if result is None else result.view(*tokens.shape[:-1], weights.rows)
 
@@ -166,25 +165,12 @@ def multiplied_plain(tokens: Any, matrix: Any) -> Any:
     if tokens.shape[-1] != columns:
         return None
     if tokens.numel() <= few_plain_tokens(dtype) * columns:
-        results = _by_bytes(tokens, _plain(dtype, columns), (rows,), ((matrix.data_ptr(), 0, 0),))
-        return None if results is None else results[0]
+        return _by_bytes(tokens, _plain(dtype, columns), rows, (matrix.data_ptr(), 0, 0))
     if not multiplies_slowly(dtype):
         return None
     weights = PackedWeights(_name(dtype), matrix, None, None, rows, columns)
     result = _by_numbers(tokens.reshape(-1, columns).contiguous(), weights)
     return None if result is None else result.view(*tokens.shape[:-1], rows)
-
-
-def multiplied_with(tokens: Any, several: Sequence[PackedWeights]) -> list[Any] | None:
-    """Tokens times each of some matrices, which lie alike, with one call of a kernel; as `multiplied`, for few tokens."""
-    layout = several[0].layout
-    few = most_by_bytes(layout.kind, tokens.dtype)
-    if tokens.numel() > few * layout.columns or any(weights.layout != layout for weights in several[1:]):
-        return None
-    if not all(_may_read(tokens, weights) for weights in several):
-        return None
-    rows = tuple(weights.rows for weights in several)
-    return _by_bytes(tokens, layout, rows, [_addresses(weights) for weights in several])
 
 
 def multiplied_each(tokens: Any, weights: PackedWeights, matrices: Any) -> Any:
@@ -194,8 +180,7 @@ def multiplied_each(tokens: Any, weights: PackedWeights, matrices: Any) -> Any:
     """
     if not _may_read(tokens, weights):
         return None
-    results = _by_bytes(tokens, weights.layout, (weights.rows,), (_addresses(weights),), matrices)
-    return None if results is None else results[0]
+    return _by_bytes(tokens, weights.layout, weights.rows, _addresses(weights), matrices)
 
 
 def multiplied_each_plain(tokens: Any, stack: Any, matrices: Any) -> Any:
@@ -206,8 +191,7 @@ def multiplied_each_plain(tokens: Any, stack: Any, matrices: Any) -> Any:
     _, rows, columns = stack.shape
     if tokens.shape[-1] != columns or not _may_be_read(tokens, stack):
         return None
-    results = _by_bytes(tokens, _plain(dtype, columns), (rows,), ((stack.data_ptr(), 0, 0),), matrices)
-    return None if results is None else results[0]
+    return _by_bytes(tokens, _plain(dtype, columns), rows, (stack.data_ptr(), 0, 0), matrices)
 
 
 _MATRIX, _STACK = 2, 3
@@ -294,7 +278,7 @@ class Products:
     @cached_property
     def _packed(self) -> tuple[Callable[..., bytes], Callable[[bytes], Any]]:
         """What makes bytes of words, and of these what a kernel takes: together quicker than ctypes alone."""
-        count = _HEAD_WORDS + _PART_WORDS * len(self.rows)
+        count = HEAD_WORDS + (ADDRESSES + 1) * len(self.rows)
         return struct.Struct(f"={count}q").pack, (ctypes.c_int64 * count).from_buffer_copy
 
     def words(self, tokens: int, room: int, addresses: Sequence[int], matrices: int = 0) -> Any:
@@ -321,7 +305,7 @@ class Products:
 
         # Ask always: that is when a new thread learns of torch's setting.
         threads = torch.get_num_threads()
-        words[_THREADS] = 1 if self._weights < _ALONE else threads
+        words[THREADS] = 1 if self._weights < _ALONE else threads
         self.kernel(words)
 
 
@@ -357,37 +341,31 @@ def _most_together(layout: Layout, dtype: str) -> int:
 
 
 def _by_bytes(
-    tokens: Any,
-    layout: Layout,
-    rows: tuple[int, ...],
-    sources: Sequence[tuple[int, int, int]],
-    matrices: Any = None,
-) -> list[Any] | None:
-    """Tokens times each of some matrices, or each of them times one of ``matrices``; ``None`` where no kernel takes it.
+    tokens: Any, layout: Layout, rows: int, source: tuple[int, int, int], matrices: Any = None
+) -> Any:
+    """Tokens times a matrix, or each of them times some of ``matrices``; ``None`` where no kernel takes it.
 
-    ``sources`` are the addresses of data, scales and shifts.
+    ``source`` are the addresses of data, scales and shifts.
     """
     import torch
 
     tokens, dtype, count = tokens.contiguous(), tokens.dtype, tokens.numel() // layout.columns
     matrices = None if matrices is None else matrices.contiguous()
     of_each = 0 if matrices is None else len(matrices) // count
-    products = _prepared(layout, rows, _name(dtype), count, of_each)
+    products = _prepared(layout, (rows,), _name(dtype), count, of_each)
     if products is None:
         return None
     shape = tokens.shape[:-1] if matrices is None else matrices.shape
     is_full = matrices is not None or products.places == count
-    results = [tokens.new_empty((*shape, of) if is_full else (products.places, of)) for of in rows]
+    result = tokens.new_empty((*shape, rows) if is_full else (products.places, rows))
     room = torch.empty(products.room, dtype=torch.uint8, device="cpu") if products.room else None
-    addresses: list[int] = []
-    for source, result in zip(sources, results, strict=True):
-        addresses += (*source, result.data_ptr())
-    products.run(products.words(tokens.data_ptr(), _address(room), addresses, _address(matrices)))
-    return results if is_full else [result[:count].view(*shape, result.shape[-1]) for result in results]
+    addresses = (*source, result.data_ptr())
+    products.run(products.words(tokens.data_ptr(), address(room), addresses, address(matrices)))
+    return result if is_full else result[:count].view(*shape, rows)
 
 
 def _addresses(weights: PackedWeights) -> tuple[int, int, int]:
-    return weights.data.data_ptr(), _address(weights.scales), _address(weights.shifts)
+    return weights.data.data_ptr(), address(weights.scales), address(weights.shifts)
 
 
 def _by_numbers(tokens: Any, weights: PackedWeights) -> Any:
@@ -436,11 +414,8 @@ def _rows_from(weights: PackedWeights, start: int) -> PackedWeights:
     return replace(weights, data=data, scales=scales)
 
 
-_HEAD_WORDS, _PART_WORDS, _THREADS = 10, 5, 3
-"""Of a kernel's argument, and which of them says how many threads there are; see `kernels.products`."""
-
-
-def _address(tensor: Any) -> int:
+def address(tensor: Any) -> int:
+    """Where a tensor is; 0 for none."""
     return 0 if tensor is None else int(tensor.data_ptr())
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from llm_magic.backends.accelerate.placement import cpu_products
 from llm_magic.backends.accelerate.placement.cpu_linear import served_weights
-from llm_magic.backends.accelerate.placement.cpu_products import PackedWeights, Products
+from llm_magic.backends.accelerate.placement.cpu_products import PackedWeights, Products, address
 from llm_magic.backends.accelerate.recorded.program import Values, shown
 from llm_magic.backends.accelerate.recorded.recording import Node, View
 
@@ -62,8 +62,8 @@ class Linears:
         addresses = []
         for out, of in zip(self._outputs, weights, strict=True):
             result = values[out.base] = self._empty(products.places, of.rows, dtype=self._dtype)
-            addresses += [_address(of.data), _address(of.scales), _address(of.shifts), result.data_ptr()]
-        products.run(products.words(states.data_ptr(), _address(room), addresses))
+            addresses += [address(of.data), address(of.scales), address(of.shifts), result.data_ptr()]
+        products.run(products.words(states.data_ptr(), address(room), addresses))
         for module, out in zip(self._modules, self._outputs, strict=True):
             result = values[out.base] if products.places == self._tokens else values[out.base][: self._tokens]
             bias = module._parameters.get("bias")
@@ -97,10 +97,6 @@ class Linears:
                 cpu_products.prepared(weights[0].layout, rows, self._name, self._tokens) if alike else None
             )
         return self._products[key]
-
-
-def _address(tensor: Any) -> int:
-    return 0 if tensor is None else int(tensor.data_ptr())
 
 
 def _is_such(weight: Any, packed: PackedWeights) -> bool:

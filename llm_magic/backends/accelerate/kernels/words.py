@@ -1,0 +1,8 @@
+"""The 64-bit words that kernels of products are told by: those of the call, then addresses of each part, then their rows."""
+
+from __future__ import annotations
+
+TOKENS, ARRANGED, MATRICES, THREADS, COUNT, COLUMNS, PAIRS, SHARING, BLOCKS, PARTS = range(10)
+HEAD_WORDS = 10
+DATA, SCALES, SHIFTS, RESULTS = range(4)
+ADDRESSES = 4
