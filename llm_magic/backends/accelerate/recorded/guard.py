@@ -75,14 +75,15 @@ class Guard:
         )
 
 
+_FORWARDS = ("forward", "_old_forward")  # of the layer itself they are another one just then
 _FORWARD, _GATE = attrgetter("forward"), attrgetter("_apply_gate")
 
 
 def _numbers_of(held: dict[str, Any]) -> Callable[[dict[str, Any]], Any]:
     """What finds the plain values and functions of a module: a recording has these as they were."""
     plain = (bool, int, float, str, type(None))
-    names = (name for name, value in held.items() if type(value) in plain or callable(value))
-    return itemgetter("training", *names)
+    names = [name for name, value in held.items() if type(value) in plain or callable(value)]
+    return itemgetter("training", *(name for name in names if name not in _FORWARDS))
 
 
 def _ways(config: Any) -> tuple[Any, Any]:
