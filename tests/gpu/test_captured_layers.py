@@ -310,6 +310,18 @@ def test_graphs_that_nobody_needs_now_give_way(
         set_total_memory(before)
 
 
+def test_layers_of_the_cpu_run_as_recorded_beside_graphs(
+    engine_of: Callable[..., Any], expected: Callable[..., str]
+) -> None:
+    """What captures leave in their modules is no change of somebody."""
+    pytest.importorskip("llvmlite")
+    engine = engine_of("llama", layers(RESIDENT, ON_CPU))
+    for _ in range(2):
+        assert ask(engine, request(PROMPT, max_new_tokens=24)).text == expected("llama")
+    assert graphs_of(engine)
+    assert any(said.startswith("recorded layers") for said in engine.status())
+
+
 def test_a_layer_that_cannot_be_recorded_runs_as_it_is(
     engine_of: Callable[..., Any], expected: Callable[..., str]
 ) -> None:

@@ -58,6 +58,7 @@ class Guard:
                 self._is_plain
                 and not any(self._hooks)
                 and not any(map(contains, self._attributes, repeat("forward")))
+                and not any(map(contains, self._attributes, repeat("_apply_gate")))
                 and self._now() == self._before
             )
         except (AttributeError, KeyError):
@@ -68,7 +69,6 @@ class Guard:
             list(map(type, self._modules)),
             list(map(_FORWARD, self._kinds)),
             list(map(_GATE, self._gates)),
-            list(map(len, self._attributes)),
             [numbers(held) for numbers, held in self._numbers],
             [tuple(held.values()) for held in self._parts],
             list(map(_ways, self._configs)),
