@@ -207,7 +207,7 @@ def test_beside_layers_of_the_cpu(
     engine = engine_of(MIXED[way])
     for _ in range(2):
         assert answers(engine) == expected()
-        assert engine.status() == ("captured layers",)
+        assert engine.status()[0] == "captured layers"
     steps = engine._quick.steps
     assert isinstance(steps, CapturedLayers)
     places = {place.block.name: place for place in engine.plan.placements}
