@@ -208,6 +208,7 @@ def test_beside_layers_of_the_cpu(
     for _ in range(2):
         assert answers(engine) == expected()
         assert engine.status()[0] == "captured layers"
+    assert engine.status() == ("captured layers", "recorded layers on the CPU")
     steps = engine._quick.steps
     assert isinstance(steps, CapturedLayers)
     places = {place.block.name: place for place in engine.plan.placements}
