@@ -233,6 +233,37 @@ def billion(setup: Setup) -> None:
             setup.report.note(Figure(f"CPU, {mine} in RAM, {title}: times {theirs}", ratio))
 
 
+def beside(setup: Setup) -> None:
+    """A Llama of a billion weights beside a program that keeps a core busy, and alone."""
+    folder = setup.made("llama-1b")
+    case = {"prompt": words(64, 32000), "tokens": setup.tokens}
+    in_ram = placement(folder, "cpu")
+    ours = _ours(folder, in_ram, 512)
+    who = [
+        Contender("bf16", "engine", ours, case),
+        Contender("stock Accelerate, bf16", "accelerate", _stock(folder, in_ram), case),
+    ]
+    if find_spec("bitsandbytes") is not None:
+        who.append(Contender("nf4", "engine", ours | {"quantize": "nf4"}, case))
+    if find_spec("llama_cpp") is None:
+        setup.report.skip("llama.cpp (llama-cpp-python is not installed)")
+    else:
+        setup.made("llama-1b.gguf")  # which it packs
+        packed = {"path": setup.made("llama-1b.q4_0.gguf")}
+        who.append(Contender("llama.cpp, Q4_0", "llama.cpp", packed, case))
+    contenders = [
+        replace(each, name=f"{each.name}{words_of}", case={**case, "beside": busy})
+        for each in who
+        for busy, words_of in ((0, ""), (1, ", beside a busy process"))
+    ]
+    group = setup.run("beside", contenders)
+    title = "Random Llama of 0.8 billion weights, all in RAM, alone and beside a process that takes a core"
+    setup.report.add(group, title, [DECODE, PREFILL], reference="bf16")
+    for each in who:
+        kept = group.ratio(f"{each.name}, beside a busy process", each.name)
+        setup.report.note(Figure(f"CPU, {each.name}: beside a busy process, of alone", kept))
+
+
 def screens(setup: Setup) -> None:
     """What showing an answer takes."""
     options = {"source": "starter"}
@@ -405,6 +436,7 @@ GROUPS: dict[str, Callable[[Setup], None]] = {
     "lookup": lookup,
     "packed": packed,
     "billion": billion,
+    "beside": beside,
     "screens": screens,
     "moves": moves,
     "experts": experts,

@@ -2,6 +2,8 @@
 
 A subject is an object with ``measure(**case) -> dict``. The first line on stdin names it; every line
 after that is a case. Each is answered by one line on stdout, ``{"error": …}`` when it failed.
+
+What a case says of ``beside`` is for the process itself: so many others compute meanwhile.
 """
 
 from __future__ import annotations
@@ -9,7 +11,10 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TextIO
 
 SUBJECTS = {
@@ -38,7 +43,8 @@ def main() -> int:
             if subject is None:
                 subject, found = _made(message), {}
             else:
-                found = subject.measure(**message)
+                with busy_processes(message.pop("beside", 0)):
+                    found = subject.measure(**message)
         except Exception as error:
             found = {"error": f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]}
         answers.write(json.dumps(found) + "\n")
@@ -47,6 +53,19 @@ def main() -> int:
     if close is not None:
         close()
     return 0
+
+
+@contextmanager
+def busy_processes(count: int) -> Iterator[None]:
+    """Other programs that each want a core all the time."""
+    started = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for process in started:
+            process.kill()
+        for process in started:
+            process.wait()
 
 
 def _private_stdout() -> TextIO:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from benchmarks import __main__ as main
@@ -19,6 +20,7 @@ from benchmarks.models import SHAPES, Models, gguf_name, llama_as_gguf, placemen
 from benchmarks.peers import StockAccelerate
 from benchmarks.protocol import Contender, Group, Series, once, run_group
 from benchmarks.report import COPIED, DECODE, PER_SWEEP, Figure, Report
+from benchmarks.worker import busy_processes
 
 TOKENS = 6
 TINY = {
@@ -75,6 +77,19 @@ def test_contenders_take_turns_and_answer_alike(tiny: str, capsys: pytest.Captur
 def test_what_a_process_says_last_is_its_error() -> None:
     with pytest.raises(RuntimeError, match="KeyError"):
         once("no such subject", {})
+
+
+def test_programs_beside_a_case_end_with_it(tiny: str) -> None:
+    def started() -> list[psutil.Process]:
+        return psutil.Process().children()
+
+    before = started()
+    with busy_processes(2):
+        assert len(started()) == len(before) + 2
+    assert started() == before
+    case = {"prompt": "w1 w2", "tokens": 2, "beside": 1}
+    found = once("engine", {"source": tiny, "device_map": placement(tiny, "cpu")}, **case)
+    assert found["tokens"] == 2
 
 
 def test_the_disk_is_read_in_three_ways(tiny: str) -> None:

@@ -52,7 +52,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
     return ours(stream).busy_until <= now();
   }
   void synchronizeStream(const c10::Stream& stream) const override { wait_for(ours(stream)); }
-  bool isStreamCapturing(const c10::Stream& stream) const override { return ours(stream).capture; }
+  bool isStreamCapturing(const c10::Stream& stream) const { return ours(stream).capture; }
   void recordDataPtrOnStream(const c10::DataPtr& data, const c10::Stream&) const override {
     Lock lock;
     if (auto* block = static_cast<Block*>(data.get_context())) block->is_recorded = true;

@@ -15,6 +15,7 @@ from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 from llm_magic.backends.accelerate.decoding.joined import FEW_TOKENS
+from llm_magic.backends.accelerate.kernels.team import team
 from llm_magic.backends.accelerate.looked_at import is_looked_at
 from llm_magic.backends.accelerate.placement import cpu_products
 from llm_magic.backends.accelerate.preparation import preparing
@@ -158,14 +159,11 @@ class _Call:
             *(tokens * heads * value_width, value_width, heads * value_width),
             *(_bits(scale), _bits(like.softcap or 0.0)),
             *((1, 1) if like.is_causal else (places, 0)),
-            1,
+            0,
         )
         self._words = bytes(_Words(*words))
 
     def __call__(self, query: Any, key: Any, value: Any, mask: Any, sinks: Any) -> Any:
-        import torch
-
-        threads = torch.get_num_threads()  # ask always: that is when a new thread learns of torch's setting
         out = query.new_empty(self._out)
         words = _Words.from_buffer_copy(self._words)
         words[0], words[1], words[2] = query.data_ptr(), key.data_ptr(), value.data_ptr()
@@ -179,7 +177,7 @@ class _Call:
         words[6] = start = room.data_ptr()
         words[7] = start + self._records
         if not self._is_alone:
-            words[-1] = threads
+            words[-1] = team()
         self._kernel(words)
         _leave_room(room)
         return out

@@ -38,12 +38,10 @@ from llm_magic.backends.accelerate.kernels.compiler import (
     I32,
     I64,
     POINTER,
-    WORK,
-    compiled_for_a_team,
     instructions,
-    share_of_a_thread,
     word,
 )
+from llm_magic.backends.accelerate.kernels.shares import SHARE, compiled_for_a_team, share_of
 
 MOST_ROWS = 4
 """Rows that a place is read for at a time."""
@@ -57,7 +55,7 @@ HEAD_OF_RECORD = 16
 _QUERY, _KEY, _VALUE, _MASK, _SINKS, _OUT, _RECORDS, _DONE = range(8)
 _BATCH, _HEADS, _SHARED, _TOKENS, _PLACES, _PART = range(8, 14)
 _OF_QUERY, _OF_KEY, _OF_VALUE, _OF_MASK, _OF_OUT = range(14, 29, 3)
-_SCALE, _CAP, _SEEN, _MORE_SEEN, _THREADS = range(29, 34)
+_SCALE, _CAP, _SEEN, _MORE_SEEN, _TEAM = range(29, 34)
 """Words of the argument of a kernel."""
 
 _AHEAD, _LINE = 32, 64
@@ -125,17 +123,17 @@ def attention(kind: Kind) -> Callable[[Any], None]:
         strides    of the first three dimensions of query, keys, values, mask and output; the last one's is 1
         floats     scale and cap of the scores: the bits of float32
         numbers    places that the first token sees, at most, and by how many more each further one
-        threads    one, or all of torch's
+        team       its address; 0: the calling thread alone
         =========  ==========================================================================================
 
         Where a row sees no place, the output is 0, as that of torch's kernels.
     """
     module = ir.Module()
-    work = ir.Function(module, WORK, "work")
+    work = ir.Function(module, SHARE, "work")
     builder = ir.IRBuilder(work.append_basic_block())
     _Attention(module, builder, kind, work.args[0]).write()
     builder.ret_void()
-    return compiled_for_a_team(module, work, _THREADS, _nothing_done)
+    return compiled_for_a_team(module, work, _TEAM, _nothing_done)
 
 
 def _nothing_done(builder: ir.IRBuilder, words: Any) -> None:
@@ -147,7 +145,7 @@ def _nothing_done(builder: ir.IRBuilder, words: Any) -> None:
 
 
 class _Attention:
-    """A thread's share of the parts of all heads."""
+    """A share of the parts of all heads."""
 
     def __init__(self, module: ir.Module, builder: ir.IRBuilder, kind: Kind, words: Any) -> None:
         self.module, self.builder, self.kind, self.words = module, builder, kind, words
@@ -167,7 +165,7 @@ class _Attention:
         """The function's body."""
         builder, words = self.builder, self.words
         heads = builder.mul(word(builder, words, _BATCH), self.heads)
-        first, last = share_of_a_thread(self.module, builder, builder.mul(heads, self.parts))
+        first, last = share_of(builder, builder.mul(heads, self.parts))
         blocks = self._divided_up(self.rows, I64(self.kind.rows))
         from_end = builder.sub(self.rows, I64(self.kind.rows))
         with loop(builder, first, last) as unit:

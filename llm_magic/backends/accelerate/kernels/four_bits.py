@@ -26,18 +26,16 @@ from llm_magic.backends.accelerate.kernels.compiler import (
     I32,
     I64,
     POINTER,
-    WORK,
-    compiled_for_a_team,
-    share_of_a_thread,
     word,
 )
+from llm_magic.backends.accelerate.kernels.shares import SHARE, compiled_for_a_team, share_of
 
 _FLOATS = 16
 """Numbers in a vector."""
 _LEAST = 1e-38
 """No scale is less: nothing is divided by zero."""
 
-_NUMBERS, _DATA, _SCALES, _GROUPS, _THREADS = range(5)
+_NUMBERS, _DATA, _SCALES, _GROUPS, _TEAM = range(5)
 """Words of the argument of a kernel."""
 
 
@@ -65,15 +63,15 @@ def packing(bounds: Sequence[float], codes: Sequence[int], group: int, dtype: st
         address   of the codes ``[groups, group / 2]``, two in a byte, the first in its high half
         address   of the scales, float32 ``[groups]``
         groups
-        threads   one, or all of torch's
+        team      its address; 0: the calling thread alone
         ========  ==============================================================================
     """
     module = ir.Module()
-    work = ir.Function(module, WORK, "work")
+    work = ir.Function(module, SHARE, "work")
     builder = ir.IRBuilder(work.append_basic_block())
     _pack_share(module, builder, work.args[0], (bounds, codes), group=group, dtype=dtype)
     builder.ret_void()
-    return compiled_for_a_team(module, work, _THREADS)
+    return compiled_for_a_team(module, work, _TEAM)
 
 
 def _pack_share(
@@ -85,9 +83,9 @@ def _pack_share(
     group: int,
     dtype: str,
 ) -> None:
-    """A thread's share of the groups."""
+    """A share of the groups."""
     source, data, scales = (word(builder, words, i, POINTER) for i in (_NUMBERS, _DATA, _SCALES))
-    first, last = share_of_a_thread(module, builder, word(builder, words, _GROUPS))
+    first, last = share_of(builder, word(builder, words, _GROUPS))
     with loop(builder, first, last) as index:
         start = builder.mul(index, I64(group))
         kind = vector(stored_kind(dtype), _FLOATS)

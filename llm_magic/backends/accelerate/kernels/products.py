@@ -39,12 +39,10 @@ from llm_magic.backends.accelerate.kernels.compiler import (
     I32,
     I64,
     POINTER,
-    WORK,
-    compiled_for_a_team,
-    share_of_a_thread,
     word,
 )
 from llm_magic.backends.accelerate.kernels.numbers import Reader
+from llm_magic.backends.accelerate.kernels.shares import SHARE, compiled_for_a_team, share_of
 from llm_magic.backends.accelerate.kernels.words import (
     ADDRESSES,
     ARRANGED,
@@ -60,7 +58,7 @@ from llm_magic.backends.accelerate.kernels.words import (
     SCALES,
     SHARING,
     SHIFTS,
-    THREADS,
+    TEAM,
     TOKENS,
 )
 
@@ -89,7 +87,7 @@ def products(reader: Reader, tokens: int, dtype: str, scales: str) -> Callable[[
         address   of the tokens ``[n, columns]``
         address   of room for ``pairs / sharing * blocks * tokens`` in float32, if they need it: `needs_room`
         address   of the number of each pair's matrix, int64 ``[pairs]``
-        threads   one, or all of torch's
+        team      its address; 0: the calling thread alone
         n, columns, pairs
         sharing   pairs, one after the other, that have the same tokens
         blocks    of ``tokens`` that each pair has
@@ -108,7 +106,7 @@ def products(reader: Reader, tokens: int, dtype: str, scales: str) -> Callable[[
         and after them the rows of each.
     """
     module = ir.Module()
-    work = ir.Function(module, WORK, "work")
+    work = ir.Function(module, SHARE, "work")
     builder = ir.IRBuilder(work.append_basic_block())
     words = work.args[0]
     with loop(builder, I64(0), word(builder, words, PARTS)) as part:
@@ -119,7 +117,7 @@ def products(reader: Reader, tokens: int, dtype: str, scales: str) -> Callable[[
         if needs_room(reader, tokens)
         else None
     )
-    return compiled_for_a_team(module, work, THREADS, before)
+    return compiled_for_a_team(module, work, TEAM, before)
 
 
 def needs_room(reader: Reader, tokens: int) -> bool:
@@ -133,17 +131,17 @@ def unpacking(reader: Reader, dtype: str, scales: str) -> Callable[[Any], None]:
     Returns
     -------
     callable
-        As that of `products`; of its words it takes columns and threads, and data, scales, shifts, results
+        As that of `products`; of its words it takes columns and team, and data, scales, shifts, results
         ``[rows, columns]`` and rows of one part.
     """
     module = ir.Module()
-    work = ir.Function(module, WORK, "work")
+    work = ir.Function(module, SHARE, "work")
     builder = ir.IRBuilder(work.append_basic_block())
     words = work.args[0]
     matrix = _Matrix(module, builder, reader, words, I64(0), scales=scales)
     _unpacking(matrix, dtype)
     builder.ret_void()
-    return compiled_for_a_team(module, work, THREADS)
+    return compiled_for_a_team(module, work, TEAM)
 
 
 def blocks_of_tokens(builder: ir.IRBuilder, words: Any) -> Any:
@@ -174,7 +172,7 @@ def _arrange(builder: ir.IRBuilder, reader: Reader, words: Any, tokens: int, dty
 
 
 class _Matrix:
-    """A stack of packed matrices, as a thread reads them."""
+    """A stack of packed matrices, as a share reads them."""
 
     def __init__(
         self, module: ir.Module, builder: ir.IRBuilder, reader: Reader, words: Any, part: Any, *, scales: str
@@ -269,10 +267,10 @@ class _Row:
 
 
 def _products(matrix: _Matrix, tokens: int, dtype: str) -> None:
-    """A thread's share of the rows of all pairs."""
+    """A share of the rows of all pairs."""
     builder, rows = matrix.builder, matrix.rows
     matrices, pairs = word(builder, matrix.words, MATRICES, POINTER), word(builder, matrix.words, PAIRS)
-    first, last = share_of_a_thread(matrix.module, builder, builder.mul(pairs, rows))
+    first, last = share_of(builder, builder.mul(pairs, rows))
     at_a_time = _rows_at_a_time(matrix.reader, tokens)
     sums = _Sums(matrix, tokens, at_a_time, dtype)
     first_pair = builder.udiv(first, rows)
@@ -374,11 +372,11 @@ class _Sums:
 
 
 def _unpacking(matrix: _Matrix, dtype: str) -> None:
-    """A thread's share of the rows, as numbers in the order of their columns."""
+    """A share of the rows, as numbers in the order of their columns."""
     builder, reader = matrix.builder, matrix.reader
     places = [column for columns in reader.columns for column in columns]
     order = [places.index(column) for column in range(reader.weights)]
-    first, last = share_of_a_thread(matrix.module, builder, matrix.rows)
+    first, last = share_of(builder, matrix.rows)
     with loop(builder, first, last) as index:
         row = matrix.row(I64(0), index)
         with loop(builder, I64(0), matrix.steps) as step:

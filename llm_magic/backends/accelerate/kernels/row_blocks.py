@@ -37,14 +37,12 @@ from llm_magic.backends.accelerate.kernels.compiler import (
     I32,
     I64,
     POINTER,
-    WORK,
-    compiled_for_a_team,
-    share_of_a_thread,
     word,
 )
 from llm_magic.backends.accelerate.kernels.dots import dots_added, has_dots_of_bfloat16, looked_up
 from llm_magic.backends.accelerate.kernels.numbers import has_vectors
 from llm_magic.backends.accelerate.kernels.products import blocks_of_tokens
+from llm_magic.backends.accelerate.kernels.shares import SHARE, compiled_for_a_team, share_of
 from llm_magic.backends.accelerate.kernels.words import (
     ADDRESSES,
     ARRANGED,
@@ -59,7 +57,7 @@ from llm_magic.backends.accelerate.kernels.words import (
     RESULTS,
     SCALES,
     SHARING,
-    THREADS,
+    TEAM,
     TOKENS,
 )
 
@@ -120,13 +118,13 @@ def row_block_products(order: RowBlocks, tokens: int, dtype: str) -> Callable[[A
         each token.
     """
     module = ir.Module()
-    work = ir.Function(module, WORK, "work")
+    work = ir.Function(module, SHARE, "work")
     builder = ir.IRBuilder(work.append_basic_block())
     with loop(builder, I64(0), word(builder, work.args[0], PARTS)) as part:
         _Products(_Part(module, builder, order, work.args[0], part), tokens).write(dtype)
     builder.ret_void()
     return compiled_for_a_team(
-        module, work, THREADS, lambda builder, words: _arrange(builder, order, words, tokens, dtype)
+        module, work, TEAM, lambda builder, words: _arrange(builder, order, words, tokens, dtype)
     )
 
 
@@ -140,11 +138,11 @@ def row_block_numbers(order: RowBlocks, dtype: str) -> Callable[[Any], None]:
         the number of the first block, and instead of room for them how many rows the whole matrix has.
     """
     module = ir.Module()
-    work = ir.Function(module, WORK, "work")
+    work = ir.Function(module, SHARE, "work")
     builder = ir.IRBuilder(work.append_basic_block())
     _write_numbers(_Part(module, builder, order, work.args[0], I64(0)), dtype)
     builder.ret_void()
-    return compiled_for_a_team(module, work, THREADS)
+    return compiled_for_a_team(module, work, TEAM)
 
 
 def _arrange(builder: ir.IRBuilder, order: RowBlocks, words: Any, tokens: int, dtype: str) -> None:
@@ -169,7 +167,7 @@ def _arrange(builder: ir.IRBuilder, order: RowBlocks, words: Any, tokens: int, d
 
 
 class _Part:
-    """A stack of matrices, as a thread reads them."""
+    """A stack of matrices, as a share reads them."""
 
     def __init__(
         self, module: ir.Module, builder: ir.IRBuilder, order: RowBlocks, words: Any, part: Any
@@ -236,12 +234,12 @@ class _Products:
         )
 
     def write(self, dtype: str) -> None:
-        """A thread's share of the blocks of all pairs."""
+        """A share of the blocks of all pairs."""
         part, builder, rows = self._part, self._part.builder, I64(self._part.order.rows)
         matrices = word(builder, part.words, MATRICES, POINTER)
         blocks, of_tokens = builder.udiv(part.rows, rows), word(builder, part.words, BLOCKS)
         in_all = builder.mul(word(builder, part.words, PAIRS), blocks)
-        first, last = share_of_a_thread(part.module, builder, in_all)
+        first, last = share_of(builder, in_all)
         with loop(builder, first, last) as turn:
             pair, block = builder.udiv(turn, blocks), builder.urem(turn, blocks)
             matrix, row = loaded(builder, matrices, pair, I64), builder.mul(block, rows)
@@ -367,11 +365,11 @@ class _Dots:
 
 
 def _write_numbers(part: _Part, dtype: str) -> None:
-    """A thread's share of the blocks, as numbers."""
+    """A share of the blocks, as numbers."""
     builder, order = part.builder, part.order
     first_block, rows = (word(builder, part.words, i) for i in (TOKENS, ARRANGED))
     written, part.rows = part.rows, rows
-    first, last = share_of_a_thread(part.module, builder, builder.udiv(written, I64(order.rows)))
+    first, last = share_of(builder, builder.udiv(written, I64(order.rows)))
     words, kind = vector(I32, _FLOATS), vector(F32, _FLOATS)
     with loop(builder, first, last) as number, loop(builder, I64(0), part.groups) as group:
         block, start = builder.add(first_block, number), builder.mul(group, I64(order.group))

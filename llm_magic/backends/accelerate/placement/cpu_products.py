@@ -18,7 +18,8 @@ from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import Any
 
-from llm_magic.backends.accelerate.kernels.words import ADDRESSES, HEAD_WORDS, THREADS
+from llm_magic.backends.accelerate.kernels.team import team
+from llm_magic.backends.accelerate.kernels.words import ADDRESSES, HEAD_WORDS, TEAM
 from llm_magic.backends.accelerate.looked_at import is_looked_at
 from llm_magic.backends.accelerate.preparation import preparing
 
@@ -301,11 +302,7 @@ class Products:
 
     def run(self, words: Any) -> None:
         """Multiply."""
-        import torch
-
-        # Ask always: that is when a new thread learns of torch's setting.
-        threads = torch.get_num_threads()
-        words[THREADS] = 1 if self._weights < _ALONE else threads
+        words[TEAM] = 0 if self._weights < _ALONE else team()
         self.kernel(words)
 
 
@@ -319,7 +316,7 @@ def _prepared(
     layout: Layout, rows: tuple[int, ...], dtype: str, tokens: int, of_each: int
 ) -> Products | None:
     """Products of each token with ``of_each`` matrices of a stack; 0: of all of them with the only one."""
-    if 0 in rows or (layout.block and any(count % layout.block for count in rows)):  # threads divide by them
+    if 0 in rows or (layout.block and any(count % layout.block for count in rows)):  # shares divide by them
         return None
     most = _most_together(layout, dtype)
     together = 1 if of_each else -(-tokens // -(-tokens // most))

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+from llm_magic.backends.accelerate.kernels.team import team
 from llm_magic.backends.accelerate.placement import cpu_products
 
 _BINS = 1 << 12  # of the table between -1 and 1; the bounds are further apart
@@ -43,7 +44,7 @@ def packed(values: Any, kind: str, block: int) -> tuple[Any, Any]:
     kernel = _kernel(kind, block, str(values.dtype).removeprefix("torch."))
     if kernel is not None:
         addresses = (tensor.data_ptr() for tensor in (groups, data, scales))
-        kernel((ctypes.c_int64 * 5)(*addresses, len(groups), torch.get_num_threads()))
+        kernel((ctypes.c_int64 * 5)(*addresses, len(groups), team()))
         return data.view(-1, 1), scales
     step = max(1, _AT_A_TIME // block)
     for some, codes, largest in zip(groups.split(step), data.split(step), scales.split(step), strict=True):
