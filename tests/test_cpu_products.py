@@ -216,7 +216,7 @@ def test_all_threads_or_one(monkeypatch: pytest.MonkeyPatch) -> None:
     weights, _ = packed("nf4", (67, 512))
     some, before = tokens(3, 512), torch.get_num_threads()
     alone = multiplied(some, weights)
-    monkeypatch.setattr(cpu_products, "_ALONE", 0)
+    monkeypatch.setattr(cpu_products, "_OF_A_SHARE", 1)
     try:
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
@@ -226,7 +226,7 @@ def test_all_threads_or_one(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_several_of_pythons_threads_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_products, "_ALONE", 0)
+    monkeypatch.setattr(cpu_products, "_OF_A_SHARE", 1)
     weights, _ = packed("nf4", (96, 512))
     some = [tokens(count, 512) for count in (1, 4, 20)]
     expected, wrong = [multiplied(each, weights) for each in some], []

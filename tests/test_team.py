@@ -20,7 +20,7 @@ from llm_magic.backends.accelerate.placement import cpu_products  # noqa: E402
 from tests.kernel_caches import forget_kernels  # noqa: E402
 from tests.test_cpu_products import packed, tokens  # noqa: E402
 
-THREADS = 3
+THREADS, FUTEX = 3, dict(shares._FUTEX)
 WAIT_S = 60.0
 SHARE = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
 TASK = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
@@ -28,12 +28,12 @@ TASK = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
 has_threads = pytest.mark.skipif(shares.serving() is None, reason="OpenMP's threads take the shares here")
 
 
-def share_out(work: Callable[[int, int], None], address: int) -> None:
+def share_out(work: Callable[[int, int], None], address: int, most: int = 1000) -> None:
     """As a kernel does, with work in Python."""
     function = SHARE(lambda _argument, share, count: work(share, count))
-    caller = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
+    caller = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
     caller(llvm.address_of_symbol("llm_magic_share_out"))(
-        ctypes.cast(function, ctypes.c_void_p), None, address
+        ctypes.cast(function, ctypes.c_void_p), None, address, most
     )
 
 
@@ -69,6 +69,15 @@ def test_without_a_team_the_caller_does_everything() -> None:
     done: list[tuple[int, int]] = []
     share_out(lambda share, count: done.append((share, count)), 0)
     assert done == [(0, 1)]
+
+
+@has_threads
+def test_there_are_no_more_shares_than_it_is_worth() -> None:
+    some, done = team.Team(THREADS), []
+    for most, expected in ((5, 5), (1, 1), (0, 1)):
+        done.clear()
+        share_out(lambda *of: done.append(of), some.address, most)
+        assert done == [(share, expected) for share in range(expected)]
 
 
 @has_threads
@@ -144,6 +153,28 @@ def test_who_calls_meanwhile_works_alone() -> None:
 
 
 @has_threads
+def test_where_no_thread_can_be_started_the_caller_does_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(team, "_teams", {})
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    some, done = team.team_of(THREADS), []
+    share_out(lambda share, _count: done.append(share), some.address)
+    assert done == list(range(some.shares))
+    assert team.team_of(THREADS) is some
+
+
+@pytest.mark.parametrize("name", ["OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY"])
+@pytest.mark.usefixtures("_elsewhere")
+def test_who_binds_openmps_threads_has_them_compute(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shares, "_FUTEX", FUTEX)
+    monkeypatch.setenv(name, "true")
+    assert shares.serving() is None
+    assert products_are_right()
+
+
+@has_threads
 def test_a_team_of_as_many_threads_as_torch_computes_with(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: THREADS)
     assert team.team() == team.team() == team.team_of(THREADS).address
@@ -156,7 +187,7 @@ import os, sys, torch
 from llm_magic.backends.accelerate.kernels import team
 from llm_magic.backends.accelerate.placement import cpu_products
 torch.set_num_threads(3)
-cpu_products._ALONE = 0
+cpu_products._OF_A_SHARE = 1
 from tests.test_cpu_products import packed, tokens
 weights, _ = packed("nf4", (37, 256), "float32")
 x = tokens(2, 256, "float32")
@@ -218,7 +249,7 @@ def products_are_right() -> bool:
 @pytest.fixture
 def _elsewhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Kernels that are compiled for the test alone, on a system without futex, and several threads for any size."""
-    monkeypatch.setattr(cpu_products, "_ALONE", 0)
+    monkeypatch.setattr(cpu_products, "_OF_A_SHARE", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: THREADS)
     monkeypatch.setattr(shares, "_FUTEX", {})
     monkeypatch.setattr(team, "_teams", {})

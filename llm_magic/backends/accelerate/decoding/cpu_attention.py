@@ -28,7 +28,7 @@ _KEPT_BYTES, _MOST_ROOMS = 16 << 20, 4
 """Of room that is kept for the next layer, and how often: for calls side by side."""
 
 _ADDRESSES, _HEAD_OF_RECORD = 8, 16
-_Words = ctypes.c_int64 * 34
+_Words = ctypes.c_int64 * 35
 """See `kernels.attention.attention`."""
 
 _Shape = tuple[int, ...]
@@ -159,7 +159,7 @@ class _Call:
             *(tokens * heads * value_width, value_width, heads * value_width),
             *(_bits(scale), _bits(like.softcap or 0.0)),
             *((1, 1) if like.is_causal else (places, 0)),
-            0,
+            *(0, batch * key_heads * -(-places // part)),
         )
         self._words = bytes(_Words(*words))
 
@@ -177,7 +177,7 @@ class _Call:
         words[6] = start = room.data_ptr()
         words[7] = start + self._records
         if not self._is_alone:
-            words[-1] = team()
+            words[-2] = team()
         self._kernel(words)
         _leave_room(room)
         return out

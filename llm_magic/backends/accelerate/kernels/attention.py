@@ -55,7 +55,7 @@ HEAD_OF_RECORD = 16
 _QUERY, _KEY, _VALUE, _MASK, _SINKS, _OUT, _RECORDS, _DONE = range(8)
 _BATCH, _HEADS, _SHARED, _TOKENS, _PLACES, _PART = range(8, 14)
 _OF_QUERY, _OF_KEY, _OF_VALUE, _OF_MASK, _OF_OUT = range(14, 29, 3)
-_SCALE, _CAP, _SEEN, _MORE_SEEN, _TEAM = range(29, 34)
+_SCALE, _CAP, _SEEN, _MORE_SEEN, _TEAM, _MOST_SHARES = range(29, 35)
 """Words of the argument of a kernel."""
 
 _AHEAD, _LINE = 32, 64
@@ -124,6 +124,7 @@ def attention(kind: Kind) -> Callable[[Any], None]:
         floats     scale and cap of the scores: the bits of float32
         numbers    places that the first token sees, at most, and by how many more each further one
         team       its address; 0: the calling thread alone
+        number     of shares, at most
         =========  ==========================================================================================
 
         Where a row sees no place, the output is 0, as that of torch's kernels.
@@ -133,7 +134,7 @@ def attention(kind: Kind) -> Callable[[Any], None]:
     builder = ir.IRBuilder(work.append_basic_block())
     _Attention(module, builder, kind, work.args[0]).write()
     builder.ret_void()
-    return compiled_for_a_team(module, work, _TEAM, _nothing_done)
+    return compiled_for_a_team(module, work, (_TEAM, _MOST_SHARES), _nothing_done)
 
 
 def _nothing_done(builder: ir.IRBuilder, words: Any) -> None:

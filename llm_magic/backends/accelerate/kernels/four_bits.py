@@ -35,7 +35,7 @@ _FLOATS = 16
 _LEAST = 1e-38
 """No scale is less: nothing is divided by zero."""
 
-_NUMBERS, _DATA, _SCALES, _GROUPS, _TEAM = range(5)
+_NUMBERS, _DATA, _SCALES, _GROUPS, _TEAM, _SHARES = range(6)
 """Words of the argument of a kernel."""
 
 
@@ -64,6 +64,7 @@ def packing(bounds: Sequence[float], codes: Sequence[int], group: int, dtype: st
         address   of the scales, float32 ``[groups]``
         groups
         team      its address; 0: the calling thread alone
+        shares    at most
         ========  ==============================================================================
     """
     module = ir.Module()
@@ -71,7 +72,7 @@ def packing(bounds: Sequence[float], codes: Sequence[int], group: int, dtype: st
     builder = ir.IRBuilder(work.append_basic_block())
     _pack_share(module, builder, work.args[0], (bounds, codes), group=group, dtype=dtype)
     builder.ret_void()
-    return compiled_for_a_team(module, work, _TEAM)
+    return compiled_for_a_team(module, work, (_TEAM, _SHARES))
 
 
 def _pack_share(

@@ -56,6 +56,7 @@ from llm_magic.backends.accelerate.kernels.words import (
     PARTS,
     RESULTS,
     SCALES,
+    SHARES,
     SHARING,
     SHIFTS,
     TEAM,
@@ -92,6 +93,7 @@ def products(reader: Reader, tokens: int, dtype: str, scales: str) -> Callable[[
         sharing   pairs, one after the other, that have the same tokens
         blocks    of ``tokens`` that each pair has
         parts     stacks of matrices, each multiplied with all of that
+        shares    at most, of all of that
         ========  =====================================================================================
 
         then for each part:
@@ -117,7 +119,7 @@ def products(reader: Reader, tokens: int, dtype: str, scales: str) -> Callable[[
         if needs_room(reader, tokens)
         else None
     )
-    return compiled_for_a_team(module, work, TEAM, before)
+    return compiled_for_a_team(module, work, (TEAM, SHARES), before)
 
 
 def needs_room(reader: Reader, tokens: int) -> bool:
@@ -131,7 +133,7 @@ def unpacking(reader: Reader, dtype: str, scales: str) -> Callable[[Any], None]:
     Returns
     -------
     callable
-        As that of `products`; of its words it takes columns and team, and data, scales, shifts, results
+        As that of `products`; of its words it takes columns, team and shares, and data, scales, shifts, results
         ``[rows, columns]`` and rows of one part.
     """
     module = ir.Module()
@@ -141,7 +143,7 @@ def unpacking(reader: Reader, dtype: str, scales: str) -> Callable[[Any], None]:
     matrix = _Matrix(module, builder, reader, words, I64(0), scales=scales)
     _unpacking(matrix, dtype)
     builder.ret_void()
-    return compiled_for_a_team(module, work, TEAM)
+    return compiled_for_a_team(module, work, (TEAM, SHARES))
 
 
 def blocks_of_tokens(builder: ir.IRBuilder, words: Any) -> Any:

@@ -56,6 +56,7 @@ from llm_magic.backends.accelerate.kernels.words import (
     PARTS,
     RESULTS,
     SCALES,
+    SHARES,
     SHARING,
     TEAM,
     TOKENS,
@@ -124,7 +125,7 @@ def row_block_products(order: RowBlocks, tokens: int, dtype: str) -> Callable[[A
         _Products(_Part(module, builder, order, work.args[0], part), tokens).write(dtype)
     builder.ret_void()
     return compiled_for_a_team(
-        module, work, TEAM, lambda builder, words: _arrange(builder, order, words, tokens, dtype)
+        module, work, (TEAM, SHARES), lambda builder, words: _arrange(builder, order, words, tokens, dtype)
     )
 
 
@@ -142,7 +143,7 @@ def row_block_numbers(order: RowBlocks, dtype: str) -> Callable[[Any], None]:
     builder = ir.IRBuilder(work.append_basic_block())
     _write_numbers(_Part(module, builder, order, work.args[0], I64(0)), dtype)
     builder.ret_void()
-    return compiled_for_a_team(module, work, TEAM)
+    return compiled_for_a_team(module, work, (TEAM, SHARES))
 
 
 def _arrange(builder: ir.IRBuilder, order: RowBlocks, words: Any, tokens: int, dtype: str) -> None:

@@ -11,11 +11,12 @@ Threads wait for shares with a futex, which Linux has. Elsewhere torch's OpenMP 
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 import sys
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from llvmlite import ir
 
@@ -36,11 +37,7 @@ SHARE = ir.FunctionType(VOID, [POINTER, I64, I64])
 
 _SHARE_OUT = "llm_magic_share_out"
 
-# Rounds that a thread looks out for a call before it sleeps, and that a caller waits for the last shares before it does:
-# somewhat longer than Python takes between kernels, and than a share takes. Measured on two cores of an AMD EPYC with a
-# Llama of 0.8 billion weights in nf4, tokens per second alone / beside a busy process: 6,000 and 3,000: 37.6 / 27.6;
-# 1,500 and 3,000: 34.5 / 29; 20,000 and 3,000: 36.9 / 20.7.
-_SPINS_FOR_SHARES, _SPINS_FOR_OTHERS = 6000, 3000
+_BOUND = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY")
 
 _FUTEX = {"x86_64": 202, "aarch64": 98}
 """The number of Linux's system call."""
@@ -55,23 +52,22 @@ define internal void @pause() {
 }
 """,
     "aarch64": """
-declare void @llvm.aarch64.hint(i32)
+declare void @llvm.aarch64.isb(i32)
 
 define internal void @pause() {
-  call void @llvm.aarch64.hint(i32 1)
+  call void @llvm.aarch64.isb(i32 15)
   ret void
 }
 """,
 }
 
 _SHARING = f"""
-; The ticket: 32 bits that count calls, 16 with the number of shares, and 16 with how many of them have been taken, which
-; may be more than there are: each thread asks once in vain. A call does not end before the shares that were taken are
-; done, so whoever has one reads what belongs to it.
+; The ticket: how many shares have been taken, in 16 bits, and above them how many there are. More may have been taken than
+; there are: each thread asks once in vain. A call does not end before the shares that were taken are done, so whoever has
+; one reads what belongs to it.
 define internal i1 @has_shares(i64 %ticket) {{
   %taken = and i64 %ticket, 65535
-  %above = lshr i64 %ticket, 16
-  %shares = and i64 %above, 65535
+  %shares = lshr i64 %ticket, 16
   %has = icmp ult i64 %taken, %shares
   ret i1 %has
 }}
@@ -87,8 +83,7 @@ take:
   br i1 %has, label %work, label %end
 work:
   %share = and i64 %ticket, 65535
-  %above = lshr i64 %ticket, 16
-  %shares = and i64 %above, 65535
+  %shares = lshr i64 %ticket, 16
   %function = load ptr, ptr %at_work
   %argument = load ptr, ptr %at_argument
   call void %function(ptr %argument, i64 %share, i64 %shares)
@@ -103,9 +98,11 @@ end:
 }}
 
 ; Who calls while another thread of the process does works alone.
-define void @share_out(ptr %function, ptr %argument, ptr %team) {{
+define void @share_out(ptr %function, ptr %argument, ptr %team, i64 %most) {{
   %has_team = icmp ne ptr %team, null
-  br i1 %has_team, label %ask, label %alone
+  %has_some = icmp ugt i64 %most, 1
+  %may_share = and i1 %has_team, %has_some
+  br i1 %may_share, label %ask, label %alone
 ask:
   %at_busy = getelementptr i8, ptr %team, i64 {team.IS_BUSY}
   %got = cmpxchg ptr %at_busy, i32 0, i32 1 seq_cst seq_cst
@@ -119,17 +116,14 @@ together:
   %at_work = getelementptr i8, ptr %team, i64 {team.WORK}
   %at_argument = getelementptr i8, ptr %team, i64 {team.ARGUMENT}
   %at_shares = getelementptr i8, ptr %team, i64 {team.SHARES}
-  %shares = load i64, ptr %at_shares
+  %of_team = load i64, ptr %at_shares
+  %is_less = icmp ult i64 %most, %of_team
+  %shares = select i1 %is_less, i64 %most, i64 %of_team
   %left = trunc i64 %shares to i32
   store ptr %function, ptr %at_work
   store ptr %argument, ptr %at_argument
   store atomic i32 %left, ptr %at_left seq_cst, align 4
-  %last = load atomic i64, ptr %team monotonic, align 8
-  %calls = lshr i64 %last, 32
-  %call = add i64 %calls, 1
-  %high = shl i64 %call, 32
-  %middle = shl i64 %shares, 16
-  %ticket = or i64 %high, %middle
+  %ticket = shl i64 %shares, 16
   store atomic i64 %ticket, ptr %team seq_cst, align 8
   call void @work_together(ptr %team)
   store atomic i32 0, ptr %at_busy release, align 4
@@ -169,6 +163,8 @@ define internal void @work_together(ptr %team) {{
   %at_sleeps = getelementptr i8, ptr %team, i64 {caller_sleeps}
   %at_bell = getelementptr i8, ptr %team, i64 {bell}
   %at_asleep = getelementptr i8, ptr %team, i64 {asleep}
+  %at_spins = getelementptr i8, ptr %team, i64 {spins_for_others}
+  %spins = load i64, ptr %at_spins
   %asleep = load atomic i32, ptr %at_asleep seq_cst, align 4
   %some = icmp ne i32 %asleep, 0
   br i1 %some, label %ring, label %work
@@ -187,7 +183,7 @@ look:
 turn:
   call void @pause()
   %next = add i64 %round, 1
-  %goes_on = icmp ult i64 %next, {spins_for_others}
+  %goes_on = icmp ult i64 %next, %spins
   br i1 %goes_on, label %look, label %bed
 bed:
   store atomic i32 1, ptr %at_sleeps seq_cst, align 4
@@ -206,10 +202,25 @@ end:
   ret void
 }}
 
+define void @pause_often(ptr %times) {{
+  %most = load i64, ptr %times
+  br label %turn
+turn:
+  %round = phi i64 [ 0, %0 ], [ %next, %turn ]
+  call void @pause()
+  %next = add i64 %round, 1
+  %goes_on = icmp ult i64 %next, %most
+  br i1 %goes_on, label %turn, label %end
+end:
+  ret void
+}}
+
 ; The others, for ever.
 define void @serve(ptr %team) {{
   %at_bell = getelementptr i8, ptr %team, i64 {bell}
   %at_asleep = getelementptr i8, ptr %team, i64 {asleep}
+  %at_spins = getelementptr i8, ptr %team, i64 {spins_for_shares}
+  %spins = load i64, ptr %at_spins
   br label %begin
 begin:
   br label %look
@@ -224,7 +235,7 @@ work:
 turn:
   call void @pause()
   %next = add i64 %round, 1
-  %goes_on = icmp ult i64 %next, {spins_for_shares}
+  %goes_on = icmp ult i64 %next, %spins
   br i1 %goes_on, label %look, label %bed
 bed:
   %bell = load atomic i32, ptr %at_bell seq_cst, align 4
@@ -245,7 +256,7 @@ up:
 def compiled_for_a_team(
     module: ir.Module,
     work: ir.Function,
-    team_word: int,
+    told: tuple[int, int],
     before: Callable[[ir.IRBuilder, Any], None] | None = None,
 ) -> Callable[[Any], None]:
     """Compile a function that has a team do the shares of ``work``, and does something else before, alone.
@@ -254,8 +265,9 @@ def compiled_for_a_team(
     ----------
     work
         A function of type `SHARE`.
-    team_word
-        Which of the words that its argument points to is a team's address, or 0: the calling thread alone.
+    told
+        Which of the words that its argument points to is a team's address, or 0, which is the calling thread alone; and
+        which says how many shares there are at most.
     before
         Gets a builder and the argument.
 
@@ -270,8 +282,9 @@ def compiled_for_a_team(
     argument = run.args[0]
     if before is not None:
         before(builder, argument)
-    share_out = ir.Function(module, ir.FunctionType(VOID, [POINTER] * 3), _SHARE_OUT)
-    builder.call(share_out, [work, argument, word(builder, argument, team_word, POINTER)])
+    share_out = ir.Function(module, ir.FunctionType(VOID, [POINTER, POINTER, POINTER, I64]), _SHARE_OUT)
+    some, most = word(builder, argument, told[0], POINTER), word(builder, argument, told[1])
+    builder.call(share_out, [work, argument, some, most])
     builder.ret_void()
     return compiled(module, run.name)
 
@@ -284,16 +297,26 @@ def share_of(builder: ir.IRBuilder, count: Any) -> tuple[Any, Any]:
     return first, last
 
 
+class Serving(NamedTuple):
+    """What a team's threads run: functions of an address."""
+
+    serve: Callable[[Any], None]
+    pause_often: Callable[[Any], None]
+
+
 @cache
-def serving() -> Callable[[Any], None] | None:
-    """Compile what shares out, for kernels to call; gives what a thread of a team runs, where it is not OpenMP's."""
+def serving() -> Serving | None:
+    """Compile what shares out, for kernels to call; gives what a team's threads run, where they are not OpenMP's.
+
+    Who binds OpenMP's threads to cores has said where to compute: they take the shares then.
+    """
     kind = platform.machine()
-    has_futex = sys.platform == "linux" and kind in _FUTEX
-    if has_futex:
+    has_threads = sys.platform == "linux" and kind in _FUTEX and os.environ.keys().isdisjoint(_BOUND)
+    if has_threads:
         text = _PAUSE[kind] + _WITH_FUTEX.format(
             futex=_FUTEX[kind],
-            spins_for_shares=_SPINS_FOR_SHARES,
-            spins_for_others=_SPINS_FOR_OTHERS,
+            spins_for_shares=team.SPINS_FOR_SHARES,
+            spins_for_others=team.SPINS_FOR_OTHERS,
             left=team.LEFT,
             caller_sleeps=team.CALLER_SLEEPS,
             bell=team.BELL,
@@ -301,9 +324,9 @@ def serving() -> Callable[[Any], None] | None:
         )
     else:
         text = openmp.together()
-    names = ("share_out", "serve") if has_futex else ("share_out",)
-    share_out, *serve = compiled_text(_SHARING + text, *names)
+    names = ("share_out", *(Serving._fields if has_threads else ()))
+    share_out, *others = compiled_text(_SHARING + text, *names)
     # Threads run it until the process ends, when nothing refers to it any more.
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(share_out.engine))
     known_at(_SHARE_OUT, ctypes.cast(share_out, ctypes.c_void_p).value or 0)
-    return serve[0] if serve else None
+    return Serving(*others) if others else None

@@ -43,8 +43,8 @@ which waits for RAM alone. Not measured with ARM's instructions, whose products 
 """
 _UNPACKED_WEIGHTS = 1 << 22
 """That are numbers at a time, while many tokens are multiplied with them: they stay in the caches."""
-_ALONE = 1 << 15
-"""Weights for which one thread is quicker than several."""
+_OF_A_SHARE = 1 << 16
+"""Weights of a share at least: some microseconds, for which it is worth to have another thread take it."""
 
 
 @dataclass(frozen=True)
@@ -269,12 +269,12 @@ class Products:
         return 4 * self.places // self.sharing * self.room_for_each
 
     @cached_property
-    def _weights(self) -> int:
-        return self.pairs * self.columns * sum(self.rows)
+    def _shares(self) -> int:
+        return self.pairs * self.columns * sum(self.rows) // _OF_A_SHARE
 
     @cached_property
     def _constants(self) -> tuple[int, ...]:
-        return self.tokens, self.columns, self.pairs, self.sharing, self.blocks, len(self.rows)
+        return self.tokens, self.columns, self.pairs, self.sharing, self.blocks, len(self.rows), self._shares
 
     @cached_property
     def _packed(self) -> tuple[Callable[..., bytes], Callable[[bytes], Any]]:
@@ -302,7 +302,7 @@ class Products:
 
     def run(self, words: Any) -> None:
         """Multiply."""
-        words[TEAM] = 0 if self._weights < _ALONE else team()
+        words[TEAM] = team() if self._shares > 1 else 0
         self.kernel(words)
 
 

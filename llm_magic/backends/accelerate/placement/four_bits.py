@@ -16,6 +16,7 @@ from llm_magic.backends.accelerate.kernels.team import team
 from llm_magic.backends.accelerate.placement import cpu_products
 
 _BINS = 1 << 12  # of the table between -1 and 1; the bounds are further apart
+_OF_A_SHARE = 1 << 14  # weights, at least
 _AT_A_TIME = 1 << 18  # weights, whose temporary tensors stay in the caches
 
 
@@ -44,7 +45,8 @@ def packed(values: Any, kind: str, block: int) -> tuple[Any, Any]:
     kernel = _kernel(kind, block, str(values.dtype).removeprefix("torch."))
     if kernel is not None:
         addresses = (tensor.data_ptr() for tensor in (groups, data, scales))
-        kernel((ctypes.c_int64 * 5)(*addresses, len(groups), team()))
+        shares = groups.numel() // _OF_A_SHARE
+        kernel((ctypes.c_int64 * 6)(*addresses, len(groups), team(), shares))
         return data.view(-1, 1), scales
     step = max(1, _AT_A_TIME // block)
     for some, codes, largest in zip(groups.split(step), data.split(step), scales.split(step), strict=True):
