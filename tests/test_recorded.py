@@ -6,7 +6,6 @@ import copy
 import pickle
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # noqa: E402
 
 from llm_magic.backends.accelerate.decoding import attention, step_by_step  # noqa: E402
 from llm_magic.backends.accelerate.placement.served_model import serve_plain_modules  # noqa: E402
+from llm_magic.backends.accelerate.recorded import chain  # noqa: E402
 from llm_magic.backends.accelerate.recorded import recording as module_of_recording  # noqa: E402
+from llm_magic.backends.accelerate.recorded.chain import Chain, Room  # noqa: E402
 from llm_magic.backends.accelerate.recorded.current import current  # noqa: E402
 from llm_magic.backends.accelerate.recorded.layers import RecordedLayers  # noqa: E402
 from llm_magic.backends.accelerate.recorded.linears import Linears  # noqa: E402
@@ -943,29 +944,84 @@ def test_an_error_in_the_midst_of_a_recorded_layer(
     """Before its attention and after it."""
     held = recorded(llama)
     answers(llama)
-    usual, count = Linears.run, 0
+    usual, count = chain.in_turn(), 0
 
-    def run(self: Any, values: Any) -> None:
+    def run(words: Any) -> None:
         nonlocal count
         count += 1
         if count == at + 1:
             raise error
-        usual(self, values)
+        usual(words)
 
-    monkeypatch.setattr(Linears, "run", run)
-    for layer in held._layers:  # whose steps are bound
-        for bound in layer._bound.values():
-            bound._steps = [
-                partial(run, step.__self__) if is_linears(step) else step for step in bound._steps
-            ]
+    monkeypatch.setattr(chain, "in_turn", lambda: run)
     with pytest.raises(error):
         answers(llama)
     assert equal(answers(llama), expected)
     assert programs(held) == 12
 
 
-def is_linears(step: Any) -> bool:
-    return isinstance(getattr(step, "__self__", None), Linears)
+# ----------------------------------------------------------------------------------------------------- chains
+
+
+def test_chains_make_what_their_members_make(
+    llama: Any, expected: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual, members = Chain.run, []
+
+    def run(self: Chain, values: Any) -> None:
+        one_by_one = list(values)
+        for member in self._members:
+            member.run(one_by_one)
+        before = [base for base, value in enumerate(values) if value is not None]
+        usual(self, values)
+        made = [base for base, value in enumerate(values) if value is not None and base not in before]
+        assert set(made) <= self._outside
+        assert made
+        assert equal([values[base] for base in made], [one_by_one[base] for base in made])
+        members.append([type(member) for member in self._members])
+
+    monkeypatch.setattr(Chain, "run", run)
+    held = recorded(llama)
+    assert equal(answers(llama), expected)
+    assert programs(held) == 12
+    to_attention, behind_it = members[:2]
+    assert to_attention.count(Linears) == 1
+    assert behind_it.count(Linears) == 3
+    assert all(kinds in (to_attention, behind_it) for kinds in members)
+
+
+def test_a_chain_whose_weights_no_kernel_takes_runs_its_members_one_by_one(
+    llama: Any, expected: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded(llama)
+    answers(llama)
+    monkeypatch.setattr(Linears, "weights", lambda _self: None)
+    monkeypatch.setattr(chain, "in_turn", pytest.fail)
+    assert equal(answers(llama), expected)
+
+
+def test_a_bias_that_comes_later_is_added(llama: Any) -> None:
+    held = recorded(llama)
+    answers(llama)
+    module = layers_of(llama)[1].mlp.down_proj
+    module.bias = torch.nn.Parameter(torch.ones_like(module.weight[:, 0]), requires_grad=False)
+    found = answers(llama)
+    held.undo()
+    assert equal(found, answers(llama))
+
+
+def test_room_grows_with_what_a_chain_needs_and_is_everybodys() -> None:
+    room = Room()
+    small = room.take(100)
+    other = room.take(100)  # somebody else, at the same time
+    assert small.data_ptr() != other.data_ptr()
+    room.leave(small)
+    assert room.take(100).data_ptr() == small.data_ptr()
+    room.leave(small)
+    large = room.take(100_000)
+    assert large.nbytes >= 100_000
+    room.leave(large)
+    assert room.take(200).data_ptr() == large.data_ptr()
 
 
 # ---------------------------------------------------------------------------------------------------- threads

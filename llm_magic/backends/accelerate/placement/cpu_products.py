@@ -269,12 +269,13 @@ class Products:
         return 4 * self.places // self.sharing * self.room_for_each
 
     @cached_property
-    def _shares(self) -> int:
+    def shares(self) -> int:
+        """For how many threads it is worth."""
         return self.pairs * self.columns * sum(self.rows) // _OF_A_SHARE
 
     @cached_property
     def _constants(self) -> tuple[int, ...]:
-        return self.tokens, self.columns, self.pairs, self.sharing, self.blocks, len(self.rows), self._shares
+        return self.tokens, self.columns, self.pairs, self.sharing, self.blocks, len(self.rows), self.shares
 
     @cached_property
     def _packed(self) -> tuple[Callable[..., bytes], Callable[[bytes], Any]]:
@@ -302,7 +303,7 @@ class Products:
 
     def run(self, words: Any) -> None:
         """Multiply."""
-        words[TEAM] = team() if self._shares > 1 else 0
+        words[TEAM] = team() if self.shares > 1 else 0
         self.kernel(words)
 
 

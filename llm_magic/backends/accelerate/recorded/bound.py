@@ -10,6 +10,7 @@ from llm_magic.backends.accelerate.placement import cpu_products
 from llm_magic.backends.accelerate.placement.layer_cache import GrowingTensors
 from llm_magic.backends.accelerate.placement.plain_experts import PlainStack
 from llm_magic.backends.accelerate.placement.plain_routers import is_served_router
+from llm_magic.backends.accelerate.recorded.chain import Room, chained
 from llm_magic.backends.accelerate.recorded.linears import Linears
 from llm_magic.backends.accelerate.recorded.program import (
     CompiledRegion,
@@ -19,13 +20,15 @@ from llm_magic.backends.accelerate.recorded.program import (
     call,
     shown,
 )
-from llm_magic.backends.accelerate.recorded.recording import VARYING, Node, Recording, View
+from llm_magic.backends.accelerate.recorded.recording import VARYING, Node, Recording, View, views_in
 
 
 class Bound:
     """A program with the modules of one layer."""
 
-    def __init__(self, program: Program, layer: Any, growing: GrowingTensors | None = None) -> None:
+    def __init__(
+        self, program: Program, layer: Any, growing: GrowingTensors | None = None, room: Room | None = None
+    ) -> None:
         self._program = program
         self._size = program.size
         recording = program.recording
@@ -41,10 +44,13 @@ class Bound:
             held = module._parameters if name in module._parameters else module._buffers
             self._weights.append((held, name, view))
         self._matrices = list(_matrices(program, layer))
-        self._steps = [
+        groups = _together(program.parts)
+        steps = [
             _router_step(parts[0], layer, recording) or _step(parts, layer, growing or GrowingTensors(0))
-            for parts in _together(program.parts)
+            for parts in groups
         ]
+        wanted = [*map(_reads, groups), {view.base for view in views_in(program.result)}]
+        self._steps = chained(steps, wanted, room or Room())
         self._result = program.result
 
     def takes(self, leaves: Sequence[Any]) -> bool:
@@ -101,15 +107,27 @@ def _tokens_of(part: CompiledRegion | Node) -> Any:
     return part.args[0] if isinstance(part, Node) and part.kind == "linear" else None
 
 
-def _step(parts: Sequence[Any], layer: Any, growing: GrowingTensors) -> Callable[[Values], None]:
+def _reads(parts: Sequence[CompiledRegion | Node]) -> set[int]:
+    """Bases that some parts read, or change."""
+    found: set[int] = set()
+    for part in parts:
+        if isinstance(part, CompiledRegion):
+            found.update(part.outer)
+        else:
+            found.update(view.base for view in views_in((part.args, part.kwargs)))
+    return found
+
+
+def _step(parts: Sequence[Any], layer: Any, growing: GrowingTensors) -> Any:
+    """What has values compute: a member of a chain, or a function."""
     part = parts[0]
     if isinstance(part, CompiledRegion):
-        return part.run
+        return part
     if part.kind == "op":
         return lambda values: call(part, None, values)
     modules = [layer.get_submodule(each.name) for each in parts]
     if part.kind == "linear":
-        return Linears(parts, modules).run
+        return Linears(parts, modules)
     if part.kind == "cache":
         return _cache_step(part, modules[0], growing)
     if part.kind in _STEPS:

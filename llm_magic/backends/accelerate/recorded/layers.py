@@ -22,6 +22,7 @@ from llm_magic.backends.accelerate.placement.layer_cache import (
     tokens_seen,
 )
 from llm_magic.backends.accelerate.recorded.bound import Bound
+from llm_magic.backends.accelerate.recorded.chain import Room
 from llm_magic.backends.accelerate.recorded.guard import Guard, Over
 from llm_magic.backends.accelerate.recorded.recording import (
     Outputs,
@@ -53,8 +54,8 @@ class RecordedLayers:
     """
 
     def __init__(self, layers: Mapping[str, Any], recordings: Recordings, context: int = 0) -> None:
-        growing = GrowingTensors(context)
-        self._layers = [RecordedLayer(name, layer, recordings, growing) for name, layer in layers.items()]
+        shared = GrowingTensors(context), Room()
+        self._layers = [RecordedLayer(name, layer, recordings, shared) for name, layer in layers.items()]
 
     @property
     def status(self) -> str:
@@ -74,8 +75,10 @@ class RecordedLayers:
 class RecordedLayer:
     """One of them."""
 
-    def __init__(self, name: str, layer: Any, recordings: Recordings, growing: GrowingTensors) -> None:
-        self._name, self._layer, self._recordings, self._growing = name, layer, recordings, growing
+    def __init__(
+        self, name: str, layer: Any, recordings: Recordings, shared: tuple[GrowingTensors, Room]
+    ) -> None:
+        self._name, self._layer, self._recordings, self._shared = name, layer, recordings, shared
         self._indices = layer_indices(layer)
         self._bound: dict[Any, Bound | None] = {}
         self._slot = "_old_forward" if "_old_forward" in vars(layer) else "forward"
@@ -135,7 +138,7 @@ class RecordedLayer:
             if key in self._bound or len(self._bound) >= _MOST_KINDS:
                 return
             program = self._recordings.program(self._name, self._layer, self._usual, call, key)
-            self._bound[key] = Bound(program, self._layer, self._growing) if program else None
+            self._bound[key] = Bound(program, self._layer, *self._shared) if program else None
 
     def _goes_on(self, leaves: Sequence[Any]) -> bool:
         """Whether there are tokens before these.

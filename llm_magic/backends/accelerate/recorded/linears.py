@@ -32,40 +32,59 @@ class Linears:
     def __init__(self, nodes: Sequence[Node], modules: Sequence[Any]) -> None:
         import torch
 
-        self._view: View = nodes[0].args[0]
-        self._outputs = [node.outputs[0] for node in nodes]
+        self.tokens_view: View = nodes[0].args[0]
+        self.outputs = [node.outputs[0] for node in nodes]
         self._modules = list(modules)
         self._known: list[dict[int, tuple[Any, PackedWeights | None]]] = [{} for _ in modules]
         self._products: dict[tuple[Any, ...], Products | None] = {}
-        self._dtype = self._view.dtype
-        self._name = str(self._dtype).removeprefix("torch.")
-        self._tokens = 1
-        for size in self._view.shape[:-1]:
-            self._tokens *= size
+        self.dtype = self.tokens_view.dtype
+        self._name = str(self.dtype).removeprefix("torch.")
+        self.tokens = 1
+        for size in self.tokens_view.shape[:-1]:
+            self.tokens *= size
         # Not on the default device, which somebody may have set.
         self._empty, self._byte = partial(torch.empty, device=torch.device("cpu")), torch.uint8
 
     def run(self, values: Values) -> None:
         """Put what they make into ``values``."""
-        states = shown(self._view, values)
-        found = [self._weights(number) for number in range(len(self._modules))]
-        weights = [each for each in found if each is not None]
-        products = self._prepared(weights) if len(weights) == len(found) else None
-        if products is None:
-            for module, out in zip(self._modules, self._outputs, strict=True):
+        states = shown(self.tokens_view, values)
+        weights = self.weights()
+        products = None if weights is None else self.prepared(weights)
+        if weights is None or products is None:
+            for module, out in zip(self._modules, self.outputs, strict=True):
                 values[out.base] = module.forward(states).contiguous()
             return
         self._multiply(products, states.contiguous(), weights, values)
 
+    @property
+    def may_be_chained(self) -> bool:
+        """Whether they read tokens as these lie, and add nothing."""
+        size, strides = 1, list[int]()
+        for length in reversed(self.tokens_view.shape):
+            strides.insert(0, size)
+            size *= length
+        dimensions = zip(self.tokens_view.shape, self.tokens_view.stride, strides, strict=True)
+        return all(length == 1 or one == other for length, one, other in dimensions) and not self.has_bias()
+
+    def has_bias(self) -> bool:
+        """Whether any of them has one."""
+        return any(module._parameters.get("bias") is not None for module in self._modules)
+
+    def weights(self) -> list[PackedWeights] | None:
+        """Those of all of them; ``None`` where one is to compute itself."""
+        found = [self._weights(number) for number in range(len(self._modules))]
+        weights = [each for each in found if each is not None]
+        return weights if len(weights) == len(found) else None
+
     def _multiply(self, products: Products, states: Any, weights: Sequence[Any], values: Values) -> None:
         room = self._empty(products.room, dtype=self._byte) if products.room else None
         addresses = []
-        for out, of in zip(self._outputs, weights, strict=True):
-            result = values[out.base] = self._empty(products.places, of.rows, dtype=self._dtype)
+        for out, of in zip(self.outputs, weights, strict=True):
+            result = values[out.base] = self._empty(products.places, of.rows, dtype=self.dtype)
             addresses += [address(of.data), address(of.scales), address(of.shifts), result.data_ptr()]
         products.run(products.words(states.data_ptr(), address(room), addresses))
-        for module, out in zip(self._modules, self._outputs, strict=True):
-            result = values[out.base] if products.places == self._tokens else values[out.base][: self._tokens]
+        for module, out in zip(self._modules, self.outputs, strict=True):
+            result = values[out.base] if products.places == self.tokens else values[out.base][: self.tokens]
             bias = module._parameters.get("bias")
             if bias is not None:
                 result += bias
@@ -82,19 +101,20 @@ class Linears:
                 return packed
         if len(known) >= _MOST_KEPT:
             known.clear()
-        packed = served_weights(module, self._dtype)
+        packed = served_weights(module, self.dtype)
         known[id(weight)] = weight, packed
         return packed
 
-    def _prepared(self, weights: Sequence[PackedWeights]) -> Products | None:
+    def prepared(self, weights: Sequence[PackedWeights]) -> Products | None:
+        """Their products; ``None`` where no kernel makes them."""
         key = tuple([(of.layout, of.rows) for of in weights])
         if key not in self._products:
             layouts = {of.layout for of in weights}
-            is_few = self._tokens <= cpu_products.most_by_bytes(weights[0].kind, self._dtype)
+            is_few = self.tokens <= cpu_products.most_by_bytes(weights[0].kind, self.dtype)
             rows = tuple(of.rows for of in weights)
             alike = len(layouts) == 1 and is_few
             self._products[key] = (
-                cpu_products.prepared(weights[0].layout, rows, self._name, self._tokens) if alike else None
+                cpu_products.prepared(weights[0].layout, rows, self._name, self.tokens) if alike else None
             )
         return self._products[key]
 

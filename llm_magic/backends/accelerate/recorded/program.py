@@ -175,36 +175,48 @@ def _bytes(shape: Sequence[int], itemsize: int) -> int:
 
 
 class CompiledRegion:
-    """A region as it is called."""
+    """A region as it is called.
+
+    Attributes
+    ----------
+    made
+        What it makes that is used elsewhere.
+    outer
+        Bases whose addresses its kernel is told, in this order.
+    scratch_bytes, offsets
+        Of what it makes for itself, whose addresses come after them.
+    kernel
+        Of the address of these addresses.
+    """
 
     def __init__(self, region: Region) -> None:
         import torch
 
-        self._made = region.made
+        self.made = region.made
         inner = [base for base, _ in region.between]
-        self._outer = [base for base in dict.fromkeys(_in_order(region)) if base not in inner]
-        self._scratch_bytes = sum(size for _, size in region.between)
+        self.outer = [base for base in dict.fromkeys(_in_order(region)) if base not in inner]
+        self.scratch_bytes = sum(size for _, size in region.between)
         offsets, at = [], 0
         for _, size in region.between:
             offsets.append(at)
             at += size
-        self._offsets = offsets
-        numbers = {base: number for number, base in enumerate([*self._outer, *inner])}
+        self.offsets = offsets
+        numbers = {base: number for number, base in enumerate([*self.outer, *inner])}
         self._words = ctypes.c_int64 * len(numbers)
-        self._function = _compiled(tuple(renumbered(step, numbers) for step in region.steps))
+        self.kernel = _compiled(tuple(renumbered(step, numbers) for step in region.steps))
         cpu = torch.device("cpu")  # not the default device, which somebody may have set
         self._empty, self._strided = (partial(of, device=cpu) for of in (torch.empty, torch.empty_strided))
         self._byte = torch.uint8
 
     def run(self, values: Values) -> None:
         """Put what it makes into ``values``."""
-        for view in self._made:
+        for view in self.made:
             values[view.base] = self._strided(view.shape, view.stride, dtype=view.dtype)
-        scratch = self._empty(self._scratch_bytes, dtype=self._byte)
+        scratch = self._empty(self.scratch_bytes, dtype=self._byte)
         start = scratch.data_ptr()
-        self._function(
+        self.kernel(
             self._words(
-                *[values[base].data_ptr() for base in self._outer], *[start + at for at in self._offsets]
+                *[values[base].data_ptr() for base in self.outer], *[start + at for at in self.offsets]
             )
         )
 
@@ -249,9 +261,7 @@ class Program:
             if isinstance(part, Node)
             for view in views_in((part.args, part.kwargs))
         }
-        self.native = {
-            base for part in self.parts if isinstance(part, CompiledRegion) for base in part._outer
-        }
+        self.native = {base for part in self.parts if isinstance(part, CompiledRegion) for base in part.outer}
         self.used = used | self.native | {view.base for view in views_in(self.result)}
 
     def rehearse(self, layer: Any, rehearsal: Rehearsal) -> bool:

@@ -1,0 +1,288 @@
+"""Compiled functions and linear layers of a recorded layer that come one after the other: one call for all of them.
+
+Each is a kernel that is told by words where everything is. The words of all of them lie in one array, in which only those
+change that somebody else decides: where weights are, what a chain gets, and what it makes for others. What is made and
+used inside has room that all layers share.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from llm_magic.backends.accelerate.kernels.in_turn import address_of, in_turn
+from llm_magic.backends.accelerate.kernels.team import team
+from llm_magic.backends.accelerate.kernels.words import (
+    ADDRESSES,
+    ARRANGED,
+    DATA,
+    HEAD_WORDS,
+    RESULTS,
+    SCALES,
+    SHIFTS,
+    TEAM,
+    TOKENS,
+)
+from llm_magic.backends.accelerate.placement.cpu_products import PackedWeights, Products, address
+from llm_magic.backends.accelerate.recorded.linears import Linears
+from llm_magic.backends.accelerate.recorded.program import CompiledRegion, Values
+from llm_magic.backends.accelerate.recorded.recording import View
+
+Member = CompiledRegion | Linears
+
+_ALIGNED = 64
+_MOST_KEPT = 4
+"""Arrays of words that a chain keeps: threads that run a layer at the same time."""
+
+
+class Room:
+    """Memory for what chains use inside, which all layers share: one has it at a time, and others get some of their own."""
+
+    def __init__(self) -> None:
+        self._left: list[Any] = []
+
+    def take(self, size: int) -> Any:
+        """At least so many bytes."""
+        import torch
+
+        try:
+            room = self._left.pop()
+        except IndexError:
+            room = None
+        if room is None or room.nbytes < size:
+            room = torch.empty(size + _ALIGNED, dtype=torch.uint8, device="cpu")
+        return room
+
+    def leave(self, room: Any) -> None:
+        """Give it back."""
+        if len(self._left) < _MOST_KEPT:
+            self._left.append(room)
+
+
+def chained(steps: Sequence[Any], wanted: Sequence[set[int]], room: Room) -> list[Any]:
+    """Steps with chains in the place of those that are one.
+
+    Parameters
+    ----------
+    steps
+        Members of chains, and functions of values.
+    wanted
+        For each step the bases that it reads, and for what is behind the last one those of the result.
+    """
+    found: list[Any] = []
+    start = 0
+    while start < len(steps):
+        end = start
+        while end < len(steps) and _may_be_in_one(steps[end]):
+            end += 1
+        if end - start > 1:
+            outside = set[int]().union(*wanted[end:])
+            found.append(Chain(steps[start:end], outside, room).run)
+        else:
+            end = start + 1
+            found.append(getattr(steps[start], "run", steps[start]))
+        start = end
+    return found
+
+
+def _may_be_in_one(step: Any) -> bool:
+    return isinstance(step, CompiledRegion) or (isinstance(step, Linears) and step.may_be_chained)
+
+
+@dataclass
+class _Words:
+    """The words for some products, and which of them say what.
+
+    Attributes
+    ----------
+    array
+        The list of kernels, and after it the words of each.
+    outer
+        By base, which are in its memory, and how many bytes behind its start.
+    inner
+        Which are in the room, and how many bytes behind its start.
+    weights
+        For each linear layer, which is the address of its data: those of scales and shifts follow.
+    teams
+        Which are a team's address.
+    size
+        Bytes of the room.
+    at
+        Where the room was the last time.
+    """
+
+    array: Any
+    outer: list[tuple[int, list[tuple[int, int]]]]
+    inner: list[tuple[int, int]]
+    weights: list[int]
+    teams: list[int]
+    size: int
+    at: int = 0
+
+
+class Chain:
+    """Some members, in one call.
+
+    Parameters
+    ----------
+    members
+        In their order.
+    outside
+        Bases that others read.
+    """
+
+    def __init__(self, members: Sequence[Member], outside: set[int], room: Room) -> None:
+        self._members, self._outside, self._room = list(members), outside, room
+        self._linears = [member for member in members if isinstance(member, Linears)]
+        self._kept: dict[tuple[int, ...], tuple[list[Products], list[_Words]]] = {}
+
+    def run(self, values: Values) -> None:
+        """Put into ``values`` what they make that others read."""
+        weights: list[PackedWeights] = []
+        products: list[Products] = []
+        for linears in self._linears:
+            found = None if linears.has_bias() else linears.weights()
+            some = None if found is None else linears.prepared(found)
+            if found is None or some is None:
+                for member in self._members:
+                    member.run(values)
+                return
+            weights += found
+            products.append(some)
+        _, kept = self._kept.setdefault(tuple(map(id, products)), (products, []))
+        try:
+            words = kept.pop()  # nobody else has it then
+        except IndexError:
+            words = _Plan(self._members, products, self._outside).words
+        self._make(products, values)
+        room = self._room.take(words.size)
+        _tell(words, weights, values, room.data_ptr())
+        in_turn()(words.array)
+        self._room.leave(room)
+        if len(kept) < _MOST_KEPT:
+            kept.append(words)
+
+    def _make(self, products: Sequence[Products], values: Values) -> None:
+        """Memory for what others read."""
+        import torch
+
+        each = iter(products)
+        for member in self._members:
+            if isinstance(member, CompiledRegion):
+                for view in member.made:
+                    if view.base in self._outside:
+                        values[view.base] = torch.empty_strided(
+                            view.shape, view.stride, dtype=view.dtype, device="cpu"
+                        )
+                continue
+            places = next(each).places
+            for out in member.outputs:
+                if out.base in self._outside:
+                    rows = torch.empty(places, out.shape[-1], dtype=member.dtype, device="cpu")
+                    values[out.base] = rows[: member.tokens].view(out.shape)
+
+
+class _Plan:
+    """Where each word of a chain comes from."""
+
+    def __init__(self, members: Sequence[Member], products: Sequence[Products], outside: set[int]) -> None:
+        self._outside = outside
+        self._inner_bases: dict[int, int] = {}
+        self._size = 0
+        self._list: list[tuple[int, int]] = []
+        self._numbers: list[int] = []
+        self._outer: dict[int, list[tuple[int, int]]] = {}
+        self._inner: list[tuple[int, int]] = []
+        self._weights: list[int] = []
+        self._teams: list[int] = []
+        self._first = 1 + 2 * len(members)
+        each = iter(products)
+        for member in members:
+            if isinstance(member, CompiledRegion):
+                self._add_region(member)
+            else:
+                self._add_linears(member, next(each))
+
+    @property
+    def words(self) -> _Words:
+        """An array of their own."""
+        array = (ctypes.c_int64 * (self._first + len(self._numbers)))()
+        start = ctypes.addressof(array)
+        calls = [part for kernel, at in self._list for part in (kernel, start + 8 * (self._first + at))]
+        array[:] = [len(self._list), *calls, *self._numbers]
+        outer = [(base, places) for base, places in self._outer.items()]
+        return _Words(array, outer, self._inner, self._weights, self._teams, self._size)
+
+    def _add_region(self, region: CompiledRegion) -> None:
+        first = self._begin(region.kernel)
+        for view in region.made:
+            self._place(view.base, _bytes_of(view))
+        self._numbers += [0] * (len(region.outer) + len(region.offsets))
+        for number, base in enumerate(region.outer):
+            self._point(first + number, base)
+        scratch = self._taken(region.scratch_bytes)
+        for number, offset in enumerate(region.offsets):
+            self._inner.append((first + len(region.outer) + number, scratch + offset))
+
+    def _add_linears(self, linears: Linears, products: Products) -> None:
+        first = self._begin(products.kernel)
+        self._numbers += products.words(0, 0, [0] * ADDRESSES * len(linears.outputs))
+        view = linears.tokens_view
+        self._point(first + TOKENS, view.base, view.offset * view.dtype.itemsize)
+        if products.room:
+            self._inner.append((first + ARRANGED, self._taken(products.room)))
+        if products.shares > 1:
+            self._teams.append(first + TEAM)
+        for number, out in enumerate(linears.outputs):
+            addresses = first + HEAD_WORDS + ADDRESSES * number
+            self._weights.append(addresses + DATA)
+            self._place(out.base, products.places * out.shape[-1] * out.dtype.itemsize)
+            self._point(addresses + RESULTS, out.base)
+
+    def _begin(self, kernel: Any) -> int:
+        """Which is the first word of the next one."""
+        self._list.append((address_of(kernel), len(self._numbers)))
+        return self._first + len(self._numbers)
+
+    def _place(self, base: int, size: int) -> None:
+        if base not in self._outside:
+            self._inner_bases[base] = self._taken(size)
+
+    def _point(self, word: int, base: int, offset: int = 0) -> None:
+        if base in self._inner_bases:
+            self._inner.append((word, self._inner_bases[base] + offset))
+        else:
+            self._outer.setdefault(base, []).append((word, offset))
+
+    def _taken(self, size: int) -> int:
+        start = self._size
+        self._size += -(-size // _ALIGNED) * _ALIGNED
+        return start
+
+
+def _tell(words: _Words, weights: Sequence[PackedWeights], values: Values, room: int) -> None:
+    """Say where everything is now."""
+    array = words.array
+    if words.at != room:
+        for word, offset in words.inner:
+            array[word] = room + offset
+        words.at = room
+    for base, places in words.outer:
+        start = values[base].data_ptr()
+        for word, offset in places:
+            array[word] = start + offset
+    for word, of in zip(words.weights, weights, strict=True):
+        array[word] = of.data.data_ptr()
+        array[word + SCALES] = address(of.scales)
+        array[word + SHIFTS] = address(of.shifts)
+    if words.teams:
+        some = team()
+        for word in words.teams:
+            array[word] = some
+
+
+def _bytes_of(view: View) -> int:
+    last = sum((length - 1) * step for length, step in zip(view.shape, view.stride, strict=True))
+    return int((last + 1) * view.dtype.itemsize)
