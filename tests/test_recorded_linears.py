@@ -38,3 +38,20 @@ def test_weights_are_asked_for_once(method: str, monkeypatch: pytest.MonkeyPatch
             together.run(values)
             assert torch.equal(values[1], layer(x))
     assert len(asked) == 1
+
+
+@pytest.mark.parametrize("rows", [64, 256])
+def test_a_weight_of_another_size_is_no_kernels(rows: int) -> None:
+    """Memory for what it makes is of the size that was recorded."""
+    network = network_of("nf4")
+    bound(network)
+    layer = network[0]  # of 128 rows
+    serve_linear(layer)
+    states, made = (
+        View(base, (1, size), (size, 1), 0, torch.bfloat16) for base, size in ((0, WIDTH), (1, rows))
+    )
+    together = Linears([Node(0, "linear", "", (states,), (), (made,))], [layer])
+    assert not together.may_be_chained
+    weights = together.weights()
+    assert weights is not None
+    assert together.prepared(weights) is None

@@ -165,12 +165,39 @@ def test_where_no_thread_can_be_started_the_caller_does_everything(monkeypatch: 
     assert team.team_of(THREADS) is some
 
 
-@pytest.mark.parametrize("name", ["OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY"])
+@has_threads
+def test_a_team_whose_start_was_interrupted_is_made_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(_thread: threading.Thread) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(team, "_teams", {})
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            team.team_of(THREADS)
+    some = team.team_of(THREADS)
+    until(lambda: word_of(some, team.ASLEEP) == THREADS - 1)
+
+
+@has_threads
+@pytest.mark.parametrize(
+    ("name", "value", "is_bound"),
+    [
+        ("OMP_PROC_BIND", "true", True),
+        ("OMP_PROC_BIND", "FALSE", False),
+        ("OMP_PLACES", "cores", True),
+        ("GOMP_CPU_AFFINITY", "0-1", True),
+        ("KMP_AFFINITY", "compact", True),
+        ("KMP_AFFINITY", "none", False),
+    ],
+)
 @pytest.mark.usefixtures("_elsewhere")
-def test_who_binds_openmps_threads_has_them_compute(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_binds_openmps_threads_has_them_compute(
+    name: str, value: str, is_bound: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(shares, "_FUTEX", FUTEX)
-    monkeypatch.setenv(name, "true")
-    assert shares.serving() is None
+    monkeypatch.setenv(name, value)
+    assert (shares.serving() is None) == is_bound
     assert products_are_right()
 
 

@@ -18,7 +18,7 @@ look:
   br i1 %goes_on, label %turn, label %end
 turn:
   %next = add i64 %at, 16
-  %first = or disjoint i64 %at, 8
+  %first = add i64 %at, 8
   %at_kernel = getelementptr i8, ptr %list, i64 %first
   %at_words = getelementptr i8, ptr %list, i64 %next
   %kernel = load ptr, ptr %at_kernel

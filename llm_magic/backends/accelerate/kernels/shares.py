@@ -37,7 +37,7 @@ SHARE = ir.FunctionType(VOID, [POINTER, I64, I64])
 
 _SHARE_OUT = "llm_magic_share_out"
 
-_BOUND = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY")
+_BINDING = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")
 
 _FUTEX = {"x86_64": 202, "aarch64": 98}
 """The number of Linux's system call."""
@@ -297,6 +297,12 @@ def share_of(builder: ir.IRBuilder, count: Any) -> tuple[Any, Any]:
     return first, last
 
 
+def _is_bound() -> bool:
+    """Whether somebody has said which cores OpenMP's threads are for."""
+    said = [os.environ.get(name, "").strip().lower() for name in _BINDING]
+    return any(each not in ("", "false", "none", "disabled") for each in said)
+
+
 class Serving(NamedTuple):
     """What a team's threads run: functions of an address."""
 
@@ -311,7 +317,7 @@ def serving() -> Serving | None:
     Who binds OpenMP's threads to cores has said where to compute: they take the shares then.
     """
     kind = platform.machine()
-    has_threads = sys.platform == "linux" and kind in _FUTEX and os.environ.keys().isdisjoint(_BOUND)
+    has_threads = sys.platform == "linux" and kind in _FUTEX and not _is_bound()
     if has_threads:
         text = _PAUSE[kind] + _WITH_FUTEX.format(
             futex=_FUTEX[kind],

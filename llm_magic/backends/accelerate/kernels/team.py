@@ -93,8 +93,12 @@ def team_of(threads: int) -> Team:
         return found
     with _lock:
         if threads not in _teams:
-            _teams[threads] = Team(threads)
-            _teams[threads].start(threads - 1)
+            _teams[threads] = some = Team(threads)  # a handler of signals may want it, too
+            try:
+                some.start(threads - 1)
+            except BaseException:  # an interrupt: the next one tries again
+                _teams.pop(threads, None)
+                raise
         return _teams[threads]
 
 

@@ -43,6 +43,8 @@ which waits for RAM alone. Not measured with ARM's instructions, whose products 
 """
 _UNPACKED_WEIGHTS = 1 << 22
 """That are numbers at a time, while many tokens are multiplied with them: they stay in the caches."""
+_THE_ONLY = ctypes.c_int64(0)
+"""The number of a matrix that is none of a stack."""
 _OF_A_SHARE = 1 << 16
 """Weights of a share at least: some microseconds, for which it is worth to have another thread take it."""
 
@@ -298,7 +300,7 @@ class Products:
             Where the numbers of the pairs' matrices are; 0 for the first of each stack.
         """
         pack, copied = self._packed
-        matrices = matrices or _only().data_ptr()
+        matrices = matrices or ctypes.addressof(_THE_ONLY)
         return copied(pack(tokens, room, matrices, 0, *self._constants, *addresses, *self.rows))
 
     def run(self, words: Any) -> None:
@@ -415,14 +417,6 @@ def _rows_from(weights: PackedWeights, start: int) -> PackedWeights:
 def address(tensor: Any) -> int:
     """Where a tensor is; 0 for none."""
     return 0 if tensor is None else int(tensor.data_ptr())
-
-
-@cache
-def _only() -> Any:
-    """The number of the only matrix."""
-    import torch
-
-    return torch.zeros(1, dtype=torch.int64, device="cpu")
 
 
 @cache

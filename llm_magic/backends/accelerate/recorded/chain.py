@@ -26,6 +26,7 @@ from llm_magic.backends.accelerate.kernels.words import (
     TOKENS,
 )
 from llm_magic.backends.accelerate.placement.cpu_products import PackedWeights, Products, address
+from llm_magic.backends.accelerate.preparation import preparing
 from llm_magic.backends.accelerate.recorded.linears import Linears
 from llm_magic.backends.accelerate.recorded.program import CompiledRegion, Values
 from llm_magic.backends.accelerate.recorded.recording import View
@@ -52,7 +53,7 @@ class Room:
         except IndexError:
             room = None
         if room is None or room.nbytes < size:
-            room = torch.empty(size + _ALIGNED, dtype=torch.uint8, device="cpu")
+            room = torch.empty(size, dtype=torch.uint8, device="cpu")
         return room
 
     def leave(self, room: Any) -> None:
@@ -104,7 +105,7 @@ class _Words:
     inner
         Which are in the room, and how many bytes behind its start.
     weights
-        For each linear layer, which is the address of its data: those of scales and shifts follow.
+        For each linear layer, where its addresses begin.
     teams
         Which are a team's address.
     size
@@ -137,6 +138,8 @@ class Chain:
         self._members, self._outside, self._room = list(members), outside, room
         self._linears = [member for member in members if isinstance(member, Linears)]
         self._kept: dict[tuple[int, ...], tuple[list[Products], list[_Words]]] = {}
+        with preparing():
+            in_turn()
 
     def run(self, values: Values) -> None:
         """Put into ``values`` what they make that others read."""
@@ -212,7 +215,7 @@ class _Plan:
         start = ctypes.addressof(array)
         calls = [part for kernel, at in self._list for part in (kernel, start + 8 * (self._first + at))]
         array[:] = [len(self._list), *calls, *self._numbers]
-        outer = [(base, places) for base, places in self._outer.items()]
+        outer = list(self._outer.items())
         return _Words(array, outer, self._inner, self._weights, self._teams, self._size)
 
     def _add_region(self, region: CompiledRegion) -> None:
@@ -237,7 +240,7 @@ class _Plan:
             self._teams.append(first + TEAM)
         for number, out in enumerate(linears.outputs):
             addresses = first + HEAD_WORDS + ADDRESSES * number
-            self._weights.append(addresses + DATA)
+            self._weights.append(addresses)
             self._place(out.base, products.places * out.shape[-1] * out.dtype.itemsize)
             self._point(addresses + RESULTS, out.base)
 
@@ -274,7 +277,7 @@ def _tell(words: _Words, weights: Sequence[PackedWeights], values: Values, room:
         for word, offset in places:
             array[word] = start + offset
     for word, of in zip(words.weights, weights, strict=True):
-        array[word] = of.data.data_ptr()
+        array[word + DATA] = of.data.data_ptr()
         array[word + SCALES] = address(of.scales)
         array[word + SHIFTS] = address(of.shifts)
     if words.teams:
@@ -285,4 +288,4 @@ def _tell(words: _Words, weights: Sequence[PackedWeights], values: Values, room:
 
 def _bytes_of(view: View) -> int:
     last = sum((length - 1) * step for length, step in zip(view.shape, view.stride, strict=True))
-    return int((last + 1) * view.dtype.itemsize)
+    return max(0, int((last + 1) * view.dtype.itemsize))

@@ -121,7 +121,7 @@ class RecordedLayer:
             return self._usual(*args, **kwargs)
         leaves = flat(args, kwargs)
         is_here = (
-            states.is_cpu and states.dim() == _STATES and states.shape[0] * states.shape[1] <= MOST_TOKENS
+            states.is_cpu and states.dim() == _STATES and 0 < states.shape[0] * states.shape[1] <= MOST_TOKENS
         )
         if not (is_here and self._name in self._recordings.seen and self._goes_on(leaves)):
             return self._looked_at(args, kwargs)

@@ -58,13 +58,16 @@ class Linears:
 
     @property
     def may_be_chained(self) -> bool:
-        """Whether they read tokens as these lie, and add nothing."""
+        """Whether they read tokens as these lie, add nothing, and are products of a kernel, as far as is known now."""
         size, strides = 1, list[int]()
         for length in reversed(self.tokens_view.shape):
             strides.insert(0, size)
             size *= length
         dimensions = zip(self.tokens_view.shape, self.tokens_view.stride, strides, strict=True)
-        return all(length == 1 or one == other for length, one, other in dimensions) and not self.has_bias()
+        if self.has_bias() or not all(length == 1 or one == other for length, one, other in dimensions):
+            return False
+        weights = self.weights()
+        return weights is not None and self.prepared(weights) is not None
 
     def has_bias(self) -> bool:
         """Whether any of them has one."""
@@ -110,9 +113,13 @@ class Linears:
         key = tuple([(of.layout, of.rows) for of in weights])
         if key not in self._products:
             layouts = {of.layout for of in weights}
+            fits = all(
+                (of.rows, of.columns) == (out.shape[-1], self.tokens_view.shape[-1])
+                for of, out in zip(weights, self.outputs, strict=True)
+            )
             is_few = self.tokens <= cpu_products.most_by_bytes(weights[0].kind, self.dtype)
             rows = tuple(of.rows for of in weights)
-            alike = len(layouts) == 1 and is_few
+            alike = len(layouts) == 1 and is_few and fits
             self._products[key] = (
                 cpu_products.prepared(weights[0].layout, rows, self._name, self.tokens) if alike else None
             )
