@@ -7,10 +7,12 @@ import os
 import sys
 
 _SAID_BY_USER = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
-# Rounds that a waiting thread spins before it sleeps. Measured with the starter on 2 cores, tokens per
-# second alone / beside a busy process. A virtual machine on an AMD EPYC: default 42 / 2-4; 3,000: 43 / 15;
-# 1,000, which GNU OpenMP takes where there are more threads than cores: 33 / 22. One on an Intel Xeon, where
-# waking takes longer: default 26.6 / 0.9; 20,000: 26.1 / 6.1; 10,000: 24.0 / 8.6; 3,000: 21.3 / 12.6.
+# Rounds that a waiting thread spins before it sleeps. Kernels of ours have threads of their own (see `kernels.team`); it
+# matters for what torch computes: prompts, and tokens where there are no kernels. Measured with the starter's tokens before
+# there were such threads, on 2 cores, per second alone / beside a busy process. A virtual machine on an AMD EPYC: default
+# 42 / 2-4; 3,000: 43 / 15; 1,000, which GNU OpenMP takes where there are more threads than cores: 33 / 22. One on an Intel
+# Xeon, where waking takes longer: default 26.6 / 0.9; 20,000: 26.1 / 6.1; 10,000: 24.0 / 8.6; 3,000: 21.3 / 12.6. Prompts
+# of a Llama of 0.8 billion weights on the EPYC: 20,000: 240 / 100; 3,000: 226 / 120; 300: 208 / 117.
 _SPINS = "20000"
 
 
