@@ -1004,10 +1004,34 @@ def test_a_bias_that_comes_later_is_added(llama: Any) -> None:
     held = recorded(llama)
     answers(llama)
     module = layers_of(llama)[1].mlp.down_proj
-    module.bias = torch.nn.Parameter(torch.ones_like(module.weight[:, 0]), requires_grad=False)
-    found = answers(llama)
-    held.undo()
-    assert equal(found, answers(llama))
+    numbers = torch.randn(module.weight.shape[0]).to(module.weight.dtype)
+    for bias in (numbers, None, torch.stack([numbers, numbers], 1)[:, 0]):  # the last has other strides
+        module.bias = None if bias is None else torch.nn.Parameter(bias, requires_grad=False)
+        found = answers(llama)
+        held.undo()
+        assert equal(found, answers(llama))
+        held = recorded(llama)
+        answers(llama)
+
+
+def test_layers_with_biases_are_chained() -> None:
+    model = made("qwen2")
+    for layer in layers_of(model):
+        for module in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
+            module.bias.copy_(torch.randn(module.bias.shape))
+    expected = answers(model)
+    held = recorded(model)
+    assert equal(answers(model), expected)
+    chains = [
+        step.__self__
+        for layer in held._layers
+        for bound in layer._bound.values()
+        if bound is not None
+        for step in bound._steps
+        if isinstance(getattr(step, "__self__", None), Chain)
+    ]
+    biases = [bias for each in chains for linears in each._linears for bias in linears.biases() or ()]
+    assert sum(bias is not None for bias in biases) == 3 * sum(len(layer._bound) for layer in held._layers)
 
 
 def test_room_grows_with_what_a_chain_needs_and_is_everybodys() -> None:

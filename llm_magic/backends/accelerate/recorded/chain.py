@@ -10,9 +10,11 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from llm_magic.backends.accelerate.kernels.in_turn import address_of, in_turn
+from llm_magic.backends.accelerate.kernels.steps import Loop, Operand
 from llm_magic.backends.accelerate.kernels.team import team
 from llm_magic.backends.accelerate.kernels.words import (
     ADDRESSES,
@@ -106,6 +108,8 @@ class _Words:
         Which are in the room, and how many bytes behind its start.
     weights
         For each linear layer, where its addresses begin.
+    biases
+        Which are the address of one, in their order.
     teams
         Which are a team's address.
     size
@@ -118,6 +122,7 @@ class _Words:
     outer: list[tuple[int, list[tuple[int, int]]]]
     inner: list[tuple[int, int]]
     weights: list[int]
+    biases: list[int]
     teams: list[int]
     size: int
     at: int = 0
@@ -144,24 +149,27 @@ class Chain:
     def run(self, values: Values) -> None:
         """Put into ``values`` what they make that others read."""
         weights: list[PackedWeights] = []
+        biases: list[Any] = []
         products: list[Products] = []
         for linears in self._linears:
-            found = None if linears.has_bias() else linears.weights()
+            found, added = linears.weights(), linears.biases()
             some = None if found is None else linears.prepared(found)
-            if found is None or some is None:
+            if found is None or added is None or some is None:
                 for member in self._members:
                     member.run(values)
                 return
             weights += found
+            biases += added
             products.append(some)
-        _, kept = self._kept.setdefault(tuple(map(id, products)), (products, []))
+        have_bias = [bias is not None for bias in biases]
+        _, kept = self._kept.setdefault((*map(id, products), *have_bias), (products, []))
         try:
             words = kept.pop()  # nobody else has it then
         except IndexError:
-            words = _Plan(self._members, products, self._outside).words
+            words = _Plan(self._members, products, have_bias, self._outside).words
         self._make(products, values)
         room = self._room.take(words.size)
-        _tell(words, weights, values, room.data_ptr())
+        _tell(words, weights, [bias for bias in biases if bias is not None], values, room.data_ptr())
         in_turn()(words.array)
         self._room.leave(room)
         if len(kept) < _MOST_KEPT:
@@ -190,7 +198,13 @@ class Chain:
 class _Plan:
     """Where each word of a chain comes from."""
 
-    def __init__(self, members: Sequence[Member], products: Sequence[Products], outside: set[int]) -> None:
+    def __init__(
+        self,
+        members: Sequence[Member],
+        products: Sequence[Products],
+        have_bias: Sequence[bool],
+        outside: set[int],
+    ) -> None:
         self._outside = outside
         self._inner_bases: dict[int, int] = {}
         self._size = 0
@@ -199,14 +213,18 @@ class _Plan:
         self._outer: dict[int, list[tuple[int, int]]] = {}
         self._inner: list[tuple[int, int]] = []
         self._weights: list[int] = []
+        self._biases: list[int] = []
         self._teams: list[int] = []
-        self._first = 1 + 2 * len(members)
-        each = iter(products)
+        self._first = 1 + 2 * (len(members) + sum(have_bias))
+        each, has_bias = iter(products), iter(have_bias)
         for member in members:
             if isinstance(member, CompiledRegion):
                 self._add_region(member)
-            else:
-                self._add_linears(member, next(each))
+                continue
+            self._add_linears(member, next(each))
+            for out in member.outputs:
+                if next(has_bias):
+                    self._add_bias(out, member.tokens)
 
     @property
     def words(self) -> _Words:
@@ -216,7 +234,7 @@ class _Plan:
         calls = [part for kernel, at in self._list for part in (kernel, start + 8 * (self._first + at))]
         array[:] = [len(self._list), *calls, *self._numbers]
         outer = list(self._outer.items())
-        return _Words(array, outer, self._inner, self._weights, self._teams, self._size)
+        return _Words(array, outer, self._inner, self._weights, self._biases, self._teams, self._size)
 
     def _add_region(self, region: CompiledRegion) -> None:
         first = self._begin(region.kernel)
@@ -244,6 +262,12 @@ class _Plan:
             self._place(out.base, products.places * out.shape[-1] * out.dtype.itemsize)
             self._point(addresses + RESULTS, out.base)
 
+    def _add_bias(self, out: View, tokens: int) -> None:
+        first = self._begin(_added(tokens, out.shape[-1], str(out.dtype).removeprefix("torch.")))
+        self._numbers += [0, 0]
+        self._point(first, out.base)
+        self._biases.append(first + 1)
+
     def _begin(self, kernel: Any) -> int:
         """Which is the first word of the next one."""
         self._list.append((address_of(kernel), len(self._numbers)))
@@ -265,7 +289,18 @@ class _Plan:
         return start
 
 
-def _tell(words: _Words, weights: Sequence[PackedWeights], values: Values, room: int) -> None:
+@cache
+def _added(tokens: int, rows: int, dtype: str) -> Any:
+    """The kernel that adds a bias to results, in place, which are rounded before that as well."""
+    from llm_magic.backends.accelerate.kernels.elementwise import elementwise
+
+    results, bias = Operand(0, 0, (rows, 1), dtype), Operand(1, 0, (0, 1), dtype)
+    return elementwise((Loop("add", (), (tokens, rows), results, (results, bias)),))
+
+
+def _tell(
+    words: _Words, weights: Sequence[PackedWeights], biases: Sequence[Any], values: Values, room: int
+) -> None:
     """Say where everything is now."""
     array = words.array
     if words.at != room:
@@ -280,6 +315,8 @@ def _tell(words: _Words, weights: Sequence[PackedWeights], values: Values, room:
         array[word + DATA] = of.data.data_ptr()
         array[word + SCALES] = address(of.scales)
         array[word + SHIFTS] = address(of.shifts)
+    for word, bias in zip(words.biases, biases, strict=True):
+        array[word] = bias.data_ptr()
     if words.teams:
         some = team()
         for word in words.teams:

@@ -58,20 +58,24 @@ class Linears:
 
     @property
     def may_be_chained(self) -> bool:
-        """Whether they read tokens as these lie, add nothing, and are products of a kernel, as far as is known now."""
+        """Whether they read tokens as these lie, and are products of a kernel, as far as is known now."""
         size, strides = 1, list[int]()
         for length in reversed(self.tokens_view.shape):
             strides.insert(0, size)
             size *= length
         dimensions = zip(self.tokens_view.shape, self.tokens_view.stride, strides, strict=True)
-        if self.has_bias() or not all(length == 1 or one == other for length, one, other in dimensions):
+        if self.biases() is None or not all(length == 1 or one == other for length, one, other in dimensions):
             return False
         weights = self.weights()
         return weights is not None and self.prepared(weights) is not None
 
-    def has_bias(self) -> bool:
-        """Whether any of them has one."""
-        return any(module._parameters.get("bias") is not None for module in self._modules)
+    def biases(self) -> list[Any] | None:
+        """What each adds, ``None`` for nothing; ``None`` where one is something else than numbers in RAM of the same dtype."""
+        found = [module._parameters.get("bias") for module in self._modules]
+        for bias, out in zip(found, self.outputs, strict=True):
+            if bias is not None and not _are_numbers(bias, out.shape[-1], self.dtype):
+                return None
+        return found
 
     def weights(self) -> list[PackedWeights] | None:
         """Those of all of them; ``None`` where one is to compute itself."""
@@ -124,6 +128,16 @@ class Linears:
                 cpu_products.prepared(weights[0].layout, rows, self._name, self.tokens) if alike else None
             )
         return self._products[key]
+
+
+def _are_numbers(bias: Any, count: int, dtype: Any) -> bool:
+    return (
+        cpu_products.are_numbers(bias)
+        and bias.shape == (count,)
+        and bias.is_cpu
+        and bias.is_contiguous()
+        and bias.dtype is dtype
+    )
 
 
 def _is_such(weight: Any, packed: PackedWeights) -> bool:
