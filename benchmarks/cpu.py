@@ -207,9 +207,9 @@ def billion(setup: Setup) -> None:
         if find_spec(library.partition(".")[0]) is None:
             setup.report.skip(f"{method} ({library} is not installed)")
             continue
-        contenders.append(
-            Contender(method, "engine", _ours(folder, in_ram, 512) | {"quantize": method}, case)
-        )
+        ours = _ours(folder, in_ram, 512) | {"quantize": method}
+        contenders.append(Contender(method, "engine", ours, case))
+        contenders.append(Contender(f"{method}, head int8", "engine", ours | {"quantize_head": "int8"}, case))
         stock = {"folder": folder, "device_map": {"": "cpu"}, "quantize": method}
         if method == "nf4":
             contenders.append(Contender(f"stock Accelerate, {method}", "accelerate", stock, case))
@@ -227,6 +227,8 @@ def billion(setup: Setup) -> None:
         ("bf16", "llama.cpp, bf16"),
         ("int4", "llama.cpp, Q4_0"),
         ("nf4", "llama.cpp, Q4_0"),
+        ("nf4, head int8", "llama.cpp, Q4_0"),
+        ("int4, head int8", "llama.cpp, Q4_0"),
     ):
         for what, title in (("decode_tps", "decode"), ("prefill_tps", "prefill")):
             ratio = group.ratio(mine, theirs, what)

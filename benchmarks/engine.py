@@ -51,6 +51,7 @@ class EngineSubject:
         device_map: Mapping[str, str],
         *,
         quantize: str = "",
+        quantize_head: str = "",
         context: int = 1024,
         hybrid: bool = True,
         split: bool = True,
@@ -58,7 +59,7 @@ class EngineSubject:
         least_ram: bool = False,
     ) -> None:
         backend = TransformersBackend()
-        spec = ModelSpec(source, quantize=quantize)
+        spec = ModelSpec(source, quantize=quantize, quantize_head=quantize_head)
         layout = backend.layout(spec, _ignore)
         make_private(cache_folder())
         machine = on_a_thread(lambda: probe_machine(backend.accelerators, disk_folder=cache_folder()))

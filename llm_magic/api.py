@@ -14,7 +14,7 @@ from llm_magic.placing import Moved, Target
 from llm_magic.plan import Plan
 from llm_magic.result import Generation
 from llm_magic.screen import SilentScreen
-from llm_magic.session import LoadedModel, Session
+from llm_magic.session import LoadedModel, Session, Unloaded
 
 _SAMPLING = {field.name for field in fields(Sampling)} - {"extra"}
 _OPTIONS = {
@@ -89,6 +89,11 @@ class LLM:
         from llm_magic.commands.source_options import options_from_python  # with all commands, 90 ms
 
         return self.session.load(*options_from_python(source, options), name)
+
+    @interrupts_in_a_line("llm.unload was interrupted.")
+    def unload(self, name: str = "") -> Unloaded:
+        """Close a model, the current one without a name, and give its memory back; its chats stay."""
+        return self.session.unload(name)
 
     @interrupts_in_a_line("llm was interrupted.")
     def __call__(self, prompt: str = "", **options: Any) -> Generation:

@@ -112,7 +112,8 @@ def _compared(speed: SweepSpeed, before: Forecast, after: Forecast) -> Iterator[
 
 def _key(layout: ModelLayout) -> str:
     shape = f"{len(layout.layers)}x{layout.hidden_size}"
-    return " ".join((layout.architecture, shape, layout.dtype, layout.quantization or "unpacked"))
+    packing = "+".join(filter(None, (layout.quantization or "unpacked", layout.head_quantization)))
+    return " ".join((layout.architecture, shape, layout.dtype, packing))
 
 
 def _is_alike(key: str, other: str) -> bool:

@@ -34,6 +34,8 @@ class ModelSpec:
     quantize
         Method by which linear layers and experts are packed while loading (``"nf4"``, ``"int8"``, …); empty:
         as the checkpoint is.
+    quantize_head
+        Method for the head, which stays as it is otherwise.
     draft
         Source of a small model that proposes tokens; empty: none.
     """
@@ -44,6 +46,7 @@ class ModelSpec:
     backend: str = "auto"
     allow_pickle: bool = False
     quantize: str = ""
+    quantize_head: str = ""
     draft: str = ""
 
 
@@ -166,6 +169,8 @@ class ModelLayout:
     quantization
         Method by which linear layers and experts are packed (``"nf4"``, …); the blocks' tensors then have the
         packed bytes. Empty: none.
+    head_quantization
+        Method by which the head is packed, of such a model. Empty: it is not.
     draft
         A small model beside this one that proposes tokens; it stays whole where this one computes.
     """
@@ -182,8 +187,18 @@ class ModelLayout:
     has_chat_template: bool = False
     license: str = ""
     quantization: str = ""
+    head_quantization: str = ""
     draft: ModelLayout | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def packing(self) -> str:
+        """How its weights are packed, in words: ``"nf4"``, ``"nf4 (head int8)"``; empty where they are not."""
+        return (
+            f"{self.quantization} (head {self.head_quantization})"
+            if self.head_quantization
+            else self.quantization
+        )
 
     @cached_property
     def bytes(self) -> int:

@@ -774,7 +774,7 @@ def _with_longest_context(planned: Callable[[int], Plan], wanted: int) -> Plan:
 
 def _backend_options(spec: ModelSpec, options: LoadOptions) -> dict[str, str]:
     values = {"offload_folder": options.offload_folder, "dtype": spec.dtype, "revision": spec.revision or ""}
-    values |= {"quantize": spec.quantize, "draft": spec.draft}
+    values |= {"quantize": spec.quantize, "quantize-head": spec.quantize_head, "draft": spec.draft}
     return {name: value for name, value in values.items() if value}
 
 

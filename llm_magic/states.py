@@ -81,7 +81,7 @@ def plan_state(
     return PlanState(
         name=_clean(layout.name),
         dtype=layout.dtype,
-        quantization=layout.quantization,
+        quantization=layout.packing,
         bytes=layout.bytes,
         parameters=layout.parameters,
         context_length=plan.workload.context_length,

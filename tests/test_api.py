@@ -50,6 +50,14 @@ def test_options_are_those_of_prompt_cells(llm, backend) -> None:
     assert (request.use_template, llm.session.chats.current.messages) == (False, [])
 
 
+def test_a_model_is_unloaded(llm) -> None:
+    llm.session.load(ModelSpec("fake:b"), LoadOptions(), "b")
+    assert llm.unload("a").name == "a"
+    assert llm.unload().name == "b"
+    with pytest.raises(SessionError, match="No model is loaded"):
+        llm.unload()
+
+
 def test_options_of_a_cell_that_are_python_words_or_switches(llm, backend) -> None:
     for text in ("Once", " more", "alone"):
         backend.enqueue(text)

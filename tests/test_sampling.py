@@ -107,6 +107,8 @@ def test_some_parameters_are_of_models_with_an_encoder_or_without(
         ("_private", "It takes for example repetition_penalty."),
         ("validate", "It takes for example repetition_penalty."),
         ("past_key_values", "It takes for example repetition_penalty."),
+        ("max_tokens", "Here it is max_new_tokens."),
+        ("repeat_penalty", "Here it is repetition_penalty."),
         ("repetition_penalti", "Did you mean repetition_penalty, encoder_repetition_penalty?"),
         ("num_beem_groups", "It takes for example repetition_penalty."),  # the nearest one is refused
         ("stop_strings", "Use --stop."),

@@ -60,7 +60,7 @@ def _line(text: str) -> Report:
 
 def _kinds(layout: ModelLayout) -> str:
     """``"bfloat16"``, or ``"nf4 and bfloat16"``."""
-    return f"{layout.quantization} and {layout.dtype}" if layout.quantization else layout.dtype
+    return f"{layout.packing} and {layout.dtype}" if layout.packing else layout.dtype
 
 
 LOAD = Command(

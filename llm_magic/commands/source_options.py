@@ -37,6 +37,14 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
         metavar="METHOD",
         help=f"pack the linear layers and experts: {', '.join(QUANTIZE)}",
     )
+    add(
+        "--quantize-head",
+        default="",
+        type=str.lower,
+        choices=QUANTIZE,
+        metavar="METHOD",
+        help="pack the head, too, which is large where the vocabulary is: int8 costs next to nothing",
+    )
     completes(
         add(
             "--draft",
@@ -122,6 +130,7 @@ def read_source_options(found: argparse.Namespace) -> tuple[ModelSpec, LoadOptio
         backend=found.backend,
         allow_pickle=found.allow_pickle,
         quantize=found.quantize,
+        quantize_head=found.quantize_head,
         draft=found.draft,
     )
     options = LoadOptions(

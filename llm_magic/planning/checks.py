@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from llm_magic.machine import Device
+from llm_magic.model import ModelLayout
 from llm_magic.plan import DeviceUse, Plan, Workload
 from llm_magic.planning.budget import reserve_bytes, usable_bytes
 from llm_magic.planning.constants import Constants
@@ -28,6 +29,7 @@ _PURPOSES = (
 )
 _LITTLE_SPARE = 0.05  # of a RAM: below it other programs start to swap
 _MUCH_UNPACKED = 0.5  # of a packed model: what stays plain decides its size then
+_LARGE_HEAD = 0.25  # of what a token reads of a packed model: worth a word
 _FOREIGN_SHARE = 0.1  # of a GPU's memory: held by others, worth a word
 
 
@@ -206,7 +208,19 @@ def _unpacked(plan: Plan) -> Iterator[str]:
             f"{format_bytes(plain)} of it stay {layout.dtype}: {layout.quantization} packs linear layers, "
             "and experts that are computed one by one."
         )
+    yield from _large_head(layout)
     yield from _slow_kernels(plan)
+
+
+def _large_head(layout: ModelLayout) -> Iterator[str]:
+    """Packed layers beside a head that is not: with a large vocabulary a token waits for the head then."""
+    layers = sum(block.bytes_per_token for block in layout.blocks if block.kind == "decoder")
+    head = sum(streamed_bytes(block, layout) for block in layout.blocks if block.kind == "head")
+    if layout.quantization and not layout.head_quantization and head > _LARGE_HEAD * (head + layers):
+        yield (
+            f"The head, {100 * head / (head + layers):.0f} % of what a token reads, stays {layout.dtype}. "
+            "--quantize-head int8 halves it."
+        )
 
 
 def _slow_kernels(plan: Plan) -> Iterator[str]:

@@ -17,9 +17,9 @@ from dataclasses import replace
 from math import prod
 
 from llm_magic.machine import Device, Machine
-from llm_magic.model import Block, ModelLayout
+from llm_magic.model import Block, ModelLayout, TensorInfo
 from llm_magic.plan import DeviceUse, MemoryBudget, Placement, Plan, Workload
-from llm_magic.planning.packed import UNPACKED_EXPERTS_BYTES
+from llm_magic.planning.packed import HEADS_IN_ROWS, UNPACKED_EXPERTS_BYTES, UNPACKED_HEAD_BYTES
 from llm_magic.units import MIB
 
 SCAN_CHUNK_TOKENS = 64
@@ -393,26 +393,30 @@ def _unpacked_bytes(layout: ModelLayout) -> int:
     """The largest packed matrix as it is while a prefill multiplies with it, or the experts that are unpacked at once.
 
     quanto has floats a second time before their scale, and integers of less than a byte as bytes; a CPU has those
-    in float32, where it is slow with 16 bits.
+    in float32, where it is slow with 16 bits. A head is unpacked some rows at a time.
     """
     width = dtype_bytes(layout.dtype)
-    before = {"float8": width, "int4": 2, "int2": 2}.get(layout.quantization, 0)
+    before = {"float8": width, "int4": 2, "int2": 2}
 
-    def most(shape: tuple[int, ...]) -> int:
-        return max(prod(shape[-2:]) * (width + before), min(prod(shape) * width, UNPACKED_EXPERTS_BYTES))
+    def most(block: Block, tensor: TensorInfo) -> int:
+        count, experts = prod(tensor.shape[-2:]), prod(tensor.shape)
+        method = layout.head_quantization if block.kind == "head" else layout.quantization
+        if block.kind == "head" and method in HEADS_IN_ROWS:
+            return min(count * width, UNPACKED_HEAD_BYTES)
+        return max(count * (width + before.get(method, 0)), min(experts * width, UNPACKED_EXPERTS_BYTES))
 
-    return max(map(most, _packed_shapes(layout)), default=0)
+    return max((most(*found) for found in _packed_weights(layout)), default=0)
 
 
-def _packed_shapes(layout: ModelLayout) -> Iterator[tuple[int, ...]]:
-    """Logical shapes of the weights that take fewer bytes than in the dtype that computes."""
+def _packed_weights(layout: ModelLayout) -> Iterator[tuple[Block, TensorInfo]]:
+    """The weights that take fewer bytes than in the dtype that computes."""
     if not layout.quantization:
         return
     width = dtype_bytes(layout.dtype)
     for block in layout.blocks:
         for tensor in block.tensors:
             if len(tensor.shape) >= 2 and tensor.bytes < prod(tensor.shape) * width:
-                yield tensor.shape
+                yield block, tensor
 
 
 def _tokens(workload: Workload) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from llm_magic.plan import DeviceUse, Forecast, Placement, Plan
 from llm_magic.planning.constants import Constants
 from llm_magic.planning.costs import reads_mapped
-from llm_magic.planning.packed import kernel_of
+from llm_magic.planning.packed import head_kernel_of, kernel_of
 from llm_magic.planning.setting import Setting
 from llm_magic.planning.sweep import (
     Engine,
@@ -86,6 +86,7 @@ def engine_of(setting: Setting, placed: Sequence[Placement], uses: Sequence[Devi
         records_layers=len({device for place in placed for device in place.computing}) > 1
         and can_record_layers(setting.layout, placed),
         kernel=kernel_of(setting.layout),
+        head_kernel=head_kernel_of(setting.layout),
     )
 
 

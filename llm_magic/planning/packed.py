@@ -65,6 +65,12 @@ _SOMEHOW = 0.1
 UNPACKED_EXPERTS_BYTES = 64 * MIB
 """Of packed experts that a GPU unpacks at a time for many tokens, or one of them if it is larger."""
 
+UNPACKED_HEAD_BYTES = 64 * MIB
+"""Of a packed head that a GPU unpacks at a time where it has no kernel for the bytes."""
+
+HEADS_IN_ROWS = ("nf4", "fp4", "int8", "quanto-int8", "float8")
+"""Methods of whose heads that is some rows; of the others it is all."""
+
 EXPERTS_IN_RUNS_BYTES = 16 * MIB
 """Packed experts up to this size come to a GPU in runs, for a prompt. A copy of a larger one takes longer than the
 host needs for it, and those that are there already need not come.
@@ -103,7 +109,17 @@ def kernel_of(layout: ModelLayout) -> Kernel:
     torch's kernels for quanto's integers take bfloat16 alone, and that for 4 bits not all sizes of groups; quanto
     itself uses it for 128 weights.
     """
-    method, is_compiled = layout.quantization, not layout.details.get("no_cpu_kernels")
+    return _kernel_of(layout, layout.quantization)
+
+
+def head_kernel_of(layout: ModelLayout) -> Kernel:
+    """What computes the head, where it is packed: none looks for large activations there."""
+    method = layout.head_quantization
+    return _kernel_of(layout, "quanto-int8" if method == "int8" else method)
+
+
+def _kernel_of(layout: ModelLayout, method: str) -> Kernel:
+    is_compiled = not layout.details.get("no_cpu_kernels")
     if method in ("quanto-int8", "int4") and layout.dtype != "bfloat16":
         method = f"{method} unpacked"
     group = layout.details.get("group", 0 if layout.hidden_size % 128 else 128)

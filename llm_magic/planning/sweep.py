@@ -63,12 +63,13 @@ class Engine:
     is_captured: bool = False
     records_layers: bool = False
     kernel: Kernel = field(default_factory=Kernel)
+    head_kernel: Kernel = field(default_factory=Kernel)
 
-    def packed_share(self, device: str) -> tuple[str, float]:
-        """The constant, and what a device reaches of its read speed on packed weights."""
+    def packed_share(self, device: str, kernel: Kernel) -> tuple[str, float]:
+        """The constant, and what a device reaches of its read speed on weights that this kernel takes."""
         name = "packed_cpu_share" if device == "cpu" else "packed_gpu_share"
         factor: float = getattr(self.constants, name)
-        return name, share_of(self.kernel, self.machine.device(device)) * factor
+        return name, share_of(kernel, self.machine.device(device)) * factor
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Sweep:
     """Amounts of one pass, which add up over the blocks.
 
     ``reads``: device -> bytes of weights and caches that it computes with, of which ``mapped`` lie in
-    the page cache and ``packed`` must be unpacked; ``copied``: device -> bytes that it reads and writes before
+    the page cache, ``packed`` must be unpacked, and ``head`` too, where that is packed; ``copied``: device -> bytes that it reads and writes before
     that; ``moves``: (where from, computing device) -> bytes,
     of which ``routed`` are known to be needed only when the block runs; ``staged``: GPU -> bytes of them that are
     copied to or from pinned buffers in RAM on the way; ``layers``: device -> layers;
@@ -87,6 +88,7 @@ class Sweep:
     reads: Counter[str] = field(default_factory=Counter)
     mapped: Counter[str] = field(default_factory=Counter)
     packed: Counter[str] = field(default_factory=Counter)
+    head: Counter[str] = field(default_factory=Counter)
     copied: Counter[str] = field(default_factory=Counter)
     moves: Counter[Way] = field(default_factory=Counter)
     routed: Counter[Way] = field(default_factory=Counter)
@@ -164,8 +166,8 @@ def block_sweep(
     read = _read_bytes(block, layout, tokens)
     part.reads[device] = read + _cache_read(block, workload, tokens, cached)
     is_layer = block.kind in ("encoder", "decoder")
-    if layout.quantization and is_layer:
-        part.packed[device] = read
+    if (packed := _packed_part(part, layout, block)) is not None:
+        packed[device] = read
     elif source == "disk" and device == "cpu":
         part.mapped[device] = read
     if source == device != "cpu":
@@ -181,6 +183,13 @@ def block_sweep(
         part.add(_visiting_cache(block, workload, device, tokens=tokens, cached=cached))
         part.copied[device] += _reordered_bytes(layout, read)
     return part
+
+
+def _packed_part(part: Sweep, layout: ModelLayout, block: Block) -> Counter[str] | None:
+    """Where the bytes of a block are counted that is packed."""
+    if layout.quantization and block.kind in ("encoder", "decoder"):
+        return part.packed
+    return part.head if layout.head_quantization and block.kind == "head" else None
 
 
 def _reordered_bytes(layout: ModelLayout, read: int) -> int:
@@ -301,15 +310,16 @@ def _reading(device: str, sweep: Sweep, engine: Engine) -> Leg:
     speed = machine.device(device).read_bytes_per_s
     words = f"{_memory(device)}, {format_bandwidth(speed)}"
     mapped = sweep.mapped[device] if engine.is_mapped else 0
-    packed = sweep.packed[device]
-    plain = sweep.reads[device] - mapped - packed
+    packed, head = sweep.packed[device], sweep.head[device]
+    plain = sweep.reads[device] - mapped - packed - head
     family = "cpu" if device == "cpu" else "gpu"
     share = "cpu_beside_bus" if device == "cpu" and _copies(sweep) else f"{family}_share"
-    packed_name, packed_share = engine.packed_share(device)
+    packed_name, packed_share = engine.packed_share(device, engine.kernel)
+    _, head_share = engine.packed_share(device, engine.head_kernel)
     spent = {
         share: float(plain + sweep.copied[device]),
         "page_cache_share": mapped / constants.page_cache_share,
-        packed_name: packed / packed_share,
+        packed_name: packed / packed_share + head / head_share,
     }
     cause = max(spent, key=lambda name: spent[name])
     return Leg(words, sum(spent.values()) / (speed * getattr(constants, share)), cause)

@@ -44,7 +44,7 @@ def command_of(plan: Plan, before: Plan | None = None, model: str = "") -> str:
     words += ["-c", str(plan.workload.context_length)]
     if plan.workload.prefill_tokens != Workload.prefill_tokens:
         words += ["-ub", str(plan.workload.prefill_tokens)]
-    for name in ("dtype", "revision", "quantize", "draft"):
+    for name in ("dtype", "revision", "quantize", "quantize-head", "draft"):
         value = plan.options.get(name, "")
         value = _source(value) if value and name == "draft" else value
         words += [f"--{name}", shlex.quote(value)] if value and value != "auto" else []

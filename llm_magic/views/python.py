@@ -74,7 +74,20 @@ def _packing(plan: Plan) -> tuple[list[str], list[str]]:
 def _differences(plan: Plan) -> list[str]:
     """What Accelerate does otherwise with the same map."""
     on_gpu = any(place.compute != "cpu" for place in plan.placements)
-    ways = {place.way for place in plan.placements}
+    ways, lines = {place.way for place in plan.placements}, _packing_differences(plan)
+    if plan.layout.quantization and ways & {"streamed", "split", "read", "kept", "looked-up"}:
+        return [*lines, "# Plain transformers refuses to offload packed weights, or unpacks them."]
+    if any(place.is_split for place in plan.placements):
+        lines += ["# Accelerate knows no layer whose experts the CPU computes, and the rest a GPU."]
+    if on_gpu and any(place.compute == "cpu" for place in plan.placements):
+        lines += ['# Accelerate moves every block on "cpu" to a GPU; here the CPU computes some of them.']
+    if any(place.way == "looked-up" and place.compute != "cpu" for place in plan.placements):
+        lines += ["# Accelerate moves a whole table to a GPU for every token; here only rows of it go there."]
+    return lines
+
+
+def _packing_differences(plan: Plan) -> list[str]:
+    """What plain transformers packs otherwise."""
     lines = []
     if plan.layout.quantization and plan.layout.details.get("quantization"):
         method = plan.layout.details["quantization"]
@@ -87,14 +100,8 @@ def _differences(plan: Plan) -> list[str]:
         lines += ["# Plain transformers does not read experts that were packed one by one."]
     elif _packs_experts(plan):
         lines += ["# Plain transformers leaves a mixture's experts as they are; here they are packed."]
-    if plan.layout.quantization and ways & {"streamed", "split", "read", "kept", "looked-up"}:
-        return [*lines, "# Plain transformers refuses to offload packed weights, or unpacks them."]
-    if any(place.is_split for place in plan.placements):
-        lines += ["# Accelerate knows no layer whose experts the CPU computes, and the rest a GPU."]
-    if on_gpu and any(place.compute == "cpu" for place in plan.placements):
-        lines += ['# Accelerate moves every block on "cpu" to a GPU; here the CPU computes some of them.']
-    if any(place.way == "looked-up" and place.compute != "cpu" for place in plan.placements):
-        lines += ["# Accelerate moves a whole table to a GPU for every token; here only rows of it go there."]
+    if plan.layout.head_quantization:
+        lines += ["# Plain transformers leaves the head as it is; here it is packed."]
     return lines
 
 

@@ -115,7 +115,7 @@ def headline(plan: Plan) -> tuple[str, str]:
     experts = max((block.experts for block in layout.blocks), default=0)
     active = max((block.active_experts for block in layout.blocks), default=0)
     facts = [
-        f"{layout.quantization} in {layout.dtype}" if layout.quantization else layout.dtype,
+        f"{layout.packing} in {layout.dtype}" if layout.packing else layout.dtype,
         format_bytes(layout.bytes),
         f"{count} layer{'s' * (count != 1)}",
         *([f"{experts} experts, {active} active"] if experts else []),

@@ -78,6 +78,10 @@ def load(files: ModelFiles, spec: ModelSpec, plan: Plan, progress: Progress) -> 
     folder = OffloadFolder(parent) if method or "disk" in plan.device_map.values() else None
     if method:
         refuse_devices(method, {place.compute for place in plan.placements})
+    if head_method := plan.layout.head_quantization:
+        refuse_devices(
+            head_method, {place.compute for place in plan.placements if place.block.kind == "head"}
+        )
     try:
         # One load at a time: both replace functions of the libraries, and put back what they found.
         with quiet(), default_dtype_kept(), large_files_opened():

@@ -16,12 +16,13 @@ from llm_magic.backends.accelerate.memory_errors import trim
 from llm_magic.backends.accelerate.placement import packing
 from llm_magic.backends.accelerate.placement.blocks import raw
 from llm_magic.backends.accelerate.placement.hooks import strip, weights_loader
+from llm_magic.backends.accelerate.placement.packed_head import untie_head
 from llm_magic.backends.accelerate.placement.packed_stack import PackedStack
 from llm_magic.backends.accelerate.placement.placed import Fill
-from llm_magic.backends.accelerate.placement.quantize import Choice, pack_block, pack_stack, prepare
+from llm_magic.backends.accelerate.placement.quantize import pack_block, pack_stack, prepare
 from llm_magic.backends.accelerate.source.layout import build_skeleton
 from llm_magic.backends.accelerate.source.packed_checkpoint import find_packed
-from llm_magic.backends.accelerate.source.packed_model import PackedModel
+from llm_magic.backends.accelerate.source.packed_model import PackedModel, choice_for
 from llm_magic.backends.accelerate.source.sources import ModelFiles
 from llm_magic.events import PhaseEvent, Progress
 from llm_magic.plan import Placement, Plan
@@ -58,8 +59,9 @@ class PackedLoad:
         checkpoint, model = find_packed(files), build_skeleton(config, self._dtype)
         packed = PackedModel(checkpoint, model) if checkpoint else None
         self.hidden = checkpoint.keys if checkpoint else frozenset[str]()
-        self._choice = packed.choice(self._method) if packed else Choice()
+        self._choice = choice_for(model, packed, self._method, plan.layout.head_quantization)
         self._prepacked = packed.weights(self._dtype, self._method) if packed else {}
+        self._lenders = untie_head(model, self._choice.head) if self._choice.head else {}
         self._modules = self._prepared(model)
         self._written: set[str] = set()
 
@@ -98,6 +100,8 @@ class PackedLoad:
         loader = weights_loader(model)
         names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         strip(model)
+        if self._choice.head:
+            untie_head(model, self._choice.head)
         tied = dict(model.all_tied_weights_keys or {})
         shared = set(tied.values())
         prepare(model, self._method, self._dtype, self._choice)
@@ -126,6 +130,8 @@ class PackedLoad:
         return fill
 
     def _weight(self, name: str, loader: Any) -> Any:
+        if name not in self._prepacked and name not in loader.all_keys:
+            name = self._lenders.get(name, name)
         known = self._prepacked.get(name)
         return loader[name] if known is None else known
 

@@ -19,6 +19,12 @@ _OWN_OPTIONS = {
     "stop_strings": "--stop",
 }
 _OWN_OPTIONS |= {"do_sample": "--temperature"}
+_ELSEWHERE = {
+    "max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens", "n_predict": "max_new_tokens",
+    "num_predict": "max_new_tokens", "temp": "temperature", "repeat_penalty": "repetition_penalty",
+    "penalty_repeat": "repetition_penalty",
+}  # fmt: skip
+"""What other programs and services call it -> its name here."""
 
 _REASONS: Mapping[str, frozenset[str]] = {
     "an answer is made token by token, without beams": frozenset({
@@ -79,6 +85,8 @@ def _check_name(config: Any, name: str, model: Any) -> None:
 def _near_names(config: Any, name: str) -> str:
     import difflib
 
+    if name in _ELSEWHERE:
+        return f"Here it is {_ELSEWHERE[name]}."
     near = difflib.get_close_matches(name, [key for key in config.to_dict() if key in TAKEN], 3)
     return f"Did you mean {', '.join(near)}?" if near else "It takes for example repetition_penalty."
 

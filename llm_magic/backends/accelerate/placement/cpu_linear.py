@@ -12,12 +12,12 @@ from llm_magic.backends.accelerate.placement.served_class import serve, served_b
 
 def serve_linear(layer: Any) -> None:
     """Let a linear layer compute by our kernels on the CPU, where there is one for its weight."""
-    serve(layer, _linear_by_kernels)
+    serve(layer, linear_by_kernels)
 
 
 def is_served_linear(layer: Any) -> bool:
     """Whether a layer computes by our kernels, where these can."""
-    return served_by(layer) is _linear_by_kernels
+    return served_by(layer) is linear_by_kernels
 
 
 def served_weights(layer: Any, dtype: Any) -> PackedWeights | None:
@@ -48,11 +48,11 @@ def is_linear(layer: Any) -> bool:
     """Whether a module is torch's linear layer, served by kernels or not."""
     import torch
 
-    return type(layer) is torch.nn.Linear or type(layer) is served_class(torch.nn.Linear, _linear_by_kernels)
+    return type(layer) is torch.nn.Linear or type(layer) is served_class(torch.nn.Linear, linear_by_kernels)
 
 
-def _linear_by_kernels(layer: Any, states: Any, *_args: Any, **_options: Any) -> Any:
-    """What the layer makes of ``states``; ``None`` where it is to do that itself."""
+def linear_by_kernels(layer: Any, states: Any, *_args: Any, **_options: Any) -> Any:
+    """What a linear layer makes of ``states``; ``None`` where it is to do that itself."""
     import torch
 
     parameters = layer._parameters

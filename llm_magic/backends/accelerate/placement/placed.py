@@ -203,7 +203,8 @@ class PlacedModel:
         self._attach()
         adapters.let_in(model, weakref.WeakMethod(self.weights_shown))
         if plan.layout.quantization:
-            saving.let_save(model, plan.layout.quantization, weakref.WeakMethod(self.weights_shown))
+            methods = plan.layout.quantization, plan.layout.head_quantization
+            saving.let_save(model, *methods, weakref.WeakMethod(self.weights_shown))
 
     @property
     def lanes(self) -> list[Any]:

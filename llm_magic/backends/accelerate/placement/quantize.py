@@ -24,6 +24,7 @@ from weakref import ref
 from llm_magic.backends.accelerate.default_dtype import default_dtype_kept
 from llm_magic.backends.accelerate.placement import four_bits
 from llm_magic.backends.accelerate.placement.cpu_linear import serve_linear
+from llm_magic.backends.accelerate.placement.packed_head import serve_head
 from llm_magic.backends.accelerate.placement.packing import (
     Parts,
     arrange,
@@ -90,7 +91,7 @@ METHODS: Mapping[str, Method] = {
 
 @dataclass(frozen=True)
 class Choice:
-    """What a checkpoint that was packed before says of its layers, in place of the libraries' choice.
+    """What is said of the layers in place of the libraries' choice: by a checkpoint that was packed before, or by a user.
 
     Attributes
     ----------
@@ -98,17 +99,23 @@ class Choice:
         Patterns for layers that are left as they are; ``None``: as transformers chooses.
     group
         Columns that share a scale, 0 for all of a row; ``None``: as quanto chooses.
+    head
+        Path of the head, if it is to be packed, too.
+    head_method
+        The method for it.
     """
 
     stays: Sequence[str] | None = None
     group: int | None = None
+    head: str = ""
+    head_method: str = ""
 
 
 # ------------------------------------------------------------------------------ which method, and can it
 
 
-def find_method(name: str) -> Method:
-    """The method of this name; ``int8`` is quanto's where only that library is installed.
+def find_method(name: str, option: str = "--quantize") -> Method:
+    """The method of this name, for an option; ``int8`` is quanto's where only that library is installed.
 
     Raises
     ------
@@ -120,7 +127,7 @@ def find_method(name: str) -> Method:
     method = METHODS[name]
     if name == "int8" and not _installed(method.library) and _installed("optimum.quanto"):
         return METHODS["quanto-int8"]
-    require(method.library, f"--quantize {name} needs {method.library}, which")
+    require(method.library, f"{option} {name} needs {method.library}, which")
     return method
 
 
@@ -207,7 +214,7 @@ def _no_kernels_from_the_hub() -> Iterator[None]:
 def prepare(model: Any, name: str, dtype: Any, choice: Choice | None = None) -> tuple[str, ...]:
     """Replace the linear layers of a model on the meta device by packed ones, still without bytes.
 
-    As transformers chooses: all but the head, tied layers and what is kept in float32. Layers
+    As transformers chooses: all but tied layers, what is kept in float32 and, unless it is chosen, the head. Layers
     whose weight is also read without a call stay too (the time steps of a Mamba). Stacked experts,
     which transformers leaves as they are, are packed one by one; where an architecture computes with
     whole stacks (Llama 4), they stay.
@@ -227,7 +234,7 @@ def prepare(model: Any, name: str, dtype: Any, choice: Choice | None = None) -> 
     Raises
     ------
     OptionError
-        When the library is missing, or finds nothing to pack in this model.
+        When the library is missing, or finds nothing to pack in this model, or the head cannot be packed.
     """
     import torch
 
@@ -245,6 +252,7 @@ def prepare(model: Any, name: str, dtype: Any, choice: Choice | None = None) -> 
             packed = (
                 *(f"{path}.weight" for path in linear),
                 *_replace_experts(model, method, dtype, skipped, group),
+                *_replace_head(model, dtype, choice),
             )
         finally:
             torch.set_default_dtype(outer)
@@ -366,6 +374,27 @@ def _replace_experts(
         # Transformers' interface for experts says how they are laid out.
         if hasattr(module, "is_concatenated") and should_convert_module(path, skipped) and can_route(module):
             yield from (f"{path}.{name}" for name in replace_stacks(module, linear))
+
+
+def _replace_head(model: Any, dtype: Any, choice: Choice) -> Iterator[str]:
+    """Put a packed layer in the place of the head, if that is chosen; the name of its weight."""
+    import torch
+
+    if not choice.head:
+        return
+    owner, _, leaf = choice.head.rpartition(".")
+    head, parent = model.get_submodule(choice.head), model.get_submodule(owner)
+    if is_packed(head):
+        raise OptionError("The head is packed already, as its layers are.", "Leave out --quantize-head.")
+    if choice.head in _read_directly(model):
+        raise OptionError(
+            f"{type(parent).__name__} reads its head's weight as numbers.", "Leave out --quantize-head."
+        )
+    alone = torch.nn.ModuleDict({"linear": head})
+    _replace(alone, find_method(choice.head_method), dtype, [], None)
+    serve_head(alone["linear"])
+    parent._modules[leaf] = alone["linear"]
+    yield f"{choice.head}.weight"
 
 
 def _packed_linear(method: Method, dtype: Any, inputs: int, outputs: int, group: int | None) -> Any:
@@ -643,6 +672,9 @@ def _pack_quanto(module: Any, value: Any) -> Any:
     kind, groups = module.weight_qtype, module.weight_group_size
     if kind.bits == 8:
         scale, shift = module.optimizer(value, qtype=kind, axis=0), None
+        scale = torch.where(
+            scale == 0, 1, scale
+        )  # a row of zeros, as of a token nobody trained: nan in 8-bit floats
     else:
         scale, shift = module.optimizer(value, qtype=kind, axis=0, group_size=groups)
     # Not "optimized": for some GPUs that means kernels which it compiles at the first use. ``arrange``

@@ -29,13 +29,15 @@ _SHARD_BYTES = 2 * GIB
 WeightsShown = Callable[[], AbstractContextManager[None]]
 
 
-def let_save(model: Any, method: str, weights_shown: WeakMethod[WeightsShown]) -> None:
+def let_save(model: Any, method: str, head_method: str, weights_shown: WeakMethod[WeightsShown]) -> None:
     """Let ``model.save_pretrained`` save packed weights, where there is a form for them.
 
     Parameters
     ----------
     method
         That has packed them.
+    head_method
+        The one for the head; empty where that is not packed.
     weights_shown
         A context in which the modules have their weights.
     """
@@ -50,6 +52,11 @@ def let_save(model: Any, method: str, weights_shown: WeakMethod[WeightsShown]) -
             raise OptionError(
                 f"There is no form in which a model that {method} packed is saved.",
                 f"Load it with --quantize {' or '.join(_BY_BITSANDBYTES)}, or keep the files it was loaded from.",
+            )
+        if head_method:
+            raise OptionError(
+                "There is no form in which a model is saved whose head is packed.",
+                "Load it without --quantize-head, or keep the files it was loaded from.",
             )
         if options:
             raise OptionError(

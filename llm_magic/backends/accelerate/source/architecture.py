@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Iterator
 from typing import Any
 
-from llm_magic.errors import SourceError
+from llm_magic.errors import OptionError, SourceError
 
 _NEED_IMAGES = ("idefics",)
 """``model_type``s that refuse text alone, and only say so when they run."""
@@ -77,6 +77,25 @@ def output_embeddings(model: Any) -> Any:
     if found is None and hasattr(decoder, "get_output_embeddings"):
         return decoder.get_output_embeddings()
     return found
+
+
+def path_of_head(model: Any) -> str:
+    """The path of the linear layer that makes logits.
+
+    Raises
+    ------
+    OptionError
+        When there is none, or it is of another kind.
+    """
+    from torch.nn import Linear
+
+    head = output_embeddings(model)
+    if not isinstance(head, Linear):
+        raise OptionError(
+            f"The head of {type(model).__name__} is no linear layer that could be packed.",
+            "Leave out --quantize-head.",
+        )
+    return str(next(path for path, module in model.named_modules() if module is head))
 
 
 def _fills_gaps(config: Any) -> bool:

@@ -21,6 +21,7 @@ from llm_magic.backends.accelerate.decoding.kv_cache import can_take_back
 from llm_magic.backends.accelerate.default_dtype import default_dtype_kept
 from llm_magic.backends.accelerate.placement import cpu_products
 from llm_magic.backends.accelerate.placement.experts import find_stacks
+from llm_magic.backends.accelerate.placement.packed_head import untie_head
 from llm_magic.backends.accelerate.placement.prepacked import FOUR_BIT_PARTS
 from llm_magic.backends.accelerate.placement.quantize import (
     Choice,
@@ -44,7 +45,7 @@ from llm_magic.backends.accelerate.source.packed_checkpoint import (
     find_packed,
     packing_facts,
 )
-from llm_magic.backends.accelerate.source.packed_model import PackedModel
+from llm_magic.backends.accelerate.source.packed_model import PackedModel, choice_for
 from llm_magic.backends.accelerate.source.sources import (
     ModelFiles,
     processor_template,
@@ -72,7 +73,8 @@ def read_layout(spec: ModelSpec, files: ModelFiles) -> ModelLayout:
     SourceError
         When transformers does not support the architecture, or the configuration is invalid.
     OptionError
-        When ``spec.quantize`` is no method, its library is missing, or it finds nothing to pack.
+        When ``spec.quantize`` is no method, its library is missing, or it finds nothing to pack; or when the head
+        cannot be packed.
     """
     header = read_gguf_header(files.gguf) if files.gguf and not files.weight_files else None
     config = gguf_model.gguf_config(files.gguf, header) if files.gguf and header else load_config(files)
@@ -82,7 +84,13 @@ def read_layout(spec: ModelSpec, files: ModelFiles) -> ModelLayout:
     if spec.dtype == "auto" and packed and quantize == packed.format.method:
         dtype = packed.quick_dtype(dtype)
     method = find_method(quantize) if quantize else None
+    head = _head_method(spec, method)
     model = build_skeleton(config, dtype)
+    choice = Choice()
+    if method is not None:
+        choice = choice_for(model, PackedModel(packed, model) if packed else None, method.name, head)
+    if head:
+        untie_head(model, choice.head)
     blocks = _read_blocks(model, dtype)
     details = _details(config, files, header) | {
         "attention": model.config._attn_implementation or "",
@@ -99,7 +107,6 @@ def read_layout(spec: ModelSpec, files: ModelFiles) -> ModelLayout:
     if _are_apart(model, blocks):
         details |= {"routed_experts": True}
     if method is not None:
-        choice = PackedModel(packed, model).choice(method.name) if packed else Choice()
         blocks = _with_packed(model, blocks, method, dtype, choice)
         details |= _packing(packed, method, choice) | {"unpacked_bytes": _unpacked_bytes(blocks, method)}
     return ModelLayout(
@@ -115,8 +122,20 @@ def read_layout(spec: ModelSpec, files: ModelFiles) -> ModelLayout:
         has_chat_template=_has_chat_template(files, header),
         license=_license(files, header),
         quantization=method.name if method else "",
+        head_quantization=head,
         details=details,
     )
+
+
+def _head_method(spec: ModelSpec, method: Method | None) -> str:
+    """The method that packs the head; empty where it stays as it is."""
+    if not spec.quantize_head:
+        return ""
+    if method is None:
+        raise OptionError(
+            "--quantize-head packs the head of a model whose layers are packed.", "Add --quantize METHOD."
+        )
+    return find_method(spec.quantize_head, "--quantize-head").name
 
 
 def _packing(packed: PackedCheckpoint | None, method: Method, choice: Choice) -> dict[str, Any]:
@@ -510,6 +529,7 @@ def _with_packed(
     model: Any, blocks: tuple[Block, ...], method: Method, dtype: Any, choice: Choice
 ) -> tuple[Block, ...]:
     """The blocks with the bytes that they will have once ``model`` is packed."""
+    head = f"{choice.head}.weight"
     sizes = {
         name: packed_bytes(model.get_submodule(name.removesuffix(".weight")), dtype)
         for name in prepare(model, method.name, dtype, choice)
@@ -518,7 +538,13 @@ def _with_packed(
 
     def repacked(block: Block) -> Block:
         tensors = tuple(
-            replace(tensor, dtype=method.name, bytes=sizes[tensor.name]) if tensor.name in sizes else tensor
+            replace(
+                tensor,
+                dtype=choice.head_method if tensor.name == head else method.name,
+                bytes=sizes[tensor.name],
+            )
+            if tensor.name in sizes
+            else tensor
             for tensor in block.tensors
         )
         buffers = sum(buffer.nbytes for buffer in modules[block.name].buffers())

@@ -5,15 +5,28 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from llm_magic.backends.accelerate.placement.prepacked import PackedByBitsAndBytes, Prepacked
 from llm_magic.backends.accelerate.placement.prepacked_groups import PackedInGroups
 from llm_magic.backends.accelerate.placement.quantize import BLOCK, METHODS, Choice
+from llm_magic.backends.accelerate.source.architecture import path_of_head
 from llm_magic.backends.accelerate.source.packed_checkpoint import PackedCheckpoint
 from llm_magic.errors import SourceError
+
+
+def choice_for(model: Any, packed: PackedModel | None, method: str, head_method: str) -> Choice:
+    """What is to be packed of a model: as its checkpoint has it, and the head by ``head_method``, if there is one.
+
+    Raises
+    ------
+    OptionError
+        When the head is of no kind that can be packed.
+    """
+    choice = packed.choice(method) if packed else Choice()
+    return replace(choice, head=path_of_head(model), head_method=head_method) if head_method else choice
 
 
 @dataclass(frozen=True)
