@@ -49,7 +49,8 @@ OTHERS: Mapping[str, Mapping[str, Any]] = {
     "gemma3_text": _GROUPED | _SLIDING,
     "gemma4_text": _GROUPED
     | _SLIDING
-    | {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 384, "global_head_dim": 16},
+    | {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 384, "global_head_dim": 16}
+    | {"num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2},
     "granite": _TWO_HEADS,
     "olmo2": _TWO_HEADS,
     "glm4": _GROUPED,
@@ -83,7 +84,6 @@ OTHERS: Mapping[str, Mapping[str, Any]] = {
 LEFT = {
     "bloom": 0,
     "deepseek_v4": 0,
-    "gemma3n_text": 0,
     "glm_moe_dsa": 0,
     "gpt_neo": 0,
     "gptj": 0,

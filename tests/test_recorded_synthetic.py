@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import random
-from collections import OrderedDict, namedtuple
+from collections import OrderedDict, UserDict, namedtuple
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,9 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("llvmlite")
 
+from transformers import DynamicCache  # noqa: E402
+
+from llm_magic.backends.accelerate.decoding import attention  # noqa: E402
 from llm_magic.backends.accelerate.recorded import lowering  # noqa: E402
 from llm_magic.backends.accelerate.recorded.layers import RecordedLayers  # noqa: E402
 from llm_magic.backends.accelerate.recorded.recordings import Recordings  # noqa: E402
@@ -136,6 +140,18 @@ def its_norm(layer: Any, x: Any) -> Any:
 def the_same_twice(layer: Any, x: Any) -> Any:
     y = layer.up(x)
     return x + layer.down(y * y + y) + layer.down(y)
+
+
+def a_number_of_its_own(layer: Any, x: Any) -> Any:
+    """As the sparse activations of Gemma 3n, whose threshold is a quantile of the normal distribution."""
+    share = torch.tensor(0.9, dtype=torch.float32)
+    factor = torch.distributions.normal.Normal(0, 1).icdf(share).type(x.dtype)
+    y = layer.up(x)
+    return x + layer.down(torch.relu(y - (y.mean(-1, keepdim=True) + y.std(-1, keepdim=True) * factor)))
+
+
+def a_few_numbers_of_its_own(layer: Any, x: Any) -> Any:
+    return layer.mixed(x) * torch.tensor([1.0, 2.0, 3.0, 4.0] * 8, dtype=x.dtype)
 
 
 def a_half_that_is_not_used(layer: Any, x: Any) -> Any:
@@ -464,6 +480,20 @@ def makes_a_tensor(layer: Any, x: Any) -> Any:
     return layer.mixed(x) * torch.tensor(2.0)
 
 
+def makes_a_tensor_of_a_number(layer: Any, x: Any) -> Any:
+    return layer.mixed(x) * torch.tensor(layer.calls)
+
+
+def makes_a_tensor_and_changes_it(layer: Any, x: Any) -> Any:
+    factors = torch.tensor([2.0] * WIDTH).to(x.dtype)
+    factors.add_(layer.up(x).mean())
+    return layer.mixed(x) * factors
+
+
+def makes_a_large_tensor(layer: Any, x: Any) -> Any:
+    return layer.mixed(x) * torch.tensor([[2.0] * WIDTH] * 16).to(x.dtype).sum(0)
+
+
 def assigns_a_number(layer: Any, x: Any) -> Any:
     y = layer.mixed(x)
     y[..., 0] = 0.25
@@ -506,6 +536,8 @@ def test_a_layer_is_right_or_left_as_it_is(name: str, tokens: int) -> None:
         if name == "has_another_tensor":
             for layer in (twins.layer, twins.usual):
                 layer.other = torch.full((1,), float(seed), dtype=torch.bfloat16)
+        if name == "makes_a_tensor_of_a_number":
+            twins.layer.calls = twins.usual.calls = seed // 3
         x = states(tokens, seed)
         mine, theirs = x.clone(), x.clone()
         results = [
@@ -615,6 +647,92 @@ def cache_of_states() -> Any:
     made = DynamicCache()
     made.update(states(3)[:, None], states(3)[:, None], 0)
     return made
+
+
+# ------------------------------------------------------------------------- keys and values that layers share
+
+
+def hands_on(layer: Any, x: Any, shared: Any, kept: Any) -> Any:
+    keys, values = kept.update(layer.up(x)[:, None], x[:, None], layer.layer_idx)
+    shared["all"] = keys, values
+    return layer.attend(x, keys, values)
+
+
+def takes(layer: Any, x: Any, shared: Any, kept: Any) -> Any:
+    keys, values = shared["all"]
+    return layer.attend(x, keys, values)
+
+
+class Shares(torch.nn.Module):
+    """Attends to keys and values of its own, or of another layer."""
+
+    def __init__(self, function: Forward, index: int) -> None:
+        super().__init__()
+        self.function, self.layer_idx = function, index
+        self.up = torch.nn.Linear(WIDTH, WIDTH, dtype=torch.bfloat16)
+        self.config = type("Config", (), {"_attn_implementation": "sdpa"})()
+        self.num_key_value_groups, self.is_causal = 1, True
+        self.eval()
+
+    def attend(self, x: Any, keys: Any, values: Any) -> Any:
+        found, _ = attention.sdpa_attention(self, self.up(x)[:, None], keys, values, None, scaling=0.2)
+        return x + found.reshape(x.shape)
+
+    def forward(self, hidden_states: Any, shared: Any = None, past_key_values: Any = None) -> Any:
+        return self.function(self, hidden_states, shared, past_key_values)
+
+
+def shares_itself(layer: Any, x: Any, shared: Any, kept: Any) -> Any:
+    hands_on(layer, x, shared, kept)
+    return takes(layer, x, shared, kept)
+
+
+def hands_on_what_it_took(layer: Any, x: Any, shared: Any, kept: Any) -> Any:
+    shared["others"] = shared["all"]
+    return takes(layer, x, shared, kept)
+
+
+def hands_on_states(layer: Any, x: Any, shared: Any, kept: Any) -> Any:
+    shared["all"] = (*shared["all"][:1], x[:, None])
+    return takes(layer, x, shared, kept)
+
+
+def looks_what_is_there(layer: Any, x: Any, shared: Any, kept: Any) -> Any:
+    return takes(layer, x, shared, kept) * (1 + len(shared["all"]) + ("others" in shared))
+
+
+@pytest.mark.parametrize("kind", [dict, UserDict])
+@pytest.mark.parametrize(
+    ("function", "is_recorded"),
+    [
+        (takes, True),
+        (hands_on_what_it_took, True),
+        (shares_itself, False),
+        (hands_on_states, False),
+        (looks_what_is_there, False),
+    ],
+)
+def test_keys_and_values_that_layers_share(function: Forward, is_recorded: bool, kind: Any) -> None:
+    torch.manual_seed(3)
+    layers = [Shares(hands_on, 0), Shares(function, 1), Shares(takes, 2)]
+    usual = copy.deepcopy(layers)
+    held = RecordedLayers({str(number): layer for number, layer in enumerate(layers)}, Recordings())
+    caches = DynamicCache(), DynamicCache()
+    for seed, tokens in enumerate((5, 1, 1, 2, 1, 2)):
+        found, kept = [], []
+        for some, cached in zip((layers, usual), caches, strict=True):
+            x, shared = states(tokens, seed), kind()
+            for layer in some:
+                x = layer(x, shared, past_key_values=cached)
+            found.append(x)
+            kept.append(shared)
+        assert torch.equal(*found), seed
+        assert list(kept[0]) == list(kept[1])
+        for name, tensors in kept[0].items():
+            assert all(map(torch.equal, tensors, kept[1][name]))
+        if not seed:  # the first tokens of a text go through the layers' own code
+            assert not any(layer.is_tried for layer in held._layers)
+    assert [layer.is_recorded for layer in held._layers] == [True, is_recorded, True]
 
 
 def test_no_cache_and_one_of_another_kind() -> None:

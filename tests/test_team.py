@@ -310,6 +310,6 @@ def test_without_openmp_one_thread_does_all(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_library_without_teams_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(openmp, "_libraries", lambda: [ctypes.CDLL(None)])
+    monkeypatch.setattr(openmp, "libraries", lambda: [ctypes.CDLL(None)])
     monkeypatch.setattr(openmp, "_FORKS", ("no_fork",))
     assert openmp._forks.__wrapped__() == frozenset()

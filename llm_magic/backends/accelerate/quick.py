@@ -6,7 +6,7 @@ Both depend on where the blocks are, so they are made anew whenever blocks have 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from llm_magic.backends.accelerate.decoding.capturable import (
@@ -24,6 +24,7 @@ from llm_magic.backends.accelerate.decoding.proposers import DraftModel, PromptL
 from llm_magic.backends.accelerate.decoding.speculate import Speculation
 from llm_magic.backends.accelerate.decoding.static_cache import SWEEP_TOKENS
 from llm_magic.backends.accelerate.decoding.warmup import COMPILING, WarmUp, regional, resident_layers
+from llm_magic.backends.accelerate.kernels.torch_threads import held_to_one
 from llm_magic.backends.accelerate.memory_errors import free_bytes
 from llm_magic.backends.accelerate.placement import cpu_products
 from llm_magic.backends.accelerate.placement.placed import PlacedModel
@@ -208,6 +209,14 @@ class Quick:
     def step(self, cache: Any, batch: int, tokens: int) -> Any:
         """A captured step for such a sweep, if there is one now: blocks may move in the midst of an answer."""
         return self.steps.step(cache, batch, tokens) if self.steps else None
+
+    def sweeping(self) -> AbstractContextManager[None]:
+        """Around a sweep of few tokens, and the choice after it.
+
+        Where the CPU alone computes, as it was recorded, all that is large has threads of its own.
+        """
+        is_alone = all(place.compute == "cpu" for place in self._placed.plan.placements)
+        return held_to_one() if is_alone and self._recorded and self._recorded.are_all else nullcontext()
 
     def give_back(self, length: int) -> None:
         """Put the first ``length`` tokens into the cache again."""

@@ -64,7 +64,7 @@ def together() -> str:
 @cache
 def _forks() -> frozenset[str]:
     """Which of `_FORKS` torch's library has, for compiled modules to call."""
-    for library in _libraries():
+    for library in libraries():
         found = [name for name in _FORKS if hasattr(library, name)]
         for name in found:
             known_at(name, ctypes.cast(getattr(library, name), ctypes.c_void_p).value or 0)
@@ -73,7 +73,7 @@ def _forks() -> frozenset[str]:
     return frozenset()
 
 
-def _libraries() -> Iterator[ctypes.CDLL]:
+def libraries() -> Iterator[ctypes.CDLL]:
     """Libraries that may have what torch's threads are started by: its own, whose dependencies are searched as well.
 
     On Windows they are not, and the OpenMP library is one of those that are loaded.

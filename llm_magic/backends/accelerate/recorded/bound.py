@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from math import prod
 from typing import Any
 
 from llm_magic.backends.accelerate.decoding.step_by_step import attention_function
+from llm_magic.backends.accelerate.kernels.torch_threads import with_all
 from llm_magic.backends.accelerate.placement import cpu_products
 from llm_magic.backends.accelerate.placement.layer_cache import GrowingTensors
 from llm_magic.backends.accelerate.placement.plain_experts import PlainStack
@@ -43,6 +45,7 @@ class Bound:
             module = layer.get_submodule(path)
             held = module._parameters if name in module._parameters else module._buffers
             self._weights.append((held, name, view))
+        self._constants = [(each.view.base, each.tensor()) for each in recording.constants]
         self._matrices = list(_matrices(program, layer))
         groups = _together(program.parts)
         steps = [
@@ -68,6 +71,8 @@ class Bound:
             values[base] = leaves[number].contiguous()
         for held, name, view in self._weights:
             values[view.base] = held[name]
+        for base, tensor in self._constants:
+            values[base] = tensor
         values.append(leaves)
         for step in self._steps:
             step(values)
@@ -124,7 +129,7 @@ def _step(parts: Sequence[Any], layer: Any, growing: GrowingTensors) -> Any:
     if isinstance(part, CompiledRegion):
         return part
     if part.kind == "op":
-        return lambda values: call(part, None, values)
+        return _by_torch(part)
     modules = [layer.get_submodule(each.name) for each in parts]
     if part.kind == "linear":
         return Linears(parts, modules)
@@ -133,6 +138,17 @@ def _step(parts: Sequence[Any], layer: Any, growing: GrowingTensors) -> Any:
     if part.kind in _STEPS:
         return _STEPS[part.kind](part, modules[0])
     return lambda values: call(part, modules[0], values)
+
+
+def _by_torch(node: Node) -> Callable[[Values], None]:
+    """What torch computes; of a sweep of few tokens nearly all is small."""
+    numbers = max(1, *(prod(view.shape) for view in views_in((node.args, node.kwargs, node.outputs))))
+
+    def step(values: Values) -> None:
+        with with_all(numbers):
+            call(node, None, values)
+
+    return step
 
 
 def _cache_step(node: Node, module: Any, growing: GrowingTensors) -> Callable[[Values], None]:
@@ -217,7 +233,31 @@ def _experts_step(node: Node, module: Any) -> Callable[[Values], None]:
     return step
 
 
-_STEPS = {"attention": _attention_step, "experts": _experts_step}
+def _taking_step(node: Node, _layer: Any) -> Callable[[Values], None]:
+    shared, name = node.args
+
+    def step(values: Values) -> None:
+        for view, tensor in zip(node.outputs, values[-1][shared.number][name], strict=True):
+            values[view.base] = tensor
+
+    return step
+
+
+def _handing_step(node: Node, _layer: Any) -> Callable[[Values], None]:
+    shared, name, kept = node.args
+
+    def step(values: Values) -> None:
+        values[-1][shared.number][name] = shown(kept, values)
+
+    return step
+
+
+_STEPS = {
+    "attention": _attention_step,
+    "experts": _experts_step,
+    "take": _taking_step,
+    "hand on": _handing_step,
+}
 
 
 def _is_such(weight: Any, view: View) -> bool:

@@ -8,12 +8,13 @@ recorded (more tokens, other arguments, hooks of somebody, an adapter) goes thro
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
 from llm_magic.backends.accelerate.decoding.running import below_its_hook, running
+from llm_magic.backends.accelerate.kernels.torch_threads import with_all
 from llm_magic.backends.accelerate.looked_at import is_looked_at
 from llm_magic.backends.accelerate.placement.layer_cache import (
     GrowingTensors,
@@ -33,7 +34,7 @@ from llm_magic.backends.accelerate.recorded.recordings import Call, Recordings
 
 MOST_TOKENS = 16
 
-_STATES = 3  # dimensions
+_STATES = (3, 4)  # dimensions; Gemma 3n has several states of a token, which come first
 _MOST_KINDS = 64  # of sweeps; arguments that are other numbers in each would never end
 
 _ALONE = threading.RLock()
@@ -65,6 +66,11 @@ class RecordedLayers:
         if recorded < len(tried):
             return f"{recorded} of {len(tried)} layers recorded" if recorded else "layers not recorded"
         return "recorded layers" if tried else ""
+
+    @property
+    def are_all(self) -> bool:
+        """Whether every layer runs as recorded in some sweeps."""
+        return bool(self._layers) and all(layer.is_recorded for layer in self._layers)
 
     def undo(self) -> None:
         """Before blocks move: every layer as it was."""
@@ -118,19 +124,20 @@ class RecordedLayer:
 
         states = args[0] if args else kwargs.get("hidden_states")
         if states is None or torch.is_grad_enabled() or is_looked_at() or not self._guard.is_as_it_was():
-            return self._usual(*args, **kwargs)
+            with with_all():
+                return self._usual(*args, **kwargs)
         leaves = flat(args, kwargs)
-        is_here = (
-            states.is_cpu and states.dim() == _STATES and 0 < states.shape[0] * states.shape[1] <= MOST_TOKENS
-        )
+        is_here = states.is_cpu and states.dim() in _STATES and 0 < _tokens(states) <= MOST_TOKENS
         if not (is_here and self._name in self._recordings.seen and self._goes_on(leaves)):
-            return self._looked_at(args, kwargs)
-        key = tuple(map(_key, leaves)), tuple(kwargs)
+            with with_all():
+                return self._looked_at(args, kwargs)
+        key = tuple(states.shape), tuple(map(_key, leaves)), tuple(kwargs)
         if key not in self._bound:
             self._record(key, (args, kwargs))
         bound = self._bound.get(key)
         if bound is None or not bound.takes(leaves):
-            return self._usual(*args, **kwargs)
+            with with_all():
+                return self._usual(*args, **kwargs)
         return bound.run(leaves)
 
     def _record(self, key: Any, call: Call) -> None:
@@ -149,7 +156,12 @@ class RecordedLayer:
         if cache is None:
             return False
         layers = [cache.layers[index] for index in self._indices if index < len(cache.layers)]
-        return not layers or any(map(_has_tokens, layers))
+        if any(map(_has_tokens, layers)):
+            return True
+        shared = next((leaf for leaf in leaves if isinstance(leaf, MutableMapping)), None)
+        if shared:  # it may have those of another layer
+            return all(keys.shape[-2] > leaves[0].shape[-2] for keys, *_ in shared.values())
+        return not layers
 
     def _looked_at(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """What the layer's own code makes; the first time, it is seen what its large parts return."""
@@ -209,6 +221,10 @@ def _outputs(leaves: Sequence[Any], returned: Any) -> Outputs | None:
         return None
     takes_more = any(_key(leaf) is type(leaf) for leaf in leaves)
     return Outputs(None if rest is None else len(rest), by_need=takes_more)
+
+
+def _tokens(states: Any) -> int:
+    return int(states.shape[-3] * states.shape[-2])
 
 
 def _has_tokens(layer: Any) -> bool:

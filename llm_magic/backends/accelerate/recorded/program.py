@@ -58,7 +58,7 @@ def parts_of(recording: Recording) -> list[Part]:
     """
     temporaries = Temporaries(1 + max(view.base for view in _views_of(recording)))
     waiting: list[_Entry] = [(node, lowered(node, temporaries)) for node in recording.nodes]
-    known = {view.base for _, view in recording.arguments} | {view.base for *_, view in recording.weights}
+    known = {view.base for view in recording.given}
     found: list[list[_Entry]] = []
     while waiting:
         some = _next_ones(waiting, known)
@@ -133,7 +133,7 @@ def _with_results(parts: list[Part], recording: Recording, temporaries: Temporar
         )
     wanted.update({view.base for view in views_in(_in_memory(recording.result, _memory(recording)))})
     outputs = {view.base: view for node in recording.nodes for view in node.outputs}
-    there = {view.base for _, view in recording.arguments} | {view.base for *_, view in recording.weights}
+    there = {view.base for view in recording.given}
     found: list[Part] = []
     for part in parts:
         if isinstance(part, Node):
@@ -290,6 +290,8 @@ class Program:
         for path, name, view in self.recording.weights:
             module = layer.get_submodule(path)
             values[view.base] = module._parameters.get(name, module._buffers.get(name))
+        for constant in self.recording.constants:
+            values[constant.view.base] = constant.tensor()
         return values
 
 
@@ -335,8 +337,7 @@ def shown(value: Any, values: Values) -> Any:
 
 
 def _views_of(recording: Recording) -> Iterator[View]:
-    yield from (view for _, view in recording.arguments)
-    yield from (view for *_, view in recording.weights)
+    yield from recording.given
     for node in recording.nodes:
         yield from node.outputs
 

@@ -8,7 +8,7 @@ something else when numbers, positions and the length of the KV cache are others
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,6 +25,7 @@ from llm_magic.backends.accelerate.recorded.current import current, recording_by
 
 _STATES = 3  # dimensions of states and rotations; masks have more
 _TOKENS_BEFORE, _MANY_TOKENS = 7, 1 << 30
+_OF_A_CONSTANT = 64  # numbers at most
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,8 @@ class Node:
         Its place among all.
     kind
         ``"op"``: of torch. ``"linear"`` and ``"module"``: a module of the layer. ``"attention"``, ``"cache"``, and
-        ``"experts"``: products with a stack.
+        ``"experts"``: products with a stack. ``"take"`` and ``"hand on"``: keys and values that layers share, in a
+        dictionary among the arguments.
     name
         The operation, the module's path in the layer, or that of the module that attends.
     args, kwargs
@@ -90,6 +92,28 @@ class Node:
 
 
 @dataclass(frozen=True)
+class Constant:
+    """A tensor that the layer's code makes of nothing but numbers of its own, the same ones in every sweep.
+
+    Attributes
+    ----------
+    view
+        Of all of it.
+    numbers
+        One after the other.
+    """
+
+    view: View
+    numbers: tuple[float, ...]
+
+    def tensor(self) -> Any:
+        """It."""
+        import torch
+
+        return torch.tensor(self.numbers, dtype=self.view.dtype, device="cpu").view(self.view.shape)
+
+
+@dataclass(frozen=True)
 class Recording:
     """All that a layer does.
 
@@ -99,6 +123,8 @@ class Recording:
         The tensors of its call, by their number among all arguments.
     weights
         Parameters and buffers: path of the module, name.
+    constants
+        As in `Constant`.
     nodes
         In order.
     result
@@ -107,8 +133,16 @@ class Recording:
 
     arguments: tuple[tuple[int, View], ...]
     weights: tuple[tuple[str, str, View], ...]
+    constants: tuple[Constant, ...]
     nodes: tuple[Node, ...]
     result: Any
+
+    @property
+    def given(self) -> Iterator[View]:
+        """What is there before the first operation."""
+        yield from (view for _, view in self.arguments)
+        yield from (view for *_, view in self.weights)
+        yield from (constant.view for constant in self.constants)
 
 
 @dataclass(frozen=True)
@@ -219,6 +253,9 @@ class Recorder:
         self._bases = 0
         self._made: dict[int, View] = {}
         self._weights: dict[tuple[str, str], View] = {}
+        self._fixed: dict[int, Any] = {}
+        self._constants: list[Constant] = []
+        self._shared: dict[Any, str] = {}
         self._nodes: list[Node] = []
         self._leaves: list[tuple[list[Any], tuple[Any, ...]]] = []
         self._places: dict[int, tuple[str, str]] = {}
@@ -237,8 +274,7 @@ class Recorder:
 
         leaves = flat(args, kwargs)
         states = next(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
-        tokens = states.shape[1] if states.dim() > 1 else 0
-        stands = [self._stand_in(number, leaf, tokens) for number, leaf in enumerate(leaves)]
+        stands = [self._stand_in(number, leaf, states) for number, leaf in enumerate(leaves)]
         arguments = tuple(
             (i, self._views[id(t)]) for i, t in enumerate(stands) if isinstance(t, torch.Tensor)
         )
@@ -253,6 +289,7 @@ class Recorder:
         recording = Recording(
             arguments,
             tuple((*place, view) for place, view in self._weights.items()),
+            tuple(self._constants),
             tuple(self._nodes),
             self._shown(result),
         )
@@ -264,6 +301,11 @@ class Recorder:
         """One that reaches the dispatcher."""
         import torch
 
+        if self._is_fixed(function, args, kwargs):
+            result = function(*args, **kwargs)
+            self._alive.append(result)
+            self._fixed |= {id(each): each for each in _tensors(result)}
+            return result
         if _looks_at_numbers(function, args):
             raise CannotRecordError(f"{function} looks at numbers")
         if torch.Tag.nondeterministic_seeded in function.tags:
@@ -289,6 +331,16 @@ class Recorder:
         take = self._new if _is_view(function) else self._result
         self._note("op", function, shown, tuple(take(each) for each in results))
         return result
+
+    def _is_fixed(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether an operation takes nothing but what code has made of numbers of its own, and so gives no others."""
+        import torch
+
+        if function is torch.ops.aten.lift_fresh.default:  # how ``torch.tensor`` ends
+            return id(args[0]) not in self._views
+        taken = list(_tensors((args, kwargs)))
+        is_pure = not function._schema.is_mutable and torch.Tag.nondeterministic_seeded not in function.tags
+        return bool(taken) and is_pure and all(id(each) in self._fixed for each in taken)
 
     def _changing(
         self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], shown: tuple[Any, Any]
@@ -319,18 +371,15 @@ class Recorder:
         if path is None:
             raise CannotRecordError("a part of it is another layer's")
         shown = self._shown(tuple(args)), self._pairs(kwargs)
-        if (
-            kind == "cache"
-        ):  # only large parts take them, which look at nothing of them but how many there are
+        is_kept = kind in ("cache", "take")
+        if is_kept:  # only large parts take them, which look at nothing of them but how many there are
             made = tuple(torch.zeros((), dtype=dtype, device="cpu").expand(shape) for shape in shapes)
         else:
             made = tuple(self._drawn(shape).to(dtype) for shape in shapes)
         # Copies, for the layer may change what it gets, and what it gave.
         got = [each.clone() for each in _tensors((args, kwargs)) if self._view(each).shape != VARYING]
-        self._leaves.append((got, made if kind == "cache" else tuple(each.clone() for each in made)))
-        outputs = tuple(
-            self._new(each, is_whole=False) if kind == "cache" else self._result(each) for each in made
-        )
+        self._leaves.append((got, made if is_kept else tuple(each.clone() for each in made)))
+        outputs = tuple(self._new(each, is_whole=False) if is_kept else self._result(each) for each in made)
         self._note(kind, path, shown, outputs)
         return made
 
@@ -362,20 +411,25 @@ class Recorder:
 
     # Tensors
 
-    def _stand_in(self, number: int, leaf: Any, tokens: int) -> Any:
+    def _stand_in(self, number: int, leaf: Any, states: Any) -> Any:
         """Of an argument: numbers at random for numbers, a cache that only takes new keys and values."""
         import torch
 
         if isinstance(leaf, torch.Tensor):
+            tokens = states.shape[-2] if states.dim() > 1 else 0
             of_places = leaf.dim() == 2 and leaf.shape[1] != tokens and not leaf.dtype.is_floating_point
-            is_mask = leaf.dim() > _STATES or of_places
+            is_mask = (leaf.dim() > _STATES and leaf is not states) or of_places
             stand = self._mask(leaf) if is_mask else self._numbers(leaf)
             self._new(stand, is_whole=not is_mask)
             return stand
         if leaf is None or isinstance(leaf, (bool, int, float, str)):
             return leaf
         is_cache = isinstance(getattr(leaf, "layers", None), list)
-        stand = _untouchable(leaf, {"update": partial(self._updated, number)} if is_cache else {})
+        members: dict[str, Any] = {}
+        if isinstance(leaf, MutableMapping):
+            members["__getitem__"] = lambda _self, name: self._taken(number, leaf, name, states.shape[-2])
+            members["__setitem__"] = lambda _self, name, value: self._handed_on(number, name, value)
+        stand = _untouchable(leaf, {"update": partial(self._updated, number)} if is_cache else {}, members)
         self._objects[id(stand)] = Argument(number)
         self._alive.append(stand)
         return stand
@@ -410,6 +464,31 @@ class Recorder:
         with _no_mode():
             shapes = [(*each.shape[:2], before + each.shape[2], each.shape[3]) for each in (key, value)]
             return self.leaf("cache", module, ((Argument(number), key, value), {}), shapes, key.dtype)
+
+    def _taken(self, number: int, shared: Any, name: Any, tokens: int) -> Any:
+        """Keys and values that another layer has handed on."""
+        self._share("take", name)
+        held = shared[name]
+        if not (type(held) is tuple and all(getattr(each, "shape", ()) for each in held)):
+            raise CannotRecordError("layers share something else than keys and values")
+        many = _MANY_TOKENS if self._is_other else _TOKENS_BEFORE + tokens
+        with _no_mode():
+            shapes = [(*each.shape[:-2], many, each.shape[-1]) for each in held]
+            call: tuple[Any, Any] = (Argument(number), name), {}
+            return self.leaf("take", self._layer, call, shapes, held[0].dtype)
+
+    def _handed_on(self, number: int, name: Any, value: Any) -> None:
+        self._share("hand on", name)
+        shown = self._shown(value)
+        if not (type(value) is tuple and all(view.shape == VARYING for view in views_in(shown))):
+            raise CannotRecordError("it hands on something else than all keys and values")
+        self._leaves.append(([], ()))
+        self._note("hand on", "", ((Argument(number), name, shown), ()), ())
+
+    def _share(self, how: str, name: Any) -> None:
+        """Operations may come in another order, in which nobody must find what was not there, or miss what was."""
+        if not isinstance(name, (str, int)) or self._shared.setdefault(name, how) != how:
+            raise CannotRecordError("it takes keys and values that it hands on")
 
     def _new(self, tensor: Any, *, is_whole: bool = True) -> View:
         shape, stride = (tuple(tensor.shape), tuple(tensor.stride())) if is_whole else (VARYING, ())
@@ -450,10 +529,21 @@ class Recorder:
         known = self._views.get(id(tensor))
         if known is not None:
             return known
+        if id(tensor) in self._fixed:
+            return self._constant(tensor)
         place = self._places.get(id(tensor))
         if place is None:
             raise CannotRecordError("it uses a tensor that is none of its weights")
         view = self._weights[place] = self._new(tensor)
+        return view
+
+    def _constant(self, tensor: Any) -> View:
+        if tensor.numel() > _OF_A_CONSTANT or tensor.dtype.is_complex:
+            raise CannotRecordError("it makes many numbers of its own")
+        with _no_mode():
+            view = self._new(tensor.contiguous())
+            self._constants.append(Constant(view, tuple(tensor.reshape(-1).tolist())))
+        self._views[id(tensor)] = view
         return view
 
     # Leaves
@@ -583,8 +673,8 @@ def can_open(module: Any) -> bool:
     return is_ours and "forward" not in vars(module)
 
 
-def _untouchable(like: Any, attributes: Mapping[str, Any]) -> Any:
-    """What seems to be of the same class, and is of no use but for some attributes."""
+def _untouchable(like: Any, attributes: Mapping[str, Any], own: Mapping[str, Any]) -> Any:
+    """What seems to be of the same class, and is of no use but for some attributes and methods of Python's own."""
 
     def attribute(_self: Any, name: str) -> Any:
         if name == "__class__":
@@ -599,7 +689,7 @@ def _untouchable(like: Any, attributes: Mapping[str, Any]) -> Any:
     members = dict.fromkeys(
         ("__getitem__", "__setitem__", "__contains__", "__len__", "__iter__", "__call__"), refuse
     )
-    return type(type(like).__name__, (), {"__getattribute__": attribute, **members})()
+    return type(type(like).__name__, (), {"__getattribute__": attribute, **members, **own})()
 
 
 def _is_view(function: Any) -> bool:
