@@ -436,6 +436,24 @@ def test_a_loaded_engine_answers_and_moves(
     engine.close()
 
 
+def test_a_model_is_loaded_on_the_default_stream_whatever_its_caller_is_on(
+    folder_of: Callable[[str], Path], answer_of: Callable[[str], str]
+) -> None:
+    """transformers' threads begin there, and copy weights to where some were that are merged meanwhile."""
+    folder, expected, seen = folder_of("qwen3-moe"), answer_of("qwen3-moe"), set()
+    for place in (layers(RESIDENT), layers(STREAMED)):
+        with torch.cuda.stream(torch.cuda.Stream(DEVICE)):
+            here = torch.cuda.current_stream()
+            spec, plan = plan_for(folder, "ram")[0], placed_plan(folder, place)
+            engine = BACKEND.load(
+                spec, plan, lambda _event: seen.add(torch.cuda.current_stream().cuda_stream)
+            )
+            assert torch.cuda.current_stream() == here
+            assert ask(engine, CAPITAL).text == expected
+            engine.close()
+    assert torch.cuda.default_stream().cuda_stream in seen
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma"])
 def test_a_chat_goes_on_where_the_cpu_decodes_and_the_gpu_reads(
     name: str, folder_of: Callable[[str], Path]

@@ -13,6 +13,7 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
 ]
 
+from llm_magic.backends.accelerate.default_streams import on_default_streams  # noqa: E402
 from tests.engines import BACKEND, ask, plan_for, request  # noqa: E402
 from tests.gpu.test_placed import (  # noqa: E402
     KEPT,
@@ -76,6 +77,28 @@ def test_logits_are_those_of_one_gpu(name: str, way: str, folder_of: FolderOf) -
         else:
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     placed.close()
+
+
+def test_the_default_streams_of_all_of_them() -> None:
+    """They follow what was current, and are followed by it; other GPUs and the current one are left alone."""
+    gpus = ["cuda:0", "cuda:1"]
+    tensors = [torch.zeros(1000, device=gpu) for gpu in gpus]
+    torch.cuda.synchronize(0)
+    torch.cuda.synchronize(1)
+    side = [torch.cuda.Stream(gpu) for gpu in gpus]
+    with torch.cuda.device(0), torch.cuda.stream(side[1]), torch.cuda.device(0), torch.cuda.stream(side[0]):
+        for tensor in tensors:
+            tensor.add_(1)
+        with on_default_streams(["cuda:1", "cpu", "", "cuda:0"]):
+            assert torch.cuda.current_device() == 0
+            assert [torch.cuda.current_stream(gpu).cuda_stream for gpu in gpus] == [0, 0]
+            for tensor in tensors:
+                tensor.add_(1)
+        assert [torch.cuda.current_stream(gpu) for gpu in gpus] == side
+        assert torch.cuda.current_device() == 0
+        for tensor in tensors:
+            tensor.add_(1)
+        assert [tensor.tolist() for tensor in tensors] == [[3.0] * 1000] * 2
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3-moe", "gemma"])

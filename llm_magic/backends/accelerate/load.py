@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from llm_magic.backends.accelerate.decoding.proposers import require_same_vocabulary
 from llm_magic.backends.accelerate.default_dtype import default_dtype_kept
+from llm_magic.backends.accelerate.default_streams import on_default_streams
 from llm_magic.backends.accelerate.left_in_files import left_in_files
 from llm_magic.backends.accelerate.memory_errors import (
     is_out_of_memory,
@@ -84,7 +85,12 @@ def load(files: ModelFiles, spec: ModelSpec, plan: Plan, progress: Progress) -> 
         )
     try:
         # One load at a time: both replace functions of the libraries, and put back what they found.
-        with quiet(), default_dtype_kept(), large_files_opened():
+        with (
+            quiet(),
+            default_dtype_kept(),
+            large_files_opened(),
+            on_default_streams(each for place in plan.placements for each in (place.compute, place.prefill)),
+        ):
             tokenizer = _read_tokenizer(files)
             draft_files = _find_draft(spec, tokenizer, progress)
             model, fill = _read_model(files, spec, plan, folder, progress)
