@@ -36,6 +36,18 @@ def ordered() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
+def streams_kept() -> Iterator[None]:
+    """No test leaves another stream behind: the next ones would compute beside threads that begin on the default one."""
+    import torch
+
+    before = torch.cuda.current_stream()
+    yield
+    after = torch.cuda.current_stream()
+    torch.cuda.set_stream(before)
+    assert after == before
+
+
+@pytest.fixture(autouse=True)
 def not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Engines leave their layers as they are: compilations take longer than tests, and nothing is captured meanwhile."""
     monkeypatch.setattr("llm_magic.backends.accelerate.quick.regional", None)

@@ -277,7 +277,12 @@ def test_graphs_take_memory_that_no_allocator_counts() -> None:
     assert (torch.cuda.mem_get_info()[0] > free, torch.cuda.memory_reserved()) == (True, reserved)
     before = set_total_memory(reserved + driver_bytes() + 4096)
     try:
-        with pytest.raises(RuntimeError, match="out of memory"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        # torch leaves the stream of a capture that fails behind as the current one.
+        with (
+            pytest.raises(RuntimeError, match="out of memory"),
+            torch.cuda.stream(torch.cuda.current_stream()),
+            torch.cuda.graph(torch.cuda.CUDAGraph()),
+        ):
             states.mul_(1)
     finally:
         set_total_memory(before)
