@@ -166,7 +166,8 @@ class Chain:
         try:
             words = kept.pop()  # nobody else has it then
         except IndexError:
-            words = _Plan(self._members, products, have_bias, self._outside).words
+            with preparing():
+                words = _Plan(self._members, products, have_bias, self._outside).words
         self._make(products, values)
         room = self._room.take(words.size)
         _tell(words, weights, [bias for bias in biases if bias is not None], values, room.data_ptr())
