@@ -418,6 +418,20 @@ def test_what_waits_for_the_host_is_not_captured() -> None:
     assert steps.reason == ""
 
 
+def test_a_number_that_the_host_brings_is_captured() -> None:
+    """Gemma 3n of transformers 5.17 brings the smallest length of a vector to the GPU in each sweep."""
+    model = new_model("tiny")
+    model.model.layers[1].register_forward_pre_hook(
+        lambda _module, args: (args[0] * torch.tensor(1.5).to(args[0].device), *args[1:])
+    )
+    wanted = answer(model, prompt())
+    steps = new_steps(model)
+    for _ in range(2):
+        assert answer(model, prompt(), steps) == wanted
+    assert steps.status == "captured decode"
+    steps.close()
+
+
 @pytest.mark.parametrize("size", EVERY_SIZE)
 def test_joined_projections(size: str) -> None:
     model = new_model(size)

@@ -126,6 +126,20 @@ def test_other_architectures(name: str, engine_of: Callable[..., Any], expected:
     assert steps is None or steps.status == "captured layers"
 
 
+def test_a_number_that_a_layer_brings_from_the_host_is_recorded(engine_of: Callable[..., Any]) -> None:
+    engine = engine_of("llama", layers(RESIDENT, ON_CPU, STREAMED))
+    bringing = engine._placed.model.model.layers[0].mlp.register_forward_pre_hook(
+        lambda _module, args: (args[0] * torch.tensor(1.5).to(args[0].device), *args[1:])
+    )
+    steps, engine._quick.steps = engine._quick.steps, None
+    wanted = ask(engine, request(PROMPT, max_new_tokens=24)).text
+    engine._quick.steps = steps
+    for _ in range(2):
+        assert ask(engine, request(PROMPT, max_new_tokens=24)).text == wanted
+        assert steps_of(engine).status == "captured layers"
+    bringing.remove()
+
+
 @pytest.mark.parametrize(
     "way", ["streamed, and computed by the CPU", "a bit of each, and visiting in prompts"]
 )

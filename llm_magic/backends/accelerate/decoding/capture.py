@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, Protocol
 
 from llm_magic.backends.accelerate.decoding import attention
 from llm_magic.backends.accelerate.decoding.capturable import attention_of, kinds_of, windows_of
+from llm_magic.backends.accelerate.decoding.host_numbers import written_by_kernels
 from llm_magic.backends.accelerate.decoding.running import below_its_hook, running
 from llm_magic.backends.accelerate.decoding.static_cache import SWEEP_TOKENS, StaticCache, places_of, round_up
 from llm_magic.backends.accelerate.decoding.warmup import COMPILING, WarmUp, short
@@ -555,7 +556,7 @@ class CapturedSteps:
 
     def _record_once(self, shape: Shape, *, compiled: bool) -> None:
         """Capture; after anything that ends it early, streamed blocks must not wait for what it left."""
-        with self._states_as_before():
+        with self._states_as_before(), nullcontext() if compiled else written_by_kernels():
             try:
                 replay = self._recorder.record(lambda: self._sweep(shape, compiled=compiled))
             except BaseException:

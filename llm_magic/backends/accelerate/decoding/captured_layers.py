@@ -26,6 +26,7 @@ from llm_magic.backends.accelerate.decoding.capture import (
     Recorder,
     Shape,
 )
+from llm_magic.backends.accelerate.decoding.host_numbers import written_by_kernels
 from llm_magic.backends.accelerate.decoding.rollback import Rollback
 from llm_magic.backends.accelerate.decoding.running import below_its_hook, running
 from llm_magic.backends.accelerate.decoding.static_cache import SWEEP_TOKENS, StaticCache
@@ -370,7 +371,8 @@ class CapturedLayers(CapturedSteps):
             run()
             return kept[0]
         try:
-            replay = self._replay_of(run, where)
+            with written_by_kernels():
+                replay = self._replay_of(run, where)
         except FAILURES as error:
             if is_out_of_memory(error) or not kept:
                 raise
