@@ -38,6 +38,7 @@ MOST_FORGOTTEN = 4
 """Times an answer that graphs go for others: to capture them anew and anew would be slower than fewer blocks."""
 FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError)
 """What a capture may end with, after which sweeps run as they are."""
+_AFTERMATH = "due to a previous error during capture"  # CUDA says it when a capture ends that failed before
 _idle_streams: dict[int, list[Any]] = {}
 """Of recorders that are no more: GPU -> streams for the next ones."""
 
@@ -492,7 +493,7 @@ class CapturedSteps:
         except FAILURES as error:
             if is_out_of_memory(error):
                 raise
-            self.reason = short(error)
+            self.reason = short(what_ended(error))
         finally:
             COMPILING.release()
         if not self.reason:
@@ -742,6 +743,12 @@ class Graphs:
                 torch.cuda.current_stream().synchronize()
                 work()
             self._graphs[-1].replay()
+
+
+def what_ended(error: BaseException) -> BaseException:
+    """What a capture was ended by, where torch says no more than that it could not go on after that."""
+    first = error.__context__
+    return first if first is not None and _AFTERMATH in str(error) else error
 
 
 def _has_ended(graph: Any) -> bool:

@@ -25,6 +25,7 @@ from llm_magic.backends.accelerate.decoding.capture import (
     Inputs,
     Recorder,
     Shape,
+    what_ended,
 )
 from llm_magic.backends.accelerate.decoding.host_numbers import written_by_kernels
 from llm_magic.backends.accelerate.decoding.rollback import Rollback
@@ -376,7 +377,7 @@ class CapturedLayers(CapturedSteps):
         except FAILURES as error:
             if is_out_of_memory(error) or not kept:
                 raise
-            self.reason = short(error)
+            self.reason = short(what_ended(error))
             return kept[0]  # of the run that was no recording
         finally:
             COMPILING.release()
