@@ -181,9 +181,11 @@ def _read_draft(files: ModelFiles, plan: Plan, progress: Progress) -> Any:
     from llm_magic.backends.accelerate.source.architecture import auto_class
     from llm_magic.backends.accelerate.source.layout import load_config
 
+    config = load_config(files)
     with bars_into(_reporter(progress, lambda _name: "")), default_dtype_kept():
-        model = auto_class(load_config(files)).from_pretrained(
+        model = auto_class(config).from_pretrained(
             str(files.folder),
+            attn_implementation=config._attn_implementation,
             device_map={"": torch.device(plan.placements[0].compute)},
             dtype=getattr(torch, plan.layout.draft.dtype) if plan.layout.draft else "auto",
             use_safetensors=True,

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from llm_magic.backends.accelerate.source.capped_scores import have_scores_capped
 from llm_magic.errors import SourceError
 from llm_magic.headers import GgufHeader, SkippedArray, TensorEntry
 
@@ -53,6 +54,7 @@ def gguf_config(path: Path, header: GgufHeader) -> Any:
     if tokens and header.metadata.get(f"{header.architecture}.vocab_size") != config.vocab_size:
         config.vocab_size = tokens
     _fill_in(config, path, header)
+    have_scores_capped(config)
     config.name_or_path = ""  # transformers puts the file's title there, which is no path
     return config
 

@@ -38,6 +38,7 @@ from llm_magic.backends.accelerate.source.architecture import (
     output_embeddings,
 )
 from llm_magic.backends.accelerate.source.cache_cost import cache_costs
+from llm_magic.backends.accelerate.source.capped_scores import have_scores_capped
 from llm_magic.backends.accelerate.source.config_values import values
 from llm_magic.backends.accelerate.source.convert import MARK, most_common_type
 from llm_magic.backends.accelerate.source.packed_checkpoint import (
@@ -224,6 +225,7 @@ def load_config(files: ModelFiles) -> Any:
     if find_packed(files) is not None:  # its weights are read as they are, see `packed_checkpoint`
         for part in parts:
             part.__dict__.pop("quantization_config", None)
+    have_scores_capped(config)
     return config
 
 
