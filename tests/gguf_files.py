@@ -70,7 +70,7 @@ def save_gguf(
     writer.add_license("mit")
     for key, value in keys.items():
         _add(writer, f"{architecture}.{key}", value)
-    _add_tokenizer(writer, tokenizer, renamed or {})
+    _add_tokenizer(writer, tokenizer, renamed or {}, scored=architecture.startswith("gemma"))
     if end_of_turn is not None:
         writer.add_eot_token_id(end_of_turn)
     for name, weights in gguf_tensors(model, architecture).items():
@@ -141,15 +141,19 @@ def _add(writer: Any, key: str, value: Any) -> None:
         writer.add_array(key, value)
 
 
-def _add_tokenizer(writer: Any, tokenizer: Any, renamed: dict[str, str]) -> None:
+def _add_tokenizer(writer: Any, tokenizer: Any, renamed: dict[str, str], *, scored: bool = False) -> None:
+    """As bytes that are merged in turn, or by scores as Gemma's."""
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     vocabulary = sorted(content["model"]["vocab"], key=content["model"]["vocab"].__getitem__)
     special = {token["content"] for token in content["added_tokens"]}
-    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_model("llama" if scored else "gpt2")
     writer.add_tokenizer_pre("default")
     writer.add_token_list([renamed.get(token, token) for token in vocabulary])
     writer.add_token_types([3 if token in special else 1 for token in vocabulary])
-    writer.add_token_merges([" ".join(pair) for pair in content["model"]["merges"]])
+    if scored:
+        writer.add_token_scores([-float(index) for index in range(len(vocabulary))])
+    else:
+        writer.add_token_merges([" ".join(pair) for pair in content["model"]["merges"]])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
     writer.add_pad_token_id(2)
