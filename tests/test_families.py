@@ -67,6 +67,7 @@ def test_what_each_layer_keeps_is_planned(name: str, folder_of: Any) -> None:
         model(torch.arange(6, 6 + TOKENS)[None], past_key_values=cache, use_cache=True)
     kept = [sum(tensor.nbytes for tensor in tensors(vars(layer))) for layer in cache.layers]
     layout = BACKEND.layout(ModelSpec(str(folder)), lambda _event: None)
+    kept += [0] * (len(layout.layers) - len(kept))  # the last ones may have no place in the cache
     assert [block.cache.bytes_for(TOKENS) for block in layout.layers] == kept
 
 

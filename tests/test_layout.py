@@ -190,7 +190,9 @@ def test_cache_cost_is_what_the_real_cache_holds(
     folder = tiny_model(name)
     layout = layout_of(folder, dtype)
     decoders = [block for block in layout.layers if block.kind == "decoder"]
-    assert [b.cache.bytes_for(tokens) for b in decoders] == cache_layers(load(folder, dtype=dtype), tokens)
+    kept = cache_layers(load(folder, dtype=dtype), tokens)
+    kept += [0] * (len(decoders) - len(kept))  # the last ones may have no place in the cache
+    assert [block.cache.bytes_for(tokens) for block in decoders] == kept
     assert all(block.cache.bytes_for(9) == 0 for block in layout.blocks if block not in decoders)
 
 

@@ -6,6 +6,7 @@ one another (as in hybrid models) are each counted as they are.
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -65,13 +66,21 @@ def _cost(layer: Any, config: Any, position: int, itemsize: int) -> CacheCost:
 
 
 def _layer_type(config: Any, position: int) -> str:
-    sharing = getattr(config, "kv_sharing_modes", None)
-    if sharing and position < len(sharing) and sharing[position] == "reuse":
+    if _has_those_of_another(config, position):
         return "reuse"
     kinds = getattr(config, "layer_types", None)
     if kinds and position < len(kinds):
         return str(kinds[position])
     return "sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"
+
+
+def _has_those_of_another(config: Any, position: int) -> bool:
+    """Whether a layer attends to keys and values of one before it. transformers 5.17 says how many do, the last ones."""
+    modes = getattr(config, "kv_sharing_modes", None)
+    if modes is not None:
+        return position < len(modes) and modes[position] == "reuse"
+    shared = _number(config, "num_kv_shared_layers")
+    return bool(shared) and position >= config.num_hidden_layers - shared
 
 
 def _window(config: Any, kind: str) -> int:
@@ -86,8 +95,12 @@ def _window(config: Any, kind: str) -> int:
 def _attention_width(modules: dict[str, Any], config: Any) -> int:
     """Elements of keys and values that one token adds, cross attention included."""
     if getattr(config, "kv_lora_rank", None) and getattr(config, "qk_rope_head_dim", None):
-        # multi-head latent attention: transformers caches the compressed latent and the rotary key
-        return int(config.kv_lora_rank + config.qk_rope_head_dim)
+        # multi-head latent attention: transformers caches the compressed latent and the rotary key, or
+        # what it makes of them for each head
+        if not any(map(_caches_expanded, modules.values())):
+            return int(config.kv_lora_rank + config.qk_rope_head_dim)
+        widths = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+        return int(config.num_attention_heads * sum(getattr(config, width) for width in widths))
     keys = [module for name, module in modules.items() if name.rpartition(".")[2] in _KEY]
     values = [module for name, module in modules.items() if name.rpartition(".")[2] in _VALUE]
     found = sum(_outputs(module) for module in (*keys, *values))
@@ -97,6 +110,16 @@ def _attention_width(modules: dict[str, Any], config: Any) -> int:
         return found
     crosses = sum(bool(_CROSS.search(name.rpartition(".")[2])) for name in modules)
     return 2 * _kv_heads(config) * _head_dim(config) * (1 + min(crosses, 1))
+
+
+def _caches_expanded(module: Any) -> bool:
+    """Whether a module caches keys and values that it has expanded, as sparse attention does in transformers 5.17.
+
+    Names of a function are in the order in which it first uses them.
+    """
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    names = [name for name in (code.co_names if code else ()) if name in ("expand_kv", "update")]
+    return names == ["expand_kv", "update"]
 
 
 def _outputs(module: Any) -> int:
