@@ -43,6 +43,7 @@ _PHASES = {
     "loading": "loading",
     "converting": "converting (once)",
     "quantizing": "packing the weights",
+    "warming up": "warming up",
     "moving": "moving",
     "measuring": "measuring",
     "prefill": "reading the prompt",

@@ -17,6 +17,7 @@ PhaseName = Literal[
     "converting",
     "loading",
     "quantizing",
+    "warming up",
     "moving",
     "measuring",
     "prefill",

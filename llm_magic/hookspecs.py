@@ -23,7 +23,11 @@ hookimpl = pluggy.HookimplMarker("llm_magic")
 
 
 class Engine(Protocol):
-    """A loaded model."""
+    """A loaded model.
+
+    One that has ``warm_up(progress)``, too, is asked for that once it is loaded: to do what else the first answer
+    would wait for.
+    """
 
     model: Any  # what ``llm.model`` hands out: the torch module, where there is one
 

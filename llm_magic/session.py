@@ -612,6 +612,12 @@ class Session:
             raise refusal(plan)
         progress(PlannedEvent("loading", plan=plan))
         engine = backend.load(origin.spec, plan, progress)
+        try:
+            if (warm_up := getattr(engine, "warm_up", None)) is not None:
+                warm_up(progress)
+        except BaseException:
+            engine.close()
+            raise
         return LoadedModel(name, origin, engine, time.perf_counter() - started)
 
     @contextmanager

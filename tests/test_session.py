@@ -6,6 +6,7 @@ from _thread import interrupt_main
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,13 +15,13 @@ from llm_magic.chat import Chat, save_chat
 from llm_magic.commands.log import LOG
 from llm_magic.commands.reset import RESET
 from llm_magic.errors import EngineError, OptionError, PlanError, PromptError, SessionError, SourceError
-from llm_magic.events import Message, StopFlag
+from llm_magic.events import Message, PhaseEvent, StopFlag
 from llm_magic.model import ModelSpec
 from llm_magic.options import AskOptions, LoadOptions
 from llm_magic.session import Session
 from llm_magic.views.commands import command_of
 from llm_magic.views.llama_cpp import llama_cpp_options
-from tests.fake_backend import MIB, FakeBackend, plugins_with
+from tests.fake_backend import MIB, FakeBackend, FakeEngine, plugins_with
 
 FAKE = ModelSpec("fake:a")
 
@@ -265,6 +266,27 @@ def test_an_interrupted_load_leaves_the_session_as_it_was(session, backend, is_t
     assert all(engine.is_closed for engine in backend.engines[1:])  # what came too late is given back
     session.screen = screen
     assert session.load(ModelSpec("fake:b"), LoadOptions()).name == "fake-b"
+
+
+def test_a_model_is_warm_before_its_load_is_over(session, backend, monkeypatch) -> None:
+    seen: list[str] = []
+
+    def warm_up(engine: Any, progress: Any) -> None:
+        progress(PhaseEvent("warming up"))
+        seen.append("warm")
+
+    monkeypatch.setattr(FakeEngine, "warm_up", warm_up, raising=False)
+    session.load(ModelSpec("fake:b"), LoadOptions())
+    assert seen == ["warm"]
+
+    def fail(_engine: Any, _progress: Any) -> None:
+        raise EngineError("The bus is gone.", "Plug it in.")
+
+    monkeypatch.setattr(FakeEngine, "warm_up", fail)
+    with pytest.raises(EngineError, match="bus is gone"):
+        session.load(ModelSpec("fake:c"), LoadOptions())
+    assert backend.engines[-1].is_closed
+    assert list(session.models) == ["a", "fake-b"]
 
 
 def test_an_interrupt_at_any_moment_loses_no_text(session, backend) -> None:

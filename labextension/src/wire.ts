@@ -172,7 +172,7 @@ export interface AnswerEvent {
   seq: number
   text: string
   whole: boolean
-  phase: 'converting' | 'downloading' | 'generating' | 'importing' | 'loading' | 'measuring' | 'moving' | 'planning' | 'prefill' | 'quantizing' | 'reading' | null
+  phase: 'converting' | 'downloading' | 'generating' | 'importing' | 'loading' | 'measuring' | 'moving' | 'planning' | 'prefill' | 'quantizing' | 'reading' | 'warming up' | null
   done: number
   total: number
   unit: string
@@ -187,7 +187,7 @@ export interface AnswerEvent {
 export interface ProgressEvent {
   type: 'progress'
   view: string
-  phase: 'converting' | 'downloading' | 'generating' | 'importing' | 'loading' | 'measuring' | 'moving' | 'planning' | 'prefill' | 'quantizing' | 'reading' | null
+  phase: 'converting' | 'downloading' | 'generating' | 'importing' | 'loading' | 'measuring' | 'moving' | 'planning' | 'prefill' | 'quantizing' | 'reading' | 'warming up' | null
   done: number
   total: number
   unit: string

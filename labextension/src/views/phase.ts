@@ -16,6 +16,7 @@ const PHASES: Record<NonNullable<Phase['phase']>, Word> = {
   loading: 'phaseLoading',
   converting: 'phaseConverting',
   quantizing: 'phaseQuantizing',
+  'warming up': 'phaseWarmingUp',
   moving: 'phaseMoving',
   measuring: 'phaseMeasuring',
   prefill: 'phasePrefill',

@@ -23,6 +23,7 @@ export const commonWords = {
   phaseDownloading: { en: 'downloading', ja: 'ダウンロード中' },
   phaseLoading: { en: 'loading', ja: '読み込み中' },
   phaseConverting: { en: 'converting (once)', ja: '変換中(初回のみ)' },
+  phaseWarmingUp: { en: 'warming up', ja: '準備中' },
   phaseQuantizing: { en: 'packing the weights', ja: '重みを圧縮中' },
   phaseMoving: { en: 'moving', ja: '移動中' },
   phaseMeasuring: { en: 'measuring', ja: '計測中' },

@@ -15,6 +15,7 @@ from llm_magic.backends.accelerate.decoding.kv_cache import ChatCaches, can_take
 from llm_magic.backends.accelerate.decoding.sampling import end_tokens, generation_config, seeded
 from llm_magic.backends.accelerate.decoding.sweep_times import SweepTimes
 from llm_magic.backends.accelerate.decoding.warmup import without_compilation_seen
+from llm_magic.backends.accelerate.first_tokens import generate_some
 from llm_magic.backends.accelerate.generate import Steps, run_generate, watched_blocks
 from llm_magic.backends.accelerate.load import LoadedWeights
 from llm_magic.backends.accelerate.measure import Clock, Probe, sweep_speed, timed_prompt_tokens
@@ -152,6 +153,11 @@ class TransformersEngine:
             notes=tuple(repair.notes),
             limit=_limit(len(steps.ids), wanted, room),
         )
+
+    def warm_up(self, progress: Progress) -> None:
+        """Record layers and compile kernels before the first answer, where that takes no longer than a few tokens."""
+        if self._quick.records_in_ram:
+            generate_some(self.generate, progress)
 
     def apply(self, plan: Plan, progress: Progress) -> Mapping[tuple[str, str], int]:
         """Move the blocks that the plan places elsewhere; kept KV caches follow their layers.

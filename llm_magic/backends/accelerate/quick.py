@@ -210,13 +210,23 @@ class Quick:
         """A captured step for such a sweep, if there is one now: blocks may move in the midst of an answer."""
         return self.steps.step(cache, batch, tokens) if self.steps else None
 
+    @property
+    def records_in_ram(self) -> bool:
+        """Whether layers are recorded, and nothing has to come from elsewhere for a sweep."""
+        return bool(self._recorded) and self._is_alone and not self._placed.travels
+
+    @property
+    def _is_alone(self) -> bool:
+        """Whether the CPU alone computes."""
+        return all(place.compute == "cpu" for place in self._placed.plan.placements)
+
     def sweeping(self) -> AbstractContextManager[None]:
         """Around a sweep of few tokens, and the choice after it.
 
         Where the CPU alone computes, as it was recorded, all that is large has threads of its own.
         """
-        is_alone = all(place.compute == "cpu" for place in self._placed.plan.placements)
-        return held_to_one() if is_alone and self._recorded and self._recorded.are_all else nullcontext()
+        are_recorded = self._recorded is not None and self._recorded.are_all
+        return held_to_one() if are_recorded and self._is_alone else nullcontext()
 
     def give_back(self, length: int) -> None:
         """Put the first ``length`` tokens into the cache again."""
