@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -410,9 +410,6 @@ class Aside:
         self.steps = 0
         self._cache: Any = None
         self._own: Any = None
-
-    def sweeping(self) -> Any:
-        return nullcontext()
 
     def step(self, cache: Any, batch: int, tokens: int) -> Any:
         assert batch == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from llm_magic.backends.accelerate.placement import packed_head, packing
 from llm_magic.errors import OptionError
@@ -132,12 +133,14 @@ def test_other_ties_stay(tmp_path: Path) -> None:
     config = T5Config(d_model=64, d_ff=64, d_kv=16, num_heads=4, num_layers=2, vocab_size=96)
     with torch.device("meta"):
         model = T5ForConditionalGeneration(config)
-    assert packed_head.untie_head(model, "lm_head") == {"lm_head.weight": "shared.weight"}
+    packed_head.untie_head(model, "lm_head")
     model.to_empty(device="cpu")
     model.tie_weights()
     assert model.encoder.embed_tokens.weight is model.decoder.embed_tokens.weight is model.shared.weight
     assert model.lm_head.weight is not model.shared.weight
-    assert packed_head.untie_head(model, "lm_head") == {}
+    kept = model.lm_head.weight
+    packed_head.untie_head(model, "lm_head")
+    assert model.lm_head.weight is kept
 
 
 @pytest.mark.parametrize(
@@ -186,9 +189,54 @@ def test_a_head_that_is_packed_already_stays(tmp_path: Path, monkeypatch: pytest
 def test_a_head_that_its_model_reads_as_numbers_stays(tied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from llm_magic.backends.accelerate.placement import quantize
 
-    monkeypatch.setattr(quantize, "_read_directly", lambda _model: iter(["lm_head"]))
-    with pytest.raises(OptionError, match="reads its head's weight"):
+    monkeypatch.setattr(quantize, "reads_head", lambda _model, path: path == "lm_head")
+    with pytest.raises(OptionError, match="looks at its head's weight"):
         plan_for(tied, "ram", spec=ModelSpec(str(tied), quantize="nf4", quantize_head="int8"))
+
+
+@pytest.mark.parametrize("head", ["int8", "nf4"])
+def test_a_head_to_whose_dtype_states_are_cast_stays(head: str, tmp_path: Path) -> None:
+    """Of packed bytes that is one of integers: states would be whole numbers."""
+    folder = tiny.save_mamba(tmp_path / "model")
+    with pytest.raises(OptionError, match="looks at its head's weight"):
+        plan_for(folder, "ram", spec=ModelSpec(str(folder), quantize="nf4", quantize_head=head))
+    _, plan = plan_for(folder, "ram", spec=ModelSpec(str(folder), quantize="nf4"))
+    assert not any("--quantize-head" in warning for warning in plan.warnings)
+
+
+def test_a_head_alone_is_no_packed_model(tmp_path: Path) -> None:
+    folder = tiny.MODELS["gpt2"](tmp_path / "model")
+    with pytest.raises(OptionError, match="finds no linear layer to pack"):
+        plan_for(folder, "ram", spec=ModelSpec(str(folder), quantize="int4", quantize_head="int8"))
+
+
+@pytest.mark.parametrize("head", ["", "int8"])
+def test_files_that_have_the_matrix_of_both_under_the_heads_name(
+    head: str, tied: Path, tmp_path: Path, engine_of: Callable[..., Any]
+) -> None:
+    folder = Path(shutil.copytree(tied, tmp_path / "model"))
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert ask(engine_of(folder, head), PROMPT).text == ask(engine_of(tied, head), PROMPT).text
+
+
+@pytest.mark.parametrize("placement", ["ram", "half", "disk"])
+def test_a_tied_head_of_a_pickled_checkpoint(placement: str, tied: Path, tmp_path: Path) -> None:
+    """What transformers has written of the embeddings is there until the head has it, too."""
+    folder = Path(shutil.copytree(tied, tmp_path / "model"))
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    offload = tmp_path / "offload"
+    offload.mkdir()
+    texts = []
+    for source, allow_pickle in ((folder, True), (tied, False)):
+        spec = ModelSpec(str(source), quantize="nf4", quantize_head="int8", allow_pickle=allow_pickle)
+        engine = load(source, placement, spec=spec, options={"offload_folder": str(offload)})
+        texts.append(ask(engine, PROMPT).text)
+        assert placement == "disk" or not list(offload.rglob("*embed_tokens*"))
+        engine.close()
+    assert texts[0] == texts[1]
 
 
 def test_it_cannot_be_saved(tied: Path, engine_of: Callable[..., Any], tmp_path: Path) -> None:

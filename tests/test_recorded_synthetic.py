@@ -150,10 +150,6 @@ def a_number_of_its_own(layer: Any, x: Any) -> Any:
     return x + layer.down(torch.relu(y - (y.mean(-1, keepdim=True) + y.std(-1, keepdim=True) * factor)))
 
 
-def a_few_numbers_of_its_own(layer: Any, x: Any) -> Any:
-    return layer.mixed(x) * torch.tensor([1.0, 2.0, 3.0, 4.0] * 8, dtype=x.dtype)
-
-
 def a_half_that_is_not_used(layer: Any, x: Any) -> Any:
     layer.up(x) * 3
     return layer.mixed(x)
@@ -480,6 +476,10 @@ def makes_a_tensor(layer: Any, x: Any) -> Any:
     return layer.mixed(x) * torch.tensor(2.0)
 
 
+def makes_a_tensor_of_a_list(layer: Any, x: Any) -> Any:
+    return layer.mixed(x) * torch.tensor(layer.listed, dtype=x.dtype)
+
+
 def makes_a_tensor_of_a_number(layer: Any, x: Any) -> Any:
     return layer.mixed(x) * torch.tensor(layer.calls)
 
@@ -524,7 +524,9 @@ LATER = {
 def changing(function: Forward) -> Layer:
     elsewhere = [torch.nn.Linear(WIDTH, WIDTH).to(torch.bfloat16)]
     other = torch.full((1,), 3.0, dtype=torch.bfloat16)
-    return Layer(function, calls=0, held=[], named={}, last=None, other=other, elsewhere=elsewhere)
+    return Layer(
+        function, calls=0, held=[], named={}, last=None, other=other, elsewhere=elsewhere, listed=[2]
+    )
 
 
 @pytest.mark.parametrize("tokens", [1, 2])
@@ -538,6 +540,8 @@ def test_a_layer_is_right_or_left_as_it_is(name: str, tokens: int) -> None:
                 layer.other = torch.full((1,), float(seed), dtype=torch.bfloat16)
         if name == "makes_a_tensor_of_a_number":
             twins.layer.calls = twins.usual.calls = seed // 3
+        if name == "makes_a_tensor_of_a_list":
+            twins.layer.listed[0] = twins.usual.listed[0] = seed // 3
         x = states(tokens, seed)
         mine, theirs = x.clone(), x.clone()
         results = [

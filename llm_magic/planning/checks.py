@@ -216,10 +216,11 @@ def _large_head(layout: ModelLayout) -> Iterator[str]:
     """Packed layers beside a head that is not: with a large vocabulary a token waits for the head then."""
     layers = sum(block.bytes_per_token for block in layout.blocks if block.kind == "decoder")
     head = sum(streamed_bytes(block, layout) for block in layout.blocks if block.kind == "head")
-    if layout.quantization and not layout.head_quantization and head > _LARGE_HEAD * (head + layers):
+    stays = not layout.quantization or layout.head_quantization or layout.details.get("keeps_head")
+    if not stays and head > _LARGE_HEAD * (head + layers):
         yield (
             f"The head, {100 * head / (head + layers):.0f} % of what a token reads, stays {layout.dtype}. "
-            "--quantize-head int8 halves it."
+            "--quantize-head int8 packs it, too."
         )
 
 

@@ -34,6 +34,8 @@ CACHE_PIECES = 4
 CACHES_GOING_BACK = 2
 """Layers whose new keys and values are on the GPU still, on their way back to RAM."""
 
+_GROUP = 64  # columns that share a scale: rows of others are not unpacked one by one
+
 _CACHE_PIECE_BYTES = 4 * MIB
 """Of such a piece: more than a bus carries while it is told of the next one, and little in RAM that may be full."""
 
@@ -401,7 +403,7 @@ def _unpacked_bytes(layout: ModelLayout) -> int:
     def most(block: Block, tensor: TensorInfo) -> int:
         count, experts = prod(tensor.shape[-2:]), prod(tensor.shape)
         method = layout.head_quantization if block.kind == "head" else layout.quantization
-        if block.kind == "head" and method in HEADS_IN_ROWS:
+        if block.kind == "head" and method in HEADS_IN_ROWS and not tensor.shape[-1] % _GROUP:
             return min(count * width, UNPACKED_HEAD_BYTES)
         return max(count * (width + before.get(method, 0)), min(experts * width, UNPACKED_EXPERTS_BYTES))
 

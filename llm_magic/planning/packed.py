@@ -11,8 +11,8 @@ from llm_magic.units import MIB
 ON_CPU = {
     "nf4": (18.0e9, 8.0e9, 7.3e9),
     "fp4": (18.0e9, 8.0e9, 7.3e9),
-    "int8": (9.6e9, 9.6e9, 9.6e9),
-    "quanto-int8": (9.6e9, 9.6e9, 9.6e9),
+    "int8": (18.0e9, 9.6e9, 9.6e9),
+    "quanto-int8": (18.0e9, 9.6e9, 9.6e9),
     "float8": (8.0e9, 8.0e9, 5.5e9),
     "int4": (18.0e9, 12.0e9, 11.0e9),
     "int4 unpacked": (6.4e9, 6.4e9, 4.4e9),

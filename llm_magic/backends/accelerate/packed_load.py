@@ -7,6 +7,7 @@ would be as large as it is unpacked. So they are packed before they are written.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -61,9 +62,12 @@ class PackedLoad:
         self.hidden = checkpoint.keys if checkpoint else frozenset[str]()
         self._choice = choice_for(model, packed, self._method, plan.layout.head_quantization)
         self._prepacked = packed.weights(self._dtype, self._method) if packed else {}
-        self._lenders = untie_head(model, self._choice.head) if self._choice.head else {}
+        if self._choice.head:
+            untie_head(model, self._choice.head)
         self._modules = self._prepared(model)
         self._written: set[str] = set()
+        self._alike: defaultdict[str, list[str]] = defaultdict(list)
+        self._owed: set[str] = set()
 
     @property
     def given(self) -> Collection[str]:
@@ -100,6 +104,8 @@ class PackedLoad:
         loader = weights_loader(model)
         names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         strip(model)
+        self._alike = _alike(model)
+        self._owed = set(self._alike[f"{self._choice.head}.weight"])
         if self._choice.head:
             untie_head(model, self._choice.head)
         tied = dict(model.all_tied_weights_keys or {})
@@ -122,7 +128,10 @@ class PackedLoad:
                 for name in self._written.intersection(wanted):
                     self._take(name, model, loader, device)
                 pack_block(block, weights, device, device, _experts_on(place))
-            _remove_written(loader, self._folder, prefix)
+            _remove_written(loader, self._folder, prefix, self._owed)
+            if self._choice.head == place.block.name:  # the last one
+                for name in self._owed:
+                    _remove_written(loader, self._folder, name)
             if any(name in shared for name in wanted):
                 model.tie_weights()
             trim()  # else the weights that were packed stay in malloc's hands, block after block
@@ -130,10 +139,12 @@ class PackedLoad:
         return fill
 
     def _weight(self, name: str, loader: Any) -> Any:
-        if name not in self._prepacked and name not in loader.all_keys:
-            name = self._lenders.get(name, name)
-        known = self._prepacked.get(name)
-        return loader[name] if known is None else known
+        """What is known of a weight, by its name or that of another one of the same values: files have it under either."""
+        names = [
+            each for each in (name, *self._alike[name]) if each in self._prepacked or each in loader.all_keys
+        ]
+        known = self._prepacked.get(names[0]) if names else None
+        return loader[names[0] if names else name] if known is None else known
 
     def _prepared(self, model: Any) -> dict[str, Any]:
         """The modules that hold packed weights, by the weights' names, without bytes."""
@@ -202,9 +213,18 @@ def _parameters(module: Any) -> list[tuple[Any, str]]:
     return [(module, name) for name in names]
 
 
-def _remove_written(loader: Any, folder: Path, prefix: str) -> None:
-    """Delete what was written to the folder of a block that has its weights."""
-    for name in [name for name in loader.index if name.startswith(prefix)]:
+def _alike(model: Any) -> defaultdict[str, list[str]]:
+    """Names of parameters, and those of others that have their values."""
+    found: defaultdict[str, list[str]] = defaultdict(list)
+    for target, source in (model.all_tied_weights_keys or {}).items():
+        found[target].append(source)
+        found[source].append(target)
+    return found
+
+
+def _remove_written(loader: Any, folder: Path, prefix: str, owed: Collection[str] = ()) -> None:
+    """Delete what was written to the folder of a block that has its weights, but for what another one is to have."""
+    for name in [name for name in loader.index if name.startswith(prefix) and name not in owed]:
         path = Path(loader.index[name].get("safetensors_file", ""))
         if path.parent == folder:
             path.unlink()

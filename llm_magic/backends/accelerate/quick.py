@@ -6,7 +6,7 @@ Both depend on where the blocks are, so they are made anew whenever blocks have 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from llm_magic.backends.accelerate.decoding.capturable import (
@@ -24,7 +24,6 @@ from llm_magic.backends.accelerate.decoding.proposers import DraftModel, PromptL
 from llm_magic.backends.accelerate.decoding.speculate import Speculation
 from llm_magic.backends.accelerate.decoding.static_cache import SWEEP_TOKENS
 from llm_magic.backends.accelerate.decoding.warmup import COMPILING, WarmUp, regional, resident_layers
-from llm_magic.backends.accelerate.kernels.torch_threads import held_to_one
 from llm_magic.backends.accelerate.memory_errors import free_bytes
 from llm_magic.backends.accelerate.placement import cpu_products
 from llm_magic.backends.accelerate.placement.placed import PlacedModel
@@ -213,20 +212,8 @@ class Quick:
     @property
     def records_in_ram(self) -> bool:
         """Whether layers are recorded, and nothing has to come from elsewhere for a sweep."""
-        return bool(self._recorded) and self._is_alone and not self._placed.travels
-
-    @property
-    def _is_alone(self) -> bool:
-        """Whether the CPU alone computes."""
-        return all(place.compute == "cpu" for place in self._placed.plan.placements)
-
-    def sweeping(self) -> AbstractContextManager[None]:
-        """Around a sweep of few tokens, and the choice after it.
-
-        Where the CPU alone computes, as it was recorded, all that is large has threads of its own.
-        """
-        are_recorded = self._recorded is not None and self._recorded.are_all
-        return held_to_one() if are_recorded and self._is_alone else nullcontext()
+        is_alone = all(place.compute == "cpu" for place in self._placed.plan.placements)
+        return self._recorded is not None and is_alone and not self._placed.travels
 
     def give_back(self, length: int) -> None:
         """Put the first ``length`` tokens into the cache again."""

@@ -16,7 +16,6 @@ from typing import Any
 
 from llm_magic.backends.accelerate.decoding import cpu_attention
 from llm_magic.backends.accelerate.decoding.joined import FEW_TOKENS
-from llm_magic.backends.accelerate.kernels.torch_threads import with_all
 from llm_magic.backends.accelerate.process_wide import ProcessWide
 from llm_magic.backends.accelerate.recorded.current import current
 
@@ -117,11 +116,6 @@ def sdpa_attention(
         found = _on_cpu(module, (query, key, value), attention_mask, options)
         if found is not None:
             return found, None
-        with with_all():
-            by_torch: tuple[Any, None] = sdpa_attention_forward(
-                module, query, key, value, attention_mask, **options
-            )
-            return by_torch
     if not (hasattr(module, _MARK) and _is_sweep(query, key, attention_mask, options)):
         usual: tuple[Any, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
         return usual

@@ -48,9 +48,6 @@ class QuickSteps(Protocol):
     @property
     def calls_model(self) -> bool: ...
 
-    def sweeping(self) -> AbstractContextManager[None]:
-        """Around a sweep, from the proposals to the choice."""
-
     def step(self, cache: Any, batch: int, tokens: int) -> Step | None:
         """A step for sweeps of this shape; ``None`` when there is none, now or ever."""
 
@@ -294,10 +291,8 @@ class _Answer:
             self._rollback.start()
             self._begin_speculation()
             with self._for_decoding():
-                quick = self._decoding.quick
                 while not self._choice.done:
-                    with quick.sweeping() if quick else nullcontext():
-                        self._sweep()
+                    self._sweep()
         finally:
             self._end()
         self._decoding.streamer.end()

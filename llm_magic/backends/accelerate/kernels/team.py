@@ -9,8 +9,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from llm_magic.backends.accelerate.kernels.torch_threads import threads_of_torch
-
 SHARES_OF_A_THREAD = 4  # twice as many cost a few percent, half as many gain less beside other programs
 
 # How long a thread looks out for a call before it sleeps, and a caller for the last shares before it does: somewhat longer
@@ -28,8 +26,10 @@ _BYTES, _LINE = 384, 64
 
 def team() -> int:
     """The address of a team of as many threads as torch computes with, the calling one being one; 0 if it is the only one."""
+    import torch
+
     # Ask always: that is when a new thread learns of torch's setting.
-    threads = threads_of_torch()
+    threads = torch.get_num_threads()
     return team_of(threads).address if threads > 1 else 0
 
 

@@ -4,16 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from llm_magic.backends.accelerate.kernels.torch_threads import with_all
 from llm_magic.backends.accelerate.placement import cpu_products
 from llm_magic.backends.accelerate.placement.cpu_products import PackedWeights
 from llm_magic.backends.accelerate.placement.packing import packed_weights
-from llm_magic.backends.accelerate.placement.served_class import (
-    serve,
-    served_by,
-    served_class,
-    usual_class_of,
-)
+from llm_magic.backends.accelerate.placement.served_class import serve, served_by, served_class
 
 
 def serve_linear(layer: Any) -> None:
@@ -57,7 +51,7 @@ def is_linear(layer: Any) -> bool:
     return type(layer) is torch.nn.Linear or type(layer) is served_class(torch.nn.Linear, linear_by_kernels)
 
 
-def linear_by_kernels(layer: Any, states: Any, *args: Any, **options: Any) -> Any:
+def linear_by_kernels(layer: Any, states: Any, *_args: Any, **_options: Any) -> Any:
     """What a linear layer makes of ``states``; ``None`` where it is to do that itself."""
     import torch
 
@@ -73,10 +67,7 @@ def linear_by_kernels(layer: Any, states: Any, *args: Any, **options: Any) -> An
         dtype = getattr(layer, "compute_dtype", None) or states.dtype  # bitsandbytes' 4-bit layers have one
         outputs = cpu_products.multiplied(states.to(dtype), weights)
     else:
-        outputs, dtype = None, states.dtype
-    if outputs is None:
-        with with_all(layer.in_features * layer.out_features):
-            return usual_class_of(layer).forward(layer, states, *args, **options)
-    if bias is not None:
+        return None
+    if outputs is not None and bias is not None:
         outputs += bias.to(dtype)
-    return outputs if dtype == states.dtype else outputs.to(states.dtype)
+    return outputs if outputs is None or dtype == states.dtype else outputs.to(states.dtype)

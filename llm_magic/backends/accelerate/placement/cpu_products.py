@@ -19,7 +19,6 @@ from functools import cache, cached_property
 from typing import Any
 
 from llm_magic.backends.accelerate.kernels.team import team
-from llm_magic.backends.accelerate.kernels.torch_threads import with_all
 from llm_magic.backends.accelerate.kernels.words import ADDRESSES, HEAD_WORDS, TEAM
 from llm_magic.backends.accelerate.looked_at import is_looked_at
 from llm_magic.backends.accelerate.preparation import preparing
@@ -382,11 +381,10 @@ def _by_numbers(tokens: Any, weights: PackedWeights) -> Any:
     else:
         step = weights.rows if weights.shifts is not None else max(1, _UNPACKED_WEIGHTS // weights.columns)
     numbers = torch.empty(min(step, weights.rows) * weights.columns, dtype=dtype, device="cpu")
-    with with_all():
-        for start in range(0, weights.rows, step):
-            rows = min(step, weights.rows - start)
-            some = numbers[: rows * weights.columns]
-            results[:, start : start + rows] = torch.mm(inputs, _unpacked(weights, start, some))
+    for start in range(0, weights.rows, step):
+        rows = min(step, weights.rows - start)
+        some = numbers[: rows * weights.columns]
+        results[:, start : start + rows] = torch.mm(inputs, _unpacked(weights, start, some))
     return results
 
 

@@ -15,7 +15,7 @@ from llm_magic.backends.accelerate.placement.served_class import serve
 from llm_magic.planning.packed import UNPACKED_HEAD_BYTES
 
 
-def untie_head(model: Any, path: str) -> dict[str, str]:
+def untie_head(model: Any, path: str) -> None:
     """Give the head a matrix of its own, without bytes, where it has that of the embeddings.
 
     Parameters
@@ -24,19 +24,13 @@ def untie_head(model: Any, path: str) -> dict[str, str]:
         With parameters on the meta device.
     path
         Of its head.
-
-    Returns
-    -------
-    dict of str to str
-        The head's matrix and that whose values it has, by names; nothing where it had its own.
     """
     import torch
 
     name = f"{path}.weight"
     ties = dict(model.all_tied_weights_keys or {})
-    lender = ties.get(name) or next((target for target, source in ties.items() if source == name), "")
-    if not lender:
-        return {}
+    if name not in ties and name not in ties.values():
+        return
     head = model.get_submodule(path)
     weight = head._parameters["weight"]
     head._parameters["weight"] = torch.nn.Parameter(torch.empty_like(weight), requires_grad=False)
@@ -47,7 +41,6 @@ def untie_head(model: Any, path: str) -> dict[str, str]:
         if hasattr(part, "get_expanded_tied_weights_keys") and name.startswith(prefix):
             inner = name.removeprefix(prefix)
             part._tied_weights_keys = _without(part.get_expanded_tied_weights_keys(), inner)
-    return {name: lender}
 
 
 def serve_head(head: Any) -> None:
@@ -93,9 +86,8 @@ def _numbers(head: Any, packed: Any, rows: slice, dtype: Any) -> Any:
         return torch.ops.bitsandbytes.dequantize_4bit.default(
             data.reshape(-1, 1), scales, packed.group, packed.kind, shape, dtype
         )
-    scales = (
-        packed.scales if packed.scales is not None else head.state.SCB
-    )  # its own forward has moved them there
+    # bitsandbytes' own forward, which computes on a CPU without kernels of ours, moves them there.
+    scales = packed.scales if packed.scales is not None else head.state.SCB
     factors = (scales.view(-1, 1)[rows] * packed.factor).to(dtype)
     return packed.data[rows].to(dtype).mul_(factors)
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from llm_magic.backends.accelerate.kernels.torch_threads import with_all
 from llm_magic.backends.accelerate.placement import cpu_products, packing
 from llm_magic.backends.accelerate.placement.cpu_products import PackedWeights
 from llm_magic.planning.packed import UNPACKED_EXPERTS_BYTES
@@ -187,8 +186,7 @@ class PackedMatrix:
             outputs = cpu_products.multiplied(tokens, weights)
             if outputs is not None:
                 return outputs
-        with with_all():
-            return packing.multiplied(tokens, self._weight)
+        return packing.multiplied(tokens, self._weight)
 
     @cached_property
     def in_ram(self) -> PackedWeights | None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from llm_magic.backends.accelerate.kernels.torch_threads import with_all
 from llm_magic.backends.accelerate.looked_at import is_looked_at
 from llm_magic.backends.accelerate.placement import cpu_products
 from llm_magic.backends.accelerate.placement.expert_products import (
@@ -88,10 +87,7 @@ def product(matrix: Any, tokens: Any) -> Any:
     import torch
 
     outputs = cpu_products.multiplied_plain(tokens, matrix)
-    if outputs is not None:
-        return outputs
-    with with_all():
-        return torch.nn.functional.linear(tokens, matrix)
+    return torch.nn.functional.linear(tokens, matrix) if outputs is None else outputs
 
 
 def _experts_by_kernels(module: Any, hidden_states: Any, top_k_index: Any, top_k_weights: Any) -> Any:

@@ -252,8 +252,8 @@ def prepare(model: Any, name: str, dtype: Any, choice: Choice | None = None) -> 
             packed = (
                 *(f"{path}.weight" for path in linear),
                 *_replace_experts(model, method, dtype, skipped, group),
-                *_replace_head(model, dtype, choice),
             )
+            head = _replace_head(model, dtype, choice) if packed else ()
         finally:
             torch.set_default_dtype(outer)
     if not packed:
@@ -266,7 +266,7 @@ def prepare(model: Any, name: str, dtype: Any, choice: Choice | None = None) -> 
         serve_linear(layer)
     model.eval().requires_grad_(False)
     _refuse_saving(model, name)
-    return packed
+    return (*packed, *head)
 
 
 def _refuse_saving(model: Any, name: str) -> None:
@@ -315,19 +315,19 @@ def _read_directly(model: Any) -> Iterator[str]:
     """Linear layers whose owner's code uses ``self.<layer>.weight``, which would be packed bytes."""
     for path, owner in model.named_modules():
         kind: Any = type(owner)
-        names = _weights_in_code(kind)
+        names = _names_in_code(kind, r"self\.(\w+)\.weight\b(?!\.(?:dtype|device|shape))")
         for leaf in owner._modules:
             if leaf in names:
                 yield f"{path}.{leaf}" if path else leaf
 
 
 @cache
-def _weights_in_code(kind: Any) -> frozenset[str]:
+def _names_in_code(kind: Any, pattern: str) -> frozenset[str]:
     try:
         code = inspect.getsource(kind)
     except (OSError, TypeError):
         return frozenset()
-    return frozenset(re.findall(r"self\.(\w+)\.weight\b(?!\.(?:dtype|device|shape))", code))
+    return frozenset(re.findall(pattern, code))
 
 
 def _replace(model: Any, method: Method, dtype: Any, skipped: list[str], group: int | None) -> None:
@@ -376,25 +376,33 @@ def _replace_experts(
             yield from (f"{path}.{name}" for name in replace_stacks(module, linear))
 
 
-def _replace_head(model: Any, dtype: Any, choice: Choice) -> Iterator[str]:
+def _replace_head(model: Any, dtype: Any, choice: Choice) -> tuple[str, ...]:
     """Put a packed layer in the place of the head, if that is chosen; the name of its weight."""
     import torch
 
     if not choice.head:
-        return
+        return ()
     owner, _, leaf = choice.head.rpartition(".")
     head, parent = model.get_submodule(choice.head), model.get_submodule(owner)
     if is_packed(head):
         raise OptionError("The head is packed already, as its layers are.", "Leave out --quantize-head.")
-    if choice.head in _read_directly(model):
+    if reads_head(model, choice.head):
         raise OptionError(
-            f"{type(parent).__name__} reads its head's weight as numbers.", "Leave out --quantize-head."
+            f"{type(parent).__name__} looks at its head's weight, which has to be numbers for that.",
+            "Leave out --quantize-head.",
         )
     alone = torch.nn.ModuleDict({"linear": head})
     _replace(alone, find_method(choice.head_method), dtype, [], None)
     serve_head(alone["linear"])
     parent._modules[leaf] = alone["linear"]
-    yield f"{choice.head}.weight"
+    return (f"{choice.head}.weight",)
+
+
+def reads_head(model: Any, path: str) -> bool:
+    """Whether the code around a model's head uses its weight, or asks for its dtype, as a Mamba does to cast states to it."""
+    owner, _, leaf = path.rpartition(".")
+    kind: Any = type(model.get_submodule(owner))
+    return leaf in _names_in_code(kind, r"self\.(\w+)\.weight\b(?!\.(?:device|shape))")
 
 
 def _packed_linear(method: Method, dtype: Any, inputs: int, outputs: int, group: int | None) -> Any:

@@ -7,7 +7,7 @@ from math import prod
 from typing import Any
 
 from llm_magic.backends.accelerate.decoding.step_by_step import attention_function
-from llm_magic.backends.accelerate.kernels.torch_threads import with_all
+from llm_magic.backends.accelerate.kernels.torch_threads import FEW_NUMBERS, one_thread
 from llm_magic.backends.accelerate.placement import cpu_products
 from llm_magic.backends.accelerate.placement.layer_cache import GrowingTensors
 from llm_magic.backends.accelerate.placement.plain_experts import PlainStack
@@ -23,6 +23,8 @@ from llm_magic.backends.accelerate.recorded.program import (
     shown,
 )
 from llm_magic.backends.accelerate.recorded.recording import VARYING, Node, Recording, View, views_in
+
+_PRODUCTS = ("aten.mm.default", "aten.bmm.default", "aten.addmm.default", "aten.baddbmm.default")
 
 
 class Bound:
@@ -141,11 +143,13 @@ def _step(parts: Sequence[Any], layer: Any, growing: GrowingTensors) -> Any:
 
 
 def _by_torch(node: Node) -> Callable[[Values], None]:
-    """What torch computes; of a sweep of few tokens nearly all is small."""
-    numbers = max(1, *(prod(view.shape) for view in views_in((node.args, node.kwargs, node.outputs))))
+    """What torch computes."""
+    numbers = max((prod(view.shape) for view in views_in((node.args, node.outputs))), default=0)
+    if str(node.name) not in _PRODUCTS or numbers > FEW_NUMBERS:
+        return lambda values: call(node, None, values)
 
     def step(values: Values) -> None:
-        with with_all(numbers):
+        with one_thread():
             call(node, None, values)
 
     return step

@@ -14,7 +14,6 @@ from functools import partial
 from typing import Any
 
 from llm_magic.backends.accelerate.decoding.running import below_its_hook, running
-from llm_magic.backends.accelerate.kernels.torch_threads import with_all
 from llm_magic.backends.accelerate.looked_at import is_looked_at
 from llm_magic.backends.accelerate.placement.layer_cache import (
     GrowingTensors,
@@ -66,11 +65,6 @@ class RecordedLayers:
         if recorded < len(tried):
             return f"{recorded} of {len(tried)} layers recorded" if recorded else "layers not recorded"
         return "recorded layers" if tried else ""
-
-    @property
-    def are_all(self) -> bool:
-        """Whether every layer runs as recorded in some sweeps."""
-        return bool(self._layers) and all(layer.is_recorded for layer in self._layers)
 
     def undo(self) -> None:
         """Before blocks move: every layer as it was."""
@@ -124,20 +118,17 @@ class RecordedLayer:
 
         states = args[0] if args else kwargs.get("hidden_states")
         if states is None or torch.is_grad_enabled() or is_looked_at() or not self._guard.is_as_it_was():
-            with with_all():
-                return self._usual(*args, **kwargs)
+            return self._usual(*args, **kwargs)
         leaves = flat(args, kwargs)
         is_here = states.is_cpu and states.dim() in _STATES and 0 < _tokens(states) <= MOST_TOKENS
-        if not (is_here and self._name in self._recordings.seen and self._goes_on(leaves)):
-            with with_all():
-                return self._looked_at(args, kwargs)
-        key = tuple(states.shape), tuple(map(_key, leaves)), tuple(kwargs)
+        if not (is_here and self._name in self._recordings.seen and self._goes_on(leaves, states)):
+            return self._looked_at(args, kwargs)
+        key = tuple(states.shape), torch.get_default_dtype(), tuple(map(_key, leaves)), tuple(kwargs)
         if key not in self._bound:
             self._record(key, (args, kwargs))
         bound = self._bound.get(key)
         if bound is None or not bound.takes(leaves):
-            with with_all():
-                return self._usual(*args, **kwargs)
+            return self._usual(*args, **kwargs)
         return bound.run(leaves)
 
     def _record(self, key: Any, call: Call) -> None:
@@ -147,7 +138,7 @@ class RecordedLayer:
             program = self._recordings.program(self._name, self._layer, self._usual, call, key)
             self._bound[key] = Bound(program, self._layer, *self._shared) if program else None
 
-    def _goes_on(self, leaves: Sequence[Any]) -> bool:
+    def _goes_on(self, leaves: Sequence[Any], states: Any) -> bool:
         """Whether there are tokens before these.
 
         The first ones of a text always go through the layer's own code, so that an answer is the same again.
@@ -160,7 +151,7 @@ class RecordedLayer:
             return True
         shared = next((leaf for leaf in leaves if isinstance(leaf, MutableMapping)), None)
         if shared:  # it may have those of another layer
-            return all(keys.shape[-2] > leaves[0].shape[-2] for keys, *_ in shared.values())
+            return all(_kept_tokens(kept) > states.shape[-2] for kept in shared.values())
         return not layers
 
     def _looked_at(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -225,6 +216,12 @@ def _outputs(leaves: Sequence[Any], returned: Any) -> Outputs | None:
 
 def _tokens(states: Any) -> int:
     return int(states.shape[-3] * states.shape[-2])
+
+
+def _kept_tokens(kept: Any) -> int:
+    """Of keys and values that a layer has handed on; 0 where it is something else."""
+    keys: Any = kept[0] if isinstance(kept, tuple) and kept else None
+    return int(keys.shape[-2]) if getattr(keys, "ndim", 0) > 1 else 0
 
 
 def _has_tokens(layer: Any) -> bool:

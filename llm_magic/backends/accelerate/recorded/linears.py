@@ -7,9 +7,11 @@ has them in another place each time. Whatever no kernel takes computes as its mo
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
+from llm_magic.backends.accelerate.kernels.torch_threads import FEW_NUMBERS, one_thread
 from llm_magic.backends.accelerate.placement import cpu_products
 from llm_magic.backends.accelerate.placement.cpu_linear import served_weights
 from llm_magic.backends.accelerate.placement.cpu_products import PackedWeights, Products, address
@@ -52,9 +54,13 @@ class Linears:
         products = None if weights is None else self.prepared(weights)
         if weights is None or products is None:
             for module, out in zip(self._modules, self.outputs, strict=True):
-                values[out.base] = module.forward(states).contiguous()
+                with one_thread() if self._is_small(out) else nullcontext():
+                    values[out.base] = module.forward(states).contiguous()
             return
         self._multiply(products, states.contiguous(), weights, values)
+
+    def _is_small(self, out: View) -> bool:
+        return bool(out.shape[-1] * self.tokens_view.shape[-1] <= FEW_NUMBERS)
 
     @property
     def may_be_chained(self) -> bool:

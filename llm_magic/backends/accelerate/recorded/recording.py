@@ -253,7 +253,7 @@ class Recorder:
         self._bases = 0
         self._made: dict[int, View] = {}
         self._weights: dict[tuple[str, str], View] = {}
-        self._fixed: dict[int, Any] = {}
+        self._fixed: set[int] = set()
         self._constants: list[Constant] = []
         self._shared: dict[Any, str] = {}
         self._nodes: list[Node] = []
@@ -273,7 +273,7 @@ class Recorder:
         import torch
 
         leaves = flat(args, kwargs)
-        states = next(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
+        states = args[0] if args else kwargs["hidden_states"]
         stands = [self._stand_in(number, leaf, states) for number, leaf in enumerate(leaves)]
         arguments = tuple(
             (i, self._views[id(t)]) for i, t in enumerate(stands) if isinstance(t, torch.Tensor)
@@ -304,7 +304,7 @@ class Recorder:
         if self._is_fixed(function, args, kwargs):
             result = function(*args, **kwargs)
             self._alive.append(result)
-            self._fixed |= {id(each): each for each in _tensors(result)}
+            self._fixed |= {id(each) for each in _tensors(result)}
             return result
         if _looks_at_numbers(function, args):
             raise CannotRecordError(f"{function} looks at numbers")
@@ -336,8 +336,10 @@ class Recorder:
         """Whether an operation takes nothing but what code has made of numbers of its own, and so gives no others."""
         import torch
 
-        if function is torch.ops.aten.lift_fresh.default:  # how ``torch.tensor`` ends
-            return id(args[0]) not in self._views
+        if (
+            function is torch.ops.aten.lift_fresh.default
+        ):  # how ``torch.tensor`` ends; a list may change, a number is itself
+            return id(args[0]) not in self._views and not args[0].dim()
         taken = list(_tensors((args, kwargs)))
         is_pure = not function._schema.is_mutable and torch.Tag.nondeterministic_seeded not in function.tags
         return bool(taken) and is_pure and all(id(each) in self._fixed for each in taken)
@@ -468,6 +470,8 @@ class Recorder:
     def _taken(self, number: int, shared: Any, name: Any, tokens: int) -> Any:
         """Keys and values that another layer has handed on."""
         self._share("take", name)
+        if name not in shared:
+            raise CannotRecordError("it looks for keys and values that nobody has handed on")
         held = shared[name]
         if not (type(held) is tuple and all(getattr(each, "shape", ()) for each in held)):
             raise CannotRecordError("layers share something else than keys and values")
@@ -686,10 +690,14 @@ def _untouchable(like: Any, attributes: Mapping[str, Any], own: Mapping[str, Any
     def refuse(*_: Any) -> Any:
         raise CannotRecordError(f"it uses a {type(like).__name__}")
 
-    members = dict.fromkeys(
-        ("__getitem__", "__setitem__", "__contains__", "__len__", "__iter__", "__call__"), refuse
-    )
+    members = dict.fromkeys(_ASKED, refuse)
     return type(type(like).__name__, (), {"__getattribute__": attribute, **members, **own})()
+
+
+_ASKED = (
+    *("__getitem__", "__setitem__", "__delitem__", "__contains__", "__len__", "__iter__", "__call__"),
+    *("__eq__", "__ne__", "__bool__"),
+)
 
 
 def _is_view(function: Any) -> bool:

@@ -29,6 +29,7 @@ from llm_magic.backends.accelerate.placement.quantize import (
     find_method,
     packed_bytes,
     prepare,
+    reads_head,
 )
 from llm_magic.backends.accelerate.source import gguf_model, hub
 from llm_magic.backends.accelerate.source.architecture import (
@@ -36,6 +37,7 @@ from llm_magic.backends.accelerate.source.architecture import (
     beside_the_text,
     decoder_of,
     output_embeddings,
+    path_of_head,
 )
 from llm_magic.backends.accelerate.source.cache_cost import cache_costs
 from llm_magic.backends.accelerate.source.capped_scores import have_scores_capped
@@ -92,6 +94,7 @@ def read_layout(spec: ModelSpec, files: ModelFiles) -> ModelLayout:
         choice = choice_for(model, PackedModel(packed, model) if packed else None, method.name, head)
     if head:
         untie_head(model, choice.head)
+    keeps_head = method is not None and not _can_pack_head(model)
     blocks = _read_blocks(model, dtype)
     details = _details(config, files, header) | {
         "attention": model.config._attn_implementation or "",
@@ -109,6 +112,7 @@ def read_layout(spec: ModelSpec, files: ModelFiles) -> ModelLayout:
         details |= {"routed_experts": True}
     if method is not None:
         blocks = _with_packed(model, blocks, method, dtype, choice)
+        details |= {"keeps_head": True} if keeps_head else {}
         details |= _packing(packed, method, choice) | {"unpacked_bytes": _unpacked_bytes(blocks, method)}
     return ModelLayout(
         name=files.name,
@@ -137,6 +141,13 @@ def _head_method(spec: ModelSpec, method: Method | None) -> str:
             "--quantize-head packs the head of a model whose layers are packed.", "Add --quantize METHOD."
         )
     return find_method(spec.quantize_head, "--quantize-head").name
+
+
+def _can_pack_head(model: Any) -> bool:
+    try:
+        return not reads_head(model, path_of_head(model))
+    except OptionError:
+        return False
 
 
 def _packing(packed: PackedCheckpoint | None, method: Method, choice: Choice) -> dict[str, Any]:
