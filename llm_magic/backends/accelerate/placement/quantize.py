@@ -680,9 +680,8 @@ def _pack_quanto(module: Any, value: Any) -> Any:
     kind, groups = module.weight_qtype, module.weight_group_size
     if kind.bits == 8:
         scale, shift = module.optimizer(value, qtype=kind, axis=0), None
-        scale = torch.where(
-            scale == 0, 1, scale
-        )  # a row of zeros, as of a token nobody trained: nan in 8-bit floats
+        # Of a row of zeros, as of a token that nobody trained, floats of 8 bits would be nan.
+        scale = torch.where(scale == 0, 1, scale)
     else:
         scale, shift = module.optimizer(value, qtype=kind, axis=0, group_size=groups)
     # Not "optimized": for some GPUs that means kernels which it compiles at the first use. ``arrange``

@@ -336,9 +336,8 @@ class Recorder:
         """Whether an operation takes nothing but what code has made of numbers of its own, and so gives no others."""
         import torch
 
-        if (
-            function is torch.ops.aten.lift_fresh.default
-        ):  # how ``torch.tensor`` ends; a list may change, a number is itself
+        if function is torch.ops.aten.lift_fresh.default:
+            # How ``torch.tensor`` ends. What was a list may change; a number is itself.
             return id(args[0]) not in self._views and not args[0].dim()
         taken = list(_tensors((args, kwargs)))
         is_pure = not function._schema.is_mutable and torch.Tag.nondeterministic_seeded not in function.tags
