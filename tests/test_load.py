@@ -264,6 +264,23 @@ def test_a_tied_head_that_is_saved_again_is_shared(own_copy: TinyModel) -> None:
     engine.close()
 
 
+@pytest.mark.parametrize("quantize", ["", "nf4"])
+@pytest.mark.parametrize("placement", ["ram", "disk", "everything on disk"])
+def test_values_that_stay_in_their_files_are_compared_as_well(
+    placement: str, quantize: str, own_copy: TinyModel
+) -> None:
+    folder = own_copy("llama-tied")
+    spec = ModelSpec(str(folder), quantize=quantize)
+    is_all = placement == "everything on disk"
+    spec, plan = plan_for(folder, "mapped" if is_all else placement, spec=spec)
+    if is_all:
+        homes = dict.fromkeys(plan.device_map, "disk")
+        plan = make_plan(plan.layout, plan.machine, plan.workload, placement=homes, policy="disk")
+    edit_weights(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1}))
+    with pytest.raises(SourceError, match=r"values of its own for lm_head\.weight"):
+        BACKEND.load(spec, plan, lambda _event: None)
+
+
 def test_a_tied_head_with_values_of_its_own_is_refused(own_copy: TinyModel) -> None:
     folder = own_copy("llama-tied")
     edit_weights(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1}))

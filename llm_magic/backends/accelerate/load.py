@@ -20,6 +20,7 @@ from llm_magic.backends.accelerate.memory_errors import (
     release_memory,
 )
 from llm_magic.backends.accelerate.packed_load import PackedLoad
+from llm_magic.backends.accelerate.placement.hooks import weights_loader
 from llm_magic.backends.accelerate.placement.offload_folder import (
     OffloadFolder,
     check_tensor_names,
@@ -30,6 +31,7 @@ from llm_magic.backends.accelerate.placement.quantize import refuse_devices
 from llm_magic.backends.accelerate.placement.served_model import serve_plain_modules
 from llm_magic.backends.accelerate.quiet import bars_into, quiet
 from llm_magic.backends.accelerate.source.large_files import large_files_opened
+from llm_magic.backends.accelerate.source.ties import not_shared, refuse_untied
 from llm_magic.errors import EngineError, LLMMagicError, PlanError, SourceError
 from llm_magic.events import PhaseEvent, Progress
 from llm_magic.harmless.paths import without_paths
@@ -298,15 +300,16 @@ def _refuse_incomplete(files: ModelFiles, info: Mapping[str, Any]) -> None:
 
 
 def _refuse_untied(files: ModelFiles, model: Any, plan: Plan) -> None:
-    """Refuse a tie that the files broke: transformers keeps two values, and one was counted."""
+    """Refuse a tie that the files broke: transformers keeps two values, and one was counted.
+
+    Those that stay in their files it does not compare.
+    """
     counted = {tensor.name for block in plan.layout.blocks for tensor in block.tensors}
-    shared = set(getattr(model, "all_tied_weights_keys", None) or ())
+    shared = dict(getattr(model, "all_tied_weights_keys", None) or {})
+    refuse_untied(files.name, shared, getattr(weights_loader(model), "index", {}))
     for name, _ in model.named_parameters():
         if name not in counted and name not in shared:
-            raise SourceError(
-                f"{files.name} has values of its own for {name}, which its config.json says are shared.",
-                'Write "tie_word_embeddings": false in its config.json, if the files are right.',
-            )
+            raise not_shared(files.name, name)
 
 
 def _check_coverage(model: Any, plan: Plan) -> None:
