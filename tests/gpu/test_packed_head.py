@@ -50,6 +50,8 @@ def engine_of(folder: Path) -> Iterator[Callable[..., Any]]:
 def test_logits_are_those_of_the_packed_matrix(
     method: str, tokens: int, engine_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if method in ("float8", "quanto-int8"):
+        pytest.importorskip("optimum.quanto")
     monkeypatch.setattr(packed_head, "UNPACKED_HEAD_BYTES", 50 * 128 * 2)  # rows that are no multiple of it
     head = engine_of(method).model.lm_head
     states = torch.randn(1, tokens, 128, device=DEVICE, dtype=torch.bfloat16)
