@@ -8,6 +8,10 @@ from typing import Any
 
 QUANTIZE = ("nf4", "fp4", "int8", "int4", "int2", "float8", "quanto-int8")
 """Methods of ``--quantize``; which devices each can be placed on is for the backend to say."""
+PUBLISHED = ("mxfp4", "fp8")
+"""What checkpoints come in that are kept as they are, and that transformers can unpack; nothing here packs weights so."""
+AS_NUMBERS = "none"
+"""In their place: weights of such checkpoints in 16 bits."""
 
 
 @dataclass(frozen=True)

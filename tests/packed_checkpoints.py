@@ -20,17 +20,38 @@ _STACK = re.compile(r"experts\.(gate_up|down)_proj$")
 _MXFP4_VALUES = torch.tensor([sign * value for sign in (1, -1) for value in (0, 0.5, 1, 1.5, 2, 3, 4, 6)])
 
 
-def save_fp8(folder: Path, save: Callable[..., Path] = tiny.save_llama, **changes: Any) -> Path:
-    """Linear layers in float8 with a scale for each square of 128 weights."""
+def save_fp8(
+    folder: Path,
+    save: Callable[..., Path] = tiny.save_llama,
+    *,
+    scales: str = "squares",
+    stays: str = "",
+    **changes: Any,
+) -> Path:
+    """Linear layers in float8, but for those in whose names ``stays`` is.
+
+    ``scales`` are those of ``"squares"`` of 128 weights, as exponents of 2 for ``"exponents"`` (float8_e8m0fnu) and
+    ``"bytes"``; or one for a ``"matrix"``, beside that of its activations.
+    """
     save(folder, **changes)
     packed: dict[str, Any] = {}
     for name, weight in _weights(folder).items():
-        if _LINEAR.search(name):
-            packed[name], packed[f"{name}_scale_inv"] = _squares(weight)
-        else:
+        if not _LINEAR.search(name) or (stays and stays in name):
             packed[name] = weight
-    facts = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
-    return _written(folder, packed, facts | {"fmt": "e4m3"})
+        elif scales == "matrix":
+            scale = weight.abs().max() / 448
+            packed[name] = (weight / scale).to(torch.float8_e4m3fn)
+            packed |= {f"{name}_scale_inv": scale, name.replace("weight", "activation_scale"): torch.ones(())}
+        else:
+            packed[name], packed[f"{name}_scale_inv"] = _squares(weight, are_powers=scales != "squares")
+            if scales == "bytes":
+                packed[f"{name}_scale_inv"] = (packed[f"{name}_scale_inv"].log2() + 127).to(torch.uint8)
+            elif scales == "exponents":
+                packed[f"{name}_scale_inv"] = packed[f"{name}_scale_inv"].to(torch.float8_e8m0fnu)
+    block = None if scales == "matrix" else [128, 128]
+    facts = {"quant_method": "fp8", "weight_block_size": block, "fmt": "e4m3"}
+    facts |= {"activation_scheme": "static" if scales == "matrix" else "dynamic"}
+    return _written(folder, packed, facts | {"modules_to_not_convert": [stays, "lm_head"] if stays else None})
 
 
 def save_mxfp4(folder: Path) -> Path:
@@ -280,12 +301,14 @@ def _written_plain(folder: Path, tensors: dict[str, Any]) -> None:
     save_file(held, beside / "model.safetensors", metadata={"format": "pt"})
 
 
-def _squares(weight: Any) -> tuple[Any, Any]:
+def _squares(weight: Any, *, are_powers: bool = False) -> tuple[Any, Any]:
     rows, columns = weight.shape
     across, down = -(-rows // 128), -(-columns // 128)
     padded = torch.nn.functional.pad(weight.float(), (0, down * 128 - columns, 0, across * 128 - rows))
     squares = padded.view(across, 128, down, 128)
     scales = squares.abs().amax((1, 3)).clamp(min=1e-12) / 448
+    if are_powers:
+        scales = scales.log2().ceil().exp2()
     scaled = (squares / scales[:, None, :, None]).view(across * 128, down * 128)
     return scaled[:rows, :columns].contiguous().to(torch.float8_e4m3fn), scales
 

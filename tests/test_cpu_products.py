@@ -34,7 +34,18 @@ from tests.kernel_caches import forget_kernels  # noqa: E402
 from tests.packed import without_extension  # noqa: E402
 from tests.test_packing import METHODS, bind, forward, inputs, network_of, parameters, parts, template  # noqa: E402
 
-KINDS = ("nf4", "fp4", "int8", "float8", "int4", "int2", "int4 in 64 rows", "int4 in 32 rows")
+KINDS = (
+    "nf4",
+    "fp4",
+    "mxfp4",
+    "int8",
+    "float8",
+    "float8 in groups",
+    "int4",
+    "int2",
+    "int4 in 64 rows",
+    "int4 in 32 rows",
+)
 DTYPES = ("bfloat16", "float16", "float32")
 SHAPES = ((8, 64), (12, 192), (36, 320), (512, 1024))
 HERE = [needed for needed, _, _ in numbers._WIDTHS if needed in compiler.instructions()]
@@ -70,6 +81,18 @@ def packed(
         values = table[codes.long()].view(rows, -1, 64) * absmax.view(rows, -1, 1).double()
         data = codes[:, ::2] << 4 | codes[:, 1::2]
         return PackedWeights(kind, data, absmax, None, rows, columns, 64), values.view(shape)
+    if kind == "mxfp4":
+        codes, exponents = integers(4, rows, columns), 118 + integers(3, rows, columns // 32)
+        values = torch.tensor(cpu_products.MXFP4_NUMBERS, dtype=torch.float64)[codes.long()]
+        values = values.view(rows, -1, 32) * torch.exp2(exponents.double() - 127).unsqueeze(-1)
+        data = codes[:, ::2] << 4 | codes[:, 1::2]
+        return PackedWeights(kind, data, exponents, None, rows, columns, 32), values.view(shape)
+    if kind == "float8 in groups":
+        data = integers(8, rows, columns)
+        data[(data & 127) == 127] = 0  # nan
+        scale, group = scales(rows, columns // 64).float(), 64
+        values = data.view(torch.float8_e4m3fn).double().view(rows, -1, 64) * scale.double().unsqueeze(-1)
+        return PackedWeights("float8", data, scale, None, rows, columns, group), values.view(shape)
     if kind in ("int8", "float8"):
         data, scale = integers(8, rows, columns), scales(rows, 1)
         data = data.view(torch.int8) if kind == "int8" else data.view(torch.float8_e4m3fn)

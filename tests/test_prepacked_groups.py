@@ -89,16 +89,16 @@ KEPT: dict[str, tuple[str, Save]] = {
         "float8",
         partial(save_compressed, style="naive-quantized", facts=FLOATS | {"strategy": "tensor"}),
     ),
+    "fp8 in blocks": (
+        "fp8",
+        partial(save_compressed, style="float-quantized", facts=BLOCKS, has_activations=True),
+    ),
 }
 """What is taken as it is: as which method, and how to make it."""
 
 REPACKED: dict[str, Save] = {
     "GPTQ, columns in order": partial(save_gptq, is_ordered=True),
     "GPTQ of 8 bits": partial(save_gptq, bits=8),
-    "fp8 in blocks": partial(save_compressed, style="float-quantized", facts=BLOCKS, has_activations=True),
-    "fp8 in blocks that do not come out even": partial(
-        save_compressed, style="naive-quantized", facts=BLOCKS | {"block_structure": [96, 48]}
-    ),
     "8 bits in groups": partial(save_compressed, style="pack-quantized", facts=GROUPS | {"num_bits": 8}),
     "8 bits with zeros": partial(save_compressed, style="pack-quantized", facts=ROWS | {"symmetric": False}),
 }
@@ -128,6 +128,8 @@ def plain_of(folder: Path) -> dict[str, Any]:
 
 def numbers(weight: Any) -> Any:
     """What a packed weight stands for, by its library."""
+    if hasattr(weight, "form"):
+        return weight.form.numbers(weight.entries, weight.scales, torch.float32)
     return weight.data * (weight.SCB / 127).unsqueeze(-1) if hasattr(weight, "SCB") else weight.dequantize()
 
 

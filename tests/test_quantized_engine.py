@@ -165,7 +165,7 @@ def test_weights_that_are_packed_in_their_files_are_packed_again(
 ) -> None:
     """As those are that they are unpacked to."""
     folder = save(tmp_path / "packed")
-    unpacked = load(folder, "ram")
+    unpacked = load_packed(folder, "none", "ram")
     try:
         assert any("--quantize nf4" in warning for warning in unpacked.plan.warnings)
         weights = {name: value.clone() for name, value in unpacked.model.named_parameters()}

@@ -11,7 +11,7 @@ from typing import Any
 from llm_magic.arguments import Parser, add_max_memory, completes, number
 from llm_magic.errors import OptionError
 from llm_magic.model import ModelSpec
-from llm_magic.options import QUANTIZE, LoadOptions
+from llm_magic.options import AS_NUMBERS, PUBLISHED, QUANTIZE, LoadOptions
 
 DTYPES = ("auto", "bfloat16", "float16", "float32", "bf16", "fp16", "fp32")
 _SHORT = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -33,9 +33,10 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
         "--quantize",
         default="",
         type=str.lower,
-        choices=QUANTIZE,
+        choices=(*QUANTIZE, *PUBLISHED, AS_NUMBERS),
         metavar="METHOD",
-        help=f"pack the linear layers and experts: {', '.join(QUANTIZE)}",
+        help=f"pack the linear layers and experts: {', '.join(QUANTIZE)}; "
+        f"{AS_NUMBERS}: what comes in {' or '.join(PUBLISHED)} in 16 bits",
     )
     add(
         "--quantize-head",

@@ -398,7 +398,7 @@ def _unpacked_bytes(layout: ModelLayout) -> int:
     in float32, where it is slow with 16 bits. A head is unpacked some rows at a time.
     """
     width = dtype_bytes(layout.dtype)
-    before = {"float8": width, "int4": 2, "int2": 2}
+    before = {"float8": width, "int4": 2, "int2": 2, "mxfp4": 2}
 
     def most(block: Block, tensor: TensorInfo) -> int:
         count, experts = prod(tensor.shape[-2:]), prod(tensor.shape)

@@ -13,15 +13,17 @@ ON_CPU = {
     "fp4": (18.0e9, 8.0e9, 7.3e9),
     "int8": (18.0e9, 9.6e9, 9.6e9),
     "quanto-int8": (18.0e9, 9.6e9, 9.6e9),
-    "float8": (8.0e9, 8.0e9, 5.5e9),
+    "float8": (18.0e9, 8.0e9, 5.5e9),
     "int4": (18.0e9, 12.0e9, 11.0e9),
     "int4 unpacked": (6.4e9, 6.4e9, 4.4e9),
     "int2": (3.6e9, 3.6e9, 2.2e9),
+    "mxfp4": (16.0e9, 8.0e9, 7.3e9),
+    "fp8": (18.0e9, 8.0e9, 5.5e9),
 }
 """Packed bytes per second that one thread of a CPU multiplies with a token, by compiled kernels.
 
 With AVX-512 for bfloat16, with AVX-512, with less: measured on a Xeon whose threads read 13 GB/s each in 16
-bits, held to the fewer instructions, on layers of 2,048 by 5,632; int4, and what is 18, on an EPYC (Zen 4) whose
+bits, held to the fewer instructions, on layers of 2,048 by 5,632; int4, mxfp4, and what is 18, on an EPYC (Zen 4) whose
 threads read 17 GB/s each, on layers of 4,096 by 4,096. What limits them is mostly how long RAM takes to answer;
 several threads reach what it gives, see `_OF_READ`.
 """
@@ -35,6 +37,8 @@ BY_LIBRARIES = {
     "int4": (7.8e9, 6.5e9, 6.5e9),
     "int4 unpacked": (0.65e9, 0.5e9, 0.5e9),
     "int2": (0.16e9, 0.16e9, 0.16e9),
+    "mxfp4": (0.08e9, 0.08e9, 0.08e9),
+    "fp8": (0.1e9, 0.1e9, 0.1e9),
 }
 """The same where there are no compiled kernels: weights become numbers first, for every token."""
 _BY_A_THREAD = 13e9
@@ -52,13 +56,16 @@ ON_GPU = {
     "int4 unpacked": 0.035,
     "int2": 0.02,
     "float8": 0.11,
+    "mxfp4": 0.3,
+    "mxfp4 unpacked": 0.04,
+    "fp8": 0.11,
 }
 """The same of a GPU.
 
 nf4 is measured: 3.7 GB in 2.8 ms on an H100 that reads 3,107 GB/s. Where all is unpacked first, for every
 token, it is the packed byte's share of what is read and written then: 1 of 5 bytes a weight for 8-bit
 integers (integers, their products with the scales, these again), 1 of 9 for floats, one half of 15 for
-4-bit integers. The other numbers are those of the kernel that is most like it.
+4-bit integers, and of 12 for 4-bit floats. The other numbers are those of the kernel that is most like it.
 """
 _SOMEHOW = 0.1
 
@@ -125,6 +132,8 @@ def _kernel_of(layout: ModelLayout, method: str) -> Kernel:
     group = layout.details.get("group", 0 if layout.hidden_size % 128 else 128)
     if method == "int4" and group not in INT4_GROUPS:
         method = "int4 unpacked"
+    if method == "mxfp4" and layout.details.get("no_gpu_kernel"):
+        method = "mxfp4 unpacked"
     return Kernel(method, is_compiled)
 
 

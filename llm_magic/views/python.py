@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from llm_magic.folders import display_path
+from llm_magic.options import PUBLISHED
 from llm_magic.plan import Plan
 
 _NUMBERED = re.compile(r"([\w.]+\.)(\d+)")
@@ -96,7 +97,9 @@ def _packing_differences(plan: Plan) -> list[str]:
         lines += ["# Plain transformers takes these weights without their scales."]
     if (needed := _NEEDED.get(plan.layout.details.get("packed_by", ""))) and plan.layout.quantization:
         lines += [f"# Plain transformers reads these weights where {needed} is installed."]
-    if _packs_experts(plan) and plan.layout.details.get("is_packed"):
+    if plan.layout.quantization in PUBLISHED:
+        lines += ["# Plain transformers unpacks these weights where it has no kernels for them."]
+    elif _packs_experts(plan) and plan.layout.details.get("is_packed"):
         lines += ["# Plain transformers does not read experts that were packed one by one."]
     elif _packs_experts(plan):
         lines += ["# Plain transformers leaves a mixture's experts as they are; here they are packed."]

@@ -181,12 +181,14 @@ def _read_draft(files: ModelFiles, plan: Plan, progress: Progress) -> Any:
     import torch
 
     from llm_magic.backends.accelerate.source.architecture import auto_class
-    from llm_magic.backends.accelerate.source.layout import load_config
+    from llm_magic.backends.accelerate.source.layout import draft_config
 
-    config = load_config(files)
+    config = draft_config(files)
+    unpacks = {"config": config} if getattr(config, "quantization_config", None) else {}
     with bars_into(_reporter(progress, lambda _name: "")), default_dtype_kept():
         model = auto_class(config).from_pretrained(
             str(files.folder),
+            **unpacks,
             attn_implementation=config._attn_implementation,
             device_map={"": torch.device(plan.placements[0].compute)},
             dtype=getattr(torch, plan.layout.draft.dtype) if plan.layout.draft else "auto",
@@ -228,7 +230,7 @@ def _read_model(
     from llm_magic.backends.accelerate.source.architecture import auto_class
     from llm_magic.backends.accelerate.source.layout import load_config
 
-    config = load_config(files)
+    config = load_config(files, unpacks=not plan.layout.quantization)
     packed = (
         PackedLoad(config, files, plan, folder.path, progress)
         if plan.layout.quantization and folder

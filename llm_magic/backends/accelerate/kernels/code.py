@@ -158,8 +158,11 @@ def fetched(module: ir.Module, builder: ir.IRBuilder, pointer: Any) -> None:
 
 
 def stored_kind(dtype: str) -> Any:
-    """What numbers of a torch dtype are in memory: ``"float32"``, ``"float16"`` or, as integers, ``"bfloat16"``."""
-    return {"float32": F32, "float16": ir.HalfType(), "bfloat16": I16}[dtype]
+    """What numbers of a torch dtype are in memory: ``"float32"``, ``"float16"``; as integers ``"bfloat16"`` and ``"uint8"``.
+
+    The last are exponents of 2, more by 127 than is meant (E8M0).
+    """
+    return {"float32": F32, "float16": ir.HalfType(), "bfloat16": I16, "uint8": I8}[dtype]
 
 
 def as_floats(builder: ir.IRBuilder, numbers: Any, dtype: str) -> Any:
@@ -169,7 +172,8 @@ def as_floats(builder: ir.IRBuilder, numbers: Any, dtype: str) -> Any:
     if dtype == "float16":
         return builder.fpext(numbers, _like(numbers, F32))
     words = _like(numbers, I32)
-    return builder.bitcast(builder.shl(builder.zext(numbers, words), _all(words, 16)), _like(numbers, F32))
+    by = 23 if dtype == "uint8" else 16  # to where a float32 has its exponent, or its first half
+    return builder.bitcast(builder.shl(builder.zext(numbers, words), _all(words, by)), _like(numbers, F32))
 
 
 def from_floats(builder: ir.IRBuilder, numbers: Any, dtype: str) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 from llvmlite import ir
 
 from llm_magic.backends.accelerate.kernels import compiler
-from llm_magic.backends.accelerate.kernels.code import I16, constants, intrinsic, vector
+from llm_magic.backends.accelerate.kernels.code import I16, constants, intrinsic, same, vector
 from llm_magic.backends.accelerate.kernels.compiler import I32
 
 DOT = 32
@@ -36,6 +36,24 @@ def looked_up(module: ir.Module, builder: ir.IRBuilder, table: Sequence[float], 
     numbers = [int.from_bytes(leading_bytes(number, 2), "big") for number in table]
     every = constants(I16, numbers * (DOT // len(numbers)))
     return builder.bitcast(builder.call(lookup, [every, places]), vector(I32, DOT // 2))
+
+
+def floats_looked_up(module: ir.Module, builder: ir.IRBuilder, packed: Any) -> Any:
+    """Pairs of numbers in bfloat16 of 8-bit floats (``float8_e4m3fn``): of their 7 bits that are no sign there is a table."""
+    words = builder.zext(packed, vector(I16, DOT))
+    kind, size = words.type, builder.and_(words, same(words.type, 0x7F))
+    lookup = intrinsic(module, "llvm.x86.avx512.vpermi2var.hi.512", kind, kind, kind, kind)
+    numbers = [int.from_bytes(leading_bytes(_float_of_8_bits(bits), 2), "big") for bits in range(128)]
+    tables = [constants(I16, numbers[start : start + DOT]) for start in range(0, 128, DOT)]
+    low, high = (builder.call(lookup, [tables[i], size, tables[i + 1]]) for i in (0, 2))
+    found = builder.select(builder.icmp_unsigned("<", size, same(kind, 64)), low, high)
+    sign = builder.shl(builder.and_(words, same(kind, 0x80)), same(kind, 8))
+    return builder.bitcast(builder.or_(found, sign), vector(I32, DOT // 2))
+
+
+def _float_of_8_bits(bits: int) -> float:
+    exponent, rest = bits >> 3, bits & 7
+    return (rest / 8 * 2.0**-6) if exponent == 0 else (1 + rest / 8) * 2.0 ** (exponent - 7)
 
 
 def leading_bytes(number: float, count: int) -> bytes:

@@ -34,6 +34,7 @@ from llm_magic.backends.accelerate.kernels.compiler import I32, I64
 from llm_magic.backends.accelerate.kernels.dots import (
     DOT,
     dots_added,
+    floats_looked_up,
     has_dots_of_bfloat16,
     leading_bytes,
     looked_up,
@@ -361,6 +362,23 @@ class CodeDots(_Dots):
         return [looked_up(module, builder, self.table, half) for half in halves]
 
 
+@dataclass(frozen=True)
+class FloatDots(_Dots):
+    """As `Floats`, all of which are numbers in bfloat16, too; here they are looked up."""
+
+    @property
+    def columns(self) -> list[list[int]]:
+        return [list(range(start, start + DOT)) for start in range(0, self.weights, DOT)]
+
+    @property
+    def takes_tokens_as_they_are(self) -> bool:
+        return True
+
+    def numbers(self, module: ir.Module, builder: ir.IRBuilder, packed: Any, _part: Any) -> list[Any]:
+        parts = (shuffled(builder, packed, packed, places) for places in self.columns)
+        return [floats_looked_up(module, builder, part) for part in parts]
+
+
 def has_vectors() -> bool:
     """Whether the processor has instructions that readers are made for."""
     return any(True for _ in _widths())
@@ -421,9 +439,19 @@ def code_dots(table: Sequence[float], group: int, columns: int) -> Reader | None
     return CodeDots(32, 64, group, tuple(table)) if is_for_it else None
 
 
-def floats(columns: int) -> Reader | None:
-    """What reads 8-bit floats, as `codes`."""
-    return next((Floats(width, width, 0) for width, _ in _widths() if columns % width == 0), None)
+def float_dots(columns: int, group: int) -> Reader | None:
+    """What multiplies 8-bit floats with tokens in bfloat16, as `floats`."""
+    width = 2 * DOT
+    is_for_it = has_dots_of_bfloat16() and group % width == 0 and columns % (group or width) == 0
+    return FloatDots(width, width, group) if is_for_it else None
+
+
+def floats(columns: int, group: int) -> Reader | None:
+    """What reads 8-bit floats of which ``group`` columns share a scale, 0 for all of a row; as `codes`."""
+    for width, _ in _widths():
+        if group % width == 0 and columns % (group or width) == 0:
+            return Floats(width, width, group)
+    return None
 
 
 def _widths() -> Iterator[tuple[int, str]]:

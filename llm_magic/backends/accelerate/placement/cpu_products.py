@@ -26,6 +26,12 @@ from llm_magic.backends.accelerate.preparation import preparing
 PLAIN = ("bfloat16", "float16")
 """Kinds of weights that are not packed."""
 
+MXFP4_NUMBERS = tuple(sign * size for sign in (1.0, -1.0) for size in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0))
+"""What floats of 4 bits (E2M1) are, by their bits."""
+
+_CODED = ("nf4", "fp4", "mxfp4")
+"""Kinds whose 4 bits are places in a table."""
+
 _TOGETHER, _TOGETHER_IN_BLOCKS, _TOGETHER_WITH_PLAIN = 4, 6, 8
 """Tokens that are multiplied with a weight at a time, about as long as RAM is waited for: numbers are made of packed ones.
 
@@ -56,10 +62,11 @@ class PackedWeights:
     Attributes
     ----------
     kind
-        ``"nf4"``, ``"fp4"``, ``"int8"``, ``"float8"``, ``"int4"`` or ``"int2"``; ``"bfloat16"`` and ``"float16"`` are not
-        packed at all.
+        ``"nf4"``, ``"fp4"``, ``"mxfp4"``, ``"int8"``, ``"float8"``, ``"int4"`` or ``"int2"``; ``"bfloat16"`` and
+        ``"float16"`` are not packed at all.
     data, scales, shifts
-        Contiguous tensors on the CPU; shifts of integers of 4 and 2 bits alone, scales of all that is packed.
+        Contiguous tensors on the CPU; shifts of integers of 4 and 2 bits alone, scales of all that is packed. Scales of
+        ``"mxfp4"`` are exponents of 2 in uint8, more by 127 than is meant.
     rows, columns
         Of a matrix: ``(out, in)``.
     group
@@ -433,7 +440,8 @@ def _plain(dtype: Any, columns: int) -> Layout:
 def _kernel(layout: Layout, dtype: str, together: int) -> Callable[[Any], None] | None:
     """The compiled kernel for so many tokens together; of none: what unpacks."""
     reader = _order(layout, dtype) if layout.block else _reader_of(layout, dtype, together)
-    if reader is None or not {layout.scales, dtype} <= {"float32", "float16", "bfloat16"}:
+    numbers = {"float32", "float16", "bfloat16"}
+    if reader is None or dtype not in numbers or layout.scales not in numbers | {"uint8"}:
         return None
     if "float16" in (layout.kind, layout.scales, dtype) and not _readers().has_float16():
         return None
@@ -493,8 +501,9 @@ def _dot_reader(layout: Layout) -> Any:
         return None
     if kind == "bfloat16":
         return readers.pairs(layout.columns)
-    is_coded = kind in ("nf4", "fp4")
-    return readers.code_dots(_table(kind), layout.group, layout.columns) if is_coded else None
+    if kind == "float8":
+        return readers.float_dots(layout.columns, layout.group)
+    return readers.code_dots(_table(kind), layout.group, layout.columns) if kind in _CODED else None
 
 
 @cache
@@ -502,7 +511,7 @@ def _reader(layout: Layout, *, is_exact: bool) -> Any:
     readers = _readers()
     if readers is None:
         return None
-    if layout.kind in ("nf4", "fp4"):
+    if layout.kind in _CODED:
         return readers.codes(_table(layout.kind), layout.group, layout.columns, is_exact=is_exact)
     if layout.kind in PLAIN:
         return readers.halves(layout.kind, layout.columns)
@@ -510,7 +519,7 @@ def _reader(layout: Layout, *, is_exact: bool) -> Any:
         return readers.fractions(int(layout.kind[-1]), layout.group, layout.columns)
     if layout.kind == "int8":
         return readers.integers(layout.columns, layout.factor)
-    return readers.floats(layout.columns) if layout.kind == "float8" else None
+    return readers.floats(layout.columns, layout.group) if layout.kind == "float8" else None
 
 
 @cache
@@ -529,6 +538,8 @@ def _readers() -> Any:
 
 @cache
 def _table(kind: str) -> tuple[float, ...]:
+    if kind == "mxfp4":
+        return MXFP4_NUMBERS
     from bitsandbytes.functional import get_4bit_type
 
     return tuple(get_4bit_type(kind, device="cpu").tolist())

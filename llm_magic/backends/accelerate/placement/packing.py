@@ -2,8 +2,8 @@
 
 A block travels as bytes in one flat buffer, so every parameter in it must come apart into plain
 tensors and be put together again around views of another buffer. A plain weight is its own single
-part; a packed one (bitsandbytes, optimum.quanto) has its data and its statistics. What is left when
-the parts are taken away is a ``Template``: shapes, dtypes, code tables, classes. It makes the
+part; a packed one (bitsandbytes, optimum.quanto, scaled floats) has its data and its statistics. What is
+left when the parts are taken away is a ``Template``: shapes, dtypes, code tables, classes. It makes the
 assignments that bind given tensors into the module, once for every buffer; a sweep then only runs
 those assignments, so that nothing is packed, copied or allocated while tokens are made.
 """
@@ -108,6 +108,7 @@ def parts(module: Any, name: str) -> Parts:
     bitsandbytes 4-bit  ``""``, ``absmax``; with packed statistics also ``offset``, ``state2.absmax``
     bitsandbytes 8-bit  ``""`` and ``SCB``
     optimum.quanto      the inner tensors: ``_data`` (or ``_data._data``), ``_scale``, ``_shift``, …
+    scaled floats       ``""`` and ``scales``
     ==================  =========================================================================
 
     Raises
@@ -142,6 +143,8 @@ def multiplied(tokens: Any, packed: Any) -> Any:
         from bitsandbytes import matmul_4bit
 
         return matmul_4bit(tokens, packed, quant_state=state)
+    if hasattr(packed, "form"):
+        return scaled_floats().product(tokens, packed)
     if type(packed).__name__ == "Int8Params":
         packed = _floats(packed.data, packed.SCB, tokens.dtype)
     return torch.nn.functional.linear(tokens, packed)
@@ -157,6 +160,9 @@ def packed_weights(packed: Any) -> PackedWeights | None:
     if type(packed).__name__ == "Int8Params":
         rows, columns = packed.shape
         return PackedWeights("int8", packed, packed.SCB, None, rows, columns, factor=1 / 127)
+    if (form := getattr(packed, "form", None)) is not None:
+        kind, group = _KINDS_OF_FLOATS[form.method], form.group
+        return PackedWeights(kind, packed, packed.scales, None, form.rows, form.columns, group)
     return _packed_by_quanto(packed) if hasattr(packed, "qtype") else None
 
 
@@ -179,6 +185,7 @@ def _packed_by_quanto(packed: Any) -> PackedWeights | None:
     return PackedWeights(kind, data, packed._scale, packed._shift, rows, columns, group)
 
 
+_KINDS_OF_FLOATS = {"mxfp4": "mxfp4", "fp8": "float8"}
 _QUANTO_KINDS = {"qint8": "int8", "qfloat8_e4m3fn": "float8", "qint4": "int4", "qint2": "int2"}
 
 
@@ -282,6 +289,8 @@ def _kind(module: Any, name: str) -> _Kind:
             return _EightBitKind()
     if (library := sys.modules.get("optimum.quanto")) is not None and isinstance(parameter, library.QTensor):
         return _QuantoKind()
+    if isinstance(parameter, scaled_floats().ScaledFloats):
+        return _ScaledKind()
     if type(parameter) not in (torch.nn.Parameter, torch.Tensor):
         raise ValueError(f"{name} is a {type(parameter).__name__}, whose bytes nobody here can take apart.")
     return _PlainKind()
@@ -369,6 +378,38 @@ def _parameter(data: Any) -> Any:
     import torch
 
     return torch.nn.Parameter(data, requires_grad=False)
+
+
+# ------------------------------------------------------------------------------------ scaled floats
+
+
+def scaled_floats() -> Any:
+    """The module of that name, whose classes are torch's."""
+    from llm_magic.backends.accelerate.placement import scaled_floats
+
+    return scaled_floats
+
+
+class _ScaledKind(_Kind):
+    def parts(self, module: Any, name: str) -> Parts:
+        weight = module._parameters[name]
+        return {"": weight.entries, "scales": weight.scales}
+
+    def template(self, module: Any, name: str) -> Template:
+        shapes = _shapes(self.parts(module, name))
+        return _ScaledTemplate(module, name, shapes, module._parameters[name].form)
+
+
+@dataclass(frozen=True)
+class _ScaledTemplate(Template):
+    form: Any = None
+
+    def unpacked(self, stacks: Mapping[str, Any], dtype: Any) -> Any:
+        return self.form.numbers(stacks[""], stacks["scales"], dtype)
+
+    def bindings(self, parts: Mapping[str, Any]) -> list[Assignment]:
+        made = scaled_floats().ScaledFloats(parts[""], parts["scales"], self.form)
+        return [(self.module._parameters, self.name, made)]
 
 
 # ------------------------------------------------------------------------------- bitsandbytes, 4 bits

@@ -19,9 +19,13 @@ compressed-tensors
 ``X.weight_scale``   ``[out, groups]``, ``[out, 1]``, ``[1]``, or of blocks ``[out / m, in / n]``
 ``X.weight_zero_point``  as the weight: int32 ``[out / 8, groups]``, or one number each
 ``X.weight_g_idx``   as ``g_idx`` of GPTQ
+fp8 of transformers
+``X.weight``         float8 ``[out, in]``
+``X.weight_scale_inv``  of blocks ``[out / m, in / n]``, or ``[1]``: factors all the same; exponents where uint8
 ===================  =======================================================================================
 
-Sources: AutoGPTQ's ``QuantLinear``, AutoAWQ's ``WQLinear_GEMM``, compressed-tensors' ``pack_to_int32``.
+Sources: AutoGPTQ's ``QuantLinear``, AutoAWQ's ``WQLinear_GEMM``, compressed-tensors' ``pack_to_int32``, transformers'
+``Fp8Dequantize``.
 """
 
 from __future__ import annotations
@@ -251,9 +255,29 @@ def read_compressed(
         zeros = torch.full_like(scales, middle)
     if block is None:
         order = _order(find(f"{layer}.weight_g_idx"), device, columns, scales.shape[1])
-    else:  # the last one may be smaller
-        order = torch.arange(columns, device=device) // block[1] if columns % block[1] else None
+    else:
+        order = _order_of_blocks(block, device, entries)
     return Groups(entries, scales, zeros, order)
+
+
+def read_fp8(find: Tensor, layer: str, device: Any, *, block: tuple[int, int] | None) -> Groups:
+    """Floats of 8 bits as transformers calls their parts; ``block`` is as for `read_compressed`."""
+    import torch
+
+    entries, held = _read(find, device, f"{layer}.weight", f"{layer}.weight_scale_inv")
+    if entries.dtype != torch.float8_e4m3fn:
+        raise TypeError
+    block = None if held.numel() == 1 else block
+    scales = _by_row(held.float().sub(127).exp2() if held.dtype == torch.uint8 else held, len(entries), block)
+    return Groups(entries.to(device, copy=True), scales, None, _order_of_blocks(block, device, entries))
+
+
+def _order_of_blocks(block: tuple[int, int] | None, device: Any, entries: Any) -> Any:
+    """The group of each column, where the last block is smaller than the others."""
+    import torch
+
+    columns = entries.shape[1]
+    return torch.arange(columns, device=device) // block[1] if block and columns % block[1] else None
 
 
 def _compressed_entries(find: Tensor, layer: str, device: Any, bits: int) -> tuple[Any, int]:

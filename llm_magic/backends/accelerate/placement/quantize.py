@@ -33,10 +33,12 @@ from llm_magic.backends.accelerate.placement.packing import (
     has_order,
     in_bytes,
     parts,
+    scaled_floats,
     template,
 )
 from llm_magic.backends.accelerate.placement.prepacked import PackedByBitsAndBytes, Prepacked, damaged
 from llm_magic.backends.accelerate.placement.prepacked_groups import Groups, PackedInGroups
+from llm_magic.backends.accelerate.placement.prepacked_stacks import PackedStacks
 from llm_magic.backends.accelerate.quiet import quiet
 from llm_magic.errors import OptionError, PlanError, SourceError
 
@@ -53,7 +55,7 @@ BLOCK = 64
 
 @dataclass(frozen=True)
 class Method:
-    """A way to pack linear layers.
+    """A way in which linear layers are packed.
 
     Every method can be offloaded: its parts are plain tensors, which travel as they are.
 
@@ -62,7 +64,7 @@ class Method:
     name
         As in ``--quantize NAME``.
     library
-        Module that packs and computes.
+        Module that packs and computes; nothing for floats that are taken from checkpoints, and that nobody packs here.
     bits
         Of one weight, without its share of the statistics.
     devices
@@ -87,6 +89,10 @@ METHODS: Mapping[str, Method] = {
         Method("quanto-int8", "optimum.quanto", 8),
     )
 }
+_PUBLISHED: Mapping[str, Method] = {
+    method.name: method for method in (Method("mxfp4", "", 4), Method("fp8", "", 8, ("cpu", "cuda", "xpu")))
+}
+"""Those of checkpoints that are kept as they are; nothing here packs weights so."""
 
 
 @dataclass(frozen=True)
@@ -122,13 +128,29 @@ def find_method(name: str, option: str = "--quantize") -> Method:
     OptionError
         When there is no such method, or its library is not installed.
     """
+    choose = f"Choose one of {', '.join(METHODS)}."
+    if name in _PUBLISHED:
+        raise OptionError(
+            f"{name} is what some checkpoints are published in; nothing here packs weights so.", choose
+        )
     if name not in METHODS:
-        raise OptionError(f"{name!r} is no way to pack weights.", f"Choose one of {', '.join(METHODS)}.")
+        raise OptionError(f"{name!r} is no way to pack weights.", choose)
     method = METHODS[name]
     if name == "int8" and not _installed(method.library) and _installed("optimum.quanto"):
         return METHODS["quanto-int8"]
     require(method.library, f"{option} {name} needs {method.library}, which")
     return method
+
+
+def method_of(name: str) -> Method:
+    """The method of this name by which layers are packed, or were before, when their checkpoint was made.
+
+    Raises
+    ------
+    OptionError
+        As `find_method`.
+    """
+    return _PUBLISHED[name] if name in _PUBLISHED else find_method(name)
 
 
 def require(library: str, what: str) -> None:
@@ -141,6 +163,11 @@ def require(library: str, what: str) -> None:
     """
     if not _installed(library):
         raise OptionError(f"{what} is not installed.", f"Install it: pip install '{_PACKAGES[library]}'")
+
+
+def has_gpu_kernel(name: str) -> bool:
+    """Whether what multiplies weights of a method with a token on a GPU is installed; ``mxfp4`` does without it, slowly."""
+    return name != "mxfp4" or _installed("bitsandbytes")
 
 
 def refuse_devices(name: str, devices: set[str]) -> None:
@@ -158,7 +185,7 @@ def refuse_devices(name: str, devices: set[str]) -> None:
     """
     for device in sorted(devices):
         kind = device.partition(":")[0]
-        if kind not in METHODS[name].devices:
+        if kind not in method_of(name).devices:
             able = [method.name for method in METHODS.values() if kind in method.devices]
             raise PlanError(
                 f"{name} weights cannot be computed on {device}.",
@@ -238,8 +265,11 @@ def prepare(model: Any, name: str, dtype: Any, choice: Choice | None = None) -> 
     """
     import torch
 
-    method = find_method(name)
-    import_library(method.library)
+    method = method_of(name)
+    if method.library:
+        import_library(method.library)
+    elif has_gpu_kernel(name) and torch.cuda.is_available():
+        import_library("bitsandbytes")
     choice = choice or Choice()
     skipped, group = _skipped(model, choice.stays), choice.group
     before = dict(model.named_modules())
@@ -331,6 +361,9 @@ def _names_in_code(kind: Any, pattern: str) -> frozenset[str]:
 
 
 def _replace(model: Any, method: Method, dtype: Any, skipped: list[str], group: int | None) -> None:
+    if not method.library:
+        _replace_by_scaled(model, method, skipped, group)
+        return
     if method.library == "bitsandbytes":
         from transformers import BitsAndBytesConfig
         from transformers.integrations import replace_with_bnb_linear
@@ -356,6 +389,17 @@ def _replace(model: Any, method: Method, dtype: Any, skipped: list[str], group: 
         for module in model.modules():
             if isinstance(module, QModuleMixin):
                 module.weight_group_size = group or None
+
+
+def _replace_by_scaled(model: Any, method: Method, skipped: list[str], group: int | None) -> None:
+    from torch.nn import Linear
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    for path, module in list(model.named_modules()):
+        if type(module) is Linear and should_convert_module(path, skipped):
+            owner, _, leaf = path.rpartition(".")
+            layer = scaled_floats().ScaledLinear(module, method.name, group or 0)
+            model.get_submodule(owner)._modules[leaf] = layer
 
 
 def _replace_experts(
@@ -522,13 +566,20 @@ def _packer(module: Any) -> Any:
         return _pack_8_bits
     if quanto is not None and isinstance(module, quanto.QModuleMixin):
         return _pack_quanto
-    return None
+    return _pack_floats if isinstance(module, scaled_floats().ScaledLinear) else None
+
+
+def _pack_floats(_module: Any, _value: Any) -> Any:
+    raise AssertionError("only what was packed before is in scaled floats")
 
 
 def _taken(module: Any, value: Any, *, index: int, device: Any) -> Any:
     """The weight of a layer that was packed before."""
     if isinstance(value, PackedByBitsAndBytes):
         return _taken_from_bitsandbytes(module, value, index, device)
+    if isinstance(value, PackedStacks):
+        data, scales = value.parts(index, device)
+        return _scaled(module, data, scales, value.matrices[index][0])
     assert isinstance(value, PackedInGroups)
     return _taken_from_groups(module, value, index, device)
 
@@ -543,9 +594,25 @@ def _taken_from_bitsandbytes(module: Any, value: PackedByBitsAndBytes, index: in
     return _four_bits(module, data, scales, value.dtype)
 
 
+def _scaled(module: Any, data: Any, scales: Any, name: str) -> Any:
+    """A packed weight in floats with scales."""
+    form, columns = module.form, data.shape[-1] * (8 // method_of(module.form.method).bits)
+    _check_shape(_shape(module), (data.shape[0], columns), f"The packed weight {name}")
+    groups = form.columns // form.group
+    if scales.shape[1] == 1:  # of all of a row
+        scales = scales.expand(-1, groups)
+    if tuple(scales.shape) != (form.rows, groups):
+        raise damaged(name)
+    return scaled_floats().ScaledFloats(data.contiguous(), scales.contiguous(), form)
+
+
 def _taken_from_groups(module: Any, value: PackedInGroups, index: int, device: Any) -> Any:
+    import torch
+
     held, name = value.groups(device, index), value.matrices[index][0]
     _check_shape(_shape(module), held.shape, f"The packed weight {name}")
+    if _packer(module) is _pack_floats:
+        return _scaled(module, held.entries.view(torch.uint8), held.scales, name)
     if _packer(module) is _pack_8_bits:
         return _rows_of_8_bits(held, name)
     _without_activations(module, device)
@@ -719,6 +786,8 @@ def packed_bytes(module: Any, dtype: Any) -> int:
         return int(module.experts) * packed_bytes(linear, dtype)
     rows, columns = int(module.out_features), int(module.in_features)
     itemsize, pack = int(dtype.itemsize), _packer(module)
+    if pack is _pack_floats:
+        return int(module.form.bytes)
     if pack is _pack_4_bits:
         count = rows * columns
         return -(-count // 2) + 4 * -(-count // BLOCK)  # nibbles, and a float32 scale for each group

@@ -27,6 +27,8 @@ from llm_magic.backends.accelerate.placement.quantize import (
     Choice,
     Method,
     find_method,
+    has_gpu_kernel,
+    method_of,
     packed_bytes,
     prepare,
     reads_head,
@@ -60,11 +62,9 @@ from llm_magic.errors import OptionError, SourceError
 from llm_magic.events import Progress
 from llm_magic.headers import GgufHeader, read_gguf_header
 from llm_magic.model import Block, BlockKind, ModelLayout, ModelSpec, TensorInfo
+from llm_magic.options import AS_NUMBERS, PUBLISHED
 
 _FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-UNPACKED = ("fp8", "mxfp4")
-"""``quant_method``s of checkpoints that transformers turns into plain weights while it loads them."""
-
 _LAST = re.compile(r"final|ln_f|norm_f|^norm$", re.IGNORECASE)
 
 
@@ -80,13 +80,18 @@ def read_layout(spec: ModelSpec, files: ModelFiles) -> ModelLayout:
         cannot be packed.
     """
     header = read_gguf_header(files.gguf) if files.gguf and not files.weight_files else None
-    config = gguf_model.gguf_config(files.gguf, header) if files.gguf and header else load_config(files)
-    packed = find_packed(files)
-    quantize = packed.check(spec.quantize) if packed else spec.quantize
+    packed = _kept_packed(spec, files)
+    if files.gguf and header:
+        config = gguf_model.gguf_config(files.gguf, header)
+    else:
+        config = load_config(files, unpacks=packed is None)
+    quantize = spec.quantize if spec.quantize != AS_NUMBERS else ""
+    quantize = packed.check(quantize) if packed else quantize
     dtype = _dtype(spec, files, config, header)
     if spec.dtype == "auto" and packed and quantize == packed.format.method:
         dtype = packed.quick_dtype(dtype)
-    method = find_method(quantize) if quantize else None
+    is_kept = packed is not None and packed.is_kept(quantize)
+    method = (method_of if is_kept else find_method)(quantize) if quantize else None
     head = _head_method(spec, method)
     model = build_skeleton(config, dtype)
     choice = Choice()
@@ -132,6 +137,19 @@ def read_layout(spec: ModelSpec, files: ModelFiles) -> ModelLayout:
     )
 
 
+def _kept_packed(spec: ModelSpec, files: ModelFiles) -> PackedCheckpoint | None:
+    """What is known of a checkpoint's packed weights, if they are to stay so, or to be packed anew."""
+    packed = find_packed(files)
+    if packed is None or spec.quantize != AS_NUMBERS:
+        return packed
+    if packed.format.library not in PUBLISHED:
+        raise OptionError(
+            f"The weights of {packed.name} ({packed.format.library}) are not unpacked here.",
+            "Leave out --quantize, or load the original model.",
+        )
+    return None
+
+
 def _head_method(spec: ModelSpec, method: Method | None) -> str:
     """The method that packs the head; empty where it stays as it is."""
     if not spec.quantize_head:
@@ -155,6 +173,8 @@ def _packing(packed: PackedCheckpoint | None, method: Method, choice: Choice) ->
     details: dict[str, Any] = {} if cpu_products.is_there() else {"no_cpu_kernels": True}
     if choice.group is not None:
         details |= {"group": choice.group}
+    if not has_gpu_kernel(method.name):
+        details |= {"no_gpu_kernel": True}
     if packed is None:
         return details
     if packed.is_kept(method.name):
@@ -181,7 +201,10 @@ def with_draft(layout: ModelLayout, spec: ModelSpec, progress: Progress) -> Mode
         )
     draft = draft_spec(spec)
     files = resolve(draft, progress)
-    if (packed := find_packed(files)) and packed.format.library != "bitsandbytes":
+    packed = find_packed(files)
+    if packed and packed.format.library in PUBLISHED:
+        draft = replace(draft, quantize=AS_NUMBERS)
+    elif packed and packed.format.library != "bitsandbytes":
         raise OptionError(
             f"A draft model is loaded by transformers, which does not read what {packed.format.library} has packed.",
             f"Name the model that {files.name} was made of.",
@@ -200,11 +223,22 @@ def draft_spec(spec: ModelSpec) -> ModelSpec:
     return ModelSpec(spec.draft, dtype=spec.dtype, backend=spec.backend, allow_pickle=spec.allow_pickle)
 
 
+def draft_config(files: ModelFiles) -> Any:
+    """Transformers' configuration of a draft model, with which it unpacks what it can unpack."""
+    packed = find_packed(files)
+    return load_config(files, unpacks=packed is not None and packed.format.library in PUBLISHED)
+
+
 # ------------------------------------------------------------------------------------ the model
 
 
-def load_config(files: ModelFiles) -> Any:
+def load_config(files: ModelFiles, *, unpacks: bool = False) -> Any:
     """Transformers' configuration of a folder.
+
+    Parameters
+    ----------
+    unpacks
+        Whether transformers is to unpack weights, although they could be read as they are.
 
     Raises
     ------
@@ -233,7 +267,7 @@ def load_config(files: ModelFiles) -> Any:
     if isinstance(packed, dict):
         packed["dequantize"] = True  # what is counted, and what every device can compute
         config.quantization_config = packed
-    if find_packed(files) is not None:  # its weights are read as they are, see `packed_checkpoint`
+    if find_packed(files) is not None and not unpacks:  # its weights are read as they are, see `packed_checkpoint`
         for part in parts:
             part.__dict__.pop("quantization_config", None)
     have_scores_capped(config)
@@ -250,7 +284,7 @@ def _refuse_packed(files: ModelFiles) -> None:
     """
     for packed in packing_facts(files):
         method = packed.get("quant_method", "unknown") if isinstance(packed, dict) else packed
-        if method and method not in UNPACKED and find_packed(files) is None:
+        if method and method not in PUBLISHED and find_packed(files) is None:
             raise SourceError(
                 f"The weights of {files.name} are quantized ({_plain(str(method)) or 'unknown'}), "
                 "which cannot be placed yet.",

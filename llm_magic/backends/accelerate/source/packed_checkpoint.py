@@ -6,7 +6,7 @@ disk, or put everything on one GPU first.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,11 @@ from typing import Any
 from llm_magic.backends.accelerate.placement.prepacked import FOUR_BIT_PARTS, STATE
 from llm_magic.backends.accelerate.placement.quantize import require
 from llm_magic.backends.accelerate.source.large_files import open_safetensors
-from llm_magic.backends.accelerate.source.packed_formats import AUTO_FP8, PackedFormat, find_format
+from llm_magic.backends.accelerate.source.packed_formats import PackedFormat, as_auto_fp8, find_format
 from llm_magic.backends.accelerate.source.sources import ModelFiles, read_json
 from llm_magic.errors import OptionError, SourceError
 from llm_magic.headers import TensorEntry, read_safetensors_header
+from llm_magic.options import PUBLISHED
 from llm_magic.planning.packed import INT4_GROUPS
 
 _PACKED = ("I8", "U8", "I32", "F8_E4M3")
@@ -36,8 +37,18 @@ def find_packed(files: ModelFiles) -> PackedCheckpoint | None:
             if files.weight_files and not weights:
                 return None  # pickled ones, which nothing here reads
             found = PackedCheckpoint(files.name, form, tuple(weights))
-            return found if form.library != AUTO_FP8 or found.has_its_scales else None
+            return _in_floats(found, facts) if form.library in PUBLISHED else found
     return None
+
+
+def _in_floats(found: PackedCheckpoint, facts: dict[str, Any]) -> PackedCheckpoint | None:
+    """A checkpoint of floats by the names of their scales; ``None`` where transformers alone can read it."""
+    if found.files and not found.packed:
+        auto = replace(found, format=as_auto_fp8(facts))
+        return auto if found.format.library == "fp8" and auto.packed else None
+    others = (dtype for name, dtype in found.dtypes.items() if name not in found.keys)
+    is_read = found.format.is_stacked or not any(dtype in _PACKED for dtype in others)
+    return found if is_read else None
 
 
 def packing_facts(files: ModelFiles) -> list[Any]:
@@ -97,7 +108,7 @@ class PackedCheckpoint:
                 f"The weights of {self.name} ({self.format.library}: {self.format.what}) cannot stay as they are.",
                 "Pack them anew, with --quantize int8, nf4 or another method.",
             )
-        elif not quantize and self.format.method != "int8":  # for which either library will do
+        elif not quantize and self.format.method not in ("int8", *PUBLISHED):  # which need either, or none
             require(
                 "optimum.quanto",
                 f"{self.name} is packed by {self.format.library}: that needs optimum-quanto, which",
@@ -128,9 +139,9 @@ class PackedCheckpoint:
     @cached_property
     def keys(self) -> frozenset[str]:
         """Names of all tensors in the files that are a packed weight or a part of one."""
-        if self.format.read is not None:
-            owners = (name.removesuffix("weight") for name in self.packed)
-            names = (f"{owner}{part.removesuffix('?')}" for owner in owners for part in self.format.parts)
+        if self.format.parts:
+            parts = [part.removesuffix("?") for part in self.format.parts]
+            names = (self.format.part(name, part) for name in self.packed for part in parts)
         elif self.format.method == "int8":
             owners = (name.removesuffix("weight") for name in self.packed)
             names = (f"{owner}{leaf}" for owner in owners for leaf in ("weight", "SCB", "weight_format"))
@@ -139,10 +150,10 @@ class PackedCheckpoint:
             names = (f"{name}{end}" for name in self.packed for end in ends)
         return frozenset(names).intersection(self.in_file)
 
-    @property
-    def has_its_scales(self) -> bool:
-        """Whether there are scales as AutoFP8 calls them, and none as transformers does."""
-        return bool(self.packed) and not any(name.endswith("_scale_inv") for name in self.in_file)
+    @cached_property
+    def dtypes(self) -> dict[str, str]:
+        """The dtype of each tensor, by its name, as the files say it."""
+        return {tensor.name: tensor.dtype for _, tensor in self._tensors}
 
     @cached_property
     def in_file(self) -> dict[str, Path]:
@@ -153,8 +164,8 @@ class PackedCheckpoint:
     def packed(self) -> list[str]:
         """Names of the packed weights in the files, as of plain ones; experts in the order of their numbers."""
         form = self.format
-        if form.read is not None:
-            ends, weight = tuple(form.marks), ".weight"
+        if form.parts:
+            ends, weight = tuple(form.marks), form.end
         elif form.method == "int8":
             ends, weight = (".SCB",), ".weight"
         else:
@@ -166,12 +177,13 @@ class PackedCheckpoint:
 
     def tensor(self, name: str) -> Any:
         """A tensor of the files; ``None`` where there is no such."""
-        path = self.in_file.get(name)
-        if path is None:
-            return None
-        if path not in self._open:
-            self._open[path] = open_safetensors(path)
-        return self._open[path].get_tensor(name)
+        file = self._file_of(name)
+        return None if file is None else file.get_tensor(name)
+
+    def part(self, name: str, index: int) -> Any:
+        """What a tensor has at an index of its first dimension; ``None`` where there is no such."""
+        file = self._file_of(name)
+        return None if file is None else file.get_slice(name)[index]
 
     def needed(self, name: str) -> Any:
         """A tensor of the files.
@@ -199,13 +211,24 @@ class PackedCheckpoint:
                 f"Leave out --quantize, or load the original model with --quantize {quantize}.",
             )
 
+    def _file_of(self, name: str) -> Any:
+        path = self.in_file.get(name)
+        if path is None:
+            return None
+        if path not in self._open:
+            self._open[path] = open_safetensors(path)
+        return self._open[path]
+
     @cached_property
     def _tensors(self) -> list[tuple[Path, TensorEntry]]:
         return [(path, tensor) for path in self.files for tensor in read_safetensors_header(path).tensors]
 
     def _check_parts(self) -> None:
         """Refuse a packed weight without its parts, which would be taken for a plain one, and parts without theirs."""
-        form, dtypes = self.format, {tensor.name: tensor.dtype for _, tensor in self._tensors}
+        if self.format.is_stacked:
+            self._check_stacks()
+            return
+        form, dtypes = self.format, self.dtypes
         own = {part.removesuffix("?") for part in form.parts} or {"weight", "absmax", "SCB"}
         for _, tensor in self._tensors:
             owner, _, leaf = tensor.name.rpartition(".")
@@ -223,6 +246,16 @@ class PackedCheckpoint:
                 raise SourceError(
                     f"{self.name} has scales of activations beside its packed weights, which nothing here computes.",
                     "Load the original model, with --quantize.",
+                )
+
+    def _check_stacks(self) -> None:
+        ends = tuple(self.format.parts)
+        for name in self.in_file:
+            end = next((end for end in ends if name.endswith(end)), "")
+            if end and any(f"{name.removesuffix(end)}{other}" not in self.in_file for other in ends):
+                raise SourceError(
+                    f"{self.name} has {name}, and not all that belongs to a packed weight ({self.format.what}).",
+                    "Download the model again.",
                 )
 
 

@@ -17,8 +17,11 @@ from llm_magic.backends.accelerate.placement.prepacked_groups import (
     Reader,
     read_awq,
     read_compressed,
+    read_fp8,
     read_gptq,
 )
+from llm_magic.backends.accelerate.placement.prepacked_stacks import BLOCKS, SCALES
+from llm_magic.backends.accelerate.placement.scaled_floats import MXFP4_GROUP
 
 _AUTO_ROUND = {
     "auto": ("gptq", "gptq"),
@@ -32,6 +35,8 @@ _AUTO_ROUND = {
 """Whose layout AutoRound's ``packing_format`` is, and which version of it."""
 AUTO_FP8 = "AutoFP8"
 _LARGEST_GROUP = 1 << 20
+_BLOCK = (128, 128)
+"""Rows and columns that share a scale of transformers' floats of 8 bits, where nobody says otherwise."""
 _PLAIN_BITS = 16
 """Layers of so many bits are not packed."""
 
@@ -44,7 +49,7 @@ class PackedFormat:
     ----------
     library
         Who packed them, as people call it: ``"bitsandbytes"``, ``"GPTQ"``, ``"AWQ"``, ``"AutoRound"``,
-        ``"compressed-tensors"``, ``"AutoFP8"``.
+        ``"compressed-tensors"``, ``"AutoFP8"``; ``"fp8"`` and ``"mxfp4"``, where nobody says so.
     method
         The one of ``--quantize`` that means the same numbers; nothing where none does.
     what
@@ -58,7 +63,9 @@ class PackedFormat:
     group
         Columns that share a scale, 0 for all of a row; ``None`` where ``method`` has its own rule.
     read
-        Reads a weight; ``None`` for those of bitsandbytes.
+        Reads a weight; ``None`` for those of bitsandbytes, and for stacks.
+    end
+        What the name of a plain weight ends with; nothing for stacks of experts, which are parameters of their owner.
     """
 
     library: str
@@ -69,6 +76,16 @@ class PackedFormat:
     parts: Sequence[str] = ()
     group: int | None = None
     read: Reader | None = None
+    end: str = ".weight"
+
+    @property
+    def is_stacked(self) -> bool:
+        """Whether stacks of experts are packed as such, and nothing else is."""
+        return bool(self.marks) and not self.end
+
+    def part(self, weight: str, part: str) -> str:
+        """The name in the files of one of ``parts``, for the weight of a name."""
+        return f"{weight.removesuffix(self.end)}.{part}" if self.end else f"{weight}{part}"
 
 
 def find_format(facts: Mapping[str, Any]) -> PackedFormat | None:
@@ -82,12 +99,23 @@ def find_format(facts: Mapping[str, Any]) -> PackedFormat | None:
         return _gptq(facts)
     if method == "awq":
         return _awq(facts)
+    if method == "mxfp4":
+        return PackedFormat("mxfp4", "mxfp4", "floats of 4 bits", None, (BLOCKS,), (BLOCKS, SCALES), MXFP4_GROUP, end="")
     if method == "fp8":
-        return _auto_fp8(facts)
+        return _fp8(facts)
     return _compressed(facts) if method == "compressed-tensors" else None
 
 
-def _auto_fp8(facts: Mapping[str, Any]) -> PackedFormat:
+def _fp8(facts: Mapping[str, Any]) -> PackedFormat:
+    """As transformers writes it, and those who trained the model."""
+    block = _block(facts.get("weight_block_size", list(_BLOCK)))
+    what = f"floats of 8 bits{' in blocks' if block else ''}"
+    parts = ("weight", "weight_scale_inv", "activation_scale?")
+    skipped, read = _names(facts.get("modules_to_not_convert")), partial(read_fp8, block=block)
+    return PackedFormat("fp8", "fp8", what, skipped, (".weight_scale_inv",), parts, block[1] if block else 0, read)
+
+
+def as_auto_fp8(facts: Mapping[str, Any]) -> PackedFormat:
     """As AutoFP8 writes it, where the files have its scales: transformers knows others by the same name.
 
     Its scales are factors, in ``weight_scale``; transformers looks for ``weight_scale_inv``, and would take the
@@ -96,8 +124,8 @@ def _auto_fp8(facts: Mapping[str, Any]) -> PackedFormat:
     block = _block(facts.get("weight_block_size"))
     read = partial(read_compressed, bits=8, is_symmetric=True, block=block)
     parts = ("weight", "weight_scale", "input_scale?")
-    method, what = "" if block else "float8", f"floats of 8 bits{' in blocks' if block else ''}"
-    return PackedFormat(AUTO_FP8, method, what, None, (".weight_scale",), parts, 0, read)
+    method, what = "fp8" if block else "float8", f"floats of 8 bits{' in blocks' if block else ''}"
+    return PackedFormat(AUTO_FP8, method, what, None, (".weight_scale",), parts, block[1] if block else 0, read)
 
 
 def _auto_round(facts: Mapping[str, Any]) -> PackedFormat | None:
@@ -261,7 +289,9 @@ class _Scheme:
     @property
     def method(self) -> str:
         """As what its numbers can be taken; nothing where no method means the same."""
-        if self.block is not None or self.has_order:
+        if self.block is not None:
+            return "fp8" if self.is_float else ""
+        if self.has_order:
             return ""
         if self.bits == 4:
             return "int4"
@@ -295,12 +325,19 @@ def _scheme(weights: Mapping[str, Any], style: object) -> _Scheme:
         style=str(style),
         bits=bits if type(bits) is int else 0,
         strategy=strategy,
-        group=_group(weights.get("group_size")) if strategy == "group" else 0,
+        group=_columns_together(weights, strategy),
         block=_block(weights.get("block_structure")) if strategy == "block" else None,
         is_float=weights.get("type") == "float",
         is_symmetric=weights.get("symmetric", True) is True,
         has_order=weights.get("actorder") in (True, "group", "dynamic"),
     )
+
+
+def _columns_together(weights: Mapping[str, Any], strategy: str) -> int | None:
+    if strategy == "block":
+        block = _block(weights.get("block_structure"))
+        return block[1] if block else None
+    return _group(weights.get("group_size")) if strategy == "group" else 0
 
 
 def _block(extents: object) -> tuple[int, int] | None:

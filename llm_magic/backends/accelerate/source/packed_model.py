@@ -11,7 +11,8 @@ from typing import Any
 
 from llm_magic.backends.accelerate.placement.prepacked import PackedByBitsAndBytes, Prepacked
 from llm_magic.backends.accelerate.placement.prepacked_groups import PackedInGroups
-from llm_magic.backends.accelerate.placement.quantize import BLOCK, METHODS, Choice
+from llm_magic.backends.accelerate.placement.prepacked_stacks import PackedStacks
+from llm_magic.backends.accelerate.placement.quantize import BLOCK, Choice, method_of
 from llm_magic.backends.accelerate.source.architecture import path_of_head
 from llm_magic.backends.accelerate.source.packed_checkpoint import PackedCheckpoint
 from llm_magic.errors import SourceError
@@ -48,7 +49,8 @@ class PackedModel:
         """What is to be packed of the model by this method, and in which groups."""
         if not self.checkpoint.is_kept(method):
             return Choice()
-        return Choice(self._stays(), self.checkpoint.format.group if METHODS[method].bits == 4 else None)
+        has_groups = method_of(method).bits == 4 or not method_of(method).library
+        return Choice(self._stays(), self.checkpoint.format.group if has_groups else None)
 
     def weights(self, dtype: Any, method: str) -> dict[str, Prepacked]:
         """The packed parameters of the model, by name.
@@ -68,6 +70,9 @@ class PackedModel:
         self._check_biases()
         files, found = self.checkpoint, self._places
         read = files.format.read
+        if files.format.is_stacked:
+            kept = method if files.is_kept(method) else ""
+            return {name: PackedStacks(kept, of, files.tensor, dtype, files.part) for name, of in found.items()}
         if read is None:
             packed = (files.format.method, files.needed, dtype, BLOCK)
             return {name: PackedByBitsAndBytes(packed[0], of, *packed[1:]) for name, of in found.items()}
@@ -81,22 +86,25 @@ class PackedModel:
 
         Without any files here: what the configuration says. ``None``: as transformers chooses.
         """
+        from transformers.quantizers.base import get_keys_to_not_convert
+
         layers, skipped = list(_layers(self.model)), self.checkpoint.format.skipped
+        # Where the last group is smaller than the others nothing computes with them.
+        uneven = {name for name, weight in self.model.named_parameters() if self._is_uneven(weight)}
+        paths = [path for path, names in layers if not uneven.isdisjoint(names)]
         if self.checkpoint.files:
-            # Where the last group is smaller than the others nothing computes with them.
-            uneven = {name for name, weight in self.model.named_parameters() if self._is_uneven(weight)}
-            paths = [
-                path
-                for path, names in layers
-                if self._places.keys().isdisjoint(names) or not uneven.isdisjoint(names)
-            ]
+            paths += [path for path, names in layers if self._places.keys().isdisjoint(names)]
+        elif self.checkpoint.format.is_stacked:
+            paths += [path for path, names in layers if names == [f"{path}.weight"]]
         elif skipped is not None:
             named = [f".{name}." for name in skipped]
-            paths = [path for path, _ in layers if any(name in f".{path}." for name in named)]
+            paths += [path for path, _ in layers if any(name in f".{path}." for name in named)]
+        elif paths:
+            paths += get_keys_to_not_convert(self.model)
         else:
             return None
         # One pattern: they are asked for each module, and Python forgets all of them if they are too many.
-        return [f"(?:{'|'.join(re.escape(path) for path in paths)})$"] if paths else []
+        return [f"(?:{'|'.join(re.escape(path) for path in dict.fromkeys(paths))})$"] if paths else []
 
     def _is_uneven(self, weight: Any) -> bool:
         group = self.checkpoint.format.group
@@ -121,7 +129,7 @@ class PackedModel:
             if pattern is not None:
                 made[target][pattern].append(key)
             elif target in names:
-                found[target] = [[key]]
+                found[target] = [[key]] * (len(names[target]) if self.checkpoint.format.is_stacked else 1)
             elif f"{target.partition('.experts.')[0]}.experts" in stacks:
                 raise self._cannot_be_put_together()  # as of Llama 4, whose plain weights are stacks in files, too
         for target, keys in made.items():

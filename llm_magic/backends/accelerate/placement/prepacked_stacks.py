@@ -1,0 +1,59 @@
+"""Stacks of experts in floats of 4 bits, as gpt-oss comes.
+
+==============  ============================================================================================
+``X_blocks``    uint8 ``[experts, out, groups, 16]``: two numbers in a byte, the first in the low half
+``X_scales``    uint8 ``[experts, out, groups]``: exponents of 2, more by 127
+==============  ============================================================================================
+
+Source: OpenAI's ``gpt_oss/torch/weights.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from llm_magic.backends.accelerate.placement.prepacked import Prepacked, damaged
+
+BLOCKS, SCALES = "_blocks", "_scales"
+"""What follows the name of a stack."""
+
+
+@dataclass(frozen=True)
+class PackedStacks(Prepacked):
+    """A stack of matrices that the files have as one; each of ``matrices`` is its name.
+
+    Attributes
+    ----------
+    part
+        Gets a part of a tensor, of a name and an index of its first dimension.
+    """
+
+    part: Callable[[str, int], Any]
+
+    def parts(self, index: int, device: Any) -> tuple[Any, Any]:
+        """Entries ``[out, in / 2]``, the first of two in the high half, and exponents ``[out, groups]``, on ``device``.
+
+        Raises
+        ------
+        SourceError
+            When the parts do not belong together.
+        """
+        import torch
+
+        (name,) = self.matrices[index]
+        blocks, scales = (self.part(f"{name}{end}", index) for end in (BLOCKS, SCALES))
+        if blocks is None or scales is None or blocks.dtype != torch.uint8 or scales.dtype != torch.uint8:
+            raise damaged(name)
+        if blocks.dim() != 3 or blocks.shape[:2] != scales.shape or blocks.shape[2] != 16:
+            raise damaged(name)
+        blocks = blocks.to(device).flatten(1)
+        return (blocks << 4) | (blocks >> 4), scales.to(device, copy=True)
+
+    def numbers(self, device: Any, index: int = 0) -> Any:
+        from llm_magic.backends.accelerate.placement.scaled_floats import MXFP4_GROUP, Form
+
+        data, scales = self.parts(index, device)
+        form = Form("mxfp4", len(data), 2 * data.shape[1], MXFP4_GROUP)
+        return form.numbers(data, scales, self.dtype)

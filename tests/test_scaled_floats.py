@@ -1,0 +1,383 @@
+"""Checkpoints in floats of 4 and 8 bits, as those who trained a model publish them: kept as they are."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from llm_magic.backends.accelerate.placement import packing, scaled_floats
+from llm_magic.backends.accelerate.placement.cpu_products import MXFP4_NUMBERS
+from llm_magic.backends.accelerate.placement.packed_stack import PackedStack
+from llm_magic.backends.accelerate.placement.scaled_floats import Form, ScaledFloats, ScaledLinear, product
+from llm_magic.errors import OptionError, PlanError, SourceError
+from llm_magic.model import ModelSpec
+from llm_magic.views.python import python_of
+from tests import tiny
+from tests.engines import BACKEND, ask, load, plan_for
+from tests.packed import (
+    PROMPT,
+    WIDE,
+    WIDE_EXPERTS,
+    held_weights,
+    layouts_with_and_without_weights,
+    silent,
+    texts_after_moves,
+    texts_wherever_blocks_are,
+)
+from tests.packed_checkpoints import edit, save_awq, save_fp8, save_mxfp4
+
+Save = Callable[..., Path]
+MIXTURE = {"save": tiny.save_mixture, "head_dim": 32, **WIDE_EXPERTS}
+KINDS: dict[str, tuple[str, Save]] = {
+    "mxfp4": ("mxfp4", save_mxfp4),
+    "fp8": ("fp8", partial(save_fp8, **WIDE)),
+    "fp8, a layer plain": ("fp8", partial(save_fp8, stays="layers.1.mlp", **WIDE)),
+    "fp8, experts": ("fp8", partial(save_fp8, **MIXTURE)),
+    "fp8 with exponents": ("fp8", partial(save_fp8, scales="exponents", **WIDE)),
+    "fp8 with bytes": ("fp8", partial(save_fp8, scales="bytes", **WIDE)),
+    "fp8 with one scale": ("fp8", partial(save_fp8, scales="matrix", **WIDE)),
+}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def kind(request: pytest.FixtureRequest) -> tuple[str, Save]:
+    return KINDS[request.param]
+
+
+@pytest.fixture(scope="module")
+def folder(kind: tuple[str, Save], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return kind[1](folder=tmp_path_factory.mktemp("floats") / "model")
+
+
+def unpacked(folder: Path) -> Any:
+    """The model as transformers unpacks it."""
+    from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
+
+    facts = json.loads((folder / "config.json").read_text())["quantization_config"]
+    config = Mxfp4Config if facts["quant_method"] == "mxfp4" else FineGrainedFP8Config
+    return AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=config(dequantize=True), dtype=torch.float32
+    ).eval()
+
+
+def load_as(folder: Path, placement: str, quantize: str, **options: Any) -> Any:
+    spec, plan = plan_for(folder, placement, spec=ModelSpec(str(folder), quantize=quantize), **options)
+    return BACKEND.load(spec, plan, silent)
+
+
+# ----------------------------------------------------------------------------------- as they are in the files
+
+
+def test_the_numbers_are_those_that_transformers_unpacks(kind: tuple[str, Save], folder: Path) -> None:
+    theirs, count = dict(unpacked(folder).named_parameters()), 0
+    engine = load(folder, "ram")
+    try:
+        assert engine.plan.layout.quantization == kind[0]
+        assert engine.plan.layout.details["is_packed"]
+        for path, module in engine.model.named_modules():
+            if isinstance(module, ScaledLinear):
+                weight = module.weight
+                found = weight.form.numbers(weight.entries, weight.scales, torch.float32)
+                assert torch.equal(found, theirs[f"{path}.weight"])
+                count += 1
+            elif isinstance(module, PackedStack):
+                expected = theirs[path].transpose(1, 2) if module.is_transposed else theirs[path]
+                for expert in range(module.experts):
+                    assert torch.equal(module[expert].unpacked(torch.float32), expected[expert])
+                count += 1
+        assert count
+        for name, weight in engine.model.named_parameters():
+            if type(weight) is torch.nn.Parameter and name in theirs:
+                assert torch.equal(weight, theirs[name])
+    finally:
+        engine.close()
+
+
+def test_a_prompt_is_read_as_by_transformers(folder: Path) -> None:
+    ids = torch.arange(40).view(1, 40) % 89 + 3
+    with torch.no_grad():
+        expected = unpacked(folder)(ids).logits
+    engine = load(folder, "half")
+    try:
+        with torch.no_grad():
+            torch.testing.assert_close(engine.model(ids).logits, expected, rtol=1e-3, atol=1e-3)
+    finally:
+        engine.close()
+
+
+def test_the_same_tokens_wherever_blocks_are(folder: Path, tmp_path: Path) -> None:
+    assert len(texts_wherever_blocks_are(folder, tmp_path)) == 1
+
+
+def test_blocks_move_and_come_back(folder: Path) -> None:
+    assert len(set(texts_after_moves(folder))) == 1
+
+
+def test_a_plan_without_the_weights_counts_the_same(folder: Path) -> None:
+    """As before a download."""
+    with_files, without = layouts_with_and_without_weights(folder)
+    assert with_files.blocks == without.blocks
+    assert with_files.quantization == without.quantization
+
+
+def test_the_bytes_are_those_of_the_files(kind: tuple[str, Save], folder: Path) -> None:
+    """But for scales of 128 columns, which each row gets one of."""
+    size = sum(tensor.nbytes for tensor in load_file(folder / "model.safetensors").values())
+    layout = BACKEND.layout(ModelSpec(str(folder)), silent)
+    assert size <= layout.bytes <= size * (1 if kind[0] == "mxfp4" else 1.03)
+
+
+def test_in_16_bits_on_demand(folder: Path) -> None:
+    """What fits a GPU as it is answers sooner there as plain numbers."""
+    kept = BACKEND.layout(ModelSpec(str(folder)), silent)
+    theirs = dict(unpacked(folder).named_parameters())
+    engine = load_as(folder, "half", "none")
+    try:
+        assert not engine.plan.layout.quantization
+        assert engine.plan.layout.bytes > 1.5 * kept.bytes
+        assert held_weights(engine) == engine.plan.layout.bytes
+        for name, weight in engine.model.named_parameters():
+            assert weight.is_meta or torch.equal(weight, theirs[name])
+        assert ask(engine, PROMPT).text
+    finally:
+        engine.close()
+
+
+def test_the_method_may_be_named(kind: tuple[str, Save], folder: Path) -> None:
+    assert BACKEND.layout(ModelSpec(str(folder), quantize=kind[0]), silent).quantization == kind[0]
+
+
+def test_the_head_is_packed_beside_them(folder: Path) -> None:
+    spec, plan = plan_for(folder, "half", spec=ModelSpec(str(folder), quantize_head="int8"))
+    engine = BACKEND.load(spec, plan, silent)
+    try:
+        assert engine.plan.layout.head_quantization == "int8"
+        assert held_weights(engine) == plan.layout.bytes
+        assert ask(engine, PROMPT).text
+    finally:
+        engine.close()
+
+
+def test_without_kernels_torch_computes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = load(folder, "ram")
+    try:
+        text = ask(engine, PROMPT).text
+    finally:
+        engine.close()
+    monkeypatch.setattr("llm_magic.backends.accelerate.placement.cpu_products._kernel", lambda *_args: None)
+    engine = load(folder, "ram")
+    try:
+        assert ask(engine, PROMPT).text == text
+    finally:
+        engine.close()
+
+
+def test_the_python_of_a_plan_says_what_transformers_does(folder: Path) -> None:
+    code = python_of(plan_for(folder, "ram")[1])
+    assert "unpacks these weights where it has no kernels" in code
+    assert "Config(" not in code.replace("AutoConfig(", "")
+    compile(code, "plan", "exec")
+
+
+def test_they_are_not_saved(folder: Path, tmp_path: Path) -> None:
+    engine = load(folder, "ram")
+    try:
+        with pytest.raises(OptionError, match="no form in which") as caught:
+            engine.model.save_pretrained(tmp_path / "saved")
+        assert "keep the files" in caught.value.next_step
+    finally:
+        engine.close()
+
+
+def test_an_adapter_learns_beside_them(tmp_path: Path) -> None:
+    from peft import LoraConfig
+
+    engine = load(save_fp8(tmp_path / "model", **WIDE), "ram")
+    try:
+        plain = ask(engine, PROMPT).text
+        engine.model.add_adapter(LoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=False))
+        assert ask(engine, PROMPT).text != plain
+        loss = engine.model(torch.arange(8).view(1, 8) + 3).logits.sum()
+        loss.backward()
+        grads = [p.grad for name, p in engine.model.named_parameters() if "lora" in name]
+        assert len(grads) == 4 * 2 * 2
+        assert all(grad is not None and bool(grad.isfinite().all()) for grad in grads)
+    finally:
+        engine.close()
+
+
+def test_a_draft_model_is_unpacked(tmp_path: Path) -> None:
+    """By transformers, on whatever device: nothing is fetched for it."""
+    main = tiny.save_llama(tmp_path / "main", layers=3)
+    small = save_fp8(tmp_path / "small", layers=1, **WIDE)
+    spec, plan = plan_for(main, "ram", spec=ModelSpec(str(main), draft=str(small)))
+    assert plan.layout.draft is not None
+    assert not plan.layout.draft.quantization
+    engine = BACKEND.load(spec, plan, silent)
+    try:
+        assert ask(engine, PROMPT).text
+    finally:
+        engine.close()
+
+
+# --------------------------------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize("method", ["mxfp4", "fp8"])
+def test_nothing_is_packed_so(method: str, tiny_model: Callable[[str], Path]) -> None:
+    with pytest.raises(OptionError, match="published in") as caught:
+        BACKEND.layout(ModelSpec(str(tiny_model("llama")), quantize=method), silent)
+    assert "nf4" in caught.value.next_step
+    with pytest.raises(OptionError, match="published in"):
+        BACKEND.layout(
+            ModelSpec(str(tiny_model("llama")), quantize="nf4", quantize_head=method), silent
+        )
+
+
+def test_what_is_packed_otherwise_is_not_unpacked(tmp_path: Path) -> None:
+    folder = save_awq(tmp_path / "model", **WIDE)
+    with pytest.raises(OptionError, match="not unpacked here"):
+        BACKEND.layout(ModelSpec(str(folder), quantize="none"), silent)
+
+
+def test_plain_weights_are_what_they_are(tiny_model: Callable[[str], Path]) -> None:
+    spec = ModelSpec(str(tiny_model("llama")), quantize="none")
+    assert BACKEND.layout(spec, silent) == BACKEND.layout(ModelSpec(spec.source), silent)
+
+
+def test_a_device_that_has_no_such_floats_is_refused() -> None:
+    from llm_magic.backends.accelerate.placement.quantize import refuse_devices
+
+    with pytest.raises(PlanError, match="fp8 weights cannot be computed on mps"):
+        refuse_devices("fp8", {"cpu", "mps"})
+    refuse_devices("mxfp4", {"cpu", "cuda:0", "mps"})
+
+
+@pytest.mark.parametrize("missing", ["_blocks", "_scales"])
+def test_a_stack_without_its_other_half_is_refused(missing: str, tmp_path: Path) -> None:
+    folder = save_mxfp4(tmp_path / "model")
+    edit(folder, lambda tensors: tensors.pop(f"model.layers.1.mlp.experts.down_proj{missing}"))
+    with pytest.raises(SourceError, match="not all that belongs"):
+        BACKEND.layout(ModelSpec(str(folder)), silent)
+
+
+@pytest.mark.parametrize("wrong", ["blocks", "scales"])
+def test_a_stack_of_another_shape_is_refused(wrong: str, tmp_path: Path) -> None:
+    folder = save_mxfp4(tmp_path / "model")
+    name = f"model.layers.1.mlp.experts.down_proj_{wrong}"
+    edit(folder, lambda tensors: tensors.update({name: tensors[name][:, :-1].contiguous()}))
+    with pytest.raises(SourceError):
+        load(folder, "ram")
+
+
+def test_scales_of_another_shape_are_refused(tmp_path: Path) -> None:
+    folder = save_fp8(tmp_path / "model", **WIDE)
+    name = "model.layers.1.mlp.down_proj.weight_scale_inv"
+    edit(folder, lambda tensors: tensors.update({name: torch.ones(7, 5)}))
+    with pytest.raises(SourceError, match="do not belong together"):
+        load(folder, "ram")
+
+
+def test_what_transformers_alone_reads_is_unpacked(tmp_path: Path) -> None:
+    """As plain weights under a config that says otherwise, and floats whose scales have other names."""
+    plain = tiny.save_llama(tmp_path / "plain", **WIDE)
+    folder = shutil.copytree(save_fp8(tmp_path / "model", **WIDE), tmp_path / "other")
+    save_file(load_file(plain / "model.safetensors"), folder / "model.safetensors", metadata={"format": "pt"})
+    assert not BACKEND.layout(ModelSpec(str(folder)), silent).quantization
+    stacked = save_fp8(tmp_path / "stacked", **WIDE)
+    edit(stacked, lambda tensors: tensors.update({"x.experts": torch.ones(2, 4).to(torch.float8_e4m3fn)}))
+    assert not BACKEND.layout(ModelSpec(str(stacked)), silent).quantization
+
+
+def test_columns_that_do_not_come_out_even_become_numbers(tmp_path: Path) -> None:
+    """And rows need not: the last square is smaller, where transformers would take all of them for equally large."""
+    folder = save_fp8(tmp_path / "model", hidden_size=128, intermediate_size=192)
+    with_files, without = layouts_with_and_without_weights(folder)
+    assert with_files.blocks == without.blocks
+    files, prefix = load_file(folder / "model.safetensors"), "model.layers.0.mlp"
+
+    def meant(layer: str) -> Any:
+        weight, scales = (files[f"{prefix}.{layer}.weight{end}"].float() for end in ("", "_scale_inv"))
+        rows, columns = weight.shape
+        return weight * scales.repeat_interleave(128, 0)[:rows].repeat_interleave(128, 1)[:, :columns]
+
+    engine = load(folder, "ram")
+    try:
+        layer = engine.model.model.layers[0].mlp
+        up = layer.up_proj.weight
+        assert torch.equal(up.form.numbers(up.entries, up.scales, torch.float32), meant("up_proj"))
+        assert torch.equal(layer.down_proj.weight, meant("down_proj"))
+        assert held_weights(engine) == engine.plan.layout.bytes
+    finally:
+        engine.close()
+
+
+# ------------------------------------------------------------------------------------------------ products
+
+
+FORMS = (Form("mxfp4", 48, 128, 32), Form("fp8", 48, 256, 128), Form("fp8", 48, 80, 80))
+
+
+def weight_of(form: Form) -> ScaledFloats:
+    groups = form.columns // form.group
+    if form.method == "mxfp4":
+        data = torch.randint(0, 256, (form.rows, form.columns // 2), dtype=torch.uint8)
+        scales = torch.randint(118, 132, (form.rows, groups), dtype=torch.uint8)
+    else:
+        data = torch.randn(form.rows, form.columns).to(torch.float8_e4m3fn).view(torch.uint8)
+        scales = torch.rand(form.rows, groups)
+    return ScaledFloats(data, scales, form)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_numbers_are_rounded_once(form: Form, dtype: torch.dtype) -> None:
+    weight = weight_of(form)
+    if form.method == "mxfp4":
+        halves = torch.stack((weight.entries >> 4, weight.entries & 15), -1).flatten(1)
+        entries = torch.tensor(MXFP4_NUMBERS, dtype=torch.float64)[halves.long()]
+        factors = torch.exp2(weight.scales.double() - 127)
+    else:
+        entries, factors = weight.entries.view(torch.float8_e4m3fn).double(), weight.scales.double()
+    expected = entries * factors.repeat_interleave(form.group, 1)
+    found = form.numbers(weight.entries, weight.scales, dtype)
+    assert torch.equal(found, expected.to(torch.float32).to(dtype))
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_a_product_is_made_some_rows_at_a_time(form: Form, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, states = weight_of(form), torch.randn(2, 3, form.columns)
+    whole = product(states, weight)
+    assert whole.shape == (2, 3, form.rows)
+    monkeypatch.setattr(scaled_floats, "_AT_A_TIME", 7 * 4 * form.columns)
+    torch.testing.assert_close(product(states, weight), whole, rtol=1e-4, atol=1e-4)
+
+
+def test_a_weight_without_bytes_keeps_its_form() -> None:
+    layer = ScaledLinear(torch.nn.Linear(128, 48, bias=False, device="meta"), "mxfp4", 32)
+    layer._parameters["weight"] = weight_of(layer.form)
+    found = packing.parts(layer, "weight")
+    packing.bind(packing.template(layer, "weight").empty())
+    assert layer.weight.is_meta
+    packing.bind(packing.template(layer, "weight").bindings(found))
+    assert layer.weight.form == layer.form
+    assert torch.equal(layer.weight.entries, found[""])
+
+
+def test_nothing_is_kept_that_was_made_while_somebody_looked_on() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    scaled_floats._kept_pairs.cache_clear()
+    weight = weight_of(FORMS[0])
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        FORMS[0].numbers(weight.entries, weight.scales, torch.float32)
+    assert scaled_floats._kept_pairs.cache_info().currsize == 0
+    assert type(FORMS[0].numbers(weight.entries, weight.scales, torch.float32)) is torch.Tensor
