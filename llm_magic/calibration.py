@@ -112,7 +112,8 @@ def _compared(speed: SweepSpeed, before: Forecast, after: Forecast) -> Iterator[
 
 def _key(layout: ModelLayout) -> str:
     shape = f"{len(layout.layers)}x{layout.hidden_size}"
-    packing = "+".join(filter(None, (layout.quantization or "unpacked", layout.head_quantization)))
+    methods = layout.quantization or "unpacked", layout.expert_quantization, layout.head_quantization
+    packing = "+".join(filter(None, methods))
     return " ".join((layout.architecture, shape, layout.dtype, packing))
 
 

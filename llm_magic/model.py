@@ -171,6 +171,8 @@ class ModelLayout:
         packed bytes. Empty: none.
     head_quantization
         Method by which the head is packed, of such a model. Empty: it is not.
+    expert_quantization
+        What the experts stay in of such a model, if they are not packed by that method: that of its checkpoint.
     draft
         A small model beside this one that proposes tokens; it stays whole where this one computes.
     """
@@ -188,17 +190,16 @@ class ModelLayout:
     license: str = ""
     quantization: str = ""
     head_quantization: str = ""
+    expert_quantization: str = ""
     draft: ModelLayout | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
     def packing(self) -> str:
         """How its weights are packed, in words: ``"nf4"``, ``"nf4 (head int8)"``; empty where they are not."""
-        return (
-            f"{self.quantization} (head {self.head_quantization})"
-            if self.head_quantization
-            else self.quantization
-        )
+        others = {"experts": self.expert_quantization, "head": self.head_quantization}
+        beside = ", ".join(f"{part} {method}" for part, method in others.items() if method)
+        return f"{self.quantization} ({beside})" if beside else self.quantization
 
     @cached_property
     def bytes(self) -> int:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from llm_magic.backends.accelerate.placement import packing, scaled_floats
 from llm_magic.backends.accelerate.placement.cpu_products import MXFP4_NUMBERS
 from llm_magic.backends.accelerate.placement.packed_stack import PackedStack
+from llm_magic.backends.accelerate.placement.quantize import is_packed
 from llm_magic.backends.accelerate.placement.scaled_floats import Form, ScaledFloats, ScaledLinear, product
 from llm_magic.errors import OptionError, PlanError, SourceError
 from llm_magic.model import ModelSpec
@@ -164,6 +165,39 @@ def test_the_head_is_packed_beside_them(folder: Path) -> None:
         assert ask(engine, PROMPT).text
     finally:
         engine.close()
+
+
+@pytest.mark.parametrize("method", ["nf4", "int8", "quanto-int8"])
+def test_what_experts_have_beside_them_is_packed(method: str, tmp_path: Path) -> None:
+    """They stay as they are, which is smaller, or as small, and exact."""
+    folder, texts = save_mxfp4(tmp_path / "model"), set()
+    theirs = dict(unpacked(folder).named_parameters())
+    for placement in ("ram", "half", "disk"):
+        engine = load_as(folder, placement, method)
+        try:
+            layout = engine.plan.layout
+            assert layout.packing == f"{method} (experts mxfp4)"
+            assert held_weights(engine) == layout.bytes < BACKEND.layout(ModelSpec(str(folder)), silent).bytes
+            texts.add(ask(engine, PROMPT).text)
+            assert "no other quantization for mxfp4" in python_of(engine.plan)
+            layer = engine.model.model.layers[0]
+            if placement == "ram":
+                found = layer.mlp.experts.down_proj[1].unpacked(torch.float32)
+                assert torch.equal(found, theirs["model.layers.0.mlp.experts.down_proj"][1].T)
+                assert is_packed(layer.self_attn.q_proj)
+                with pytest.raises(OptionError, match="mxfp4 packed is saved"):
+                    engine.model.save_pretrained(tmp_path / "saved")
+        finally:
+            engine.close()
+    assert len(texts) == 1
+
+
+def test_it_is_said_what_is_not_packed_beside_experts(tmp_path: Path) -> None:
+    folder = save_mxfp4(tmp_path / "model")
+    warnings = plan_for(folder, "ram")[1].warnings
+    assert any("leaves the experts as they are" in warning for warning in warnings)
+    packed = plan_for(folder, "ram", spec=ModelSpec(str(folder), quantize="int8"))[1].warnings
+    assert not any("leaves the experts as they are" in warning for warning in packed)
 
 
 def test_without_kernels_torch_computes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,6 +28,7 @@ _PURPOSES = (
     ("buffers", "buffers"),
 )
 _LITTLE_SPARE = 0.05  # of a RAM: below it other programs start to swap
+_MUCH_BESIDE = 0.2
 _MUCH_UNPACKED = 0.5  # of a packed model: what stays plain decides its size then
 _LARGE_HEAD = 0.25  # of what a token reads of a packed model: worth a word
 _FOREIGN_SHARE = 0.1  # of a GPU's memory: held by others, worth a word
@@ -208,8 +209,21 @@ def _unpacked(plan: Plan) -> Iterator[str]:
             f"{format_bytes(plain)} of it stay {layout.dtype}: {layout.quantization} packs linear layers, "
             "and experts that are computed one by one."
         )
+    yield from _beside_experts(layout)
     yield from _large_head(layout)
     yield from _slow_kernels(plan)
+
+
+def _beside_experts(layout: ModelLayout) -> Iterator[str]:
+    """Experts that came packed beside layers that did not."""
+    layers = [block for block in layout.blocks if block.kind == "decoder"]
+    read = sum(block.bytes_per_token for block in layers)
+    beside = sum(block.bytes - block.expert_bytes for block in layers)
+    if layout.quantization == "mxfp4" and beside > _MUCH_BESIDE * read:
+        yield (
+            f"Beside the experts, {100 * beside / read:.0f} % of what a token reads of the layers stay {layout.dtype}. "
+            "--quantize int8 packs that, too, and leaves the experts as they are."
+        )
 
 
 def _large_head(layout: ModelLayout) -> Iterator[str]:

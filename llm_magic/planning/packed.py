@@ -132,7 +132,7 @@ def _kernel_of(layout: ModelLayout, method: str) -> Kernel:
     group = layout.details.get("group", 0 if layout.hidden_size % 128 else 128)
     if method == "int4" and group not in INT4_GROUPS:
         method = "int4 unpacked"
-    if method == "mxfp4" and layout.details.get("no_gpu_kernel"):
+    if "mxfp4" in (method, layout.expert_quantization) and layout.details.get("no_gpu_kernel"):
         method = "mxfp4 unpacked"
     return Kernel(method, is_compiled)
 

@@ -203,8 +203,9 @@ class PlacedModel:
         self._attach()
         adapters.let_in(model, weakref.WeakMethod(self.weights_shown))
         if plan.layout.quantization:
-            methods = plan.layout.quantization, plan.layout.head_quantization
-            saving.let_save(model, *methods, weakref.WeakMethod(self.weights_shown))
+            layout = plan.layout
+            methods = layout.quantization, layout.expert_quantization, layout.head_quantization
+            saving.let_save(model, methods, weakref.WeakMethod(self.weights_shown))
 
     @property
     def lanes(self) -> list[Any]:

@@ -18,6 +18,8 @@ from llm_magic.backends.accelerate.placement.prepacked import Prepacked, damaged
 
 BLOCKS, SCALES = "_blocks", "_scales"
 """What follows the name of a stack."""
+MXFP4_GROUP = 32
+"""Columns that share an exponent."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class PackedStacks(Prepacked):
         return (blocks << 4) | (blocks >> 4), scales.to(device, copy=True)
 
     def numbers(self, device: Any, index: int = 0) -> Any:
-        from llm_magic.backends.accelerate.placement.scaled_floats import MXFP4_GROUP, Form
+        from llm_magic.backends.accelerate.placement.scaled_floats import Form
 
         data, scales = self.parts(index, device)
         form = Form("mxfp4", len(data), 2 * data.shape[1], MXFP4_GROUP)

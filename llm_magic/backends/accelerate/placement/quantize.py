@@ -38,7 +38,7 @@ from llm_magic.backends.accelerate.placement.packing import (
 )
 from llm_magic.backends.accelerate.placement.prepacked import PackedByBitsAndBytes, Prepacked, damaged
 from llm_magic.backends.accelerate.placement.prepacked_groups import Groups, PackedInGroups
-from llm_magic.backends.accelerate.placement.prepacked_stacks import PackedStacks
+from llm_magic.backends.accelerate.placement.prepacked_stacks import MXFP4_GROUP, PackedStacks
 from llm_magic.backends.accelerate.quiet import quiet
 from llm_magic.errors import OptionError, PlanError, SourceError
 
@@ -109,12 +109,15 @@ class Choice:
         Path of the head, if it is to be packed, too.
     head_method
         The method for it.
+    experts
+        What the experts stay in, if they are not packed by the method of the layers; empty: they are.
     """
 
     stays: Sequence[str] | None = None
     group: int | None = None
     head: str = ""
     head_method: str = ""
+    experts: str = ""
 
 
 # ------------------------------------------------------------------------------ which method, and can it
@@ -268,9 +271,9 @@ def prepare(model: Any, name: str, dtype: Any, choice: Choice | None = None) -> 
     method = method_of(name)
     if method.library:
         import_library(method.library)
-    elif has_gpu_kernel(name) and torch.cuda.is_available():
-        import_library("bitsandbytes")
     choice = choice or Choice()
+    if "mxfp4" in (name, choice.experts) and has_gpu_kernel("mxfp4") and torch.cuda.is_available():
+        import_library("bitsandbytes")
     skipped, group = _skipped(model, choice.stays), choice.group
     before = dict(model.named_modules())
     with quiet(), default_dtype_kept():
@@ -281,7 +284,7 @@ def prepare(model: Any, name: str, dtype: Any, choice: Choice | None = None) -> 
             linear = {path: m for path, m in model.named_modules() if before.get(path) is not m}
             packed = (
                 *(f"{path}.weight" for path in linear),
-                *_replace_experts(model, method, dtype, skipped, group),
+                *_replace_experts(model, *_for_experts(method, choice), dtype, skipped),
             )
             head = _replace_head(model, dtype, choice) if packed else ()
         finally:
@@ -402,8 +405,13 @@ def _replace_by_scaled(model: Any, method: Method, skipped: list[str], group: in
             model.get_submodule(owner)._modules[leaf] = layer
 
 
+def _for_experts(method: Method, choice: Choice) -> tuple[Method, int | None]:
+    """By which method experts are packed, and in which groups."""
+    return (method_of(choice.experts), MXFP4_GROUP) if choice.experts else (method, choice.group)
+
+
 def _replace_experts(
-    model: Any, method: Method, dtype: Any, skipped: list[str], group: int | None
+    model: Any, method: Method, group: int | None, dtype: Any, skipped: list[str]
 ) -> Iterator[str]:
     """Let modules with stacks of experts hold packed ones; the names of the stacks."""
     from transformers.quantizers.quantizers_utils import should_convert_module

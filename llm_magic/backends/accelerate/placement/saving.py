@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from itertools import groupby
 from pathlib import Path
@@ -29,18 +29,17 @@ _SHARD_BYTES = 2 * GIB
 WeightsShown = Callable[[], AbstractContextManager[None]]
 
 
-def let_save(model: Any, method: str, head_method: str, weights_shown: WeakMethod[WeightsShown]) -> None:
+def let_save(model: Any, methods: Sequence[str], weights_shown: WeakMethod[WeightsShown]) -> None:
     """Let ``model.save_pretrained`` save packed weights, where there is a form for them.
 
     Parameters
     ----------
-    method
-        That has packed them.
-    head_method
-        The one for the head; empty where that is not packed.
+    methods
+        Those of its layers, its experts if they are of another one, and its head if it is packed; empty where not.
     weights_shown
         A context in which the modules have their weights.
     """
+    method, expert_method, head_method = methods
     held = ref(model)  # no cycle, which would keep the model's memory
 
     def save_pretrained(save_directory: Any, **options: Any) -> Any:
@@ -48,9 +47,9 @@ def let_save(model: Any, method: str, head_method: str, weights_shown: WeakMetho
         if getattr(found, "_hf_peft_config_loaded", False):  # of adapters nothing is packed
             return type(found).save_pretrained(found, save_directory, **options)
         shown = weights_shown()
-        if method not in _BY_BITSANDBYTES or shown is None:
+        if method not in _BY_BITSANDBYTES or expert_method or shown is None:
             raise OptionError(
-                f"There is no form in which a model that {method} packed is saved.",
+                f"There is no form in which a model that {expert_method or method} packed is saved.",
                 f"Load it with --quantize {' or '.join(_BY_BITSANDBYTES)}, or keep the files it was loaded from.",
             )
         if head_method:

@@ -25,10 +25,8 @@ import torch
 
 from llm_magic.backends.accelerate.looked_at import is_looked_at
 from llm_magic.backends.accelerate.placement.cpu_products import MXFP4_NUMBERS
+from llm_magic.backends.accelerate.placement.prepacked_stacks import MXFP4_GROUP
 from llm_magic.units import MIB
-
-MXFP4_GROUP = 32
-"""Columns that share an exponent."""
 
 _AT_A_TIME = 64 * MIB
 """Of numbers that a layer has at a time, of some of its rows."""

@@ -7,7 +7,7 @@ tree is cut into the blocks that are placed as a whole.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -65,6 +65,8 @@ from llm_magic.model import Block, BlockKind, ModelLayout, ModelSpec, TensorInfo
 from llm_magic.options import AS_NUMBERS, PUBLISHED
 
 _FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_OF_A_MATRIX = 2
+"""Its dimensions; a stack of experts has more."""
 _LAST = re.compile(r"final|ln_f|norm_f|^norm$", re.IGNORECASE)
 
 
@@ -118,7 +120,7 @@ def read_layout(spec: ModelSpec, files: ModelFiles) -> ModelLayout:
     if method is not None:
         blocks = _with_packed(model, blocks, method, dtype, choice)
         details |= {"keeps_head": True} if keeps_head else {}
-        details |= _packing(packed, method, choice) | {"unpacked_bytes": _unpacked_bytes(blocks, method)}
+        details |= _packing(packed, method, choice) | {"unpacked_bytes": _unpacked_bytes(blocks, (method.name, choice.experts))}
     return ModelLayout(
         name=files.name,
         architecture=type(model).__name__,
@@ -133,6 +135,7 @@ def read_layout(spec: ModelSpec, files: ModelFiles) -> ModelLayout:
         license=_license(files, header),
         quantization=method.name if method else "",
         head_quantization=head,
+        expert_quantization=choice.experts,
         details=details,
     )
 
@@ -173,7 +176,7 @@ def _packing(packed: PackedCheckpoint | None, method: Method, choice: Choice) ->
     details: dict[str, Any] = {} if cpu_products.is_there() else {"no_cpu_kernels": True}
     if choice.group is not None:
         details |= {"group": choice.group}
-    if not has_gpu_kernel(method.name):
+    if not has_gpu_kernel(choice.experts or method.name):
         details |= {"no_gpu_kernel": True}
     if packed is None:
         return details
@@ -583,11 +586,14 @@ def _with_packed(
     }
     modules = dict(model.named_modules())
 
+    def of_layers(tensor: TensorInfo) -> str:
+        return choice.experts if choice.experts and len(tensor.shape) > _OF_A_MATRIX else method.name
+
     def repacked(block: Block) -> Block:
         tensors = tuple(
             replace(
                 tensor,
-                dtype=choice.head_method if tensor.name == head else method.name,
+                dtype=choice.head_method if tensor.name == head else of_layers(tensor),
                 bytes=sizes[tensor.name],
             )
             if tensor.name in sizes
@@ -604,11 +610,11 @@ def _with_packed(
     )
 
 
-def _unpacked_bytes(blocks: tuple[Block, ...], method: Method) -> int:
+def _unpacked_bytes(blocks: tuple[Block, ...], methods: Collection[str]) -> int:
     """Bytes of the layers' matrices that stay as they are: stacked experts above all."""
     layers = [block for block in blocks if block.kind in ("encoder", "decoder")]
     tensors = [tensor for block in layers for tensor in block.tensors if len(tensor.shape) > 1]
-    return sum(tensor.bytes for tensor in tensors if tensor.dtype != method.name)
+    return sum(tensor.bytes for tensor in tensors if tensor.dtype not in methods)
 
 
 def _are_apart(model: Any, blocks: Sequence[Block]) -> bool:

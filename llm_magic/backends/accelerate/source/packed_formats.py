@@ -20,8 +20,7 @@ from llm_magic.backends.accelerate.placement.prepacked_groups import (
     read_fp8,
     read_gptq,
 )
-from llm_magic.backends.accelerate.placement.prepacked_stacks import BLOCKS, SCALES
-from llm_magic.backends.accelerate.placement.scaled_floats import MXFP4_GROUP
+from llm_magic.backends.accelerate.placement.prepacked_stacks import BLOCKS, MXFP4_GROUP, SCALES
 
 _AUTO_ROUND = {
     "auto": ("gptq", "gptq"),

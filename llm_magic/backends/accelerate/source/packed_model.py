@@ -47,6 +47,8 @@ class PackedModel:
 
     def choice(self, method: str) -> Choice:
         """What is to be packed of the model by this method, and in which groups."""
+        if self._keeps_experts(method):
+            return Choice(experts=self.checkpoint.format.method)
         if not self.checkpoint.is_kept(method):
             return Choice()
         has_groups = method_of(method).bits == 4 or not method_of(method).library
@@ -71,7 +73,7 @@ class PackedModel:
         files, found = self.checkpoint, self._places
         read = files.format.read
         if files.format.is_stacked:
-            kept = method if files.is_kept(method) else ""
+            kept = files.format.method if files.is_kept(method) or self._keeps_experts(method) else ""
             return {name: PackedStacks(kept, of, files.tensor, dtype, files.part) for name, of in found.items()}
         if read is None:
             packed = (files.format.method, files.needed, dtype, BLOCK)
@@ -80,6 +82,12 @@ class PackedModel:
         return {name: PackedInGroups(kept, of, files.tensor, dtype, read) for name, of in found.items()}
 
     # Inside
+
+    def _keeps_experts(self, method: str) -> bool:
+        """Whether a method packs what the files have in 16 bits, and the experts of them stay: it makes them no smaller."""
+        form = self.checkpoint.format
+        is_other = form.is_stacked and not self.checkpoint.is_kept(method)
+        return is_other and method_of(method).bits >= method_of(form.method).bits
 
     def _stays(self) -> list[str] | None:
         """Patterns for the layers that are not packed in the files, or become numbers.
