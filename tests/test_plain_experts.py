@@ -187,9 +187,11 @@ def router_of(model: Any) -> Any:
     return next(module for module in model.modules() if is_served_router(module))
 
 
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
 @pytest.mark.parametrize("tokens", [1, 3, 16, 40])
-def test_routers_multiply_by_kernels(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = mixture()
+def test_routers_multiply_by_kernels(tokens: int, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of gpt-oss add a bias."""
+    model = mixture(name)
     serve_plain_modules(model)
     router = router_of(model)
     usual = next(kind for kind in type(router).__mro__[1:])

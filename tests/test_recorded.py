@@ -22,8 +22,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache  # noqa:
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # noqa: E402
 
 from llm_magic.backends.accelerate.decoding import attention, step_by_step  # noqa: E402
+from llm_magic.backends.accelerate.placement import plain_routers  # noqa: E402
 from llm_magic.backends.accelerate.placement.served_model import serve_plain_modules  # noqa: E402
-from llm_magic.backends.accelerate.recorded import chain  # noqa: E402
+from llm_magic.backends.accelerate.recorded import bound, chain  # noqa: E402
 from llm_magic.backends.accelerate.recorded import recording as module_of_recording  # noqa: E402
 from llm_magic.backends.accelerate.recorded.chain import Chain, Room  # noqa: E402
 from llm_magic.backends.accelerate.recorded.current import current  # noqa: E402
@@ -734,6 +735,18 @@ def test_experts_are_looked_into_where_only_their_products_are_kernels(name: str
     held = recorded(model)
     assert equal(answers(model), theirs)
     assert "experts" in kinds_of_parts(held)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+def test_routers_multiply_as_in_their_modules(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of gpt-oss add a bias."""
+    model, usual = served_mixture(name), plain_routers.router_products
+    theirs, made_by = answers(model), list[Any]()
+    recorded(model)
+    monkeypatch.setattr(bound, "router_products", lambda *args: made_by.append(usual(*args)) or made_by[-1])
+    assert equal(answers(model), theirs)
+    assert made_by
+    assert all(products is not None for products in made_by)
 
 
 def test_many_experts_at_a_time_are_a_part_as_a_whole() -> None:

@@ -55,10 +55,17 @@ def _mode() -> Any:
     class Caught(TorchFunctionMode):
         def __torch_function__(self, function: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
             more = {} if kwargs is None else kwargs
-            outputs = _products(*args, **more) if function is torch.nn.functional.linear else None
+            outputs = router_products(*args, **more) if function is torch.nn.functional.linear else None
             return function(*args, **more) if outputs is None else outputs
 
-    def _products(states: Any, weight: Any, bias: Any = None) -> Any:
-        return cpu_products.multiplied_plain(states, weight) if bias is None else None
-
     return Caught
+
+
+def router_products(states: Any, weight: Any, bias: Any = None) -> Any:
+    """States times a router's weight by our kernels, with its bias; ``None`` where no kernel takes them."""
+    import torch
+
+    if bias is not None and (bias.dtype != states.dtype or (bias.requires_grad and torch.is_grad_enabled())):
+        return None
+    products = cpu_products.multiplied_plain(states, weight)
+    return products if products is None or bias is None else products.add_(bias)

@@ -8,10 +8,9 @@ from typing import Any
 
 from llm_magic.backends.accelerate.decoding.step_by_step import attention_function
 from llm_magic.backends.accelerate.kernels.torch_threads import FEW_NUMBERS, one_thread
-from llm_magic.backends.accelerate.placement import cpu_products
 from llm_magic.backends.accelerate.placement.layer_cache import GrowingTensors
 from llm_magic.backends.accelerate.placement.plain_experts import PlainStack
-from llm_magic.backends.accelerate.placement.plain_routers import is_served_router
+from llm_magic.backends.accelerate.placement.plain_routers import is_served_router, router_products
 from llm_magic.backends.accelerate.recorded.chain import Room, chained
 from llm_magic.backends.accelerate.recorded.linears import Linears
 from llm_magic.backends.accelerate.recorded.program import (
@@ -202,21 +201,23 @@ def _router_step(part: Any, layer: Any, recording: Recording) -> Callable[[Value
     """A router's product, as its module makes it; ``None``: it is something else."""
     import torch
 
-    if not isinstance(part, Node) or part.name is not torch.ops.aten.mm.default:
+    aten = torch.ops.aten
+    if not isinstance(part, Node) or part.name not in (aten.mm.default, aten.addmm.default) or part.kwargs:
         return None
-    states, matrix = part.args
-    owner = next(
-        ((path, name, view) for path, name, view in recording.weights if view.base == matrix.base), None
-    )
-    if owner is None or owner[1] != "weight" or not is_served_router(layer.get_submodule(owner[0])):
+    *added, states, matrix = part.args
+    owners = {view.base: (path, name, view) for path, name, view in recording.weights}
+    path, name, whole = owners.get(matrix.base, ("", "", None))
+    if name != "weight" or not is_served_router(layer.get_submodule(path)):
         return None
-    whole = owner[2]
     if (matrix.shape, matrix.stride, matrix.offset) != (whole.shape[::-1], whole.stride[::-1], whole.offset):
+        return None
+    if added and owners.get(added[0].base) != (path, "bias", added[0]):
         return None
     (out,) = part.outputs
 
     def step(values: Values) -> None:
-        products = cpu_products.multiplied_plain(shown(states, values), values[matrix.base])
+        biases = [values[bias.base] for bias in added]
+        products = router_products(shown(states, values), values[matrix.base], *biases)
         if products is None:
             call(part, None, values)
         else:
