@@ -16,6 +16,7 @@ pytestmark = pytest.mark.gpu
 from safetensors.torch import load_file  # noqa: E402
 
 from llm_magic.backends.accelerate.placement import packing  # noqa: E402
+from llm_magic.backends.accelerate.placement.scaled_floats import Form, ScaledFloats, product  # noqa: E402
 from llm_magic.model import ModelSpec  # noqa: E402
 from tests import tiny  # noqa: E402
 from tests.engines import BACKEND, ask, request  # noqa: E402
@@ -25,7 +26,9 @@ from tests.packed_checkpoints import (  # noqa: E402
     save_awq,
     save_bitsandbytes,
     save_compressed,
+    save_fp8,
     save_gptq,
+    save_mxfp4,
 )
 
 PROMPT = "The capital of France is"
@@ -36,6 +39,10 @@ WAYS = {
     "streamed": layers(STREAMED),
     "beside the CPU's": layers(RESIDENT, ON_CPU),
 }
+
+
+STREAMED_LAYERS = layers(STREAMED)
+"""Whose experts are fetched one by one."""
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +77,7 @@ def test_the_same_tokens_wherever_blocks_are(way: str, engine_of: Callable[..., 
     assert [answer(engine), answer(engine)] == [expected, expected]
 
 
-@pytest.fixture(scope="module", params=["GPTQ", "AWQ", "fp8"])
+@pytest.fixture(scope="module", params=["GPTQ", "AWQ", "fp8", "fp8 in blocks", "mxfp4"])
 def grouped(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("packed-files") / "grouped"
     shape = {"save": tiny.save_mixture, "layers": 3, **WIDE}
@@ -78,6 +85,10 @@ def grouped(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         return save_gptq(path, group=128, **shape)
     if request.param == "AWQ":
         return save_awq(path, group=32, **shape)
+    if request.param == "fp8 in blocks":
+        return save_fp8(path, **shape)
+    if request.param == "mxfp4":
+        return save_mxfp4(path)
     pytest.importorskip("compressed_tensors")
     facts = {"num_bits": 8, "type": "float", "strategy": "channel"}
     return save_compressed(path, "float-quantized", facts=facts, has_activations=True, **shape)
@@ -88,6 +99,33 @@ def test_what_others_have_packed(way: str, grouped: Path, engine_of: Callable[..
     expected = answer(engine_of(layers(RESIDENT), grouped))
     engine = engine_of(WAYS[way], grouped)
     assert [answer(engine), answer(engine)] == [expected, expected]
+
+
+@pytest.mark.parametrize("save", [save_mxfp4, save_fp8])
+def test_floats_are_multiplied_in_captured_steps(
+    save: Callable[..., Path], tmp_path: Path, engine_of: Callable[..., Any]
+) -> None:
+    """All of a token on the GPU, its experts too, without a word to the host."""
+    wide = {} if save is save_mxfp4 else {"layers": 3, "hidden_size": 256}
+    folder, texts = save(tmp_path / "model", **wide), []
+    for place in (layers(RESIDENT), STREAMED_LAYERS):
+        engine = engine_of(place, folder)
+        texts += [answer(engine), answer(engine)]
+        if place is not STREAMED_LAYERS or save is save_fp8:
+            assert engine.status()[0] == "captured decode"
+    assert len(set(texts)) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_token_times_floats_of_4_bits(dtype: Any) -> None:
+    """By bitsandbytes' kernel, if it multiplies right on this GPU, which it is asked once."""
+    form = Form("mxfp4", 192, 320, 32)
+    data = torch.randint(0, 256, (form.rows, form.columns // 2), dtype=torch.uint8, device=DEVICE)
+    scales = torch.randint(118, 124, (form.rows, form.columns // 32), dtype=torch.uint8, device=DEVICE)
+    states = torch.randn(1, form.columns, device=DEVICE).to(dtype)
+    found = product(states, ScaledFloats(data, scales, form))
+    expected = states.double() @ form.numbers(data, scales, torch.float64).T
+    assert (found.double() - expected).abs().max() <= 1e-2 * expected.abs().max()
 
 
 def test_what_others_have_packed_by_the_kernel_for_4_bits(

@@ -185,8 +185,12 @@ class _Rows:
     def __init__(self, tensor: Any, device: str) -> None:
         self._tensor, self._device = tensor, device
 
-    def __getitem__(self, experts: Any) -> Any:
-        return self._tensor.to(self._device, non_blocking=True)[experts]
+    def __getitem__(self, expert: int) -> Any:
+        return self._tensor.to(self._device, non_blocking=True)[expert]
+
+    def index_select(self, dim: int, experts: Any) -> Any:
+        """As of a tensor."""
+        return self._tensor.to(self._device, non_blocking=True).index_select(dim, experts)
 
 
 def _room(tensors: Sequence[Any], experts: int) -> int:
