@@ -85,7 +85,7 @@ def packed(
         codes, exponents = integers(4, rows, columns), 118 + integers(3, rows, columns // 32)
         values = torch.tensor(cpu_products.MXFP4_NUMBERS, dtype=torch.float64)[codes.long()]
         values = values.view(rows, -1, 32) * torch.exp2(exponents.double() - 127).unsqueeze(-1)
-        data = codes[:, ::2] << 4 | codes[:, 1::2]
+        data = codes[:, ::2] | codes[:, 1::2] << 4
         return PackedWeights(kind, data, exponents, None, rows, columns, 32), values.view(shape)
     if kind == "float8 in groups":
         data = integers(8, rows, columns)

@@ -16,10 +16,13 @@ from safetensors.torch import load_file, save_file
 from llm_magic.backends.accelerate.placement import packing, scaled_floats
 from llm_magic.backends.accelerate.placement.cpu_products import MXFP4_NUMBERS
 from llm_magic.backends.accelerate.placement.packed_stack import PackedStack
+from llm_magic.backends.accelerate.placement.prepacked_stacks import PackedStacks
 from llm_magic.backends.accelerate.placement.quantize import is_packed
 from llm_magic.backends.accelerate.placement.scaled_floats import Form, ScaledFloats, ScaledLinear, product
-from llm_magic.errors import OptionError, PlanError, SourceError
+from llm_magic.errors import EngineError, OptionError, PlanError, SourceError
 from llm_magic.model import ModelSpec
+from llm_magic.planning.planner import make_plan
+from llm_magic.planning.select import edited
 from llm_magic.views.python import python_of
 from tests import tiny
 from tests.engines import BACKEND, ask, load, plan_for
@@ -167,6 +170,48 @@ def test_the_head_is_packed_beside_them(folder: Path) -> None:
         engine.close()
 
 
+def test_experts_on_the_disk_stay_in_their_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of them is read before it is needed, and nothing is written, neither at first nor by a move."""
+    folder, read = save_mxfp4(tmp_path / "model"), list[str]()
+    usual, offload = PackedStacks.parts, tmp_path / "offload"
+    monkeypatch.setattr(
+        PackedStacks, "parts", lambda self, *args: read.append(self.matrices[0][0]) or usual(self, *args)
+    )
+    texts = set()
+    for placement in ("ram", "disk", "half"):
+        read.clear()
+        engine = load(folder, placement, options={"offload_folder": str(offload)})
+        try:
+            on_disk = {p.block.name for p in engine.plan.placements if p.home == "disk"}
+            assert not any(name.startswith(block) for name in read for block in on_disk)
+            texts.add(ask(engine, PROMPT).text)
+            homes = edited(engine.plan, {block.name: "disk" for block in engine.plan.layout.layers})
+            plan = engine.plan
+            engine.apply(
+                make_plan(plan.layout, plan.machine, plan.workload, placement=homes, policy="moved"), silent
+            )
+            texts.add(ask(engine, PROMPT).text)
+            written = sum(path.stat().st_size for path in offload.rglob("*") if path.is_file())
+            assert written <= plan.layout.bytes - sum(block.expert_bytes for block in plan.layout.layers)
+        finally:
+            engine.close()
+    assert len(texts) == 1
+
+
+def test_experts_in_files_that_changed_are_not_read(tmp_path: Path) -> None:
+    folder = save_mxfp4(tmp_path / "model")
+    engine = load(folder, "disk")
+    try:
+        assert ask(engine, PROMPT).text
+        with (folder / "model.safetensors").open("r+b") as file:
+            file.seek(-1, 2)
+            file.write(b"\0")
+        with pytest.raises(EngineError, match="changed"):
+            ask(engine, PROMPT)
+    finally:
+        engine.close()
+
+
 @pytest.mark.parametrize("method", ["nf4", "int8", "quanto-int8"])
 def test_what_experts_have_beside_them_is_packed(method: str, tmp_path: Path) -> None:
     """They stay as they are, which is smaller, or as small, and exact."""
@@ -271,9 +316,7 @@ def test_nothing_is_packed_so(method: str, tiny_model: Callable[[str], Path]) ->
         BACKEND.layout(ModelSpec(str(tiny_model("llama")), quantize=method), silent)
     assert "nf4" in caught.value.next_step
     with pytest.raises(OptionError, match="published in"):
-        BACKEND.layout(
-            ModelSpec(str(tiny_model("llama")), quantize="nf4", quantize_head=method), silent
-        )
+        BACKEND.layout(ModelSpec(str(tiny_model("llama")), quantize="nf4", quantize_head=method), silent)
 
 
 def test_what_is_packed_otherwise_is_not_unpacked(tmp_path: Path) -> None:
@@ -303,13 +346,14 @@ def test_a_stack_without_its_other_half_is_refused(missing: str, tmp_path: Path)
         BACKEND.layout(ModelSpec(str(folder)), silent)
 
 
+@pytest.mark.parametrize("placement", ["ram", "disk"])
 @pytest.mark.parametrize("wrong", ["blocks", "scales"])
-def test_a_stack_of_another_shape_is_refused(wrong: str, tmp_path: Path) -> None:
+def test_a_stack_of_another_shape_is_refused(wrong: str, placement: str, tmp_path: Path) -> None:
     folder = save_mxfp4(tmp_path / "model")
     name = f"model.layers.1.mlp.experts.down_proj_{wrong}"
     edit(folder, lambda tensors: tensors.update({name: tensors[name][:, :-1].contiguous()}))
-    with pytest.raises(SourceError):
-        load(folder, "ram")
+    with pytest.raises(SourceError, match="do not belong together"):
+        load(folder, placement)
 
 
 def test_scales_of_another_shape_are_refused(tmp_path: Path) -> None:
@@ -376,7 +420,7 @@ def weight_of(form: Form) -> ScaledFloats:
 def test_numbers_are_rounded_once(form: Form, dtype: torch.dtype) -> None:
     weight = weight_of(form)
     if form.method == "mxfp4":
-        halves = torch.stack((weight.entries >> 4, weight.entries & 15), -1).flatten(1)
+        halves = torch.stack((weight.entries & 15, weight.entries >> 4), -1).flatten(1)
         entries = torch.tensor(MXFP4_NUMBERS, dtype=torch.float64)[halves.long()]
         factors = torch.exp2(weight.scales.double() - 127)
     else:

@@ -20,6 +20,7 @@ from llm_magic.backends.accelerate.memory_errors import (
     release_memory,
 )
 from llm_magic.backends.accelerate.packed_load import PackedLoad
+from llm_magic.backends.accelerate.placement.extents import Extent
 from llm_magic.backends.accelerate.placement.hooks import weights_loader
 from llm_magic.backends.accelerate.placement.offload_folder import (
     OffloadFolder,
@@ -95,10 +96,11 @@ def load(files: ModelFiles, spec: ModelSpec, plan: Plan, progress: Progress) -> 
         ):
             tokenizer = _read_tokenizer(files)
             draft_files = _find_draft(spec, tokenizer, progress)
-            model, fill = _read_model(files, spec, plan, folder, progress)
+            model, fill, extents = _read_model(files, spec, plan, folder, progress)
             if folder:
                 folder.protect()
-            placed = PlacedModel(model, plan, () if fill else files.weight_files, folder, fill=fill)
+            own = () if fill else files.weight_files
+            placed = PlacedModel(model, plan, own, folder, extents=extents, fill=fill)
             draft = _read_draft(draft_files, plan, progress) if draft_files else None
         return LoadedWeights(placed, tokenizer, draft, draft_files.name if draft_files else "")
     except BaseException as error:
@@ -223,8 +225,8 @@ def _reporter(progress: Progress, label: Callable[[str], str]) -> Callable[[str,
 
 def _read_model(
     files: ModelFiles, spec: ModelSpec, plan: Plan, folder: OffloadFolder | None, progress: Progress
-) -> tuple[Any, Fill | None]:
-    """The model, and what packs its weights where it is to be packed."""
+) -> tuple[Any, Fill | None, Mapping[str, Extent]]:
+    """The model, what packs its weights where it is to be packed, and what it has of the files all the same."""
     import torch
 
     from llm_magic.backends.accelerate.source.architecture import auto_class
@@ -265,7 +267,7 @@ def _read_model(
     model.eval().requires_grad_(False)
     fill = packed.fill(model) if packed else None
     serve_plain_modules(model)  # the others are packed layers now
-    return model, fill
+    return model, fill, packed.extents if packed else {}
 
 
 @contextmanager

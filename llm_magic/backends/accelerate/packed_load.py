@@ -10,17 +10,25 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from llm_magic.backends.accelerate.memory_errors import trim
 from llm_magic.backends.accelerate.placement import packing
 from llm_magic.backends.accelerate.placement.blocks import raw
+from llm_magic.backends.accelerate.placement.extents import Extent
 from llm_magic.backends.accelerate.placement.hooks import strip, weights_loader
 from llm_magic.backends.accelerate.placement.packed_head import untie_head
 from llm_magic.backends.accelerate.placement.packed_stack import PackedStack
 from llm_magic.backends.accelerate.placement.placed import Fill
-from llm_magic.backends.accelerate.placement.quantize import pack_block, pack_stack, prepare
+from llm_magic.backends.accelerate.placement.prepacked_stacks import PackedStacks
+from llm_magic.backends.accelerate.placement.quantize import (
+    leave_stack,
+    pack_block,
+    pack_stack,
+    prepare,
+)
 from llm_magic.backends.accelerate.source.layout import build_skeleton
 from llm_magic.backends.accelerate.source.packed_checkpoint import find_packed
 from llm_magic.backends.accelerate.source.packed_model import PackedModel, choice_for
@@ -64,7 +72,8 @@ class PackedLoad:
         self._prepacked = packed.weights(self._dtype, self._method) if packed else {}
         if self._choice.head:
             untie_head(model, self._choice.head)
-        self._modules = self._prepared(model)
+        self._skeleton, self._modules = model, self._prepared(model)
+        self._stored = checkpoint.stored if checkpoint else lambda _name: None
         self._written: set[str] = set()
         self._alike: defaultdict[str, list[str]] = defaultdict(list)
         self._owed: set[str] = set()
@@ -73,6 +82,45 @@ class PackedLoad:
     def given(self) -> Collection[str]:
         """Parameters that are made of those tensors."""
         return self._prepacked.keys()
+
+    @cached_property
+    def extents(self) -> dict[str, Extent]:
+        """Bytes of the files that parameters have as they are, by the name of the parameter.
+
+        Those of experts that nobody packs here, with their biases.
+
+        Raises
+        ------
+        SourceError
+            When they do not belong together.
+        """
+        found: dict[str, Extent] = {}
+        for owner, stacks in self._stacks.items():
+            biases = {name: self._as_in_file(name) for name in self._beside(owner)}
+            if None not in biases.values():
+                found |= {name: extent for name, extent in biases.items() if extent}
+                for name, value in stacks.items():
+                    found |= {f"{name}.{part}": extent for part, extent in value.extents().items()}
+        return found
+
+    @cached_property
+    def _stacks(self) -> dict[str, dict[str, PackedStacks]]:
+        """What stays as the files have it, by the module of the experts and its name."""
+        found: defaultdict[str, dict[str, PackedStacks]] = defaultdict(dict)
+        for name, value in self._prepacked.items():
+            if isinstance(value, PackedStacks) and value.method:
+                found[name.rpartition(".")[0]][name] = value
+        return found
+
+    def _beside(self, owner: str) -> list[str]:
+        """The parameters that a module of experts has beside its stacks."""
+        return [f"{owner}.{name}" for name in self._skeleton.get_submodule(owner)._parameters]
+
+    def _as_in_file(self, name: str) -> Extent | None:
+        """Where the bytes of a parameter are; ``None`` where it is no tensor of the files."""
+        stored, parameter = self._stored(name), self._skeleton.get_parameter(name)
+        is_it = stored and (f"torch.{stored.dtype}", stored.shape) == (str(parameter.dtype), parameter.shape)
+        return stored.extent if stored and is_it else None
 
     @contextmanager
     def packs_what_is_written(self) -> Iterator[None]:
@@ -122,7 +170,8 @@ class PackedLoad:
             prefix = f"{place.block.name}."
             wanted = [name for name in names if name.startswith(prefix) and name not in tied]
             device = "cpu" if place.is_looked_up else place.modules_on
-            plain = [name for name in wanted if name not in self._written]
+            left = self._leave(model, wanted) if place.home == "disk" else set[str]()
+            plain = [name for name in wanted if name not in self._written and name not in left]
             weights = {name.removeprefix(prefix): self._weight(name, loader) for name in plain}
             with torch.no_grad():
                 for name in self._written.intersection(wanted):
@@ -137,6 +186,16 @@ class PackedLoad:
             trim()  # else the weights that were packed stay in malloc's hands, block after block
 
         return fill
+
+    def _leave(self, model: Any, wanted: Collection[str]) -> set[str]:
+        """Let modules have what stays in the files, without bytes; the names of all that is such."""
+        left = set[str]()
+        for owner, stacks in self._stacks.items():
+            if stacks.keys() <= set(wanted) and f"{next(iter(stacks))}.weight" in self.extents:
+                left.update(stacks, self._beside(owner))
+                for name, value in stacks.items():
+                    leave_stack(model.get_submodule(name), value)
+        return left
 
     def _weight(self, name: str, loader: Any) -> Any:
         """What is known of a weight, by its name or that of another one of the same values: files have it under either."""

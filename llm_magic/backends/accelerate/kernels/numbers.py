@@ -143,7 +143,7 @@ class Reader(ABC):
 
 @dataclass(frozen=True)
 class Codes(Reader):
-    """Two codes in a byte, the first in the high half, for numbers in a table.
+    """Two codes in a byte, for numbers in a table.
 
     Processors look up 16 bytes fastest. Two tables give the two bytes of each number in bfloat16, whose halves
     of vectors are paired then; a pair is two numbers, the even one to be shifted, the odd one to be masked. A
@@ -157,11 +157,14 @@ class Codes(Reader):
         The 16 numbers.
     bytes_of_number
         2 or 3.
+    starts_low
+        Whether the first of two codes is in the low half.
     """
 
     lookup: str
     table: tuple[float, ...]
     bytes_of_number: int
+    starts_low: bool
 
     @property
     def columns(self) -> list[list[int]]:
@@ -172,7 +175,8 @@ class Codes(Reader):
 
     def numbers(self, module: ir.Module, builder: ir.IRBuilder, packed: Any, _part: Any) -> list[Any]:
         high, low = builder.lshr(packed, same(packed.type, 4)), builder.and_(packed, same(packed.type, 15))
-        return [number for codes in (high, low) for number in self._looked_up(module, builder, codes)]
+        halves = (low, high) if self.starts_low else (high, low)
+        return [number for codes in halves for number in self._looked_up(module, builder, codes)]
 
     def _looked_up(self, module: ir.Module, builder: ir.IRBuilder, codes: Any) -> Iterator[Any]:
         kind = codes.type
@@ -348,18 +352,22 @@ class CodeDots(_Dots):
     ----------
     table
         The 16 numbers.
+    starts_low
+        Whether the first of two codes is in the low half.
     """
 
     table: tuple[float, ...]
+    starts_low: bool
 
     @property
     def columns(self) -> list[list[int]]:
-        return [list(range(low, self.weights, 2)) for low in (0, 1)]
+        return [list(range(first, self.weights, 2)) for first in (0, 1)]
 
     def numbers(self, module: ir.Module, builder: ir.IRBuilder, packed: Any, _part: Any) -> list[Any]:
         words = builder.zext(packed, vector(I16, DOT))
-        halves = builder.lshr(words, same(words.type, 4)), words
-        return [looked_up(module, builder, self.table, half) for half in halves]
+        halves = [builder.lshr(words, same(words.type, 4)), words]
+        ordered = reversed(halves) if self.starts_low else halves
+        return [looked_up(module, builder, self.table, half) for half in ordered]
 
 
 @dataclass(frozen=True)
@@ -389,15 +397,17 @@ def has_float16() -> bool:
     return not compiler.instructions().isdisjoint({"f16c", "neon"})
 
 
-def codes(table: Sequence[float], group: int, columns: int, *, is_exact: bool) -> Reader | None:
+def codes(
+    table: Sequence[float], group: int, columns: int, *, is_exact: bool, starts_low: bool = False
+) -> Reader | None:
     """What reads 4-bit codes with this processor's widest vectors that rows of ``columns`` weights consist of.
 
     ``None`` where there is none. ``group`` weights share a scale, a multiple of 32. Numbers that are not exact are in
-    bfloat16.
+    bfloat16. The first of two codes is in the high half of a byte, unless it ``starts_low``.
     """
     for width, lookup in _widths():
         if group % 32 == 0 and columns % max(group, 2 * width) == 0:
-            return Codes(width, 2 * width, group, lookup, tuple(table), 3 if is_exact else 2)
+            return Codes(width, 2 * width, group, lookup, tuple(table), 3 if is_exact else 2, starts_low)
     return None
 
 
@@ -433,10 +443,10 @@ def pairs(columns: int) -> Reader | None:
     )
 
 
-def code_dots(table: Sequence[float], group: int, columns: int) -> Reader | None:
+def code_dots(table: Sequence[float], group: int, columns: int, *, starts_low: bool = False) -> Reader | None:
     """What multiplies 4-bit codes with tokens in bfloat16, as `codes`."""
     is_for_it = has_dots_of_bfloat16() and group % 32 == 0 and columns % max(group, 64) == 0
-    return CodeDots(32, 64, group, tuple(table)) if is_for_it else None
+    return CodeDots(32, 64, group, tuple(table), starts_low) if is_for_it else None
 
 
 def float_dots(columns: int, group: int) -> Reader | None:

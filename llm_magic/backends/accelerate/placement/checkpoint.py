@@ -23,10 +23,12 @@ class Checkpoint:
         The loaded model.
     files
         Its weight files; other kinds than safetensors hold no usable bytes.
+    known
+        Bytes of parameters that go by other names in the files.
     """
 
-    def __init__(self, model: Any, files: Sequence[Path]) -> None:
-        self._model = model
+    def __init__(self, model: Any, files: Sequence[Path], known: Mapping[str, Extent] | None = None) -> None:
+        self._model, self._known = model, dict(known or {})
         self._files = tuple(path for path in files if path.suffix == ".safetensors")
         self._found: dict[str, Extent] | None = None
 
@@ -52,9 +54,9 @@ class Checkpoint:
         shape is not told apart: compare the bytes before the ones in memory are given up.
         """
         if index is not None:
-            return dict(_matching(self._model, index))
+            return self._known | dict(_matching(self._model, index))
         if self._found is None:
-            self._found = dict(_matching(self._model, self._index())) if self._files else {}
+            self._found = self._known | dict(_matching(self._model, self._index() if self._files else {}))
         return self._found
 
     def _index(self) -> dict[str, dict[str, Any]]:

@@ -26,11 +26,15 @@ from llm_magic.backends.accelerate.preparation import preparing
 PLAIN = ("bfloat16", "float16")
 """Kinds of weights that are not packed."""
 
-MXFP4_NUMBERS = tuple(sign * size for sign in (1.0, -1.0) for size in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0))
+MXFP4_NUMBERS = tuple(
+    sign * size for sign in (1.0, -1.0) for size in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+)
 """What floats of 4 bits (E2M1) are, by their bits."""
 
 _CODED = ("nf4", "fp4", "mxfp4")
 """Kinds whose 4 bits are places in a table."""
+_STARTS_LOW = ("mxfp4",)
+"""Those that have the first of two in the low half of a byte."""
 
 _TOGETHER, _TOGETHER_IN_BLOCKS, _TOGETHER_WITH_PLAIN = 4, 6, 8
 """Tokens that are multiplied with a weight at a time, about as long as RAM is waited for: numbers are made of packed ones.
@@ -503,7 +507,9 @@ def _dot_reader(layout: Layout) -> Any:
         return readers.pairs(layout.columns)
     if kind == "float8":
         return readers.float_dots(layout.columns, layout.group)
-    return readers.code_dots(_table(kind), layout.group, layout.columns) if kind in _CODED else None
+    if kind not in _CODED:
+        return None
+    return readers.code_dots(_table(kind), layout.group, layout.columns, starts_low=kind in _STARTS_LOW)
 
 
 @cache
@@ -512,7 +518,10 @@ def _reader(layout: Layout, *, is_exact: bool) -> Any:
     if readers is None:
         return None
     if layout.kind in _CODED:
-        return readers.codes(_table(layout.kind), layout.group, layout.columns, is_exact=is_exact)
+        starts_low = layout.kind in _STARTS_LOW
+        return readers.codes(
+            _table(layout.kind), layout.group, layout.columns, is_exact=is_exact, starts_low=starts_low
+        )
     if layout.kind in PLAIN:
         return readers.halves(layout.kind, layout.columns)
     if layout.kind in ("int4", "int2"):

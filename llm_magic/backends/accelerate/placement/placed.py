@@ -142,6 +142,8 @@ class PlacedModel:
         Where everything is.
     files
         The weight files that it was loaded from; none when the model holds other bytes than they do.
+    extents
+        Parameters that hold bytes of files all the same, by name.
     folder
         What loading has written to, if it has.
     fill
@@ -173,17 +175,19 @@ class PlacedModel:
         files: Sequence[Path] = (),
         folder: OffloadFolder | None = None,
         *,
+        extents: Mapping[str, Extent] | None = None,
         fill: Fill | None = None,
         streams: Callable[[str], Any] = lambda _device: None,
         slots: Callable[[str], int] = slots_for,
     ) -> None:
         self.model = model
         self.plan = plan
-        self._files = tuple(files)
-        self._opened = [OpenFile(path, direct=False) for path in files]
+        lent = (extent.path for extent in (extents or {}).values())
+        self._files = tuple(dict.fromkeys((*files, *lent)))
+        self._opened = [OpenFile(path, direct=False) for path in self._files]
         self._folder = folder
         self._streams, self._slots = streams, slots
-        self._checkpoint = Checkpoint(model, files)
+        self._checkpoint = Checkpoint(model, files, extents)
         self._mapped = MappedFiles()
         self._lanes: dict[str, DeviceLane] = {}
         self._cache_lanes: dict[str, CacheLane] = {}

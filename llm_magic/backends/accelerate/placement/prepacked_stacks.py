@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from llm_magic.backends.accelerate.placement.extents import Extent, StoredTensor
 from llm_magic.backends.accelerate.placement.prepacked import Prepacked, damaged
 
 BLOCKS, SCALES = "_blocks", "_scales"
@@ -30,12 +31,36 @@ class PackedStacks(Prepacked):
     ----------
     part
         Gets a part of a tensor, of a name and an index of its first dimension.
+    stored
+        Tells where a tensor is in the files.
     """
 
     part: Callable[[str, int], Any]
+    stored: Callable[[str], StoredTensor | None]
+
+    def extents(self) -> dict[str, Extent]:
+        """Where the bytes of all entries and of all exponents are in the files, by what a packed weight calls them.
+
+        Raises
+        ------
+        SourceError
+            When they are of no shape or dtype that belongs together.
+        """
+        (name,), count = self.matrices[0], len(self.matrices)
+        blocks, scales = self.stored(f"{name}{BLOCKS}"), self.stored(f"{name}{SCALES}")
+        if blocks is None or scales is None or {blocks.dtype, scales.dtype} != {"uint8"}:
+            raise damaged(name)
+        if len(scales.shape) != 3 or scales.shape[0] != count or blocks.shape != (*scales.shape, 16):
+            raise damaged(name)
+        return {"weight": blocks.extent, "scales": scales.extent}
+
+    def shape(self) -> tuple[int, int]:
+        """Of a matrix: ``(out, in)``."""
+        scales = self.stored(f"{self.matrices[0][0]}{SCALES}")
+        return (scales.shape[1], MXFP4_GROUP * scales.shape[2]) if scales else (0, 0)
 
     def parts(self, index: int, device: Any) -> tuple[Any, Any]:
-        """Entries ``[out, in / 2]``, the first of two in the high half, and exponents ``[out, groups]``, on ``device``.
+        """Entries ``[out, in / 2]`` and exponents ``[out, groups]`` on ``device``; pages of the file, where that is the CPU.
 
         Raises
         ------
@@ -50,8 +75,7 @@ class PackedStacks(Prepacked):
             raise damaged(name)
         if blocks.dim() != 3 or blocks.shape[:2] != scales.shape or blocks.shape[2] != 16:
             raise damaged(name)
-        blocks = blocks.to(device).flatten(1)
-        return (blocks << 4) | (blocks >> 4), scales.to(device, copy=True)
+        return blocks.to(device).flatten(1), scales.to(device)
 
     def numbers(self, device: Any, index: int = 0) -> Any:
         from llm_magic.backends.accelerate.placement.scaled_floats import Form

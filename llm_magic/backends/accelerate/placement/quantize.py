@@ -561,6 +561,20 @@ def pack_stack(stack: Any, values: Any, device: Any, compute: Any, experts: Any 
     stack.fill(packed())
 
 
+def leave_stack(stack: Any, values: PackedStacks) -> None:
+    """Let a `PackedStack` have experts that stay in their files: all of them but the bytes.
+
+    Raises
+    ------
+    SourceError
+        When the files have others.
+    """
+    linear = stack.linear
+    _check_shape(_shape(linear), values.shape(), f"The packed weight {values.matrices[0][0]}")
+    linear._parameters["weight"] = scaled_floats().ScaledFloats(*linear.form.empty(), linear.form)
+    stack.fill(parts(linear, "weight") for _ in range(stack.experts))
+
+
 def is_packed(module: Any) -> bool:
     """Whether a layer is one of the libraries' packed ones."""
     return _packer(module) is not None

@@ -4,7 +4,7 @@
 method     entries                                               scales
 =========  ====================================================  =======================================
 ``mxfp4``  floats of 4 bits (E2M1), uint8 ``[out, in / 2]``,     exponents of 2, more by 127 (E8M0),
-           the first of two in the high half                     uint8 ``[out, in / 32]``
+           the first of two in the low half                      uint8 ``[out, in / 32]``
 ``fp8``    floats of 8 bits (E4M3), as uint8 ``[out, in]``       float32 ``[out, in / group]``
 =========  ====================================================  =======================================
 
@@ -58,8 +58,18 @@ class Form:
         count = self.rows * self.columns
         return count // 2 + groups if self.method == "mxfp4" else count + 4 * groups
 
+    def empty(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Entries and scales without bytes."""
+        is_four, groups = self.method == "mxfp4", self.columns // self.group
+        columns, of_scales = (self.columns // 2, torch.uint8) if is_four else (self.columns, torch.float32)
+        return (
+            torch.empty(self.rows, columns, dtype=torch.uint8, device="meta"),
+            torch.empty(self.rows, groups, dtype=of_scales, device="meta"),
+        )
+
     def numbers(self, data: Any, scales: Any, dtype: torch.dtype) -> Any:
         """What entries ``[..., bytes]`` and scales ``[..., groups]`` stand for: ``[..., in]``."""
+        found: Any
         if self.method == "mxfp4":
             found = torch.nn.functional.embedding(data.int(), _pairs(data.device, dtype)).flatten(-2)
         else:
@@ -108,7 +118,7 @@ class ScaledLinear(torch.nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002  as torch names it
         """As torch's layer: states ``[..., in]``, answers ``[..., out]``."""
-        outputs = product(input, self.weight)
+        outputs: torch.Tensor = product(input, self.weight)
         return outputs if self.bias is None else outputs + self.bias
 
 
@@ -157,9 +167,11 @@ def _multiplies_right(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def _by_bitsandbytes(states: Any, entries: Any, scales: Any, form: Form) -> Any:
+    """A token's product, by a kernel that takes the high half of a byte for the first: so neighbours change places."""
     multiply: Any = torch.ops.bitsandbytes.gemv_4bit.default
+    turned = states.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
     shape, table = (form.rows, form.columns), _table(states.device)
-    return multiply(states.contiguous(), entries.reshape(-1, 1), shape, scales.flatten(), table, form.group)
+    return multiply(turned, entries.reshape(-1, 1), shape, scales.flatten(), table, form.group)
 
 
 def _pairs(device: torch.device, dtype: torch.dtype) -> Any:
@@ -168,7 +180,7 @@ def _pairs(device: torch.device, dtype: torch.dtype) -> Any:
 
 
 def _made_pairs(device: torch.device, dtype: torch.dtype) -> Any:
-    pairs = [(MXFP4_NUMBERS[byte >> 4], MXFP4_NUMBERS[byte & 15]) for byte in range(256)]
+    pairs = [(MXFP4_NUMBERS[byte & 15], MXFP4_NUMBERS[byte >> 4]) for byte in range(256)]
     return torch.tensor(pairs, dtype=dtype, device=device)
 
 

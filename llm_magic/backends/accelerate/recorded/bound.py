@@ -206,7 +206,7 @@ def _router_step(part: Any, layer: Any, recording: Recording) -> Callable[[Value
         return None
     *added, states, matrix = part.args
     owners = {view.base: (path, name, view) for path, name, view in recording.weights}
-    path, name, whole = owners.get(matrix.base, ("", "", None))
+    path, name, whole = owners.get(matrix.base, ("", "", matrix))
     if name != "weight" or not is_served_router(layer.get_submodule(path)):
         return None
     if (matrix.shape, matrix.stride, matrix.offset) != (whole.shape[::-1], whole.stride[::-1], whole.offset):

@@ -83,17 +83,12 @@ def read_layout(spec: ModelSpec, files: ModelFiles) -> ModelLayout:
     """
     header = read_gguf_header(files.gguf) if files.gguf and not files.weight_files else None
     packed = _kept_packed(spec, files)
-    if files.gguf and header:
-        config = gguf_model.gguf_config(files.gguf, header)
-    else:
-        config = load_config(files, unpacks=packed is None)
-    quantize = spec.quantize if spec.quantize != AS_NUMBERS else ""
-    quantize = packed.check(quantize) if packed else quantize
+    config = _config(files, header, unpacks=packed is None)
+    quantize = _quantize(spec, packed)
     dtype = _dtype(spec, files, config, header)
     if spec.dtype == "auto" and packed and quantize == packed.format.method:
         dtype = packed.quick_dtype(dtype)
-    is_kept = packed is not None and packed.is_kept(quantize)
-    method = (method_of if is_kept else find_method)(quantize) if quantize else None
+    method = _method(quantize, packed)
     head = _head_method(spec, method)
     model = build_skeleton(config, dtype)
     choice = Choice()
@@ -120,7 +115,9 @@ def read_layout(spec: ModelSpec, files: ModelFiles) -> ModelLayout:
     if method is not None:
         blocks = _with_packed(model, blocks, method, dtype, choice)
         details |= {"keeps_head": True} if keeps_head else {}
-        details |= _packing(packed, method, choice) | {"unpacked_bytes": _unpacked_bytes(blocks, (method.name, choice.experts))}
+        details |= _packing(packed, method, choice) | {
+            "unpacked_bytes": _unpacked_bytes(blocks, (method.name, choice.experts))
+        }
     return ModelLayout(
         name=files.name,
         architecture=type(model).__name__,
@@ -151,6 +148,24 @@ def _kept_packed(spec: ModelSpec, files: ModelFiles) -> PackedCheckpoint | None:
             "Leave out --quantize, or load the original model.",
         )
     return None
+
+
+def _config(files: ModelFiles, header: GgufHeader | None, *, unpacks: bool) -> Any:
+    if files.gguf and header:
+        return gguf_model.gguf_config(files.gguf, header)
+    return load_config(files, unpacks=unpacks)
+
+
+def _quantize(spec: ModelSpec, packed: PackedCheckpoint | None) -> str:
+    """The name of the method by which layers are packed, or were before; empty for none."""
+    named = spec.quantize if spec.quantize != AS_NUMBERS else ""
+    return packed.check(named) if packed else named
+
+
+def _method(name: str, packed: PackedCheckpoint | None) -> Method | None:
+    if not name:
+        return None
+    return method_of(name) if packed and packed.is_kept(name) else find_method(name)
 
 
 def _head_method(spec: ModelSpec, method: Method | None) -> str:
@@ -270,7 +285,9 @@ def load_config(files: ModelFiles, *, unpacks: bool = False) -> Any:
     if isinstance(packed, dict):
         packed["dequantize"] = True  # what is counted, and what every device can compute
         config.quantization_config = packed
-    if find_packed(files) is not None and not unpacks:  # its weights are read as they are, see `packed_checkpoint`
+    if (
+        find_packed(files) is not None and not unpacks
+    ):  # its weights are read as they are, see `packed_checkpoint`
         for part in parts:
             part.__dict__.pop("quantization_config", None)
     have_scores_capped(config)

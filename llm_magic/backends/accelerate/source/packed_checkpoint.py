@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from llm_magic.backends.accelerate.placement.extents import StoredTensor, file_extents
 from llm_magic.backends.accelerate.placement.prepacked import FOUR_BIT_PARTS, STATE
 from llm_magic.backends.accelerate.placement.quantize import require
 from llm_magic.backends.accelerate.source.large_files import open_safetensors
@@ -184,6 +185,11 @@ class PackedCheckpoint:
         """What a tensor has at an index of its first dimension; ``None`` where there is no such."""
         file = self._file_of(name)
         return None if file is None else file.get_slice(name)[index]
+
+    def stored(self, name: str) -> StoredTensor | None:
+        """Where a tensor is in the files; ``None`` where there is no such."""
+        path = self.in_file.get(name)
+        return None if path is None else file_extents(path)[name]
 
     def needed(self, name: str) -> Any:
         """A tensor of the files.

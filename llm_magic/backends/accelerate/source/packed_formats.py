@@ -7,7 +7,7 @@ are unpacked, matrix by matrix, and packed anew by a method that the user names.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -89,20 +89,14 @@ class PackedFormat:
 
 def find_format(facts: Mapping[str, Any]) -> PackedFormat | None:
     """The format that a ``quantization_config`` describes; ``None`` for one that nothing here reads."""
-    method = facts.get("quant_method")
-    if method in ("auto-round", "intel/auto-round"):
-        return _auto_round(facts)
-    if method == "bitsandbytes":
-        return _bitsandbytes(facts)
-    if method == "gptq":
-        return _gptq(facts)
-    if method == "awq":
-        return _awq(facts)
-    if method == "mxfp4":
-        return PackedFormat("mxfp4", "mxfp4", "floats of 4 bits", None, (BLOCKS,), (BLOCKS, SCALES), MXFP4_GROUP, end="")
-    if method == "fp8":
-        return _fp8(facts)
-    return _compressed(facts) if method == "compressed-tensors" else None
+    reads = _FORMATS.get(str(facts.get("quant_method")))
+    return reads(facts) if reads else None
+
+
+def _mxfp4(_facts: Mapping[str, Any]) -> PackedFormat:
+    """As gpt-oss comes."""
+    parts = (BLOCKS, SCALES)
+    return PackedFormat("mxfp4", "mxfp4", "floats of 4 bits", None, (BLOCKS,), parts, MXFP4_GROUP, end="")
 
 
 def _fp8(facts: Mapping[str, Any]) -> PackedFormat:
@@ -111,7 +105,9 @@ def _fp8(facts: Mapping[str, Any]) -> PackedFormat:
     what = f"floats of 8 bits{' in blocks' if block else ''}"
     parts = ("weight", "weight_scale_inv", "activation_scale?")
     skipped, read = _names(facts.get("modules_to_not_convert")), partial(read_fp8, block=block)
-    return PackedFormat("fp8", "fp8", what, skipped, (".weight_scale_inv",), parts, block[1] if block else 0, read)
+    return PackedFormat(
+        "fp8", "fp8", what, skipped, (".weight_scale_inv",), parts, block[1] if block else 0, read
+    )
 
 
 def as_auto_fp8(facts: Mapping[str, Any]) -> PackedFormat:
@@ -124,7 +120,9 @@ def as_auto_fp8(facts: Mapping[str, Any]) -> PackedFormat:
     read = partial(read_compressed, bits=8, is_symmetric=True, block=block)
     parts = ("weight", "weight_scale", "input_scale?")
     method, what = "fp8" if block else "float8", f"floats of 8 bits{' in blocks' if block else ''}"
-    return PackedFormat(AUTO_FP8, method, what, None, (".weight_scale",), parts, block[1] if block else 0, read)
+    return PackedFormat(
+        AUTO_FP8, method, what, None, (".weight_scale",), parts, block[1] if block else 0, read
+    )
 
 
 def _auto_round(facts: Mapping[str, Any]) -> PackedFormat | None:
@@ -380,3 +378,16 @@ def _ignored(facts: Mapping[str, Any]) -> list[str] | None:
         else:
             names.append(entry)
     return names
+
+
+_FORMATS: Mapping[str, Callable[[Mapping[str, Any]], PackedFormat | None]] = {
+    "auto-round": _auto_round,
+    "intel/auto-round": _auto_round,
+    "bitsandbytes": _bitsandbytes,
+    "gptq": _gptq,
+    "awq": _awq,
+    "mxfp4": _mxfp4,
+    "fp8": _fp8,
+    "compressed-tensors": _compressed,
+}
+"""By what ``quant_method`` says."""

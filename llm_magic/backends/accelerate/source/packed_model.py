@@ -74,7 +74,8 @@ class PackedModel:
         read = files.format.read
         if files.format.is_stacked:
             kept = files.format.method if files.is_kept(method) or self._keeps_experts(method) else ""
-            return {name: PackedStacks(kept, of, files.tensor, dtype, files.part) for name, of in found.items()}
+            parts = files.tensor, dtype, files.part, files.stored
+            return {name: PackedStacks(kept, of, *parts) for name, of in found.items()}
         if read is None:
             packed = (files.format.method, files.needed, dtype, BLOCK)
             return {name: PackedByBitsAndBytes(packed[0], of, *packed[1:]) for name, of in found.items()}
