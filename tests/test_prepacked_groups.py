@@ -84,9 +84,9 @@ KEPT: dict[str, tuple[str, Save]] = {
     ),
     "8 bits in words": ("int8", partial(save_compressed, style="pack-quantized", facts=ROWS)),
     "8 bits": ("int8", partial(save_compressed, style="int-quantized", facts=ROWS, has_activations=True)),
-    "fp8": ("float8", partial(save_compressed, style="float-quantized", facts=FLOATS, has_activations=True)),
+    "fp8": ("fp8", partial(save_compressed, style="float-quantized", facts=FLOATS, has_activations=True)),
     "fp8 with one scale": (
-        "float8",
+        "fp8",
         partial(save_compressed, style="naive-quantized", facts=FLOATS | {"strategy": "tensor"}),
     ),
     "fp8 in blocks": (
@@ -351,7 +351,7 @@ def test_fp8_whose_scales_transformers_does_not_know(save: Save, tmp_path: Path)
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": facts}))
     engine = load(folder, "half")
     try:
-        assert engine.plan.layout.quantization == "float8"
+        assert engine.plan.layout.quantization == "fp8"
         assert "without their scales" in python_of(engine.plan)
         text = ask(engine, PROMPT).text
     finally:
@@ -810,7 +810,7 @@ def test_what_was_packed_before_files_said_so() -> None:
         compressed(format="naive-quantized", quantization_status="frozen", config_groups=groups)
     )
     assert found is not None
-    assert found.method == "float8"
+    assert found.method == "fp8"
 
 
 @pytest.mark.parametrize(

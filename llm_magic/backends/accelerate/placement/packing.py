@@ -161,7 +161,7 @@ def packed_weights(packed: Any) -> PackedWeights | None:
         rows, columns = packed.shape
         return PackedWeights("int8", packed, packed.SCB, None, rows, columns, factor=1 / 127)
     if (form := getattr(packed, "form", None)) is not None:
-        kind, group = _KINDS_OF_FLOATS[form.method], form.group
+        kind, group = _KINDS_OF_FLOATS[form.method], form.group if form.group < form.columns else 0
         return PackedWeights(kind, packed, packed.scales, None, form.rows, form.columns, group)
     return _packed_by_quanto(packed) if hasattr(packed, "qtype") else None
 

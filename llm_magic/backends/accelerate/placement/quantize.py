@@ -634,6 +634,8 @@ def _taken_from_groups(module: Any, value: PackedInGroups, index: int, device: A
     held, name = value.groups(device, index), value.matrices[index][0]
     _check_shape(_shape(module), held.shape, f"The packed weight {name}")
     if _packer(module) is _pack_floats:
+        if held.entries.dtype != torch.float8_e4m3fn or held.zeros is not None:
+            raise damaged(name)
         return _scaled(module, held.entries.view(torch.uint8), held.scales, name)
     if _packer(module) is _pack_8_bits:
         return _rows_of_8_bits(held, name)
@@ -657,9 +659,7 @@ def _quanto_rows(module: Any, held: Groups, name: str, dtype: Any) -> Any:
     from optimum.quanto import WeightQBytesTensor
 
     kind = module.weight_qtype
-    entries = held.entries if kind.is_floating_point else _signed(held, name)
-    if entries.dtype != kind.dtype or held.scales.shape[1] > 1:
-        raise damaged(name)
+    entries = _signed(held, name)
     stride = (held.shape[1], 1)
     packed = WeightQBytesTensor(kind, 0, held.shape, stride, entries, held.scales.to(dtype), None)
     return torch.nn.Parameter(packed, requires_grad=False)

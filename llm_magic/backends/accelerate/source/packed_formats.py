@@ -119,10 +119,8 @@ def as_auto_fp8(facts: Mapping[str, Any]) -> PackedFormat:
     block = _block(facts.get("weight_block_size"))
     read = partial(read_compressed, bits=8, is_symmetric=True, block=block)
     parts = ("weight", "weight_scale", "input_scale?")
-    method, what = "fp8" if block else "float8", f"floats of 8 bits{' in blocks' if block else ''}"
-    return PackedFormat(
-        AUTO_FP8, method, what, None, (".weight_scale",), parts, block[1] if block else 0, read
-    )
+    what, group = f"floats of 8 bits{' in blocks' if block else ''}", block[1] if block else 0
+    return PackedFormat(AUTO_FP8, "fp8", what, None, (".weight_scale",), parts, group, read)
 
 
 def _auto_round(facts: Mapping[str, Any]) -> PackedFormat | None:
@@ -293,7 +291,7 @@ class _Scheme:
         if self.bits == 4:
             return "int4"
         is_by_row = self.is_symmetric and not self.group
-        return ("float8" if self.is_float else "int8") if is_by_row else ""
+        return ("fp8" if self.is_float else "int8") if is_by_row else ""
 
     @property
     def what(self) -> str:
