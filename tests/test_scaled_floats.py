@@ -7,13 +7,14 @@ import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llm_magic.backends.accelerate.placement import packing, scaled_floats
+from llm_magic.backends.accelerate.placement import packing, quantize, scaled_floats
 from llm_magic.backends.accelerate.placement.cpu_products import MXFP4_NUMBERS
 from llm_magic.backends.accelerate.placement.packed_stack import PackedStack
 from llm_magic.backends.accelerate.placement.prepacked_stacks import PackedStacks
@@ -459,3 +460,61 @@ def test_nothing_is_kept_that_was_made_while_somebody_looked_on() -> None:
         FORMS[0].numbers(weight.entries, weight.scales, torch.float32)
     assert scaled_floats._kept_pairs.cache_info().currsize == 0
     assert type(FORMS[0].numbers(weight.entries, weight.scales, torch.float32)) is torch.Tensor
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., Any]], list[str]]:
+    """Lets products ask for bitsandbytes' kernel, which is what is given; its answers are counted."""
+
+    def use(kernel: Callable[..., Any]) -> list[str]:
+        asked: list[str] = []
+
+        def multiply(*args: Any) -> Any:
+            asked.append("once")
+            return kernel(*args)
+
+        quantize.import_library("bitsandbytes")
+        monkeypatch.setattr(scaled_floats, "_TABLES", {})
+        monkeypatch.setattr(scaled_floats, "_KIND", "cpu")
+        operators = SimpleNamespace(gemv_4bit=SimpleNamespace(default=multiply))
+        monkeypatch.setattr(torch.ops, "bitsandbytes", operators)
+        return asked
+
+    return use
+
+
+def as_documented(states: Any, entries: Any, shape: Any, scales: Any, table: Any, group: int) -> Any:
+    """The kernel of bitsandbytes, as its code says: the high half of a byte is the first."""
+    halves = torch.stack((entries >> 4, entries & 15), -1).flatten().long()
+    numbers = table[halves].view(-1, group) * scales.view(-1, 1)
+    return states @ numbers.view(*shape).to(states.dtype).T
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_token_is_multiplied_by_the_kernel_of_a_gpu(
+    dtype: torch.dtype, as_on_a_gpu: Callable[[Callable[..., Any]], list[str]]
+) -> None:
+    weight = weight_of(FORMS[0])
+    one, several = torch.randn(1, 128).to(dtype), torch.randn(3, 128).to(dtype)
+    expected = [product(states, weight) for states in (one, several)]
+    asked = as_on_a_gpu(as_documented)
+    for states, theirs in zip((one, several), expected, strict=True):
+        torch.testing.assert_close(product(states, weight), theirs, rtol=1e-2, atol=1e-2)
+    assert len(asked) == 2, "it is tried, and then used for the one token"
+
+
+@pytest.mark.parametrize("kernel", [lambda states, *_: states.new_zeros(1, 64), lambda *_args: _refuse()])
+def test_a_kernel_that_multiplies_wrong_is_not_used(
+    kernel: Callable[..., Any], as_on_a_gpu: Callable[[Callable[..., Any]], list[str]]
+) -> None:
+    """As one that has its own table in it."""
+    weight, states = weight_of(FORMS[0]), torch.randn(1, 128)
+    expected = product(states, weight)
+    asked = as_on_a_gpu(kernel)
+    assert torch.equal(product(states, weight), expected)
+    assert torch.equal(product(states, weight), expected)
+    assert len(asked) == 1
+
+
+def _refuse() -> None:
+    raise RuntimeError

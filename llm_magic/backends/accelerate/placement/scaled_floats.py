@@ -126,8 +126,9 @@ def product(states: Any, weight: Any) -> Any:
     """States ``[..., in]`` times `ScaledFloats`: ``[..., out]``."""
     form: Form = weight.form
     entries, scales = weight.entries, weight.scales
-    if form.method == "mxfp4" and states.numel() == form.columns and _has_kernel(states.device, states.dtype):
-        return _by_bitsandbytes(states, entries, form.factors(scales), form)
+    table = _table_of_kernel(states) if form.method == "mxfp4" and states.numel() == form.columns else None
+    if table is not None:
+        return _by_bitsandbytes(states, entries, form.factors(scales), form, table)
     step = max(1, _AT_A_TIME // (form.columns * states.dtype.itemsize))
     parts = zip(entries.split(step), scales.split(step), strict=True)
     outputs = [torch.nn.functional.linear(states, form.numbers(*part, states.dtype)) for part in parts]
@@ -137,40 +138,49 @@ def product(states: Any, weight: Any) -> Any:
 # ------------------------------------------------------------------------------------------- a GPU's kernel
 
 
-def _has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether bitsandbytes' kernel multiplies right there; asked where a GPU may be waited for, and then known."""
-    if device.type != "cuda" or "bitsandbytes" not in sys.modules or is_looked_at():
-        return False
-    key = (device, dtype)
-    if key not in _KERNELS and not torch.cuda.is_current_stream_capturing():
-        _KERNELS[key] = _multiplies_right(device, dtype)
-    return _KERNELS.get(key, False)
+def _table_of_kernel(states: Any) -> Any:
+    """What bitsandbytes' kernel is to look numbers up in; ``None`` where it does not multiply right, or nobody knows.
+
+    It says of no table but its own that it takes it. So it is tried once on each GPU, where the host may wait for that.
+    """
+    key = (states.device, states.dtype)
+    if states.device.type != _KIND or (is_looked_at() and not torch.compiler.is_compiling()):
+        return None
+    if key not in _TABLES and "bitsandbytes" in sys.modules and not is_looked_at():
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return None
+        _TABLES[key] = _tried(*key)
+    return _TABLES.get(key)
 
 
-_KERNELS: dict[tuple[torch.device, torch.dtype], bool] = {}
+_KIND = "cuda"
+"""Type of the devices that it is for."""
+_TABLES: dict[tuple[torch.device, torch.dtype], Any] = {}
 """What was found."""
 
 
-def _multiplies_right(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether it gives what numbers give: it says of no table but its own that it takes it."""
+def _tried(device: torch.device, dtype: torch.dtype) -> Any:
     form = Form("mxfp4", 64, 256, MXFP4_GROUP)
     count = form.rows * form.columns // 2
     entries = (torch.arange(count, device=device) * 37 % 251).to(torch.uint8).view(form.rows, -1)
     scales = (torch.arange(count // 16, device=device) % 7 + 124).to(torch.uint8).view(form.rows, -1)
     states = torch.arange(form.columns, device=device).remainder(13).sub(6).to(dtype).view(1, -1)
+    with torch.inference_mode(mode=False):
+        table = torch.tensor(MXFP4_NUMBERS, dtype=torch.float32, device=device)
     try:
-        found = _by_bitsandbytes(states, entries, form.factors(scales), form)
+        found = _by_bitsandbytes(states, entries, form.factors(scales), form, table)
     except (RuntimeError, ValueError, AttributeError):  # an older one, or one without kernels for this GPU
-        return False
+        return None
     expected = torch.nn.functional.linear(states, form.numbers(entries, scales, dtype))
-    return bool(torch.allclose(found.float(), expected.float(), rtol=0.02, atol=0.5))
+    is_right = bool(torch.allclose(found.float(), expected.float(), rtol=0.02, atol=0.5))
+    return table if is_right else None
 
 
-def _by_bitsandbytes(states: Any, entries: Any, scales: Any, form: Form) -> Any:
+def _by_bitsandbytes(states: Any, entries: Any, scales: Any, form: Form, table: Any) -> Any:
     """A token's product, by a kernel that takes the high half of a byte for the first: so neighbours change places."""
     multiply: Any = torch.ops.bitsandbytes.gemv_4bit.default
     turned = states.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
-    shape, table = (form.rows, form.columns), _table(states.device)
+    shape = (form.rows, form.columns)
     return multiply(turned, entries.reshape(-1, 1), shape, scales.flatten(), table, form.group)
 
 
@@ -188,9 +198,3 @@ def _made_pairs(device: torch.device, dtype: torch.dtype) -> Any:
 def _kept_pairs(device: torch.device, dtype: torch.dtype) -> Any:
     with torch.inference_mode(mode=False):
         return _made_pairs(device, dtype)
-
-
-@cache
-def _table(device: torch.device) -> Any:
-    with torch.inference_mode(mode=False):
-        return torch.tensor(MXFP4_NUMBERS, dtype=torch.float32, device=device)
