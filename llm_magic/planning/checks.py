@@ -209,20 +209,24 @@ def _unpacked(plan: Plan) -> Iterator[str]:
             f"{format_bytes(plain)} of it stay {layout.dtype}: {layout.quantization} packs linear layers, "
             "and experts that are computed one by one."
         )
-    yield from _beside_experts(layout)
+    yield from _beside_experts(plan)
     yield from _large_head(layout)
     yield from _slow_kernels(plan)
 
 
-def _beside_experts(layout: ModelLayout) -> Iterator[str]:
+def _beside_experts(plan: Plan) -> Iterator[str]:
     """Experts that came packed beside layers that did not."""
+    layout = plan.layout
     layers = [block for block in layout.blocks if block.kind == "decoder"]
     read = sum(block.bytes_per_token for block in layers)
     beside = sum(block.bytes - block.expert_bytes for block in layers)
     if layout.quantization == "mxfp4" and beside > _MUCH_BESIDE * read:
+        on_gpu = any(
+            place.compute != "cpu" for place in plan.placements
+        )  # whose steps int8 keeps from being captured
         yield (
             f"Beside the experts, {100 * beside / read:.0f} % of what a token reads of the layers stay {layout.dtype}. "
-            "--quantize int8 packs that, too, and leaves the experts as they are."
+            f"--quantize {'nf4' if on_gpu else 'int8'} packs that, too, and leaves the experts as they are."
         )
 
 
