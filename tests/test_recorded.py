@@ -88,7 +88,6 @@ LEFT = {
     "glm_moe_dsa": 0,
     "gpt_neo": 0,
     "gptj": 0,
-    "nemotron_h": 2,
 }
 """Architectures of which not all four layers are recorded, and how many are."""
 

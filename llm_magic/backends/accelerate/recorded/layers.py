@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
+from llm_magic.backends.accelerate.decoding.layer_kinds import with_tokens
 from llm_magic.backends.accelerate.decoding.running import below_its_hook, running
 from llm_magic.backends.accelerate.looked_at import is_looked_at
 from llm_magic.backends.accelerate.placement.layer_cache import (
@@ -152,7 +153,19 @@ class RecordedLayer:
         shared = next((leaf for leaf in leaves if isinstance(leaf, MutableMapping)), None)
         if shared:  # it may have those of another layer
             return all(_kept_tokens(kept) > states.shape[-2] for kept in shared.values())
-        return not layers
+        return not layers or self._others_go_on(cache, layers, states)
+
+    def _others_go_on(self, cache: Any, layers: Sequence[Any], states: Any) -> bool:
+        """As others of the cache know, where this one keeps nothing, as experts alone do (Nemotron-H).
+
+        Those behind it have no tokens of this pass yet, and one before it has all of them, and more.
+        """
+        if with_tokens(layers):
+            return False
+        behind = cache.layers[max(self._indices) + 1 :]
+        return any(map(_has_tokens, behind)) or any(
+            tokens_seen(layer) > states.shape[-2] for layer in with_tokens(cache.layers)
+        )
 
     def _looked_at(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """What the layer's own code makes; the first time, it is seen what its large parts return."""
