@@ -1,0 +1,272 @@
+"""Linear attention by the gated delta rule on the CPU: the numbers of transformers' functions, and who gets which."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("llvmlite")
+
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
+from transformers import DynamicCache  # noqa: E402
+from transformers.models.qwen3_5 import modeling_qwen3_5 as theirs  # noqa: E402
+
+from llm_magic.backends.accelerate.placement import cpu_products, linear_attention  # noqa: E402
+from llm_magic.backends.accelerate.placement.linear_attention import (  # noqa: E402
+    is_served_linear_attention,
+    serve_linear_attention,
+)
+from tests.test_recorded import made  # noqa: E402
+
+pytestmark = pytest.mark.skipif(not cpu_products.is_there(), reason="no kernels for this processor")
+RULE, CONVOLUTION = theirs.torch_recurrent_gated_delta_rule, theirs.causal_conv1d_update
+FAMILIES = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid")
+
+
+@pytest.fixture(autouse=True)
+def _no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The kernels that ran, by what they are for."""
+    found: list[str] = []
+    usual = linear_attention._run
+
+    def run(kernel: Any, addresses: list[int], counts: list[int], shares: int) -> None:
+        found.append("rule" if len(counts) > 1 else "convolution")
+        usual(kernel, addresses, counts, shares)
+
+    monkeypatch.setattr(linear_attention, "_run", run)
+    return found
+
+
+def one_token(heads: tuple[int, int], sizes: tuple[int, int], dtype: Any, seed: int = 0) -> dict[str, Any]:
+    """Arguments for the rule: heads of keys and of values, and the sizes of these."""
+    chance = torch.Generator().manual_seed(seed)
+
+    def numbers(*shape: int) -> Any:
+        return torch.randn(shape, generator=chance)
+
+    (of_keys, of_values), (keys, values) = heads, sizes
+    return {
+        "query": numbers(1, 1, of_keys, keys).to(dtype),
+        "key": numbers(1, 1, of_keys, keys).to(dtype),
+        "value": numbers(1, 1, of_values, values).to(dtype),
+        "g": -numbers(1, 1, of_values).abs(),
+        "beta": numbers(1, 1, of_values).sigmoid().to(dtype),
+        "initial_state": numbers(1, of_values, keys, values),
+        "output_final_state": True,
+        "use_qk_l2norm_in_kernel": True,
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("sizes", [(16, 16), (128, 128), (64, 144), (32, 288)], ids=str)
+@pytest.mark.parametrize("heads", [(1, 1), (3, 3), (2, 8), (16, 32)], ids=str)
+def test_the_rule(heads: tuple[int, int], sizes: tuple[int, int], dtype: Any) -> None:
+    token = one_token(heads, sizes, dtype)
+    expected, state = RULE(**{**token, "initial_state": token["initial_state"].clone()})
+    found, changed = linear_attention._by_the_rule(**token)
+    assert changed is token["initial_state"], "where it was"
+    assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
+    torch.testing.assert_close(changed, state, rtol=1e-5, atol=1e-5)
+    nearly = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
+    torch.testing.assert_close(found, expected, rtol=nearly, atol=nearly)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"initial_state": None},
+        {"output_final_state": False},
+        {"use_qk_l2norm_in_kernel": False},
+        {"cu_seqlens": torch.tensor([0, 1])},
+        {"initial_state": torch.randn(1, 4, 16, 16).double()},
+        {"initial_state": torch.randn(1, 4, 16, 16).transpose(2, 3)},
+        {"initial_state": torch.randn(2, 4, 16, 16)},
+        {"query": torch.randn(1, 1, 1, 16)},
+        {"key": torch.randn(1, 2, 2, 16), "query": torch.randn(1, 2, 2, 16)},
+    ],
+    ids=lambda change: ", ".join(change),
+)
+def test_what_the_kernel_does_not_do(change: dict[str, Any], asked: list[str]) -> None:
+    token = one_token((2, 4), (16, 16), torch.float32)
+    assert linear_attention._by_the_rule(**{**token, **change}) is None
+    assert not asked
+
+
+def test_sizes_of_no_whole_vectors(asked: list[str]) -> None:
+    assert linear_attention._by_the_rule(**one_token((2, 2), (24, 16), torch.float32)) is None
+    assert linear_attention._by_the_rule(**one_token((2, 2), (16, 8), torch.float32)) is None
+    assert not asked
+
+
+@pytest.mark.parametrize("activation", [None, "silu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width", [2, 3, 4])
+@pytest.mark.parametrize("channels", [16, 80, 8192])
+def test_the_convolution(channels: int, width: int, dtype: Any, activation: str | None) -> None:
+    chance = torch.Generator().manual_seed(channels + width)
+
+    def numbers(*shape: int) -> Any:
+        return torch.randn(shape, generator=chance).to(dtype)
+
+    states, weight = numbers(1, channels, width - 1), numbers(channels, width)
+    mine, usual = states.clone(), states.clone()
+    for _ in range(3):
+        token = numbers(1, 1, channels).transpose(1, 2)
+        expected = CONVOLUTION(token, usual, weight, None, activation)
+        found = linear_attention._convolved(token, mine, weight, None, activation)
+        assert torch.equal(mine, usual)
+        assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
+        nearly = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
+        torch.testing.assert_close(found, expected, rtol=nearly, atol=nearly)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"bias": torch.randn(16)},
+        {"activation": "gelu"},
+        {"hidden_states": torch.randn(1, 16, 2)},
+        {"conv_state": torch.randn(1, 16, 4)},
+        {"conv_state": torch.randn(1, 16, 3).double()},
+        {"conv_state": torch.randn(1, 3, 16).transpose(1, 2)},
+        {"weight": torch.randn(24, 4)},
+    ],
+    ids=lambda change: ", ".join(change),
+)
+def test_what_the_kernel_does_not_convolve(change: dict[str, Any], asked: list[str]) -> None:
+    usual = {
+        "hidden_states": torch.randn(1, 16, 1),
+        "conv_state": torch.randn(1, 16, 3),
+        "weight": torch.randn(16, 4),
+    }
+    assert linear_attention._convolved(**{**usual, **change}) is None
+    assert not asked
+
+
+# ---------------------------------------------------------------------------------------------- in models
+
+
+def answers(model: Any, ids: Any) -> Any:
+    """Logits of a prompt, and of some tokens after it, one at a time."""
+    cache, found = DynamicCache(config=model.config), []
+    for some in (ids[:, :6], *ids[:, 6:].split(1, dim=1)):
+        found.append(model(some, past_key_values=cache, use_cache=True).logits[:, -1])
+    return torch.stack(found)
+
+
+def model_of(name: str, *, is_served: bool, monkeypatch: pytest.MonkeyPatch) -> Any:
+    with monkeypatch.context() as patch:
+        if not is_served:
+            patch.setattr(
+                "llm_magic.backends.accelerate.placement.served_model.serve_linear_attention", lambda _m: None
+            )
+        model = made(name, torch.float32, **SIZES.get(name, {}))
+    return model.requires_grad_(False)
+
+
+SIZES = {
+    name: {
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+    }
+    for name in ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
+}
+
+
+def mixers_of(model: Any) -> list[Any]:
+    return [module for module in model.modules() if is_served_linear_attention(module)]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_models_answer_as_by_transformers_functions(
+    name: str, asked: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = torch.arange(12).view(1, 12) + 3
+    usual = model_of(name, is_served=False, monkeypatch=monkeypatch)
+    assert not mixers_of(usual)
+    expected = answers(usual, ids)
+    assert not asked
+    served = model_of(name, is_served=True, monkeypatch=monkeypatch)
+    count = len(mixers_of(served))
+    assert count
+    torch.testing.assert_close(answers(served, ids), expected, rtol=1e-4, atol=1e-4)
+    rules = asked.count("rule")
+    assert rules in (0, 6 * count)
+    assert rules or name == "olmo_hybrid", "whose states are of another shape in this small model"
+
+
+def mixer(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
+    """A served module, and a cache in which it has seen a prompt."""
+    model = model_of("qwen3_5_text", is_served=True, monkeypatch=monkeypatch)
+    found, cache = mixers_of(model)[0], DynamicCache(config=model.config)
+    found(torch.randn(1, 5, model.config.hidden_size), cache_params=cache)
+    return found, cache
+
+
+def test_one_token_at_a_time(asked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    found, cache = mixer(monkeypatch)
+    assert not asked, "not for a prompt"
+    found(torch.randn(1, 1, 64), cache_params=cache)
+    assert asked == ["convolution", "rule"]
+    found(torch.randn(1, 2, 64), cache_params=cache)
+    assert len(asked) == 2
+
+
+def test_others_that_call_the_functions_get_torchs(asked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in the thread in which a served module has just computed."""
+    found, cache = mixer(monkeypatch)
+    found(torch.randn(1, 1, 64), cache_params=cache)
+    asked.clear()
+    token = one_token((2, 4), (16, 16), torch.float32)
+    before = token["initial_state"].clone()
+    theirs.torch_recurrent_gated_delta_rule(**token)
+    assert torch.equal(token["initial_state"], before)
+    assert not asked
+
+
+@pytest.mark.parametrize("looks", ["gradients", "a mode"])
+def test_whoever_looks_on_sees_torch(looks: str, asked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    found, cache = mixer(monkeypatch)
+    states = torch.randn(1, 1, 64)
+    if looks == "gradients":
+        with torch.enable_grad():
+            found(states, cache_params=cache)
+    else:
+        with FlopCounterMode(display=False):
+            found(states, cache_params=cache)
+    assert not asked
+
+
+def test_an_error_in_a_module_ends_it(asked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    found, cache = mixer(monkeypatch)
+    with pytest.raises(RuntimeError):
+        found(torch.randn(1, 1, 63), cache_params=cache)
+    assert not getattr(linear_attention._HERE, "is_served", False)
+    assert not asked
+
+
+def test_modules_without_such_functions_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (torch.nn.Linear(16, 16), torch.nn.ModuleList(), torch.nn.LayerNorm(16)):
+        kind = type(module)
+        serve_linear_attention(module)
+        assert type(module) is kind
+    found, _ = mixer(monkeypatch)
+    kind = type(found)
+    serve_linear_attention(found)
+    assert type(found) is kind, "served once"
+
+
+def test_without_kernels_nothing_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_products, "is_there", lambda: False)
+    assert not mixers_of(model_of("qwen3_5_text", is_served=True, monkeypatch=monkeypatch))
