@@ -109,15 +109,15 @@ def test_sizes_of_no_whole_vectors(asked: list[str]) -> None:
 
 @pytest.mark.parametrize("activation", [None, "silu"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("width", [2, 3, 4])
+@pytest.mark.parametrize(("width", "kept"), [(2, 1), (3, 2), (4, 3), (4, 4), (3, 5)])
 @pytest.mark.parametrize("channels", [16, 80, 8192])
-def test_the_convolution(channels: int, width: int, dtype: Any, activation: str | None) -> None:
+def test_the_convolution(channels: int, width: int, kept: int, dtype: Any, activation: str | None) -> None:
     chance = torch.Generator().manual_seed(channels + width)
 
     def numbers(*shape: int) -> Any:
         return torch.randn(shape, generator=chance).to(dtype)
 
-    states, weight = numbers(1, channels, width - 1), numbers(channels, width)
+    states, weight = numbers(1, channels, kept), numbers(channels, width)
     mine, usual = states.clone(), states.clone()
     for _ in range(3):
         token = numbers(1, 1, channels).transpose(1, 2)
@@ -135,7 +135,7 @@ def test_the_convolution(channels: int, width: int, dtype: Any, activation: str 
         {"bias": torch.randn(16)},
         {"activation": "gelu"},
         {"hidden_states": torch.randn(1, 16, 2)},
-        {"conv_state": torch.randn(1, 16, 4)},
+        {"conv_state": torch.randn(1, 16, 2)},
         {"conv_state": torch.randn(1, 16, 3).double()},
         {"conv_state": torch.randn(1, 3, 16).transpose(1, 2)},
         {"weight": torch.randn(24, 4)},

@@ -80,7 +80,7 @@ def causal_step(width: int, kept: int, dtype: str, *, has_silu: bool) -> Callabl
         columns = _columns(builder, weights, of_weights, kind, width)
         pairs = [
             tuple(as_floats(builder, each, dtype) for each in pair)
-            for pair in zip(seen, columns, strict=True)
+            for pair in zip(seen[-width:], columns, strict=True)
         ]
         result = builder.fmul(*pairs[0])
         for some, factor in pairs[1:]:
@@ -92,7 +92,7 @@ def causal_step(width: int, kept: int, dtype: str, *, has_silu: bool) -> Callabl
         stored(builder, rounded, results, channel)
         for number, some in enumerate(seen[1:]):
             for lane in range(_CHANNELS):
-                place = builder.add(of_state, I64(lane * (width - 1) + number))
+                place = builder.add(of_state, I64(lane * kept + number))
                 stored(builder, builder.extract_element(some, I64(lane)), state, place)
     builder.ret_void()
     return compiled_for_a_team(module, work, (TEAM, SHARES))

@@ -120,11 +120,14 @@ def _convolved(
     parts = (conv_state, hidden_states, weight)
     if bias is not None or activation not in (None, "silu") or channels % _CHANNELS_AT_A_TIME:
         return None
-    if conv_state.shape != (1, channels, width - 1) or hidden_states.shape != (1, channels, 1):
+    kept = conv_state.shape[-1]
+    if conv_state.shape != (1, channels, kept) or kept + 1 < width or hidden_states.shape != (1, channels, 1):
         return None
     if len({part.dtype for part in parts}) > 1 or not all(part.is_contiguous() for part in parts):
         return None
-    kernel = _step_kernel(width, str(weight.dtype).removeprefix("torch."), has_silu=activation == "silu")
+    kernel = _step_kernel(
+        width, kept, str(weight.dtype).removeprefix("torch."), has_silu=activation == "silu"
+    )
     if kernel is None:
         return None
     results = torch.empty_like(hidden_states)
@@ -151,13 +154,13 @@ def _rule_kernel(keys: int, values: int) -> Any:
 
 
 @cache
-def _step_kernel(width: int, dtype: str, *, has_silu: bool) -> Any:
+def _step_kernel(width: int, kept: int, dtype: str, *, has_silu: bool) -> Any:
     from llm_magic.backends.accelerate.kernels.causal_step import causal_step
 
     if dtype not in ("float32", "float16", "bfloat16"):
         return None
     try:
         with preparing():
-            return causal_step(width, dtype, has_silu=has_silu)
+            return causal_step(width, kept, dtype, has_silu=has_silu)
     except RuntimeError:  # as above
         return None
