@@ -93,7 +93,7 @@ def test_the_rule(heads: tuple[int, int], sizes: tuple[int, int], dtype: Any) ->
         {"query": torch.randn(1, 1, 1, 16)},
         {"key": torch.randn(1, 2, 2, 16), "query": torch.randn(1, 2, 2, 16)},
     ],
-    ids=lambda change: ", ".join(change),
+    ids=", ".join,
 )
 def test_what_the_kernel_does_not_do(change: dict[str, Any], asked: list[str]) -> None:
     token = one_token((2, 4), (16, 16), torch.float32)
@@ -140,7 +140,7 @@ def test_the_convolution(channels: int, width: int, kept: int, dtype: Any, activ
         {"conv_state": torch.randn(1, 3, 16).transpose(1, 2)},
         {"weight": torch.randn(24, 4)},
     ],
-    ids=lambda change: ", ".join(change),
+    ids=", ".join,
 )
 def test_what_the_kernel_does_not_convolve(change: dict[str, Any], asked: list[str]) -> None:
     usual = {
@@ -157,10 +157,9 @@ def test_what_the_kernel_does_not_convolve(change: dict[str, Any], asked: list[s
 
 def answers(model: Any, ids: Any) -> Any:
     """Logits of a prompt, and of some tokens after it, one at a time."""
-    cache, found = DynamicCache(config=model.config), []
-    for some in (ids[:, :6], *ids[:, 6:].split(1, dim=1)):
-        found.append(model(some, past_key_values=cache, use_cache=True).logits[:, -1])
-    return torch.stack(found)
+    cache = DynamicCache(config=model.config)
+    sweeps = (ids[:, :6], *ids[:, 6:].split(1, dim=1))
+    return torch.stack([model(some, past_key_values=cache, use_cache=True).logits[:, -1] for some in sweeps])
 
 
 def model_of(name: str, *, is_served: bool, monkeypatch: pytest.MonkeyPatch) -> Any:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -37,7 +39,7 @@ from tests.packed import (
     texts_after_moves,
     texts_wherever_blocks_are,
 )
-from tests.packed_checkpoints import edit, save_awq, save_fp8, save_mxfp4
+from tests.packed_checkpoints import edit, save_awq, save_bitsandbytes, save_fp8, save_gptq, save_mxfp4
 
 Save = Callable[..., Path]
 MIXTURE = {"save": tiny.save_mixture, "head_dim": 32, **WIDE_EXPERTS}
@@ -140,17 +142,55 @@ def test_the_bytes_are_those_of_the_files(kind: tuple[str, Save], folder: Path) 
     assert size <= layout.bytes <= size * (1 if kind[0] == "mxfp4" else 1.03)
 
 
-def test_in_16_bits_on_demand(folder: Path) -> None:
-    """What fits a GPU as it is answers sooner there as plain numbers."""
-    kept = BACKEND.layout(ModelSpec(str(folder)), silent)
-    theirs = dict(unpacked(folder).named_parameters())
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("placement", ["ram", "half"])
+def test_in_16_bits_on_demand(placement: str, dtype: str, folder: Path, tmp_path: Path) -> None:
+    """What fits a GPU as it is answers sooner there as plain numbers, and can be saved."""
+    kept = BACKEND.layout(ModelSpec(str(folder), dtype=dtype), silent)
+    theirs = {name: w.to(getattr(torch, dtype)) for name, w in unpacked(folder).named_parameters()}
+    spec, plan = plan_for(folder, placement, spec=ModelSpec(str(folder), quantize="none", dtype=dtype))
+    engine = BACKEND.load(spec, plan, silent)
+    try:
+        assert not plan.layout.quantization
+        assert plan.layout.bytes > 1.2 * kept.bytes
+        assert held_weights(engine) == plan.layout.bytes
+        for name, weight in engine.model.named_parameters():
+            assert weight.is_meta or torch.equal(weight, theirs[name])
+        text = ask(engine, PROMPT).text
+        assert "keeps these weights packed where it can" in python_of(plan)
+        assert not any("--quantize nf4" in warning for warning in plan.warnings)
+        with warnings.catch_warnings():  # that some of it is offloaded
+            warnings.simplefilter("ignore", UserWarning)
+            engine.model.save_pretrained(tmp_path / "saved")
+        engine.tokenizer.save_pretrained(tmp_path / "saved")
+    finally:
+        engine.close()
+    again = load(tmp_path / "saved", "ram")
+    try:
+        assert ask(again, PROMPT).text == text
+    finally:
+        again.close()
+
+
+@pytest.mark.parametrize(
+    ("save", "method"),
+    [
+        (save_awq, ""),
+        (partial(save_gptq, is_ordered=True), ""),
+        (partial(save_bitsandbytes, method="nf4"), "nf4"),
+    ],
+)
+def test_whatever_is_packed_can_be_unpacked(save: Save, method: str, tmp_path: Path) -> None:
+    folder = save(folder=tmp_path / "model", **WIDE)
     engine = load_as(folder, "half", "none")
     try:
         assert not engine.plan.layout.quantization
-        assert engine.plan.layout.bytes > 1.5 * kept.bytes
         assert held_weights(engine) == engine.plan.layout.bytes
-        for name, weight in engine.model.named_parameters():
-            assert weight.is_meta or torch.equal(weight, theirs[name])
+        if not method:
+            plain = load_file(folder.with_name("model-plain") / "model.safetensors")
+            for name, weight in engine.model.named_parameters():
+                if not weight.is_meta and name in plain:
+                    torch.testing.assert_close(weight, plain[name], rtol=1e-5, atol=1e-7)
         assert ask(engine, PROMPT).text
     finally:
         engine.close()
@@ -211,6 +251,50 @@ def test_experts_in_files_that_changed_are_not_read(tmp_path: Path) -> None:
             ask(engine, PROMPT)
     finally:
         engine.close()
+
+
+@pytest.mark.parametrize("happens", ["changed", "gone"])
+def test_experts_that_leave_ram_do_not_go_to_files_that_are_not_theirs(happens: str, tmp_path: Path) -> None:
+    folder = save_mxfp4(tmp_path / "model")
+    engine = load(folder, "ram", options={"offload_folder": str(tmp_path / "offload")})
+    try:
+        expected = ask(engine, PROMPT).text
+        if happens == "gone":
+            (folder / "model.safetensors").unlink()
+        else:
+            with (folder / "model.safetensors").open("ab") as file:
+                file.write(b"\0")
+        plan = engine.plan
+        for device in ("disk", "cpu"):
+            homes = edited(plan, {block.name: device for block in plan.layout.layers})
+            moved = make_plan(plan.layout, plan.machine, plan.workload, placement=homes, policy="moved")
+            engine.apply(moved, silent)
+            assert ask(engine, PROMPT).text == expected
+    finally:
+        engine.close()
+
+
+def test_biases_in_another_dtype_or_place_take_experts_along(tmp_path: Path) -> None:
+    """What is not in the file as it is needed is written, with all that moves with it."""
+    folder = save_mxfp4(tmp_path / "model")
+    odd = shutil.copytree(folder, tmp_path / "odd")
+    tensors = load_file(odd / "model.safetensors")
+    weights = {name: w.bfloat16() if w.dtype == torch.float32 else w for name, w in tensors.items()}
+    save_file(
+        {"a": torch.zeros(3, dtype=torch.uint8), **weights},
+        odd / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    texts = set()
+    for source, dtype in ((folder, "bfloat16"), (odd, "bfloat16")):
+        for placement in ("ram", "half", "disk", "mapped"):
+            spec, plan = plan_for(source, placement, spec=ModelSpec(str(source), dtype=dtype))
+            engine = BACKEND.load(spec, plan, silent)
+            try:
+                texts.add(ask(engine, PROMPT).text)
+            finally:
+                engine.close()
+    assert len(texts) == 1
 
 
 @pytest.mark.parametrize("method", ["nf4", "int8", "quanto-int8"])
@@ -320,12 +404,6 @@ def test_nothing_is_packed_so(method: str, tiny_model: Callable[[str], Path]) ->
         BACKEND.layout(ModelSpec(str(tiny_model("llama")), quantize="nf4", quantize_head=method), silent)
 
 
-def test_what_is_packed_otherwise_is_not_unpacked(tmp_path: Path) -> None:
-    folder = save_awq(tmp_path / "model", **WIDE)
-    with pytest.raises(OptionError, match="not unpacked here"):
-        BACKEND.layout(ModelSpec(str(folder), quantize="none"), silent)
-
-
 def test_plain_weights_are_what_they_are(tiny_model: Callable[[str], Path]) -> None:
     spec = ModelSpec(str(tiny_model("llama")), quantize="none")
     assert BACKEND.layout(spec, silent) == BACKEND.layout(ModelSpec(spec.source), silent)
@@ -355,6 +433,86 @@ def test_a_stack_of_another_shape_is_refused(wrong: str, placement: str, tmp_pat
     edit(folder, lambda tensors: tensors.update({name: tensors[name][:, :-1].contiguous()}))
     with pytest.raises(SourceError, match="do not belong together"):
         load(folder, placement)
+
+
+@pytest.mark.parametrize("count", [2, 6])
+@pytest.mark.parametrize("method", ["", "int2", "none"])
+def test_a_stack_of_another_number_of_experts_is_refused(count: int, method: str, tmp_path: Path) -> None:
+    folder = save_mxfp4(tmp_path / "model")
+
+    def change(tensors: dict[str, Any]) -> None:
+        for end in ("_blocks", "_scales"):
+            name = f"model.layers.1.mlp.experts.down_proj{end}"
+            tensors[name] = tensors[name].repeat(2, *[1] * (tensors[name].dim() - 1))[:count].contiguous()
+
+    edit(folder, change)
+    with pytest.raises(SourceError, match="do not belong together"):
+        load_as(folder, "ram", method)
+
+
+def test_biases_of_another_shape_are_refused(tmp_path: Path) -> None:
+    folder = save_mxfp4(tmp_path / "model")
+    name = "model.layers.1.mlp.experts.down_proj_bias"
+    edit(folder, lambda tensors: tensors.update({name: tensors[name][:, 1:].contiguous()}))
+    with pytest.raises(SourceError):
+        load(folder, "ram")
+
+
+def test_a_weight_without_its_scale_is_refused(tmp_path: Path) -> None:
+    folder = save_fp8(tmp_path / "model", **WIDE)
+    edit(folder, lambda tensors: tensors.pop("model.layers.1.mlp.down_proj.weight_scale_inv"))
+    for method in ("", "int8", "none"):
+        with pytest.raises(SourceError, match="no scale for it"):
+            BACKEND.layout(ModelSpec(str(folder), quantize=method), silent)
+
+
+def test_a_weight_of_three_dimensions_is_refused(tmp_path: Path) -> None:
+    folder = save_fp8(tmp_path / "model", **WIDE)
+    name = "model.layers.1.mlp.down_proj.weight"
+    edit(folder, lambda tensors: tensors.update({name: tensors[name].unsqueeze(0)}))
+    with pytest.raises(SourceError, match="do not belong together"):
+        load(folder, "ram")
+
+
+def test_an_adapter_that_measures_weights_is_refused(tmp_path: Path) -> None:
+    from peft import LoraConfig
+
+    engine = load(save_fp8(tmp_path / "model", **WIDE), "ram")
+    try:
+        text = ask(engine, PROMPT).text
+        with pytest.raises(EngineError, match="DoRA"):
+            engine.model.add_adapter(LoraConfig(target_modules=["q_proj"], use_dora=True), "measuring")
+        assert ask(engine, PROMPT).text == text
+    finally:
+        engine.close()
+
+
+def test_a_model_is_copied_with_its_floats(tmp_path: Path) -> None:
+    engine = load(save_fp8(tmp_path / "model", **WIDE), "ram")
+    try:
+        layer = engine.model.model.layers[0].mlp.up_proj
+        copied = copy.deepcopy(layer)
+        assert copied.weight.form == layer.weight.form
+        assert torch.equal(copied.weight.scales, layer.weight.scales)
+        states = torch.randn(2, 128)
+        assert torch.equal(copied(states), layer(states))
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize("names", [["model.layers.*.mlp"], ["o_proj"], [], ["a.*.*.*.*.b"]])
+@pytest.mark.parametrize("key", ["modules_to_not_convert", "ignored_layers"])
+def test_layers_that_a_configuration_leaves_are_known_before(
+    key: str, names: list[str], tmp_path: Path
+) -> None:
+    stays = {"model.layers.*.mlp": "mlp", "o_proj": "o_proj"}.get("".join(names), "")
+    folder = save_fp8(tmp_path / "model", stays=stays, **WIDE)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"].pop("modules_to_not_convert")
+    config["quantization_config"][key] = names
+    (folder / "config.json").write_text(json.dumps(config))
+    with_files, without = layouts_with_and_without_weights(folder)
+    assert with_files.blocks == without.blocks
 
 
 def test_scales_of_another_shape_are_refused(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 
 from llm_magic.machine import Device
@@ -10,7 +10,13 @@ from llm_magic.model import ModelLayout
 from llm_magic.plan import DeviceUse, Plan, Workload
 from llm_magic.planning.budget import reserve_bytes, usable_bytes
 from llm_magic.planning.constants import Constants
-from llm_magic.planning.costs import activation_bytes, can_prefill_in_parts, streamed_bytes, unified_pool
+from llm_magic.planning.costs import (
+    activation_bytes,
+    can_prefill_in_parts,
+    dtype_bytes,
+    streamed_bytes,
+    unified_pool,
+)
 from llm_magic.planning.packed import kernel_of, slow_on_cpu, slow_on_gpu
 from llm_magic.planning.policies import POLICIES
 from llm_magic.planning.setting import Setting
@@ -28,6 +34,7 @@ _PURPOSES = (
     ("buffers", "buffers"),
 )
 _LITTLE_SPARE = 0.05  # of a RAM: below it other programs start to swap
+_MOST_OF_ROOM = 0.9
 _MUCH_BESIDE = 0.2
 _MUCH_UNPACKED = 0.5  # of a packed model: what stays plain decides its size then
 _LARGE_HEAD = 0.25  # of what a token reads of a packed model: worth a word
@@ -252,13 +259,32 @@ def _slow_kernels(plan: Plan) -> Iterator[str]:
     if slow:
         floats = kernel_of(replace(layout, dtype="bfloat16")) != kernel_of(layout)
         quick = floats and not slow_on_gpu(replace(layout, dtype="bfloat16"), plan.machine.device(slow[0]))
+        remedy = f"{'--dtype bfloat16' if quick else '--quantize nf4'} is several times as fast there."
+        if layout.details.get("no_gpu_kernel"):
+            remedy = "pip install bitsandbytes brings one that is several times as fast."
         yield (
             f"{', '.join(slow)} unpacks {layout.quantization} in {layout.dtype} for every token, by several kernels. "
-            f"{'--dtype bfloat16' if quick else '--quantize nf4'} is several times as fast there."
+            f"{remedy}"
         )
+    yield from _better_as_numbers(plan, gpus)
     by_cpu = any("cpu" in place.computing for place in plan.placements)
     if layout.quantization and by_cpu and slow_on_cpu(layout, plan.machine.device("cpu")):
         yield f"{layout.quantization} is slow on the CPU without the kernels that llvmlite compiles for AVX2, AVX-512 and NEON."
+
+
+def _better_as_numbers(plan: Plan, gpus: Collection[str]) -> Iterator[str]:
+    """Floats of 8 bits on a GPU that has room for all of them in 16: these it need not make for every token."""
+    layout = plan.layout
+    is_whole = all(place.way == "resident" for place in plan.placements if place.block.kind == "decoder")
+    if layout.quantization != "fp8" or not gpus or not is_whole:
+        return
+    numbers = dtype_bytes(layout.dtype) * sum(block.parameters for block in layout.blocks)
+    room = sum(plan.machine.device(gpu).free for gpu in gpus)
+    if numbers < _MOST_OF_ROOM * room:
+        yield (
+            f"{', '.join(sorted(gpus))} makes numbers of fp8 for every token, and has room for all of them. "
+            "--quantize none is several times as fast there."
+        )
 
 
 def _long_prompt(plan: Plan) -> Iterator[str]:

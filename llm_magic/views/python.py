@@ -94,7 +94,9 @@ def _packing_differences(plan: Plan) -> list[str]:
         method = plan.layout.details["quantization"]
         lines += [f"# Plain transformers takes no other quantization for {method} weights."]
     if plan.layout.details.get("packed_by") == "AutoFP8":
-        lines += ["# Plain transformers takes these weights without their scales."]
+        return [*lines, "# Plain transformers takes these weights without their scales."]
+    if plan.layout.details.get("unpacked_from"):
+        lines += ["# Plain transformers keeps these weights packed where it can."]
     if (needed := _NEEDED.get(plan.layout.details.get("packed_by", ""))) and plan.layout.quantization:
         lines += [f"# Plain transformers reads these weights where {needed} is installed."]
     if plan.layout.quantization in PUBLISHED:

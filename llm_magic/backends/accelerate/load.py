@@ -79,7 +79,7 @@ def load(files: ModelFiles, spec: ModelSpec, plan: Plan, progress: Progress) -> 
     check_tensor_names([tensor.name for block in plan.layout.blocks for tensor in block.tensors])
     parent = plan.options.get("offload_folder", "")
     method = plan.layout.quantization
-    folder = OffloadFolder(parent) if method or "disk" in plan.device_map.values() else None
+    folder = OffloadFolder(parent) if _is_packed(plan) or "disk" in plan.device_map.values() else None
     if method:
         refuse_devices(method, {place.compute for place in plan.placements})
     if head_method := plan.layout.head_quantization:
@@ -115,6 +115,11 @@ def load(files: ModelFiles, spec: ModelSpec, plan: Plan, progress: Progress) -> 
         if known is None:
             raise
         raise known from None
+
+
+def _is_packed(plan: Plan) -> bool:
+    """Whether weights are packed while they are loaded, or unpacked."""
+    return bool(plan.layout.quantization or plan.layout.details.get("unpacked_from"))
 
 
 def refuse_what_does_not_fit(plan: Plan) -> None:
@@ -232,12 +237,8 @@ def _read_model(
     from llm_magic.backends.accelerate.source.architecture import auto_class
     from llm_magic.backends.accelerate.source.layout import load_config
 
-    config = load_config(files, unpacks=not plan.layout.quantization)
-    packed = (
-        PackedLoad(config, files, plan, folder.path, progress)
-        if plan.layout.quantization and folder
-        else None
-    )
+    config = load_config(files)
+    packed = PackedLoad(config, files, plan, folder.path, progress) if _is_packed(plan) and folder else None
     with (
         packed.packs_what_is_written() if packed else nullcontext(),
         bars_into(_reporter(progress, block_labels(plan.layout))),

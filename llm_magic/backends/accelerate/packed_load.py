@@ -1,8 +1,8 @@
-"""Weights that are packed while they are loaded: a block at a time, on its way to its place.
+"""Weights that are packed, or unpacked, while they are loaded: a block at a time, on its way to its place.
 
-Some weights are in no file as they are needed: stacks of experts, which transformers makes while it
-reads, and all that a checkpoint has in fp8 or mxfp4. It writes them to the offload folder, where a model
-would be as large as it is unpacked. So they are packed before they are written.
+Some weights are in no file as they are needed, as stacks of experts, which transformers makes while it reads. It
+writes them to the offload folder, where a model would be as large as it is unpacked. So they are packed before
+they are written.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from llm_magic.backends.accelerate.placement.packed_stack import PackedStack
 from llm_magic.backends.accelerate.placement.placed import Fill
 from llm_magic.backends.accelerate.placement.prepacked_stacks import PackedStacks
 from llm_magic.backends.accelerate.placement.quantize import (
+    Choice,
     leave_stack,
     pack_block,
     pack_stack,
@@ -68,7 +69,9 @@ class PackedLoad:
         checkpoint, model = find_packed(files), build_skeleton(config, self._dtype)
         packed = PackedModel(checkpoint, model) if checkpoint else None
         self.hidden = checkpoint.keys if checkpoint else frozenset[str]()
-        self._choice = choice_for(model, packed, self._method, plan.layout.head_quantization)
+        self._choice = Choice()
+        if self._method:
+            self._choice = choice_for(model, packed, self._method, plan.layout.head_quantization)
         self._prepacked = packed.weights(self._dtype, self._method) if packed else {}
         if self._choice.head:
             untie_head(model, self._choice.head)
@@ -120,7 +123,8 @@ class PackedLoad:
         """Where the bytes of a parameter are; ``None`` where it is no tensor of the files."""
         stored, parameter = self._stored(name), self._skeleton.get_parameter(name)
         is_it = stored and (f"torch.{stored.dtype}", stored.shape) == (str(parameter.dtype), parameter.shape)
-        return stored.extent if stored and is_it else None
+        is_even = stored is not None and not stored.extent.offset % parameter.dtype.itemsize
+        return stored.extent if stored and is_it and is_even else None
 
     @contextmanager
     def packs_what_is_written(self) -> Iterator[None]:
@@ -158,14 +162,16 @@ class PackedLoad:
             untie_head(model, self._choice.head)
         tied = dict(model.all_tied_weights_keys or {})
         shared = set(tied.values())
-        prepare(model, self._method, self._dtype, self._choice)
+        if self._method:
+            prepare(model, self._method, self._dtype, self._choice)
         self._fill_loose_parameters(model, loader, names)
         done = 0
 
         def fill(place: Placement, block: Any) -> None:
             nonlocal done
             count = len(self._plan.placements)
-            self._progress(PhaseEvent("quantizing", done, count, "blocks", place.block.label))
+            phase = "quantizing" if self._method else "loading"
+            self._progress(PhaseEvent(phase, done, count, "blocks", place.block.label))
             done += 1
             prefix = f"{place.block.name}."
             wanted = [name for name in names if name.startswith(prefix) and name not in tied]
@@ -207,6 +213,8 @@ class PackedLoad:
 
     def _prepared(self, model: Any) -> dict[str, Any]:
         """The modules that hold packed weights, by the weights' names, without bytes."""
+        if not self._method:
+            return {}
         names = prepare(model, self._method, self._dtype, self._choice)
         return {name: model.get_submodule(name.removesuffix(".weight")) for name in names}
 

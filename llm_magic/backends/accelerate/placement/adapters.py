@@ -54,6 +54,7 @@ def _with_weights(
         with shown():
             result = usual(held(), *args, **options)
         _refuse_for_packed_experts(held(), before)
+        _refuse_for_floats(held(), before)
         _refuse_for_experts_apart(held(), before)
         return result
 
@@ -80,8 +81,28 @@ def _refuse_for_packed_experts(model: Any, before: set[str]) -> None:
         if name not in before and any(stack.endswith(tuple(targets)) for stack in stacks):
             model.delete_adapter(name)
             raise EngineError(
-                "The adapter changes experts, which are packed here.", "Load the model without --quantize."
+                "The adapter changes experts, which are packed here.", "Load the model with --quantize none."
             )
+
+
+def _refuse_for_floats(model: Any, before: set[str]) -> None:
+    """Take a new adapter off again that measures weights which are floats with scales: PEFT takes their bytes for numbers.
+
+    Raises
+    ------
+    EngineError
+        When it is a DoRA on any of them.
+    """
+    from llm_magic.backends.accelerate.placement.scaled_floats import ScaledLinear
+
+    for module in model.modules():
+        if isinstance(getattr(module, "base_layer", None), ScaledLinear):
+            for adapter in set(getattr(module, "lora_magnitude_vector", None) or ()) - before:
+                model.delete_adapter(adapter)
+                raise EngineError(
+                    "The adapter (DoRA) measures weights that are packed here.",
+                    "Load the model with --quantize none, or train a LoRA without DoRA.",
+                )
 
 
 def _apart_error() -> EngineError:

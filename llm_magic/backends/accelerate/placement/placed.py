@@ -45,7 +45,7 @@ from llm_magic.backends.accelerate.placement.reader import FileReader, choose_di
 from llm_magic.backends.accelerate.placement.stream import Watch
 from llm_magic.backends.accelerate.placement.uninterrupted import uninterrupted
 from llm_magic.backends.accelerate.placement.visits import Route, SweepHook, VisitingHook, Visits
-from llm_magic.errors import PlanError
+from llm_magic.errors import EngineError, PlanError
 from llm_magic.plan import Placement, Plan
 from llm_magic.planning.costs import cache_piece_bytes, slots_for
 from llm_magic.units import MIB
@@ -182,7 +182,7 @@ class PlacedModel:
     ) -> None:
         self.model = model
         self.plan = plan
-        lent = (extent.path for extent in (extents or {}).values())
+        lent, self._are_some_lent = (extent.path for extent in (extents or {}).values()), bool(extents)
         self._files = tuple(dict.fromkeys((*files, *lent)))
         self._opened = [OpenFile(path, direct=False) for path in self._files]
         self._folder = folder
@@ -318,8 +318,15 @@ class PlacedModel:
         """
         are_lent = any(block.is_lent_by_files for block in self.blocks.values())
         if are_lent or any(place.home == "disk" for place in self.plan.placements):
+            used = self._used_files() if self._are_some_lent else set(self._files)
             for file in self._opened:
-                file.check_unchanged()
+                if file.path in used:
+                    file.check_unchanged()
+
+    def _used_files(self) -> set[Path]:
+        """Those that any block is in."""
+        parts = (*self.blocks.values(), *self.experts.values())
+        return {extent.path for part in parts if part.file is not None for extent in part.file.extents}
 
     def watch(self, watch: Watch | None) -> None:
         """Tell ``watch`` of every wait for weights from now on; ``None``: nobody."""
@@ -665,9 +672,20 @@ class PlacedModel:
         held = self._held(block)
         if block.tensors.is_plain and all(name in extents for name in names):
             file = FileStore(block.tensors, [extents[name] for name in names], self._reader)
-            if is_equal(self._views(file, block.tensors.pieces), held):
+            if self._may_lend() and is_equal(self._views(file, block.tensors.pieces), held):
                 return file
         return self._written(block, held)
+
+    def _may_lend(self) -> bool:
+        """Whether the files are those that a packed model was loaded from: it may have done without them until now."""
+        if not self._are_some_lent:
+            return True
+        try:
+            for file in self._opened:
+                file.check_unchanged()
+        except EngineError:
+            return False
+        return all(path.is_file() for path in self._files)
 
     def _written(self, block: PlacedBlock, values: list[Any]) -> FileStore:
         if self._folder is None:
@@ -677,7 +695,8 @@ class PlacedModel:
 
     @cached_property
     def _reader(self) -> FileReader:
-        largest = max(self._files, key=lambda path: path.stat().st_size, default=None)
+        here = [path for path in self._files if path.is_file()]  # of a packed model they may be gone
+        largest = max(here, key=lambda path: path.stat().st_size, default=None)
         return FileReader(direct=largest is not None and choose_direct(largest))
 
     # Lanes and hooks

@@ -154,9 +154,10 @@ class PackedInGroups(Prepacked):
         for name in self.matrices[index]:
             try:
                 groups = self.read(self.tensor, name.removesuffix(".weight"), device)
+                are_parts = _belong_together(groups)
             except _OF_WRONG_PARTS:
                 raise damaged(name) from None
-            if not _belong_together(groups):
+            if not are_parts:
                 raise damaged(name)
             found.append(groups)
         return found

@@ -67,14 +67,9 @@ class PackedStacks(Prepacked):
         SourceError
             When the parts do not belong together.
         """
-        import torch
-
+        self.extents()  # refuses what is no stack of so many
         (name,) = self.matrices[index]
         blocks, scales = (self.part(f"{name}{end}", index) for end in (BLOCKS, SCALES))
-        if blocks is None or scales is None or blocks.dtype != torch.uint8 or scales.dtype != torch.uint8:
-            raise damaged(name)
-        if blocks.dim() != 3 or blocks.shape[:2] != scales.shape or blocks.shape[2] != 16:
-            raise damaged(name)
         return blocks.to(device).flatten(1), scales.to(device)
 
     def numbers(self, device: Any, index: int = 0) -> Any:

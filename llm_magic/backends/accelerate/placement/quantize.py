@@ -41,6 +41,7 @@ from llm_magic.backends.accelerate.placement.prepacked_groups import Groups, Pac
 from llm_magic.backends.accelerate.placement.prepacked_stacks import MXFP4_GROUP, PackedStacks
 from llm_magic.backends.accelerate.quiet import quiet
 from llm_magic.errors import OptionError, PlanError, SourceError
+from llm_magic.options import AS_NUMBERS
 
 _PACKAGES = {"bitsandbytes": "bitsandbytes>=0.50", "optimum.quanto": "optimum-quanto>=0.2.7"}
 _NOISE = {
@@ -190,6 +191,7 @@ def refuse_devices(name: str, devices: set[str]) -> None:
         kind = device.partition(":")[0]
         if kind not in method_of(name).devices:
             able = [method.name for method in METHODS.values() if kind in method.devices]
+            able = [AS_NUMBERS] if name in _PUBLISHED else able
             raise PlanError(
                 f"{name} weights cannot be computed on {device}.",
                 f"Use --quantize {' or '.join(able)}." if able else "Leave out --quantize.",
@@ -290,7 +292,7 @@ def prepare(model: Any, name: str, dtype: Any, choice: Choice | None = None) -> 
         finally:
             torch.set_default_dtype(outer)
     if not packed:
-        able = _able(model, skipped)
+        able = [AS_NUMBERS] if name in _PUBLISHED else _able(model, skipped)
         raise OptionError(
             f"{name} finds no linear layer to pack in {type(model).__name__}.",
             f"Use --quantize {' or '.join(able)}." if able else "Leave out --quantize.",
@@ -508,19 +510,25 @@ def pack_block(
             _pack(module, value if isinstance(value, Prepacked) else value.to(device, meta.dtype), device)
             arrange_one(module, leaf, device if compute is None else compute, fresh=True)
         else:
-            numbers = _unpacked(value, meta, device) if isinstance(value, Prepacked) else value
+            numbers = value
+            if isinstance(value, Prepacked):
+                is_transposed = getattr(module, "is_transposed", False)
+                numbers = _unpacked(value, meta, device, is_transposed=is_transposed)
+            _check_shape(tuple(meta.shape), tuple(numbers.shape), f"The weight {name}")
             # A copy: what comes from a file may be pages of it.
             held = numbers.to(device, copy=True)
             module._parameters[leaf] = torch.nn.Parameter(held, requires_grad=False)
     arrange(block, device if compute is None else compute, fresh=True)
 
 
-def _unpacked(value: Prepacked, meta: Any, device: Any) -> Any:
-    """The numbers of what is no packed layer: of an embedding, or of experts that are computed as a stack."""
+def _unpacked(value: Prepacked, meta: Any, device: Any, *, is_transposed: bool) -> Any:
+    """The numbers of what is no packed layer: of an embedding, or of experts, whose matrices may be stacked as ``(in, out)``."""
     import torch
 
     matrices = [value.numbers(device, index) for index in range(len(value.matrices))]
     numbers = torch.stack(matrices) if len(meta.shape) > 2 else matrices[0]
+    if len(meta.shape) > 2 and is_transposed:
+        numbers = numbers.transpose(1, 2).contiguous()
     _check_shape(tuple(meta.shape), tuple(numbers.shape), f"The packed weight {value.matrices[0][0]}")
     return numbers
 

@@ -21,6 +21,7 @@ from llm_magic.backends.accelerate.placement.packed_stack import PackedStack
 from llm_magic.backends.accelerate.placement.prepacked import STATE
 from llm_magic.backends.accelerate.placement.quantize import BLOCK, is_packed
 from llm_magic.errors import OptionError
+from llm_magic.options import PUBLISHED
 from llm_magic.units import GIB
 
 _BY_BITSANDBYTES = ("nf4", "fp4", "int8")
@@ -50,7 +51,9 @@ def let_save(model: Any, methods: Sequence[str], weights_shown: WeakMethod[Weigh
         if method not in _BY_BITSANDBYTES or expert_method or shown is None:
             raise OptionError(
                 f"There is no form in which a model that {expert_method or method} packed is saved.",
-                f"Load it with --quantize {' or '.join(_BY_BITSANDBYTES)}, or keep the files it was loaded from.",
+                "Load it with --quantize none, or keep the files it was loaded from."
+                if expert_method or method in PUBLISHED
+                else f"Load it with --quantize {' or '.join(_BY_BITSANDBYTES)}, or keep the files it was loaded from.",
             )
         if head_method:
             raise OptionError(

@@ -100,6 +100,13 @@ class ScaledFloats(torch.nn.Parameter):
         made.scales, made.form = scales, form
         return made
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> ScaledFloats:
+        """As of other parameters."""
+        if id(self) not in memo:
+            memo[id(self)] = ScaledFloats(self.entries.clone(), self.scales.clone(), self.form)
+        made: ScaledFloats = memo[id(self)]
+        return made
+
     @property
     def entries(self) -> torch.Tensor:
         """As torch's own tensor."""
@@ -169,6 +176,8 @@ def _tried(device: torch.device, dtype: torch.dtype) -> Any:
         table = torch.tensor(MXFP4_NUMBERS, dtype=torch.float32, device=device)
     try:
         found = _by_bitsandbytes(states, entries, form.factors(scales), form, table)
+    except torch.OutOfMemoryError:  # says nothing of it
+        raise
     except (RuntimeError, ValueError, AttributeError):  # an older one, or one without kernels for this GPU
         return None
     expected = torch.nn.functional.linear(states, form.numbers(entries, scales, dtype))

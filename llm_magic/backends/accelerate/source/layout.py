@@ -82,8 +82,8 @@ def read_layout(spec: ModelSpec, files: ModelFiles) -> ModelLayout:
         cannot be packed.
     """
     header = read_gguf_header(files.gguf) if files.gguf and not files.weight_files else None
-    packed = _kept_packed(spec, files)
-    config = _config(files, header, unpacks=packed is None)
+    packed = find_packed(files)
+    config = gguf_model.gguf_config(files.gguf, header) if files.gguf and header else load_config(files)
     quantize = _quantize(spec, packed)
     dtype = _dtype(spec, files, config, header)
     if spec.dtype == "auto" and packed and quantize == packed.format.method:
@@ -98,10 +98,14 @@ def read_layout(spec: ModelSpec, files: ModelFiles) -> ModelLayout:
         untie_head(model, choice.head)
     keeps_head = method is not None and not _can_pack_head(model)
     blocks = _read_blocks(model, dtype)
-    details = _details(config, files, header) | {
-        "attention": model.config._attn_implementation or "",
-        "auto_class": auto_class(config).__name__,
-    }
+    details = (
+        _details(config, files, header)
+        | _unpacking(packed, method)
+        | {
+            "attention": model.config._attn_implementation or "",
+            "auto_class": auto_class(config).__name__,
+        }
+    )
     if not can_take_back(model):
         details |= {"one_by_one": True}
     if reason := model_reason(model) or packing_reason(method.name if method else ""):
@@ -137,29 +141,13 @@ def read_layout(spec: ModelSpec, files: ModelFiles) -> ModelLayout:
     )
 
 
-def _kept_packed(spec: ModelSpec, files: ModelFiles) -> PackedCheckpoint | None:
-    """What is known of a checkpoint's packed weights, if they are to stay so, or to be packed anew."""
-    packed = find_packed(files)
-    if packed is None or spec.quantize != AS_NUMBERS:
-        return packed
-    if packed.format.library not in PUBLISHED:
-        raise OptionError(
-            f"The weights of {packed.name} ({packed.format.library}) are not unpacked here.",
-            "Leave out --quantize, or load the original model.",
-        )
-    return None
-
-
-def _config(files: ModelFiles, header: GgufHeader | None, *, unpacks: bool) -> Any:
-    if files.gguf and header:
-        return gguf_model.gguf_config(files.gguf, header)
-    return load_config(files, unpacks=unpacks)
-
-
 def _quantize(spec: ModelSpec, packed: PackedCheckpoint | None) -> str:
     """The name of the method by which layers are packed, or were before; empty for none."""
-    named = spec.quantize if spec.quantize != AS_NUMBERS else ""
-    return packed.check(named) if packed else named
+    if spec.quantize == AS_NUMBERS:
+        if packed:
+            packed.check_files()
+        return ""
+    return packed.check(spec.quantize) if packed else spec.quantize
 
 
 def _method(name: str, packed: PackedCheckpoint | None) -> Method | None:
@@ -198,6 +186,10 @@ def _packing(packed: PackedCheckpoint | None, method: Method, choice: Choice) ->
     if packed.is_kept(method.name):
         return details | {"is_packed": True, "packed_by": packed.format.library}
     return details | {"quantization": packed.format.library}
+
+
+def _unpacking(packed: PackedCheckpoint | None, method: Method | None) -> dict[str, Any]:
+    return {"unpacked_from": packed.format.library} if packed and method is None else {}
 
 
 def with_draft(layout: ModelLayout, spec: ModelSpec, progress: Progress) -> ModelLayout:

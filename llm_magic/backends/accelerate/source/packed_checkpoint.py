@@ -47,6 +47,12 @@ def _in_floats(found: PackedCheckpoint, facts: dict[str, Any]) -> PackedCheckpoi
     if found.files and not found.packed:
         auto = replace(found, format=as_auto_fp8(facts))
         return auto if found.format.library == "fp8" and auto.packed else None
+    for name, dtype in found.dtypes.items():
+        if found.packed and dtype == "F8_E4M3" and name.endswith(".weight") and name not in found.keys:
+            raise SourceError(
+                f"{found.name} has {name} in floats of 8 bits, and no scale for it.",
+                "Download the model again.",
+            )
     others = (dtype for name, dtype in found.dtypes.items() if name not in found.keys)
     is_read = found.format.is_stacked or not any(dtype in _PACKED for dtype in others)
     return found if is_read else None
@@ -114,13 +120,25 @@ class PackedCheckpoint:
                 "optimum.quanto",
                 f"{self.name} is packed by {self.format.library}: that needs optimum-quanto, which",
             )
+        self.check_files()
+        return quantize or self.format.method
+
+    def check_files(self) -> None:
+        """Refuse files that have nothing of what is said of them, or not all that belongs together.
+
+        Raises
+        ------
+        SourceError
+            With what there is to do.
+        """
+        if self.format.library == "bitsandbytes":
+            require("bitsandbytes", f"{self.name} is packed by bitsandbytes, which")
         if self.files and not self.packed:
             raise SourceError(
                 f"config.json of {self.name} says that its weights are packed ({self.format.library}: {self.format.what}), and none in its files is.",
                 "The files do not belong together: download the model again.",
             )
         self._check_parts()
-        return quantize or self.format.method
 
     def is_kept(self, method: str) -> bool:
         """Whether a model whose layers are packed by this method has the weights as they are in the files."""
@@ -210,7 +228,6 @@ class PackedCheckpoint:
 
     def _check_bitsandbytes(self, quantize: str) -> None:
         method = self.format.method
-        require("bitsandbytes", f"{self.name} is packed by bitsandbytes, which")
         if quantize not in ("", method):
             raise OptionError(
                 f"{self.name} is packed already, in {method}.",

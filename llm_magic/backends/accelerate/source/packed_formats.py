@@ -104,7 +104,8 @@ def _fp8(facts: Mapping[str, Any]) -> PackedFormat:
     block = _block(facts.get("weight_block_size", list(_BLOCK)))
     what = f"floats of 8 bits{' in blocks' if block else ''}"
     parts = ("weight", "weight_scale_inv", "activation_scale?")
-    skipped, read = _names(facts.get("modules_to_not_convert")), partial(read_fp8, block=block)
+    skipped = _names(facts.get("modules_to_not_convert") or facts.get("ignored_layers"))
+    read = partial(read_fp8, block=block)
     return PackedFormat(
         "fp8", "fp8", what, skipped, (".weight_scale_inv",), parts, block[1] if block else 0, read
     )

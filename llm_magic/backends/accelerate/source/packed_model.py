@@ -30,6 +30,10 @@ def choice_for(model: Any, packed: PackedModel | None, method: str, head_method:
     return replace(choice, head=path_of_head(model), head_method=head_method) if head_method else choice
 
 
+_MANY_STEPS = 3
+"""Of any name in a pattern: more of them would take long to look for, and nobody writes them."""
+
+
 @dataclass(frozen=True)
 class PackedModel:
     """A checkpoint with packed weights, and the model that they are for.
@@ -87,7 +91,7 @@ class PackedModel:
     def _keeps_experts(self, method: str) -> bool:
         """Whether a method packs what the files have in 16 bits, and the experts of them stay: it makes them no smaller."""
         form = self.checkpoint.format
-        is_other = form.is_stacked and not self.checkpoint.is_kept(method)
+        is_other = bool(method) and form.is_stacked and not self.checkpoint.is_kept(method)
         return is_other and method_of(method).bits >= method_of(form.method).bits
 
     def _stays(self) -> list[str] | None:
@@ -106,8 +110,9 @@ class PackedModel:
         elif self.checkpoint.format.is_stacked:
             paths += [path for path, names in layers if names == [f"{path}.weight"]]
         elif skipped is not None:
-            named = [f".{name}." for name in skipped]
-            paths += [path for path, _ in layers if any(name in f".{path}." for name in named)]
+            named = [_pattern(name) for name in skipped]
+            paths += [path for path, _ in layers if any(name.search(f".{path}.") for name in named)]
+            paths += get_keys_to_not_convert(self.model)
         elif paths:
             paths += get_keys_to_not_convert(self.model)
         else:
@@ -173,6 +178,13 @@ class PackedModel:
             f"The packed weights of {self.checkpoint.name} cannot be put together as transformers does.",
             "Load the original model, with --quantize.",
         )
+
+
+def _pattern(name: str) -> re.Pattern[str]:
+    """What finds a name that a configuration leaves in a path, which has a dot before and behind; ``*`` is any step."""
+    steps = ["[^.]*" if step == "*" else re.escape(step) for step in name.strip("^$").split(".")]
+    found = r"\.".join(("", *steps, "")) if name.count("*") <= _MANY_STEPS else "(?!)"
+    return re.compile(found)
 
 
 def _layers(model: Any) -> Iterator[tuple[str, list[str]]]:
