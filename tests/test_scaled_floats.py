@@ -7,6 +7,7 @@ import json
 import shutil
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,12 +24,15 @@ from llm_magic.backends.accelerate.placement.prepacked_stacks import PackedStack
 from llm_magic.backends.accelerate.placement.quantize import is_packed
 from llm_magic.backends.accelerate.placement.scaled_floats import Form, ScaledFloats, ScaledLinear, product
 from llm_magic.errors import EngineError, OptionError, PlanError, SourceError
+from llm_magic.machine import Device
 from llm_magic.model import ModelSpec
+from llm_magic.plan import Workload
 from llm_magic.planning.planner import make_plan
 from llm_magic.planning.select import edited
+from llm_magic.units import GIB
 from llm_magic.views.python import python_of
 from tests import tiny
-from tests.engines import BACKEND, ask, load, plan_for
+from tests.engines import BACKEND, MACHINE, ask, load, plan_for
 from tests.packed import (
     PROMPT,
     WIDE,
@@ -676,3 +680,31 @@ def test_a_kernel_that_multiplies_wrong_is_not_used(
 
 def _refuse() -> None:
     raise RuntimeError
+
+
+# ------------------------------------------------------------------------------------------------ plans
+
+
+def on_gpu(folder: Path, gib: int, quantize: str = "") -> Any:
+    """A plan with all layers on a GPU of so much memory."""
+    gpu = Device("cuda:0", "gpu", "GPU", gib * GIB, gib * GIB, read_bytes_per_s=9e11)
+    machine = replace(MACHINE, devices=(gpu, *MACHINE.devices))
+    layout = BACKEND.layout(ModelSpec(str(folder), quantize=quantize, dtype="bfloat16"), silent)
+    homes = {block.name: "cuda:0" for block in layout.blocks}
+    return make_plan(layout, machine, Workload(64), placement=homes, policy="all")
+
+
+def test_a_plan_says_that_16_bits_fit_a_gpu_and_are_quicker(tmp_path: Path) -> None:
+    folder = save_fp8(tmp_path / "model", **WIDE)
+    kept = on_gpu(folder, 8)
+    assert any("--quantize none is several times as fast" in warning for warning in kept.warnings)
+    numbers = on_gpu(folder, 8, "none")
+    assert not any("--quantize" in warning for warning in numbers.warnings)
+    assert kept.forecast.decode_tps < numbers.forecast.decode_tps
+
+
+def test_a_plan_names_the_kernel_that_a_gpu_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save_mxfp4(tmp_path / "model")
+    assert not any("for every token" in warning for warning in on_gpu(folder, 8).warnings)
+    monkeypatch.setattr(quantize, "_installed", lambda library: library != "bitsandbytes")
+    assert any("pip install bitsandbytes" in warning for warning in on_gpu(folder, 8).warnings)

@@ -279,7 +279,7 @@ def _better_as_numbers(plan: Plan, gpus: Collection[str]) -> Iterator[str]:
     if layout.quantization != "fp8" or not gpus or not is_whole:
         return
     numbers = dtype_bytes(layout.dtype) * sum(block.parameters for block in layout.blocks)
-    room = sum(plan.machine.device(gpu).free for gpu in gpus)
+    room = sum(plan.machine.device(gpu).free_bytes for gpu in gpus)
     if numbers < _MOST_OF_ROOM * room:
         yield (
             f"{', '.join(sorted(gpus))} makes numbers of fp8 for every token, and has room for all of them. "

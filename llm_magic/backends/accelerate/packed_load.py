@@ -34,7 +34,7 @@ from llm_magic.backends.accelerate.source.layout import build_skeleton
 from llm_magic.backends.accelerate.source.packed_checkpoint import find_packed
 from llm_magic.backends.accelerate.source.packed_model import PackedModel, choice_for
 from llm_magic.backends.accelerate.source.sources import ModelFiles
-from llm_magic.events import PhaseEvent, Progress
+from llm_magic.events import PhaseEvent, PhaseName, Progress
 from llm_magic.plan import Placement, Plan
 
 
@@ -170,8 +170,8 @@ class PackedLoad:
         def fill(place: Placement, block: Any) -> None:
             nonlocal done
             count = len(self._plan.placements)
-            phase = "quantizing" if self._method else "loading"
-            self._progress(PhaseEvent(phase, done, count, "blocks", place.block.label))
+            packs: PhaseName = "quantizing" if self._method else "loading"
+            self._progress(PhaseEvent(packs, done, count, "blocks", place.block.label))
             done += 1
             prefix = f"{place.block.name}."
             wanted = [name for name in names if name.startswith(prefix) and name not in tied]
