@@ -33,7 +33,7 @@ class ModelSpec:
         Whether ``.bin`` checkpoints may be read (with ``weights_only=True``).
     quantize
         Method by which linear layers and experts are packed while loading (``"nf4"``, ``"int8"``, …); empty:
-        as the checkpoint is. ``"none"``: in 16 bits, where the checkpoint is in floats of 4 or 8 bits.
+        as the checkpoint is. ``"none"``: unpacked, where the checkpoint is packed.
     quantize_head
         Method for the head, which stays as it is otherwise.
     draft

@@ -11,7 +11,7 @@ QUANTIZE = ("nf4", "fp4", "int8", "int4", "int2", "float8", "quanto-int8")
 PUBLISHED = ("mxfp4", "fp8")
 """What checkpoints come in that are kept as they are, and that transformers can unpack; nothing here packs weights so."""
 AS_NUMBERS = "none"
-"""In their place: weights of such checkpoints in 16 bits."""
+"""In the place of a method: weights that come packed in any way are unpacked."""
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
         choices=(*QUANTIZE, *PUBLISHED, AS_NUMBERS),
         metavar="METHOD",
         help=f"pack the linear layers and experts: {', '.join(QUANTIZE)}; "
-        f"{AS_NUMBERS}: what comes in {' or '.join(PUBLISHED)} in 16 bits",
+        f"{AS_NUMBERS}: what comes packed is unpacked",
     )
     add(
         "--quantize-head",
