@@ -277,9 +277,8 @@ def load_config(files: ModelFiles, *, unpacks: bool = False) -> Any:
     if isinstance(packed, dict):
         packed["dequantize"] = True  # what is counted, and what every device can compute
         config.quantization_config = packed
-    if (
-        find_packed(files) is not None and not unpacks
-    ):  # its weights are read as they are, see `packed_checkpoint`
+    # Unless transformers is to unpack them, packed weights are read here, see `packed_checkpoint`.
+    if find_packed(files) is not None and not unpacks:
         for part in parts:
             part.__dict__.pop("quantization_config", None)
     have_scores_capped(config)
