@@ -75,7 +75,8 @@ def test_backend_libraries_are_imported_inside_functions_of_backends_only() -> N
     Only subclasses of Accelerate's hook and torch's modules cannot wait: their modules are imported by those that
     need them.
     """
-    found, subclassing = [], ("hooks.py", "visits.py", "packed_experts.py", "packed_stack.py")
+    found: list[str] = []
+    subclassing = ("hooks.py", "visits.py", "packed_experts.py", "packed_stack.py", "scaled_floats.py")
     for path in sorted((REPOSITORY / "llm_magic").rglob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         inside = {id(n) for f in ast.walk(tree) if isinstance(f, _FUNCTIONS) for n in ast.walk(f)}
