@@ -29,6 +29,7 @@ from llm_magic.backends.accelerate.memory_errors import TokensLostError
 from llm_magic.backends.accelerate.placement.lookups import Lookup
 from llm_magic.plan import Placement, Plan
 from tests import families, tiny
+from tests.caches import given
 from tests.engines import plan_for
 from tests.test_decode import Gathered, Parrot, answer, eager_pace, parrot
 from tests.test_placed import layers_to, load_placed, placed_plan
@@ -139,7 +140,7 @@ def prefilled(model: Any, ids: torch.Tensor, mask: torch.Tensor | None = None) -
             ids[:, :-1],
             attention_mask=mask[:, :-1],
             position_ids=positions[:, :-1],
-            past_key_values=cache,
+            **given(cache),
             use_cache=True,
         )
     return cache
@@ -379,7 +380,7 @@ def test_states_are_as_before_when_a_sweep_fails(model: Any, layer: int) -> None
     assert cache.get_seq_length() == 9
     longer = torch.cat([ids, first.argmax(-1)], dim=1)
     with torch.no_grad():
-        after = tested(longer[:, -1:], past_key_values=cache, use_cache=True).logits
+        after = tested(longer[:, -1:], **given(cache), use_cache=True).logits
     assert_close(after, full_logits(tested, longer)[:, -1:])
 
 
@@ -938,7 +939,7 @@ def test_an_answer_stands_whatever_becomes_of_its_cache(usual: Any, way: str, st
     steps.prepare(ids.shape[1] + 24)
     try:
         with pytest.raises(StopIteration) if stopped_after else nullcontext():
-            assert answer(tested, ids, decoding, eos_token_id=None, past_key_values=cache) == wanted
+            assert answer(tested, ids, decoding, eos_token_id=None, **given(cache)) == wanted
     finally:
         full.__exit__(None, None, None)
     kept = ids.shape[1] + count - 1 if has_all else 0
@@ -1021,7 +1022,7 @@ def test_a_cache_has_the_right_tokens_after_steps_were_made_anew(usual: Any, sto
     decoding = Decoding(Gathered(move), quick=steps, speculation=parrot(wanted[0], wrong=3, most=5))
     steps.prepare(ids.shape[1] + 24)
     with pytest.raises(StopIteration) if stopped_after else nullcontext():
-        assert answer(tested, ids, decoding, eos_token_id=None, past_key_values=cache) == wanted
+        assert answer(tested, ids, decoding, eos_token_id=None, **given(cache)) == wanted
     assert {layer.get_seq_length() for layer in cache.layers} == {ids.shape[1] + count - 1}
     again = prefilled(tested, torch.tensor(wanted)[:, : ids.shape[1] + count])
     for layer, other in zip(cache.layers, again.layers, strict=True):

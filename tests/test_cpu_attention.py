@@ -27,6 +27,7 @@ from llm_magic.backends.accelerate.source.capped_scores import (  # noqa: E402
     have_scores_capped,
 )
 from tests import tiny  # noqa: E402
+from tests.caches import given  # noqa: E402
 from tests.engines import ask, load  # noqa: E402
 from tests.kernel_caches import forget_kernels  # noqa: E402
 from tests.test_step_by_step import MODELS, quiet, sweep  # noqa: E402
@@ -330,7 +331,7 @@ def fed(model: Any, ids: Any, lengths: list[int]) -> Any:
     from transformers import DynamicCache
 
     cache = DynamicCache(config=model.config)
-    parts = [model(part, past_key_values=cache).logits for part in ids.split(lengths, 1)]
+    parts = [model(part, **given(cache)).logits for part in ids.split(lengths, 1)]
     return torch.cat(parts, 1)
 
 

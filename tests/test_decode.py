@@ -15,6 +15,7 @@ from llm_magic.backends.accelerate.decoding.pace import Pace
 from llm_magic.backends.accelerate.decoding.rollback import Rollback
 from llm_magic.backends.accelerate.decoding.speculate import Proposal, Speculation
 from tests import tiny
+from tests.caches import given
 
 TinyModel = Callable[[str], Path]
 PROMPT = "The capital of France is Paris, and"
@@ -194,11 +195,11 @@ def test_a_prompt_in_parts_behind_a_kept_cache(
     loaded = model(name)
     cache = new_cache(loaded)
     if cached:
-        loaded(prompt[:, :cached], past_key_values=cache, use_cache=True)
+        loaded(prompt[:, :cached], **given(cache), use_cache=True)
     passes = Calls(decoder_layers(loaded)[0])
     decoding = Decoding(Gathered(), part_tokens=part_tokens)
     with passes:
-        tokens = answer(loaded, prompt, decoding, past_key_values=cache)
+        tokens = answer(loaded, prompt, decoding, **given(cache))
     assert tokens == [stock(name)]
     parts = len(range(cached, prompt.shape[1], part_tokens))
     assert passes.count == parts + decoding.counts.sweeps
@@ -285,7 +286,7 @@ def test_a_pass_that_failed_is_repeated(
     )
     cache = new_cache(loaded)
     with fails_at(decoder_layers(loaded)[layer], call):
-        assert answer(loaded, prompt, decoding, past_key_values=cache) == [wanted]
+        assert answer(loaded, prompt, decoding, **given(cache)) == [wanted]
     assert [type(error) for error in asked] == [NoRoom]
     assert decoding.counts.repeats == 1
     assert lengths(cache) == {len(wanted) - 1}
@@ -316,12 +317,12 @@ def test_an_error_that_is_not_recovered_from_goes_up_and_leaves_a_true_cache(
         cache = new_cache(loaded)
         decoding = Decoding(Gathered(), speculation=parrot(wanted, wrong=4) if speculates else None)
         with pytest.raises(NoRoom), fails_at(decoder_layers(loaded)[layer], call=4):
-            answer(loaded, prompt, decoding, past_key_values=cache)
+            answer(loaded, prompt, decoding, **given(cache))
         held = prompt.shape[1] + len(decoding.streamer.steps) - 1
         assert lengths(cache) == {held}
         ids = torch.tensor([wanted[: held + 1]])
         rest = len(wanted) - held - 1
-        assert answer(loaded, ids, past_key_values=cache, max_new_tokens=rest) == [wanted]
+        assert answer(loaded, ids, **given(cache), max_new_tokens=rest) == [wanted]
 
 
 @pytest.mark.parametrize("name", ["mamba", "t5"])
@@ -387,12 +388,12 @@ def test_a_stop_at_any_token_leaves_a_cache_to_go_on_with(
     cache = new_cache(loaded)
     decoding = Decoding(Gathered(stop), speculation=parrot(wanted, wrong=5, most=4))
     with pytest.raises(Stop):
-        answer(loaded, prompt, decoding, past_key_values=cache)
+        answer(loaded, prompt, decoding, **given(cache))
     came = [token for (token,) in decoding.streamer.steps]
     assert came == wanted[prompt.shape[1] : prompt.shape[1] + at]
     assert lengths(cache) == {prompt.shape[1] + at - 1}
     ids = torch.tensor([wanted[: prompt.shape[1] + at]])
-    assert answer(loaded, ids, past_key_values=cache, max_new_tokens=24 - at) == [wanted]
+    assert answer(loaded, ids, **given(cache), max_new_tokens=24 - at) == [wanted]
 
 
 # ----------------------------------------------------------------------------------- quick steps
@@ -432,7 +433,7 @@ class Aside:
             raise NoRoom
         for layer in self._own.layers:
             layer.keys, layer.values = (states[:, :, :cache_length] for states in (layer.keys, layer.values))
-        return self.model(ids, past_key_values=self._own, use_cache=True).logits
+        return self.model(ids, **given(self._own), use_cache=True).logits
 
     @staticmethod
     def _move(source: Any, target: Any, length: int) -> None:
@@ -459,14 +460,14 @@ def test_quick_steps_take_over_and_give_back(
     quick, cache = Aside(loaded, refused, fails), new_cache(loaded)
     speculation = parrot(wanted, wrong=4, most=4) if speculates else None
     decoding = Decoding(Gathered(), speculation=speculation, quick=quick, recover=lambda _error: True)
-    assert answer(loaded, prompt, decoding, past_key_values=cache) == [wanted]
+    assert answer(loaded, prompt, decoding, **given(cache)) == [wanted]
     assert lengths(cache) == {len(wanted) - 1}
     taken = [tokens for tokens in quick.asked if tokens not in refused]
     assert quick.steps == len(taken)
     assert len(quick.asked) == decoding.counts.sweeps + decoding.counts.repeats
     assert decoding.counts.repeats == (1 if 0 < fails <= quick.steps else 0)
     assert bool(quick.given_back) == bool(taken)
-    assert answer(loaded, prompt, past_key_values=cut(cache, prompt.shape[1] - 1)) == [wanted]
+    assert answer(loaded, prompt, **given(cut(cache, prompt.shape[1] - 1))) == [wanted]
 
 
 def cut(cache: Any, length: int) -> Any:

@@ -34,6 +34,7 @@ from llm_magic.backends.accelerate.placement.extents import Extent, file_extents
 from llm_magic.backends.accelerate.placement.reader import FileReader, page_buffer
 from llm_magic.backends.accelerate.placement.stream import DONE, HostStreams, Staging
 from llm_magic.units import MIB
+from tests.caches import cache_of, given
 from tests.fake_streams import FakeStreams
 
 LAYERS = 3
@@ -334,7 +335,7 @@ def _logits(model: Any, tokens: int = 6) -> torch.Tensor:
         rows = [answer.logits[0]]
         for _ in range(tokens):
             token = rows[-1][-1].argmax().view(1, 1)
-            answer = model(token, past_key_values=answer.past_key_values, use_cache=True)
+            answer = model(token, **given(cache_of(answer)), use_cache=True)
             rows.append(answer.logits[0])
     return torch.cat(rows)
 

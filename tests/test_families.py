@@ -17,6 +17,7 @@ from llm_magic.backends.accelerate.decoding.kv_cache import goes_one_by_one
 from llm_magic.backends.accelerate.prompt.prompts import TokenizedPrompt
 from llm_magic.errors import OptionError
 from llm_magic.model import ModelSpec
+from tests.caches import given
 from tests.engines import BACKEND, ask, load, plan_for, request
 from tests.families import FAMILIES, save
 from tests.placements import stock
@@ -64,7 +65,7 @@ def test_what_each_layer_keeps_is_planned(name: str, folder_of: Any) -> None:
     model = stock(folder)
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     with torch.inference_mode():
-        model(torch.arange(6, 6 + TOKENS)[None], past_key_values=cache, use_cache=True)
+        model(torch.arange(6, 6 + TOKENS)[None], **given(cache), use_cache=True)
     kept = [sum(tensor.nbytes for tensor in tensors(vars(layer))) for layer in cache.layers]
     layout = BACKEND.layout(ModelSpec(str(folder)), lambda _event: None)
     kept += [0] * (len(layout.layers) - len(kept))  # the last ones may have no place in the cache

@@ -11,6 +11,7 @@ import torch
 from llm_magic.backends.accelerate.decoding.checkpoint import Checkpoint
 from llm_magic.backends.accelerate.decoding.kv_cache import ChatCaches, crop
 from tests import tiny
+from tests.caches import given
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def feed(model: Any, cache: Any, ids: list[int]) -> Any:
     with torch.no_grad():
-        return model(input_ids=torch.tensor([ids]), past_key_values=cache, use_cache=True).logits[0, -1]
+        return model(input_ids=torch.tensor([ids]), **given(cache), use_cache=True).logits[0, -1]
 
 
 def lengths(cache: Any) -> set[int]:

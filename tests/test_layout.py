@@ -154,7 +154,7 @@ def cache_layers(model: Any, tokens: int, **options: Any) -> list[int]:
     ids = torch.arange(tokens).reshape(1, -1) % 100 + 3
     with torch.no_grad():
         if model.config.is_encoder_decoder:
-            cache = model(input_ids=ids, decoder_input_ids=ids, use_cache=True).past_key_values
+            cache = _cache_of(model(input_ids=ids, decoder_input_ids=ids, use_cache=True))
             halves = zip(cache.self_attention_cache.layers, cache.cross_attention_cache.layers, strict=True)
             return [held(one) + held(other) for one, other in halves]
         # one more token, since a window is cut when the next token comes
@@ -165,7 +165,8 @@ def cache_layers(model: Any, tokens: int, **options: Any) -> list[int]:
 
 
 def _cache_name(output: Any) -> str:
-    return "cache_params" if getattr(output, "cache_params", None) is not None else "past_key_values"
+    names = ("cache", "cache_params", "past_key_values")  # of Mamba before transformers 5.24, and of others
+    return next(name for name in names if getattr(output, name, None) is not None)
 
 
 def _cache_of(output: Any) -> Any:

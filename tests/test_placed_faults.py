@@ -24,6 +24,7 @@ from llm_magic.backends.accelerate.placement.stream import HostStreams, Lane, St
 from llm_magic.backends.accelerate.placement.uninterrupted import uninterrupted
 from llm_magic.errors import EngineError
 from tests import tiny
+from tests.caches import cache_of, given
 from tests.fake_streams import HurriedStreams
 from tests.placements import (
     HOMES,
@@ -289,16 +290,16 @@ def test_an_interrupt_at_any_line_while_keys_and_values_come_along(
 
     def read(reader: Any, kept: Any = None) -> Any:
         with torch.inference_mode():
-            return reader(PROMPT, past_key_values=kept, use_cache=True)
+            return reader(PROMPT, **given(kept), use_cache=True)
 
-    expected = read(model, read(model).past_key_values)
+    expected = read(model, cache_of(read(model)))
     files = ("cache_lane.py", "layer_cache.py", "pieces.py", "visits.py")
-    kept = read(placed.model).past_key_values
+    kept = cache_of(read(placed.model))
     with Interrupting(0, files) as counted:
         read(placed.model, kept)
     interrupted = 0
     for at in range(1, counted.places + 1, max(1, counted.places // 80)):
-        kept = read(placed.model).past_key_values
+        kept = cache_of(read(placed.model))
         try:
             with Interrupting(at, files):
                 read(placed.model, kept)
@@ -311,7 +312,7 @@ def test_an_interrupt_at_any_line_while_keys_and_values_come_along(
             layer.crop(PROMPT.shape[1] - layer.get_seq_length())
         again = read(placed.model, kept)
         assert torch.equal(again.logits, expected.logits)
-        for layer, right in zip(again.past_key_values.layers, expected.past_key_values.layers, strict=True):
+        for layer, right in zip(cache_of(again).layers, cache_of(expected).layers, strict=True):
             assert torch.equal(layer.keys, right.keys)
             assert torch.equal(layer.values, right.values)
     assert interrupted > 60

@@ -22,7 +22,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache  # noqa:
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # noqa: E402
 
 from llm_magic.backends.accelerate.decoding import attention, step_by_step  # noqa: E402
+from llm_magic.backends.accelerate.decoding.cache_argument import cache_name_of_generate  # noqa: E402
 from llm_magic.backends.accelerate.placement import plain_routers  # noqa: E402
+from llm_magic.backends.accelerate.placement.cpu_products import few_plain_tokens  # noqa: E402
 from llm_magic.backends.accelerate.placement.served_model import serve_plain_modules  # noqa: E402
 from llm_magic.backends.accelerate.recorded import bound, chain  # noqa: E402
 from llm_magic.backends.accelerate.recorded import recording as module_of_recording  # noqa: E402
@@ -31,6 +33,7 @@ from llm_magic.backends.accelerate.recorded.current import current  # noqa: E402
 from llm_magic.backends.accelerate.recorded.layers import RecordedLayers  # noqa: E402
 from llm_magic.backends.accelerate.recorded.linears import Linears  # noqa: E402
 from llm_magic.backends.accelerate.recorded.recordings import Recordings  # noqa: E402
+from tests.caches import given  # noqa: E402
 from tests.families import _EXPERTS, _GROUPED, _LATENT, _WIDTHS, FAMILIES  # noqa: E402
 from tests.recorded_layers import programs  # noqa: E402
 
@@ -87,7 +90,7 @@ LEFT = {
     "deepseek_v4": 0,
     "glm_moe_dsa": 0,
     "gpt_neo": 0,
-    "gptj": 0,
+    **({} if cache_name_of_generate() == "cache" else {"gptj": 0}),  # its code is another one since then
 }
 """Architectures of which not all four layers are recorded, and how many are."""
 
@@ -128,13 +131,13 @@ def answers(
     """Logits of some sweeps after a prompt, with a cache of their own."""
     kept = DynamicCache(config=model.config.get_text_config(decoder=True))
     ids = torch.randint(5, 300, (batch, 64), generator=torch.Generator().manual_seed(seed))
-    model(ids[:, : sweeps[0][0]], past_key_values=kept, use_cache=True)
+    model(ids[:, : sweeps[0][0]], **given(kept), use_cache=True)
     return [step(model, kept, ids[:, :end], end - start) for start, end in sweeps]
 
 
 def step(model: Any, kept: Any, ids: Any, tokens: int = 1) -> Any:
     seen = torch.ones(ids.shape[0], ids.shape[1], dtype=torch.long)
-    return model(ids[:, -tokens:], past_key_values=kept, use_cache=True, attention_mask=seen).logits
+    return model(ids[:, -tokens:], **given(kept), use_cache=True, attention_mask=seen).logits
 
 
 def equal(mine: Sequence[Any], theirs: Sequence[Any]) -> bool:
@@ -198,7 +201,7 @@ def test_several_chats_in_turn(llama: Any) -> None:
     def turns() -> list[Any]:
         kept = [DynamicCache(config=llama.config) for _ in ids]
         for one, text in zip(kept, ids, strict=True):
-            llama(text[:, :9], past_key_values=one)
+            llama(text[:, :9], **given(one))
         return [
             step(llama, one, t[:, :end]) for end in range(10, 20) for one, t in zip(kept, ids, strict=True)
         ]
@@ -239,7 +242,7 @@ def test_padded_texts(llama: Any) -> None:
         kept = DynamicCache(config=llama.config)
         found = []
         for start, end in ((0, 20), (20, 21), (21, 22), (22, 26)):
-            found.append(llama(ids[:, start:end], past_key_values=kept, attention_mask=seen[:, :end]).logits)
+            found.append(llama(ids[:, start:end], **given(kept), attention_mask=seen[:, :end]).logits)
         return found
 
     theirs = run()
@@ -279,8 +282,8 @@ def test_states_and_attentions_that_are_asked_for(name: str) -> None:
     def run() -> Any:
         kept = DynamicCache(config=model.config)
         ids = torch.randint(5, 300, (1, 20), generator=torch.Generator().manual_seed(1))
-        model(ids[:, :19], past_key_values=kept)
-        return model(ids[:, 19:], past_key_values=kept, output_hidden_states=True, output_attentions=True)
+        model(ids[:, :19], **given(kept))
+        return model(ids[:, 19:], **given(kept), output_hidden_states=True, output_attentions=True)
 
     theirs = run()
     held = recorded(model)
@@ -327,7 +330,7 @@ def test_texts_that_part(name: str, context: int, llama: Any) -> None:
 
     def run() -> list[Any]:
         kept = DynamicCache(config=llama.config)
-        llama(ids[:, :9], past_key_values=kept)
+        llama(ids[:, :9], **given(kept))
         found = [step(llama, kept, ids[:, :end]) for end in range(10, 17)]
         forked = FORKS[name](kept)
         length = forked.get_seq_length()
@@ -357,7 +360,7 @@ def test_a_cache_of_somebody(way: str, llama: Any) -> None:
 
     def run() -> list[Any]:
         kept = Halved(config=llama.config) if way == "a class" else DynamicCache(config=llama.config)
-        llama(ids[:, :9], past_key_values=kept)
+        llama(ids[:, :9], **given(kept))
         if way != "a class":
             held = kept if way == "a cache" else kept.layers[1]
             held.update = halved(held.update)
@@ -439,12 +442,12 @@ def test_another_default_device(llama: Any, expected: list[Any]) -> None:
     states = torch.randn(1, 1, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
     kept = DynamicCache(config=llama.config)
     ids = torch.arange(20)[None]
-    llama(ids, past_key_values=kept)
+    llama(ids, **given(kept))
     cos, sin = torch.randn(2, 1, 1, 16, generator=torch.Generator().manual_seed(2)).bfloat16()
     asked: dict[str, Any] = {"attention_mask": None, "position_embeddings": (cos, sin)}
-    theirs = layer(states, past_key_values=copy.deepcopy(kept), **asked)
+    theirs = layer(states, **given(copy.deepcopy(kept)), **asked)
     with torch.device("meta"):
-        mine = layer(states, past_key_values=copy.deepcopy(kept), **asked)
+        mine = layer(states, **given(copy.deepcopy(kept)), **asked)
     assert torch.equal(mine, theirs)
 
 
@@ -662,15 +665,15 @@ def test_training_and_gradients(llama: Any, expected: list[Any]) -> None:
     with torch.enable_grad():
         ids = torch.arange(10)[None]
         kept = DynamicCache(config=llama.config)
-        llama(ids, past_key_values=kept)
-        llama(ids[:, :1], past_key_values=kept).logits.float().sum().backward()
+        llama(ids, **given(kept))
+        llama(ids[:, :1], **given(kept)).logits.float().sum().backward()
         assert layers_of(llama)[0].mlp.up_proj.weight.grad is not None
     llama.eval()
     llama.zero_grad(set_to_none=True)
     with torch.enable_grad():
         kept = DynamicCache(config=llama.config)
-        llama(ids, past_key_values=kept)
-        llama(ids[:, :1], past_key_values=kept).logits.float().sum().backward()
+        llama(ids, **given(kept))
+        llama(ids[:, :1], **given(kept)).logits.float().sum().backward()
         assert layers_of(llama)[0].input_layernorm.weight.grad is not None
     assert equal(answers(llama), expected)
     assert programs(held)
@@ -740,12 +743,18 @@ def test_experts_are_looked_into_where_only_their_products_are_kernels(name: str
 def test_routers_multiply_as_in_their_modules(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of gpt-oss add a bias."""
     model, usual = served_mixture(name), plain_routers.router_products
-    theirs, made_by = answers(model), list[Any]()
+    theirs, made_by = answers(model), list[tuple[int, Any]]()
     recorded(model)
-    monkeypatch.setattr(bound, "router_products", lambda *args: made_by.append(usual(*args)) or made_by[-1])
+
+    def seen(states: Any, *others: Any) -> Any:
+        made_by.append((len(states), usual(states, *others)))
+        return made_by[-1][1]
+
+    monkeypatch.setattr(bound, "router_products", seen)
     assert equal(answers(model), theirs)
-    assert made_by
-    assert all(products is not None for products in made_by)
+    by_kernels = [products for tokens, products in made_by if tokens <= few_plain_tokens(torch.bfloat16)]
+    assert by_kernels
+    assert all(products is not None for products in by_kernels)
 
 
 def test_many_experts_at_a_time_are_a_part_as_a_whole() -> None:
@@ -1045,7 +1054,12 @@ def test_layers_with_biases_are_chained() -> None:
         if isinstance(getattr(step, "__self__", None), Chain)
     ]
     biases = [bias for each in chains for linears in each._linears for bias in linears.biases() or ()]
-    assert sum(bias is not None for bias in biases) == 3 * sum(len(layer._bound) for layer in held._layers)
+    # Processors with tiles leave several tokens to torch.
+    chained = [
+        key for layer in held._layers for key in layer._bound if key[0][1] <= few_plain_tokens(torch.bfloat16)
+    ]
+    assert chained
+    assert sum(bias is not None for bias in biases) == 3 * len(chained)
 
 
 def test_room_grows_with_what_a_chain_needs_and_is_everybodys() -> None:

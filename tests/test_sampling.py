@@ -128,6 +128,7 @@ def test_every_parameter_that_transformers_looks_at_is_known() -> None:
         looked_at |= set(re.findall(r"generation_config\.([a-z]\w+)", inspect.getsource(method)))
     own_options = {"do_sample", "max_length", "min_p", "stop_strings", "temperature", "top_k", "top_p"}
     without_effect = {"is_assistant", "assistant_confidence_threshold", "num_beams", "renormalize_logits"}
+    without_effect.add("num_return_sequences")  # 1
     read_elsewhere = {"eos_token_id", "prompt_lookup_num_tokens"}
     assert looked_at - own_options - without_effect == set(TAKEN) - read_elsewhere
 

@@ -18,6 +18,7 @@ from llm_magic.backends.accelerate.decoding.sampling import drawn_ahead, seeded
 from llm_magic.backends.accelerate.decoding.speculate import Proposal, Speculation, choose
 from llm_magic.errors import OptionError
 from tests import tiny
+from tests.caches import given
 from tests.test_decode import (
     DECODERS,
     SAMPLED,
@@ -103,7 +104,7 @@ def test_right_and_wrong_proposals_in_every_pattern(
     options = {"max_new_tokens": 40, "eos_token_id": None} | choice
     wanted = stock(name, 0, **options)
     decoding, cache = Decoding(Gathered(), speculation=parrot(wanted, wrong)), new_cache(model(name))
-    tokens = answer(model(name), prompts[0], decoding, past_key_values=cache, **options)
+    tokens = answer(model(name), prompts[0], decoding, **given(cache), **options)
     assert tokens == [wanted]
     assert lengths(cache) == {len(wanted) - 1}
     generated = len(wanted) - prompts[0].shape[1]
@@ -146,7 +147,7 @@ def test_an_end_among_accepted_tokens_ends_the_answer(
     (wanted,) = answer(loaded, ids, eos_token_id=end)
     cache = new_cache(loaded)
     decoding = Decoding(Gathered(), speculation=parrot(free))
-    assert answer(loaded, ids, decoding, eos_token_id=end, past_key_values=cache) == [wanted]
+    assert answer(loaded, ids, decoding, eos_token_id=end, **given(cache)) == [wanted]
     assert len(decoding.streamer.steps) == len(wanted) - ids.shape[1]
     assert lengths(cache) == {len(wanted) - 1}
 

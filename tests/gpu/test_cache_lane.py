@@ -14,6 +14,7 @@ pytestmark = pytest.mark.gpu
 
 from llm_magic.backends.accelerate.placement.placed import PlacedModel  # noqa: E402
 from tests import tiny  # noqa: E402
+from tests.caches import cache_of, given  # noqa: E402
 from tests.gpu.conftest import IS_SIMULATED  # noqa: E402
 from tests.gpu.test_placed import (  # noqa: E402
     DEVICE,
@@ -61,9 +62,9 @@ def read(model: Any, passes: Sequence[Sequence[int]] = PASSES, kept: Any = None)
     found = []
     with torch.inference_mode():
         for ids in passes:
-            out = model(torch.tensor([ids], device=DEVICE), past_key_values=kept, use_cache=True)
+            out = model(torch.tensor([ids], device=DEVICE), **given(kept), use_cache=True)
             found.append(out.logits)
-            kept = out.past_key_values
+            kept = cache_of(out)
     return found, kept
 
 

@@ -21,6 +21,7 @@ from llm_magic.backends.accelerate.placement import cpu_experts  # noqa: E402
 from llm_magic.backends.accelerate.placement.blocks import BlockTensors, flat_buffer, pin, unpin  # noqa: E402
 from llm_magic.backends.accelerate.placement.reader import page_buffer  # noqa: E402
 from llm_magic.backends.accelerate.placement.stream import AcceleratorStreams, Lane, RamSource  # noqa: E402
+from tests.caches import cache_of  # noqa: E402
 from tests.gpu.conftest import IS_SIMULATED  # noqa: E402
 
 DEVICE = "cuda:0"
@@ -230,7 +231,7 @@ def test_several_tokens_a_sweep_and_back(streamed: bool) -> None:
     model, ids = new_model("tiny"), prompt(1, 60)
     with torch.no_grad():
         wanted = model(ids).logits
-        cache = model(ids[:, :20], use_cache=True).past_key_values
+        cache = cache_of(model(ids[:, :20], use_cache=True))
     held = stream(model, 3, 1) if streamed else None
     steps = new_steps(model, lanes=[held.lane] if held else [])
     steps.prepare(80)
@@ -289,7 +290,7 @@ def test_nothing_is_allocated_in_the_steady_state(streamed: bool) -> None:
 def test_keys_and_values_are_held_once_on_their_way_to_fixed_addresses() -> None:
     model, ids = new_model("middle"), prompt(1, 2020)
     with torch.no_grad():
-        cache = model(ids, use_cache=True).past_key_values
+        cache = cache_of(model(ids, use_cache=True))
     held = sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
     steps = new_steps(model)
     steps.prepare(2030)
@@ -381,7 +382,7 @@ def test_graphs_that_nobody_needs_now_give_way() -> None:
     model, ids = new_model("tiny"), prompt(1, 516)
     with torch.no_grad():
         wanted = model(ids).logits
-        cache = model(ids[:, :509], use_cache=True).past_key_values
+        cache = cache_of(model(ids[:, :509], use_cache=True))
     steps = new_steps(model)
     steps.prepare(540)
     before = 0

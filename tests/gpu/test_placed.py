@@ -23,6 +23,7 @@ from llm_magic.backends.accelerate.placement.placed import PlacedModel  # noqa: 
 from llm_magic.backends.accelerate.placement.reader import page_buffer  # noqa: E402
 from llm_magic.backends.accelerate.placement.stream import AcceleratorStreams  # noqa: E402
 from tests import tiny  # noqa: E402
+from tests.caches import cache_of, given  # noqa: E402
 from tests.engines import BACKEND, ask, plan_for, request  # noqa: E402
 from tests.gpu.conftest import IS_SIMULATED  # noqa: E402
 from tests.placements import Place, Where, load_placed, placed_plan, stock  # noqa: E402
@@ -198,14 +199,14 @@ def test_prompts_are_read_by_the_gpu_and_keys_and_values_go_back(
         for _ in range(SWEEPS):
             ours, theirs = placed.model(prompt), model(prompt)
             assert torch.equal(ours.logits, theirs.logits)
-            pairs = zip(ours.past_key_values.layers, theirs.past_key_values.layers, homes, strict=True)
+            pairs = zip(cache_of(ours).layers, cache_of(theirs).layers, homes, strict=True)
             for kept, right, home in pairs:
                 assert (kept.keys.device, kept.values.device) == (home, home)
                 assert torch.equal(kept.keys.to(DEVICE), right.keys)
                 assert torch.equal(kept.values.to(DEVICE), right.values)
             for tokens in (short, short, prompt):  # the CPU goes on, and then the GPU, with what the CPU kept
-                more = placed.model(tokens, past_key_values=ours.past_key_values)
-                expected = model(tokens, past_key_values=theirs.past_key_values)
+                more = placed.model(tokens, **given(cache_of(ours)))
+                expected = model(tokens, **given(cache_of(theirs)))
                 torch.testing.assert_close(more.logits, expected.logits, rtol=1e-3, atol=1e-3)
     placed.close()
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from llm_magic.backends.accelerate.decoding.cache_argument import cache_name_of_generate
 from llm_magic.backends.accelerate.decoding.decode import REPEATS, Decoding, emptied
 from llm_magic.backends.accelerate.decoding.detokenize import Detokenizer
 from llm_magic.backends.accelerate.prompt.prompts import TokenizedPrompt
@@ -167,7 +168,7 @@ def _inputs(config: Any, prompt: TokenizedPrompt, device: Any, cache: Any) -> di
     input_ids = torch.tensor([prompt.ids], device=device)
     inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
     if cache is not None:
-        inputs["past_key_values"] = cache
+        inputs[cache_name_of_generate()] = cache
     if prompt.beginning:
         start = config.decoder_start_token_id
         first = start if start is not None else config.bos_token_id

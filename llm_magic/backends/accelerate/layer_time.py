@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from llm_magic.backends.accelerate.decoding.attention import use_on_cpu, without_plans
+from llm_magic.backends.accelerate.decoding.cache_argument import cache_name
 from llm_magic.backends.accelerate.placement import cpu_products
 from llm_magic.backends.accelerate.placement.served_model import serve_plain_modules
 from llm_magic.host.speed import median_of
@@ -40,11 +41,15 @@ def layer_overhead_s(
 
     try:
         model = _narrow_model(device_id)
-        cache, ids = _new_cache(model), torch.zeros(1, _PROMPT, dtype=torch.long, device=device_id)
+        name, cache, ids = (
+            cache_name(model),
+            _new_cache(model),
+            torch.zeros(1, _PROMPT, dtype=torch.long, device=device_id),
+        )
 
         def sweep(tokens: Any) -> None:
             with without_plans():
-                model(tokens, past_key_values=cache, use_cache=True)
+                model(tokens, use_cache=True, **{name: cache})
             finish()
 
         began = time.perf_counter()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from llm_magic.backends.accelerate.decoding.cache_argument import cache_name
 from llm_magic.backends.accelerate.decoding.layer_kinds import has_state, is_plain, is_windowed, with_tokens
 from llm_magic.backends.accelerate.placement.experts import are_packed
 from llm_magic.backends.accelerate.source.architecture import decoder_of
@@ -108,7 +109,7 @@ def model_reason(model: Any) -> str:
     attention = attention_of(model)
     checks = {
         "encoder-decoder": not model.config.is_encoder_decoder,
-        "a forward pass without cache or positions": {"position_ids", "past_key_values"} <= set(takes),
+        "a forward pass without cache or positions": "position_ids" in takes and cache_name(model) != "",
         "layers that keep more than keys and values, or a state": _is_known(model),
         "windows of several kinds": len(kinds_of(windows_of(model))) <= 1 + (0 in windows_of(model)),
         # transformers' own word for models that work with a cache of fixed size.

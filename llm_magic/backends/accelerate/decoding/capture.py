@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 from llm_magic.backends.accelerate.decoding import attention
+from llm_magic.backends.accelerate.decoding.cache_argument import cache_name
 from llm_magic.backends.accelerate.decoding.capturable import attention_of, kinds_of, windows_of
 from llm_magic.backends.accelerate.decoding.host_numbers import written_by_kernels
 from llm_magic.backends.accelerate.decoding.running import below_its_hook, running
@@ -601,9 +602,9 @@ class CapturedSteps:
                 input_ids=inputs.ids[shape[:2]],
                 attention_mask=self._masks(inputs, shape, slots),
                 position_ids=inputs.positions(shape, slots),
-                past_key_values=self._static.cache,
                 use_cache=True,
                 return_dict=True,
+                **{cache_name(self._model): self._static.cache},
             ).logits
         # The first run of a sweep, which is not captured, makes the place for its logits.
         self._logits.setdefault(shape[:2], logits).copy_(logits)

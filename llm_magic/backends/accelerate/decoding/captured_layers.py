@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
+from llm_magic.backends.accelerate.decoding.cache_argument import cache_name
 from llm_magic.backends.accelerate.decoding.capturable import kinds_of
 from llm_magic.backends.accelerate.decoding.capture import (
     FAILURES,
@@ -198,9 +199,9 @@ class CapturedLayers(CapturedSteps):
                 input_ids=ids.to(self.device),
                 attention_mask=self._host_masks(shape, cache_length),
                 position_ids=self._positions(shape, cache_length),
-                past_key_values=self._dynamic,
                 use_cache=True,
                 return_dict=True,
+                **{cache_name(self._model): self._dynamic},
             ).logits
         self._written = cache_length + ids.shape[1]
         return logits

@@ -15,7 +15,9 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Protocol
 
+from llm_magic.backends.accelerate.decoding.cache_argument import cache_name_of_generate
 from llm_magic.backends.accelerate.decoding.kv_cache import goes_one_by_one
+from llm_magic.backends.accelerate.decoding.layer_kinds import has_state, with_tokens
 from llm_magic.backends.accelerate.decoding.rollback import Rollback
 from llm_magic.backends.accelerate.decoding.sampling import undrawn_if_it_fails
 from llm_magic.backends.accelerate.decoding.speculate import Proposal, Speculation, choose
@@ -224,8 +226,10 @@ class _Model:
 
     @property
     def cache(self) -> Any:
-        """The KV cache; ``None`` without one, or when the state is of another kind."""
-        return self._kwargs.get("past_key_values")
+        """The KV cache; ``None`` without one, or when there are states alone."""
+        found = self._kwargs.get(cache_name_of_generate())
+        layers = with_tokens(getattr(found, "layers", ()))
+        return None if layers and all(map(has_state, layers)) else found
 
     def rollback(self) -> Rollback:
         """How passes are taken back."""

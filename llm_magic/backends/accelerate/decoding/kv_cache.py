@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from llm_magic.backends.accelerate.decoding.cache_argument import cache_name
 from llm_magic.backends.accelerate.decoding.checkpoint import Checkpoint
 from llm_magic.backends.accelerate.decoding.layer_kinds import (
     can_be_cropped,
@@ -254,11 +255,8 @@ def goes_one_by_one(model: Any) -> bool:
 
 def _takes_ours(model: Any) -> bool:
     """Whether the model works with a cache that we make; MiniMax-01, for one, has a class of its own."""
-    import inspect
-
-    takes_any = "past_key_values" in inspect.signature(model.forward).parameters
-    is_usual = takes_any and model._supports_default_dynamic_cache()
-    return is_usual and not model.config.is_encoder_decoder and not goes_one_by_one(model)
+    is_usual = cache_name(model) and model._supports_default_dynamic_cache()
+    return bool(is_usual) and not model.config.is_encoder_decoder and not goes_one_by_one(model)
 
 
 def _new_cache(model: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from llm_magic.backends.accelerate.decoding.cache_argument import cache_name
 from llm_magic.backends.accelerate.decoding.joined import FEW_TOKENS
 from llm_magic.backends.accelerate.decoding.kv_cache import crop
 from llm_magic.backends.accelerate.decoding.rollback import Rollback
@@ -102,6 +103,7 @@ class DraftModel:
         self, model: Any, vocabulary: int, steps: CapturedSteps | None = None, context: int = 0
     ) -> None:
         self._model, self._vocabulary = model, vocabulary
+        self._cache_name = cache_name(model)
         self._steps, self._context = steps, context
         self._is_aside = False  # whether the steps have the tokens of the cache
         self._rests = False  # whether the steps are left alone until the next answer
@@ -203,7 +205,7 @@ class DraftModel:
         with torch.no_grad():
             for begin in range(start, len(ids), _PART_TOKENS):
                 part = torch.tensor([ids[begin : begin + _PART_TOKENS]], device=self._model.device)
-                output = self._model(part, past_key_values=self._cache, use_cache=True, **self._options)
+                output = self._model(part, use_cache=True, **self._options, **{self._cache_name: self._cache})
                 logits = output.logits[:, -1]
         return logits
 

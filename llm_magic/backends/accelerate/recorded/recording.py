@@ -430,7 +430,8 @@ class Recorder:
         if isinstance(leaf, MutableMapping):
             members["__getitem__"] = lambda _self, name: self._taken(number, leaf, name, states.shape[-2])
             members["__setitem__"] = lambda _self, name, value: self._handed_on(number, name, value)
-        stand = _untouchable(leaf, {"update": partial(self._updated, number)} if is_cache else {}, members)
+        updated = partial(self._updated, number, _ignores_arguments(leaf))
+        stand = _untouchable(leaf, {"update": updated} if is_cache else {}, members)
         self._objects[id(stand)] = Argument(number)
         self._alive.append(stand)
         return stand
@@ -457,8 +458,11 @@ class Recorder:
             return leaf.clone()
         return leaf.new_zeros(()).expand(*leaf.shape[:-1], leaf.shape[-1] + _MANY_TOKENS)
 
-    def _updated(self, number: int, key: Any, value: Any, index: int, *args: Any, **kwargs: Any) -> Any:
-        if args or kwargs:
+    def _updated(
+        self, number: int, is_usual: bool, key: Any, value: Any, index: int, *args: Any, **kwargs: Any
+    ) -> Any:
+        # transformers 5.24 hands on the arguments of the module; its own caches do not look at them.
+        if args or kwargs.keys() - ({"kwargs"} if is_usual else set()):
             raise CannotRecordError("the KV cache is told more than keys and values")
         module = next((m for m in self._layer.modules() if getattr(m, "layer_idx", None) == index), None)
         before = _MANY_TOKENS if self._is_other else _TOKENS_BEFORE
@@ -674,6 +678,13 @@ def can_open(module: Any) -> bool:
     """Whether all that a module of experts does for a few tokens can be seen, but for products that it has noted."""
     is_ours = computes_packed(module) or is_served_experts(module)
     return is_ours and "forward" not in vars(module)
+
+
+def _ignores_arguments(cache: Any) -> bool:
+    """Whether a cache is one of transformers' own, which keep keys and values whatever they are told beside them."""
+    from transformers.cache_utils import Cache
+
+    return getattr(type(cache), "update", None) is Cache.update
 
 
 def _untouchable(like: Any, attributes: Mapping[str, Any], own: Mapping[str, Any]) -> Any:
