@@ -244,7 +244,7 @@ def test_curves_of_short_numbers_are_torchs(name: str, dtype: Any) -> None:
         "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
     }
     value = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(dtype)
-    value = value[~(value.abs() > 1e37)]  # for which torch's gelu has no number
+    value = value[~(value.float().abs() > 1e37)]  # for which torch's gelu has no number on some processors
     mine, theirs = computed(curves[name], value), curves[name](value)
     assert torch.equal(mine.isnan(), theirs.isnan())
     assert torch.equal(mine.isinf(), theirs.isinf())

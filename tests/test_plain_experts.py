@@ -15,7 +15,12 @@ from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 from llm_magic.backends.accelerate.placement import cpu_products, plain_experts  # noqa: E402
 from llm_magic.backends.accelerate.placement.expert_cache import ExpertCache  # noqa: E402
-from llm_magic.backends.accelerate.placement.expert_products import one_by_one, side_by_side, weighted  # noqa: E402
+from llm_magic.backends.accelerate.placement.expert_products import (  # noqa: E402
+    are_few_for_a_cpu,
+    one_by_one,
+    side_by_side,
+    weighted,
+)
 from llm_magic.backends.accelerate.placement.expert_stores import RamExperts  # noqa: E402
 from llm_magic.backends.accelerate.placement.experts import RoutedExperts, can_route, find_stacks  # noqa: E402
 from llm_magic.backends.accelerate.placement.plain_experts import PlainStack, is_served_experts  # noqa: E402
@@ -77,7 +82,9 @@ def test_they_compute_what_transformers_would(
     asked, inputs = watched(monkeypatch), arguments(tokens, dtype)
     exact = usual.double()(inputs[0].double(), inputs[1], inputs[2].double())
     torch.testing.assert_close(module(*inputs).double(), exact, rtol=0, atol=2e-2 * float(exact.abs().max()))
-    assert asked
+    assert asked or tokens > cpu_products.few_plain_tokens(
+        dtype
+    )  # torch takes those on a processor with tiles
     named = dict(zip(("hidden_states", "top_k_index", "top_k_weights"), inputs, strict=True))
     assert torch.equal(module(**named), module(*inputs))
 
@@ -85,11 +92,18 @@ def test_they_compute_what_transformers_would(
 @pytest.mark.parametrize("tokens", [1, 2, 5, 8])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_token_has_the_same_bits_with_others_and_one_by_one(kind: str, tokens: int) -> None:
-    """Or proposals would be refused for their rounding, and moves would change answers."""
+    """Or proposals would be refused for their rounding, and moves would change answers.
+
+    Where torch is quicker with an expert's tokens together, on a processor with tiles, they are as near as 16 bits are.
+    """
     module, inputs = served(kind), arguments(tokens)
     expected = module(*inputs)
-    alone = [module(*(part[i : i + 1] for part in inputs)) for i in range(tokens)]
-    assert torch.equal(torch.cat(alone), expected)
+    alone = torch.cat([module(*(part[i : i + 1] for part in inputs)) for i in range(tokens)])
+    most = cpu_products.few_plain_tokens(torch.bfloat16)
+    if not are_few_for_a_cpu(module, *inputs[1].shape, most):
+        torch.testing.assert_close(alone, expected, rtol=0, atol=2e-2 * float(expected.abs().max()))
+        return
+    assert torch.equal(alone, expected)
     for compute in (
         side_by_side(stacks_of(module)),
         one_by_one(stacks_of(module), plain_experts.product),
