@@ -63,6 +63,9 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
     | {"head_dim": 16, "q_lora_rank": 16, "o_lora_rank": 16, "n_routed_experts": 4, "index_topk": 8}
     | {"index_head_dim": 16, "index_n_heads": 4, "sliding_window": 16, "num_nextn_predict_layers": 0}
     | {"layer_types": list(_HISTORIES)},
+    "glm4_moe_lite": _LATENT
+    | _EXPERTS
+    | {"n_routed_experts": 4, "num_key_value_heads": 4, "mlp_layer_types": ["dense"] + ["sparse"] * 3},
     "kimi_linear": _LATENT
     | _TURNS
     | {"moe_intermediate_size": 32, "num_experts_per_token": 2, "num_experts": 4, "first_k_dense_replace": 1}

@@ -108,6 +108,7 @@ def made(name: str, dtype: Any = torch.bfloat16, **own: Any) -> Any:
             weight.add_(torch.randn_like(weight) * 0.1)
     step_by_step.use(model)  # as a load does
     attention.use_on_cpu(model)
+    attention.use_latents(model)
     serve_plain_modules(model)
     return model
 

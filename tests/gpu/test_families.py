@@ -6,12 +6,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.gpu
 
+from llm_magic.backends.accelerate.placement import latent_attention  # noqa: E402
 from tests.engines import BACKEND, ask, plan_for, request  # noqa: E402
 from tests.families import FAMILIES, save  # noqa: E402
 from tests.gpu.test_placed import HYBRID, ON_GPU  # noqa: E402
@@ -43,4 +45,31 @@ def test_answers_on_a_gpu_and_after_a_move(name: str, way: str, folder_of: Calla
         is_captured = steps is not None and steps.status.startswith("captured decode")
         assert is_captured == (name not in EAGER)
         assert not any("compil" in said for said in engine.status())  # or it may not be captured for a while
+    engine.close()
+
+
+def test_only_prompts_expand_latents(
+    folder_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what is captured attends to them where they lie side by side with the rest of the keys."""
+    whole, places, usual = [], list[int](), latent_attention.whole_keys
+
+    def whole_keys(latents: Any, rotated: Any) -> Any:
+        keys = usual(latents, rotated)
+        whole.append(keys.data_ptr() == latents.data_ptr())
+        return keys
+
+    def expanded(module: Any, latents: Any, rotated: Any) -> Any:
+        places.append(latents.shape[2])
+        return usual_expansion(module, latents, rotated)
+
+    usual_expansion = latent_attention.expanded
+    monkeypatch.setattr(latent_attention, "whole_keys", whole_keys)
+    monkeypatch.setattr(latent_attention, "expanded", expanded)
+    folder = folder_of("glm4_moe_lite")
+    spec, _ = plan_for(folder, "ram")
+    engine = BACKEND.load(spec, placed_plan(folder, WAYS["resident"]), lambda _event: None)
+    answer = ask(engine, ASKED)
+    assert set(places) == {answer.finish.prompt_tokens}
+    assert any(whole)
     engine.close()

@@ -77,6 +77,7 @@ class TransformersEngine:
         for model in filter(None, (self.model, loaded.draft)):
             step_by_step.use(model)
             attention.use_on_cpu(model)
+            attention.use_latents(model)
         self._placed = loaded.placed
         self._context = _context_length(plan)
         self._caches = ChatCaches(self.model, plan.workload.context_length)

@@ -16,6 +16,7 @@ from typing import Any
 
 from llm_magic.backends.accelerate.decoding import cpu_attention
 from llm_magic.backends.accelerate.decoding.joined import FEW_TOKENS
+from llm_magic.backends.accelerate.placement import latent_attention
 from llm_magic.backends.accelerate.process_wide import ProcessWide
 from llm_magic.backends.accelerate.recorded.current import current
 
@@ -59,6 +60,12 @@ def use(model: Any) -> None:
     _mark(model, _MARK)
 
 
+def use_latents(model: Any) -> None:
+    """Let a model's few tokens attend to latents as they are, if it keeps such; see `latent_attention`."""
+    latent_attention.use(model)
+    _register()
+
+
 def use_on_cpu(model: Any) -> None:
     """Let a model's sweeps of few tokens attend by a compiled kernel where a layer is on the CPU; all else is as it was.
 
@@ -76,13 +83,17 @@ def leave(model: Any) -> None:
 
 
 def _mark(model: Any, mark: str) -> None:
+    _register()
+    for module in _attention_modules(model):
+        setattr(module, mark, True)
+
+
+def _register() -> None:
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     if ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward:  # nobody else has a better one
         ALL_ATTENTION_FUNCTIONS["sdpa"] = sdpa_attention
-    for module in _attention_modules(model):
-        setattr(module, mark, True)
 
 
 def _attention_modules(model: Any) -> list[Any]:
@@ -112,6 +123,11 @@ def sdpa_attention(
     if (recorder := current()) is not None:
         noted: tuple[Any, None] = recorder.attention(module, query, key, value, attention_mask, **options)
         return noted
+    if latent_attention.are_latents(module, key, value):
+        found = _to_latents(module, (query, key, value), attention_mask, options)
+        if found is not None:
+            return found, None
+        key, value = latent_attention.expanded(module, key, value)
     if query.device.type == "cpu" and _CPU_MARK in vars(module):
         found = _on_cpu(module, (query, key, value), attention_mask, options)
         if found is not None:
@@ -123,16 +139,62 @@ def sdpa_attention(
     return out.transpose(1, 2).contiguous(), None
 
 
+setattr(sdpa_attention, latent_attention.TAKES_LATENTS, True)
+
+
 def _on_cpu(module: Any, states: tuple[Any, Any, Any], mask: Any, options: dict[str, Any]) -> Any:
     """What the kernel finds, ``[batch, tokens, heads, width]``; ``None`` where it does not take this."""
     tokens = states[0].shape[2]
     if tokens > FEW_TOKENS or not _is_plain(options):
         return None
+    is_causal = _is_causal(module, tokens, mask, options)
+    return cpu_attention.attended(*states, mask, options.get("scaling"), is_causal=is_causal)
+
+
+def _is_causal(module: Any, tokens: int, mask: Any, options: dict[str, Any]) -> bool:
     is_causal = options.get("is_causal")
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
-    is_causal = bool(is_causal and tokens > 1 and mask is None)
-    return cpu_attention.attended(*states, mask, options.get("scaling"), is_causal=is_causal)
+    return bool(is_causal and tokens > 1 and mask is None)
+
+
+def _to_latents(module: Any, states: tuple[Any, Any, Any], mask: Any, options: dict[str, Any]) -> Any:
+    """What few tokens find, ``[batch, tokens, heads, value width]``; ``None`` where latents are to be expanded."""
+    query, latents, rotated = states
+    tokens = query.shape[2]
+    is_of_all_heads = mask is None or (mask.dim() == 4 and mask.shape[1] == 1)
+    if tokens > FEW_TOKENS or not (is_of_all_heads and _is_plain(options)):
+        return None
+    heads = latent_attention.heads_of(module, latents)
+    if heads is None:
+        return None
+    scale = options.get("scaling")
+    scale = query.shape[3] ** -0.5 if scale is None else scale
+    is_causal = _is_causal(module, tokens, mask, options)
+    query, found = heads.queries(query), None
+    if query.is_cpu and _CPU_MARK in vars(module):
+        found = cpu_attention.attended(
+            query, latents, latents, mask, scale, is_causal=is_causal, rest_of_key=rotated
+        )
+    if found is None:
+        keys = latent_attention.whole_keys(latents, rotated)
+        found = few_tokens(query, keys, latents, _of_sweep(query, keys, mask, is_causal), scale).transpose(
+            1, 2
+        )
+    return heads.values(found)
+
+
+def _of_sweep(query: Any, key: Any, mask: Any, is_causal: bool) -> Any:
+    """A mask of any kind as that of a sweep, but for the batch, which it may be the same for."""
+    import torch
+
+    if mask is None:
+        shape = query.shape[0], 1, query.shape[2], key.shape[2]
+        mask = torch.ones(shape, dtype=torch.bool, device=query.device)
+        mask = mask.tril() if is_causal else mask
+    if mask.dtype == torch.bool:
+        mask = torch.where(mask, 0.0, HIDDEN)
+    return mask.to(query.dtype).expand(query.shape[0], -1, -1, -1)
 
 
 def _is_plain(options: dict[str, Any]) -> bool:

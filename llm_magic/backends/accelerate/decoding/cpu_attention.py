@@ -28,7 +28,8 @@ _KEPT_BYTES, _MOST_ROOMS = 16 << 20, 4
 """Of room that is kept for the next layer, and how often: for calls side by side."""
 
 _ADDRESSES, _HEAD_OF_RECORD = 8, 16
-_Words = ctypes.c_int64 * 35
+_TEAM, _REST = 33, 35
+_Words = ctypes.c_int64 * 39
 """See `kernels.attention.attention`."""
 
 _Shape = tuple[int, ...]
@@ -47,6 +48,7 @@ class _Like(NamedTuple):
     is_causal: bool
     softcap: float | None
     sinks: _Shape | None
+    rest: tuple[_Shape, _Shape] | None
 
 
 def attended(
@@ -59,6 +61,7 @@ def attended(
     is_causal: bool = False,
     softcap: float | None = None,
     sinks: Any = None,
+    rest_of_key: Any = None,
 ) -> Any:
     """Attention of up to `FEW_TOKENS` tokens, in float32, rounded once.
 
@@ -80,6 +83,8 @@ def attended(
         Scores stay within plus and minus this.
     sinks
         ``[heads]``: a further score of every query, which gives nothing.
+    rest_of_key
+        As ``key``, where only the first numbers of each key are there: the others.
 
     Returns
     -------
@@ -87,10 +92,13 @@ def attended(
         ``[batch, tokens, heads, value width]``, contiguous; ``None`` where the kernel does not take it. A token that
         sees nothing has 0, as with torch's kernels. Every answer is the same with any number of threads.
     """
-    if not _may_read(query, key, value, mask, sinks):
+    if not _may_read(query, key, value, mask, sinks, rest_of_key):
         return None
+    has_one = query.dtype == key.dtype == value.dtype and (
+        rest_of_key is None or rest_of_key.dtype == key.dtype
+    )
     like = _Like(
-        query.dtype if query.dtype == key.dtype == value.dtype else None,
+        query.dtype if has_one else None,
         (query.shape, query.stride()),
         (key.shape, key.stride()),
         (value.shape, value.stride()),
@@ -99,9 +107,10 @@ def attended(
         is_causal,
         softcap,
         None if sinks is None else sinks.shape,
+        None if rest_of_key is None else (rest_of_key.shape, rest_of_key.stride()),
     )
     call = _call(like)
-    return None if call is None else call(query, key, value, mask, sinks)
+    return None if call is None else call((query, key, value), mask, sinks, rest_of_key)
 
 
 def is_there() -> bool:
@@ -122,14 +131,14 @@ def _may_probe_stacks() -> bool:
     return llvm.address_of_symbol("__chkstk") is not None
 
 
-def _may_read(query: Any, key: Any, value: Any, mask: Any, sinks: Any) -> bool:
+def _may_read(*tensors: Any) -> bool:
     """Whether all is there, in RAM, and nobody looks on: to differentiate, to trace."""
     import torch
 
     if is_looked_at():
         return False
     needs_grad = torch.is_grad_enabled()
-    for part in (query, key, value, mask, sinks):
+    for part in tensors:
         if part is None:
             continue
         if type(part) is not torch.Tensor and type(part) is not torch.nn.Parameter:
@@ -160,10 +169,12 @@ class _Call:
             *(_bits(scale), _bits(like.softcap or 0.0)),
             *((1, 1) if like.is_causal else (places, 0)),
             *(0, batch * key_heads * -(-places // part)),
+            *(0, *(like.rest[1][:3] if like.rest else (0, 0, 0))),
         )
         self._words = bytes(_Words(*words))
 
-    def __call__(self, query: Any, key: Any, value: Any, mask: Any, sinks: Any) -> Any:
+    def __call__(self, states: tuple[Any, Any, Any], mask: Any, sinks: Any, rest: Any) -> Any:
+        query, key, value = states
         out = query.new_empty(self._out)
         words = _Words.from_buffer_copy(self._words)
         words[0], words[1], words[2] = query.data_ptr(), key.data_ptr(), value.data_ptr()
@@ -172,12 +183,14 @@ class _Call:
         if sinks is not None:
             sinks = sinks.float().contiguous()
             words[4] = sinks.data_ptr()
+        if rest is not None:
+            words[_REST] = rest.data_ptr()
         words[5] = out.data_ptr()
         room = _taken_room(self._room)
         words[6] = start = room.data_ptr()
         words[7] = start + self._records
         if not self._is_alone:
-            words[-2] = team()
+            words[_TEAM] = team()
         self._kernel(words)
         _leave_room(room)
         return out
@@ -218,23 +231,27 @@ def _call(like: _Like) -> _Call | None:
         mask[0],
         has_cap=bool(like.softcap),
         has_sinks=like.sinks is not None,
+        rest=like.rest[0][3] if like.rest else 0,
     )
     return None if kernel is None else _Call(kernel, like, mask[1])
 
 
 def _fit(like: _Like) -> bool:
     """Whether query, keys, values and sinks are what `attended` takes."""
-    tensors = (like.query, like.key, like.value)
+    rest = () if like.rest is None else (like.rest,)
+    tensors = (like.query, like.key, like.value, *rest)
     if any(len(shape) != 4 or strides[3] != 1 or 0 in shape for shape, strides in tensors):
         return False
     (batch, heads, tokens, width), (_, key_heads, places, value_width) = like.query[0], like.value[0]
+    parts = [shape for shape, _ in (like.key, *rest)]
     return (
         _name(like.dtype) in _FLOATS
         and tokens <= FEW_TOKENS
         and heads % key_heads == 0
-        and tuple(like.key[0]) == (batch, key_heads, places, width)
+        and all(tuple(shape[:3]) == (batch, key_heads, places) for shape in parts)
+        and sum(shape[3] for shape in parts) == width
         and like.value[0][0] == batch
-        and all(size % 8 == 0 and size <= _WIDEST for size in (width, value_width))
+        and all(size % 8 == 0 and size <= _WIDEST for size in (width, value_width, parts[-1][3]))
         and not (like.is_causal and like.mask is not None)
         and (like.sinks is None or tuple(like.sinks) == (heads,))
     )
@@ -277,7 +294,7 @@ def _bits(number: float) -> int:
 
 @cache
 def _kernel(
-    sizes: tuple[str, int, int, int], mask: str, *, has_cap: bool, has_sinks: bool
+    sizes: tuple[str, int, int, int], mask: str, *, has_cap: bool, has_sinks: bool, rest: int
 ) -> Callable[[Any], None] | None:
     """The compiled kernel; ``None`` where there is none for this processor, or this dtype."""
     try:
@@ -287,7 +304,7 @@ def _kernel(
         if "float16" in (sizes[0], mask) and not numbers.has_float16():
             return None
         with preparing():
-            return attention(Kind(*sizes, mask, has_cap, has_sinks))
+            return attention(Kind(*sizes, mask, has_cap, has_sinks, rest))
     except Exception:  # another llvmlite, or it has no such instruction after all
         return None
 

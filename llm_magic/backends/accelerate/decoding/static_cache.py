@@ -64,6 +64,12 @@ class FixedLayer:
         self.places = places_of(self.window, capacity)
         # Place by place in memory: how far apart two of them are does not depend on how many there are, and what was
         # compiled for one cache fits a larger one.
+        if keys.shape[1] == values.shape[1] == 1 and keys.shape[3] != values.shape[3]:
+            # Latents and the rest of the keys: what attends to them takes both as one (see `latent_attention`).
+            widths = keys.shape[3], values.shape[3]
+            both = keys.new_zeros((self.places, batch, 1, sum(widths))).permute(1, 2, 0, 3)
+            self.buffers = both.split(widths, dim=-1)
+            return
         self.buffers = tuple(
             like.new_zeros((self.places, batch, like.shape[1], like.shape[3])).permute(1, 2, 0, 3)
             for like in (keys, values)
@@ -172,7 +178,7 @@ class StaticCache:
     Attributes
     ----------
     cache
-        What the model takes as ``past_key_values``.
+        What the model takes as its KV cache.
     layers
         Its `FixedLayer` s, by their index.
     states

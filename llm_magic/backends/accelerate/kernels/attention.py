@@ -56,6 +56,7 @@ _QUERY, _KEY, _VALUE, _MASK, _SINKS, _OUT, _RECORDS, _DONE = range(8)
 _BATCH, _HEADS, _SHARED, _TOKENS, _PLACES, _PART = range(8, 14)
 _OF_QUERY, _OF_KEY, _OF_VALUE, _OF_MASK, _OF_OUT = range(14, 29, 3)
 _SCALE, _CAP, _SEEN, _MORE_SEEN, _TEAM, _MOST_SHARES = range(29, 35)
+_REST, _OF_REST = 35, 36
 """Words of the argument of a kernel."""
 
 _AHEAD, _LINE = 32, 64
@@ -85,6 +86,8 @@ class Kind:
         ``""`` for none, ``"bool"``, or the dtype of what is added to the scores.
     has_cap, has_sinks
         Whether scores are capped, and whether there is a further one of each head.
+    rest
+        How many numbers of a key lie in a tensor of their own: the last ones.
     """
 
     dtype: str
@@ -94,12 +97,13 @@ class Kind:
     mask: str = ""
     has_cap: bool = False
     has_sinks: bool = False
+    rest: int = 0
 
     @property
     def lanes(self) -> int:
         """Numbers of a vector: as many as the processor has, if the widths are multiples of that."""
         widest = 16 if "avx512bw" in instructions() else 8
-        return widest if self.width % widest == self.value_width % widest == 0 else 8
+        return widest if not any(size % widest for size in (self.width, self.value_width, self.rest)) else 8
 
 
 def attention(kind: Kind) -> Callable[[Any], None]:
@@ -112,7 +116,7 @@ def attention(kind: Kind) -> Callable[[Any], None]:
 
         =========  ==========================================================================================
         address    of the query ``[batch, heads * shared, tokens, width]``
-        address    of the keys ``[batch, heads, places, width]``
+        address    of the keys ``[batch, heads, places, width - rest]``
         address    of the values ``[batch, heads, places, value_width]``
         address    of the mask ``[batch, heads * shared, tokens, places]``
         address    of the sinks, float32 ``[heads * shared]``
@@ -125,6 +129,8 @@ def attention(kind: Kind) -> Callable[[Any], None]:
         numbers    places that the first token sees, at most, and by how many more each further one
         team       its address; 0: the calling thread alone
         number     of shares, at most
+        address    of the rest of the keys ``[batch, heads, places, rest]``, where there is one
+        strides    of its first three dimensions
         =========  ==========================================================================================
 
         Where a row sees no place, the output is 0, as that of torch's kernels.
@@ -216,29 +222,46 @@ class _Attention:
         """
         builder, lanes, rows = self.builder, self.lanes, self.kind.rows
         together = lanes >> (rows - 1).bit_length()  # places
-        keys, stride = self._of_head(_KEY, _OF_KEY, head, first)
         last = builder.sub(count, I64(1))
         sums = [[variable(builder, self.floats) for _ in range(together)] for _ in range(rows)]
-        element = stored_kind(self.kind.dtype)
         with loop(builder, I64(0), self._divided_up(count, I64(together))) as group:
             begin = builder.mul(group, I64(together))
             places = [self._least(builder.add(begin, I64(each)), last) for each in range(together)]
-            starts = [at(builder, keys, builder.mul(place, stride), element) for place in places]
-            self._ask_for(starts, stride, self.kind.width)
             self._clear(held for of_row in sums for held in of_row)
-            with loop(builder, I64(0), I64(self.kind.width // lanes)) as step:
-                index = builder.mul(step, I64(lanes))
-                numbers = [self._read(start, index, self.kind.dtype) for start in starts]
-                for query, of_row in zip(self._query, sums, strict=True):
-                    some = loaded(builder, query, index, self.floats)
-                    for held, number in zip(of_row, numbers, strict=True):
-                        self._add(held, some, number)
+            width = self.kind.width - self.kind.rest
+            self._add_products(sums, self._of_head(_KEY, _OF_KEY, head, first), places, (0, width))
+            if self.kind.rest:
+                rest = self._of_head(_REST, _OF_REST, head, first)
+                self._add_products(sums, rest, places, (width, self.kind.rest))
             found = [builder.load(held, typ=self.floats) for of_row in sums for held in of_row]
             found += [same(self.floats, 0.0)] * (lanes - len(found))
             totals = _totals(builder, found)
             for number, scores in enumerate(self._scores):
                 mine = range(number * together, (number + 1) * together)
                 stored(builder, shuffled(builder, totals, totals, mine), scores, begin)
+
+    def _add_products(
+        self,
+        sums: Sequence[Sequence[Any]],
+        keys: tuple[Any, Any],
+        places: Sequence[Any],
+        part: tuple[int, int],
+    ) -> None:
+        """Add products of the rows with keys of some places, or with a part of them, to sums.
+
+        ``part`` says where it begins in the query, and how wide it is.
+        """
+        builder, lanes, (start, stride), (begin, width) = self.builder, self.lanes, keys, part
+        element = stored_kind(self.kind.dtype)
+        starts = [at(builder, start, builder.mul(place, stride), element) for place in places]
+        self._ask_for(starts, stride, width)
+        with loop(builder, I64(0), I64(width // lanes)) as step:
+            index = builder.mul(step, I64(lanes))
+            numbers = [self._read(of_place, index, self.kind.dtype) for of_place in starts]
+            for query, of_row in zip(self._query, sums, strict=True):
+                some = loaded(builder, query, builder.add(index, I64(begin)), self.floats)
+                for held, number in zip(of_row, numbers, strict=True):
+                    self._add(held, some, number)
 
     def _find_greatest(self, number: int, head: Any, row: Any, first: Any, count: Any) -> Any:
         """Cap and mask a row's scores, so that what it does not see has minus infinity, and find the greatest."""

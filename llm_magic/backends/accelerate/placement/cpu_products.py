@@ -399,6 +399,16 @@ def _by_numbers(tokens: Any, weights: PackedWeights) -> Any:
     return results
 
 
+def numbers_of(weights: PackedWeights, dtype: Any) -> Any:
+    """All numbers of packed weights, ``[out, in]``; ``None`` where no kernel unpacks them."""
+    import torch
+
+    if _kernel(weights.layout, _name(dtype), 0) is None or (weights.block and weights.rows % weights.block):
+        return None
+    room = torch.empty(weights.rows * weights.columns, dtype=dtype, device="cpu")
+    return _unpacked(weights, 0, room).T.contiguous()
+
+
 def _unpacked(weights: PackedWeights, start: int, numbers: Any) -> Any:
     """Numbers ``[in, out]`` of the rows from ``start`` on, as many as there is room for."""
     rows = numbers.numel() // weights.columns

@@ -24,6 +24,7 @@ from weakref import ref
 from llm_magic.backends.accelerate.default_dtype import default_dtype_kept
 from llm_magic.backends.accelerate.placement import four_bits
 from llm_magic.backends.accelerate.placement.cpu_linear import serve_linear
+from llm_magic.backends.accelerate.placement.latent_attention import MATRIX, may_attend_to_latents
 from llm_magic.backends.accelerate.placement.packed_head import serve_head
 from llm_magic.backends.accelerate.placement.packing import (
     Parts,
@@ -347,10 +348,12 @@ def _skipped(model: Any, stays: Sequence[str] | None) -> list[str]:
 
 
 def _read_directly(model: Any) -> Iterator[str]:
-    """Linear layers whose owner's code uses ``self.<layer>.weight``, which would be packed bytes."""
+    """Linear layers whose owner's code, or ours in its place, uses ``self.<layer>.weight``, which would be packed bytes."""
     for path, owner in model.named_modules():
         kind: Any = type(owner)
         names = _names_in_code(kind, r"self\.(\w+)\.weight\b(?!\.(?:dtype|device|shape))")
+        if may_attend_to_latents(owner):
+            names |= {MATRIX}
         for leaf in owner._modules:
             if leaf in names:
                 yield f"{path}.{leaf}" if path else leaf

@@ -16,6 +16,7 @@ from types import MappingProxyType
 from typing import Any
 
 from llm_magic.backends.accelerate.decoding.running import running
+from llm_magic.backends.accelerate.placement import latent_attention
 from llm_magic.backends.accelerate.placement.cpu_linear import is_served_linear
 from llm_magic.backends.accelerate.placement.experts import find_stacks
 from llm_magic.backends.accelerate.placement.packed_experts import computes_packed
@@ -387,7 +388,9 @@ class Recorder:
     def attention(self, module: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any) -> Any:
         """As an attention function of transformers."""
         with _no_mode():
-            shape = (query.shape[0], query.shape[2], query.shape[1], value.shape[3])
+            is_latent = latent_attention.are_latents(module, key, value)
+            width = module.v_head_dim if is_latent else value.shape[3]
+            shape = (query.shape[0], query.shape[2], query.shape[1], width)
             (out,) = self.leaf(
                 "attention", module, ((query, key, value, mask), options), [shape], query.dtype
             )

@@ -6,11 +6,11 @@ one another (as in hybrid models) are each counted as they are.
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Iterator
 from typing import Any
 
+from llm_magic.backends.accelerate.placement.latent_attention import keeps_expanded
 from llm_magic.backends.accelerate.source.config_values import of_layer
 from llm_magic.model import CacheCost
 
@@ -97,7 +97,7 @@ def _attention_width(modules: dict[str, Any], config: Any) -> int:
     if getattr(config, "kv_lora_rank", None) and getattr(config, "qk_rope_head_dim", None):
         # multi-head latent attention: transformers caches the compressed latent and the rotary key, or
         # what it makes of them for each head
-        if not any(map(_caches_expanded, modules.values())):
+        if not any(map(keeps_expanded, modules.values())):
             return int(config.kv_lora_rank + config.qk_rope_head_dim)
         widths = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
         return int(config.num_attention_heads * sum(getattr(config, width) for width in widths))
@@ -110,16 +110,6 @@ def _attention_width(modules: dict[str, Any], config: Any) -> int:
         return found
     crosses = sum(bool(_CROSS.search(name.rpartition(".")[2])) for name in modules)
     return 2 * _kv_heads(config) * _head_dim(config) * (1 + min(crosses, 1))
-
-
-def _caches_expanded(module: Any) -> bool:
-    """Whether a module caches keys and values that it has expanded, as sparse attention does in transformers 5.17.
-
-    Names of a function are in the order in which it first uses them.
-    """
-    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-    names = [name for name in (code.co_names if code else ()) if name in ("expand_kv", "update")]
-    return names == ["expand_kv", "update"]
 
 
 def _outputs(module: Any) -> int:
