@@ -27,12 +27,14 @@ from llm_magic.backends.accelerate.kernels.shares import SHARE, compiled_for_a_t
 _CHANNELS = 16
 """In a vector."""
 
-STATE, INPUTS, WEIGHTS, RESULTS, GROUPS, TEAM, SHARES = range(7)
+STATE, INPUTS, WEIGHTS, RESULTS, BIASES, GROUPS, TEAM, SHARES = range(8)
 """Words of the argument of a kernel."""
 
 
 @cache
-def causal_step(width: int, kept: int, dtype: str, *, has_silu: bool) -> Callable[[Any], None] | None:
+def causal_step(
+    width: int, kept: int, dtype: str, *, has_silu: bool, has_bias: bool = False
+) -> Callable[[Any], None] | None:
     """Compile it; ``None`` where there are no vectors for it.
 
     Parameters
@@ -45,6 +47,8 @@ def causal_step(width: int, kept: int, dtype: str, *, has_silu: bool) -> Callabl
         Of all numbers: ``"float32"``, ``"float16"`` or ``"bfloat16"``. Sums are in float32, and rounded to it.
     has_silu
         Whether the SiLU of what comes out is meant.
+    has_bias
+        Whether every channel has a number that is added before.
 
     Returns
     -------
@@ -56,6 +60,7 @@ def causal_step(width: int, kept: int, dtype: str, *, has_silu: bool) -> Callabl
         address   of the token's inputs ``[channels]``
         address   of the weights ``[channels, width]``
         address   of the results ``[channels]``
+        address   of the biases ``[channels]``, if there are any
         groups    of 16 channels
         team      its address; 0: the calling thread alone
         shares    at most
@@ -85,6 +90,10 @@ def causal_step(width: int, kept: int, dtype: str, *, has_silu: bool) -> Callabl
         result = builder.fmul(*pairs[0])
         for some, factor in pairs[1:]:
             result = multiplied_and_added(module, builder, some, factor, result)
+        if has_bias:
+            biases = word(builder, words, BIASES, POINTER)
+            bias = loaded(builder, biases, channel, vector(kind, _CHANNELS))
+            result = builder.fadd(result, as_floats(builder, bias, dtype))
         rounded = from_floats(builder, result, dtype)
         if has_silu:
             silu = Functions(module, builder).silu(as_floats(builder, rounded, dtype))

@@ -6,9 +6,9 @@ from typing import Any
 
 from llm_magic.backends.accelerate.placement import cpu_products
 from llm_magic.backends.accelerate.placement.cpu_linear import serve_linear
-from llm_magic.backends.accelerate.placement.linear_attention import serve_linear_attention
 from llm_magic.backends.accelerate.placement.plain_experts import is_module_of_experts, serve_plain_experts
 from llm_magic.backends.accelerate.placement.plain_routers import serve_plain_router
+from llm_magic.backends.accelerate.placement.recurrent_steps import serve_recurrent_steps
 
 
 def serve_plain_modules(model: Any) -> None:
@@ -26,4 +26,4 @@ def serve_plain_modules(model: Any) -> None:
                 if not isinstance(child, (torch.nn.Linear, torch.nn.Embedding)):
                     serve_plain_router(child)
         else:
-            serve_linear_attention(module)
+            serve_recurrent_steps(module)

@@ -1,7 +1,8 @@
-"""Linear attention by the gated delta rule on the CPU: the numbers of transformers' functions, and who gets which."""
+"""Recurrent layers on the CPU, a token at a time: the numbers of transformers' functions, and who gets which."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,18 +13,28 @@ pytest.importorskip("llvmlite")
 
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 from transformers import DynamicCache  # noqa: E402
+from transformers.models.mamba2 import modeling_mamba2 as theirs_of_mamba  # noqa: E402
 from transformers.models.qwen3_5 import modeling_qwen3_5 as theirs  # noqa: E402
 
-from llm_magic.backends.accelerate.placement import cpu_products, linear_attention  # noqa: E402
-from llm_magic.backends.accelerate.placement.linear_attention import (  # noqa: E402
-    is_served_linear_attention,
-    serve_linear_attention,
+from llm_magic.backends.accelerate.placement import cpu_products, recurrent_steps, step_kernels  # noqa: E402
+from llm_magic.backends.accelerate.placement.recurrent_steps import (  # noqa: E402
+    has_recurrent_steps,
+    serve_recurrent_steps,
 )
+from tests.caches import given  # noqa: E402
 from tests.test_recorded import made  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not cpu_products.is_there(), reason="no kernels for this processor")
 RULE, CONVOLUTION = theirs.torch_recurrent_gated_delta_rule, theirs.causal_conv1d_update
 FAMILIES = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid")
+STATE_SPACES = {
+    "granitemoehybrid": {"mamba_d_state": 16},
+    "nemotron_h": {"ssm_state_size": 16},
+    "falcon_h1": {"mamba_d_state": 16},
+    "zamba2": {"mamba_d_state": 16, "mamba_ngroups": 2, "n_mamba_heads": 8, "num_key_value_heads": 4}
+    | {"layers_block_type": ["mamba", "mamba", "hybrid", "mamba"], "num_mem_blocks": 1},
+}
+"""Of Mamba 2, and what lets their small models have states of whole vectors."""
 
 
 @pytest.fixture(autouse=True)
@@ -36,13 +47,13 @@ def _no_grad() -> Iterator[None]:
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The kernels that ran, by what they are for."""
     found: list[str] = []
-    usual = linear_attention._run
+    usual = step_kernels._run
 
     def run(kernel: Any, addresses: list[int], counts: list[int], shares: int) -> None:
         found.append("rule" if len(counts) > 1 else "convolution")
         usual(kernel, addresses, counts, shares)
 
-    monkeypatch.setattr(linear_attention, "_run", run)
+    monkeypatch.setattr(step_kernels, "_run", run)
     return found
 
 
@@ -72,7 +83,7 @@ def one_token(heads: tuple[int, int], sizes: tuple[int, int], dtype: Any, seed: 
 def test_the_rule(heads: tuple[int, int], sizes: tuple[int, int], dtype: Any) -> None:
     token = one_token(heads, sizes, dtype)
     expected, state = RULE(**{**token, "initial_state": token["initial_state"].clone()})
-    found, changed = linear_attention._by_the_rule(**token)
+    found, changed = step_kernels.by_the_rule(**token)
     assert changed is token["initial_state"], "where it was"
     assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
     torch.testing.assert_close(changed, state, rtol=1e-5, atol=1e-5)
@@ -97,32 +108,36 @@ def test_the_rule(heads: tuple[int, int], sizes: tuple[int, int], dtype: Any) ->
 )
 def test_what_the_kernel_does_not_do(change: dict[str, Any], asked: list[str]) -> None:
     token = one_token((2, 4), (16, 16), torch.float32)
-    assert linear_attention._by_the_rule(**{**token, **change}) is None
+    assert step_kernels.by_the_rule(**{**token, **change}) is None
     assert not asked
 
 
 def test_sizes_of_no_whole_vectors(asked: list[str]) -> None:
-    assert linear_attention._by_the_rule(**one_token((2, 2), (24, 16), torch.float32)) is None
-    assert linear_attention._by_the_rule(**one_token((2, 2), (16, 8), torch.float32)) is None
+    assert step_kernels.by_the_rule(**one_token((2, 2), (24, 16), torch.float32)) is None
+    assert step_kernels.by_the_rule(**one_token((2, 2), (16, 8), torch.float32)) is None
     assert not asked
 
 
+@pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("activation", [None, "silu"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("width", "kept"), [(2, 1), (3, 2), (4, 3), (4, 4), (3, 5)])
 @pytest.mark.parametrize("channels", [16, 80, 8192])
-def test_the_convolution(channels: int, width: int, kept: int, dtype: Any, activation: str | None) -> None:
+def test_the_convolution(
+    channels: int, width: int, kept: int, dtype: Any, activation: str | None, has_bias: bool
+) -> None:
     chance = torch.Generator().manual_seed(channels + width)
 
     def numbers(*shape: int) -> Any:
         return torch.randn(shape, generator=chance).to(dtype)
 
     states, weight = numbers(1, channels, kept), numbers(channels, width)
+    bias = numbers(channels) if has_bias else None
     mine, usual = states.clone(), states.clone()
     for _ in range(3):
         token = numbers(1, 1, channels).transpose(1, 2)
-        expected = CONVOLUTION(token, usual, weight, None, activation)
-        found = linear_attention._convolved(token, mine, weight, None, activation)
+        expected = CONVOLUTION(token, usual, weight, bias, activation)
+        found = step_kernels.convolved(token, mine, weight, bias, activation)
         assert torch.equal(mine, usual)
         assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
         nearly = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
@@ -132,7 +147,8 @@ def test_the_convolution(channels: int, width: int, kept: int, dtype: Any, activ
 @pytest.mark.parametrize(
     "change",
     [
-        {"bias": torch.randn(16)},
+        {"bias": torch.randn(16).double()},
+        {"bias": torch.randn(32)[::2]},
         {"activation": "gelu"},
         {"hidden_states": torch.randn(1, 16, 2)},
         {"conv_state": torch.randn(1, 16, 2)},
@@ -148,7 +164,86 @@ def test_what_the_kernel_does_not_convolve(change: dict[str, Any], asked: list[s
         "conv_state": torch.randn(1, 16, 3),
         "weight": torch.randn(16, 4),
     }
-    assert linear_attention._convolved(**{**usual, **change}) is None
+    assert step_kernels.convolved(**{**usual, **change}) is None
+    assert not asked
+
+
+def update_of(heads: int, groups: int, sizes: tuple[int, int], dtype: Any, seed: int = 0) -> dict[str, Any]:
+    """Arguments for a token of Mamba 2, as its modules give them: rows and columns of a state."""
+    chance = torch.Generator().manual_seed(seed)
+
+    def numbers(*shape: int) -> Any:
+        return torch.randn(shape, generator=chance)
+
+    rows, columns = sizes
+    return {
+        "state": numbers(1, heads, rows, columns),
+        "hidden_states": numbers(1, heads, rows).to(dtype),
+        "dt": numbers(1, 1, heads).to(dtype).transpose(1, 2).expand(-1, -1, rows),
+        "A": (-numbers(heads).exp())[:, None, None].expand(-1, rows, columns),
+        "B": numbers(1, groups, columns).to(dtype),
+        "C": numbers(1, groups, columns).to(dtype),
+        "D": numbers(heads).to(dtype)[:, None].expand(-1, rows),
+        "z": numbers(1, heads, rows).to(dtype),
+        "dt_bias": numbers(heads).to(dtype)[:, None].expand(-1, rows),
+        "dt_softplus": True,
+    }
+
+
+def updated(token: dict[str, Any]) -> Any:
+    """As modules call it: the first ones by their places."""
+    first = ("state", "hidden_states", "dt", "A", "B", "C", "D")
+    rest = {name: value for name, value in token.items() if name not in first}
+    return step_kernels.updated_states(*(token[name] for name in first), **rest)
+
+
+@pytest.mark.parametrize("left_out", [(), ("z",), ("D", "z"), ("dt_bias", "z"), ("D", "dt_bias")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("heads", "groups", "sizes"), [(2, 1, (4, 16)), (6, 2, (64, 128)), (48, 1, (16, 32))]
+)
+def test_a_state_space(
+    heads: int, groups: int, sizes: tuple[int, int], dtype: Any, left_out: tuple[str, ...]
+) -> None:
+    """As exact as float32 with the numbers that were given, which transformers' products are not in 16 bits."""
+    token = update_of(heads, groups, sizes, dtype) | dict.fromkeys(left_out)
+    exact = {
+        name: value.double() if isinstance(value, torch.Tensor) else value for name, value in token.items()
+    }
+    wanted = theirs_of_mamba.mamba2_selective_state_update(**exact)
+    usual = {**token, "state": token["state"].clone()}
+    as_usual = theirs_of_mamba.mamba2_selective_state_update(**usual)
+    found = updated(token)
+    assert (found.dtype, found.shape) == (as_usual.dtype, as_usual.shape)
+    for mine, others, right in ((found, as_usual, wanted), (token["state"], usual["state"], exact["state"])):
+        error, of_theirs = ((each.double() - right).abs().max() for each in (mine, others))
+        assert error <= max(1.5 * of_theirs, 1e-5)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"dt_softplus": False},
+        {"state": torch.zeros(1, 2, 4, 16, dtype=torch.bfloat16)},
+        {"state": torch.zeros(1, 2, 16, 4).transpose(2, 3)},
+        {"state": torch.zeros(2, 2, 4, 16)},
+        {"hidden_states": torch.zeros(1, 2, 8)},
+        {"dt": torch.zeros(1, 2, 4)},
+        {"A": torch.zeros(2, 4, 16)},
+        {"C": torch.zeros(1, 2, 16)},
+        {"B": torch.zeros(1, 1, 32), "C": torch.zeros(1, 1, 32)},
+    ],
+    ids=", ".join,
+)
+def test_state_spaces_of_another_kind(change: dict[str, Any], asked: list[str]) -> None:
+    token = update_of(2, 1, (4, 16), torch.float32)
+    assert updated({**token, **change}) is None
+    assert not asked
+
+
+def test_states_of_no_whole_vectors(asked: list[str]) -> None:
+    assert updated(update_of(2, 1, (6, 16), torch.float32)) is None
+    assert updated(update_of(2, 1, (4, 8), torch.float32)) is None
     assert not asked
 
 
@@ -159,20 +254,20 @@ def answers(model: Any, ids: Any) -> Any:
     """Logits of a prompt, and of some tokens after it, one at a time."""
     cache = DynamicCache(config=model.config)
     sweeps = (ids[:, :6], *ids[:, 6:].split(1, dim=1))
-    return torch.stack([model(some, past_key_values=cache, use_cache=True).logits[:, -1] for some in sweeps])
+    return torch.stack([model(some, **given(cache), use_cache=True).logits[:, -1] for some in sweeps])
 
 
 def model_of(name: str, *, is_served: bool, monkeypatch: pytest.MonkeyPatch) -> Any:
     with monkeypatch.context() as patch:
         if not is_served:
             patch.setattr(
-                "llm_magic.backends.accelerate.placement.served_model.serve_linear_attention", lambda _m: None
+                "llm_magic.backends.accelerate.placement.served_model.serve_recurrent_steps", lambda _m: None
             )
         model = made(name, torch.float32, **SIZES.get(name, {}))
     return model.requires_grad_(False)
 
 
-SIZES = {
+SIZES = STATE_SPACES | {
     name: {
         "linear_key_head_dim": 16,
         "linear_value_head_dim": 16,
@@ -184,10 +279,10 @@ SIZES = {
 
 
 def mixers_of(model: Any) -> list[Any]:
-    return [module for module in model.modules() if is_served_linear_attention(module)]
+    return [module for module in model.modules() if has_recurrent_steps(module)]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [*FAMILIES, *STATE_SPACES])
 def test_models_answer_as_by_transformers_functions(
     name: str, asked: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -205,27 +300,33 @@ def test_models_answer_as_by_transformers_functions(
     assert rules or name == "olmo_hybrid", "whose states are of another shape in this small model"
 
 
+def to_mixer(found: Any, cache: Any) -> dict[str, Any]:
+    """A cache as an argument of a module, by the name that the transformers at hand has for it there."""
+    takes = inspect.signature(type(found).forward).parameters
+    return {next(name for name in ("cache", "cache_params") if name in takes): cache}
+
+
 def mixer(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
     """A served module, and a cache in which it has seen a prompt."""
     model = model_of("qwen3_5_text", is_served=True, monkeypatch=monkeypatch)
     found, cache = mixers_of(model)[0], DynamicCache(config=model.config)
-    found(torch.randn(1, 5, model.config.hidden_size), cache_params=cache)
+    found(torch.randn(1, 5, model.config.hidden_size), **to_mixer(found, cache))
     return found, cache
 
 
 def test_one_token_at_a_time(asked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     found, cache = mixer(monkeypatch)
     assert not asked, "not for a prompt"
-    found(torch.randn(1, 1, 64), cache_params=cache)
+    found(torch.randn(1, 1, 64), **to_mixer(found, cache))
     assert asked == ["convolution", "rule"]
-    found(torch.randn(1, 2, 64), cache_params=cache)
+    found(torch.randn(1, 2, 64), **to_mixer(found, cache))
     assert len(asked) == 2
 
 
 def test_others_that_call_the_functions_get_torchs(asked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Also in the thread in which a served module has just computed."""
     found, cache = mixer(monkeypatch)
-    found(torch.randn(1, 1, 64), cache_params=cache)
+    found(torch.randn(1, 1, 64), **to_mixer(found, cache))
     asked.clear()
     token = one_token((2, 4), (16, 16), torch.float32)
     before = token["initial_state"].clone()
@@ -240,29 +341,29 @@ def test_whoever_looks_on_sees_torch(looks: str, asked: list[str], monkeypatch: 
     states = torch.randn(1, 1, 64)
     if looks == "gradients":
         with torch.enable_grad():
-            found(states, cache_params=cache)
+            found(states, **to_mixer(found, cache))
     else:
         with FlopCounterMode(display=False):
-            found(states, cache_params=cache)
+            found(states, **to_mixer(found, cache))
     assert not asked
 
 
 def test_an_error_in_a_module_ends_it(asked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     found, cache = mixer(monkeypatch)
     with pytest.raises(RuntimeError):
-        found(torch.randn(1, 1, 63), cache_params=cache)
-    assert not getattr(linear_attention._HERE, "is_served", False)
+        found(torch.randn(1, 1, 63), **to_mixer(found, cache))
+    assert not getattr(recurrent_steps._HERE, "is_served", False)
     assert not asked
 
 
 def test_modules_without_such_functions_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (torch.nn.Linear(16, 16), torch.nn.ModuleList(), torch.nn.LayerNorm(16)):
         kind = type(module)
-        serve_linear_attention(module)
+        serve_recurrent_steps(module)
         assert type(module) is kind
     found, _ = mixer(monkeypatch)
     kind = type(found)
-    serve_linear_attention(found)
+    serve_recurrent_steps(found)
     assert type(found) is kind, "served once"
 
 

@@ -1,0 +1,101 @@
+"""A token of a selective state space: the state of a head is read and written once, and answers on the way.
+
+As torch computes it there are some ten passes over the states of all heads, most of them to another place in memory.
+
+Source: Dao, Gu, "Transformers are SSMs", 2024 (Mamba 2), its recurrence of one token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+from llvmlite import ir
+
+from llm_magic.backends.accelerate.kernels.code import (
+    F32,
+    loaded,
+    loop,
+    multiplied_and_added,
+    same,
+    spread,
+    stored,
+    totals,
+    vector,
+)
+from llm_magic.backends.accelerate.kernels.compiler import I32, I64, POINTER, word
+from llm_magic.backends.accelerate.kernels.numbers import has_vectors
+from llm_magic.backends.accelerate.kernels.shares import SHARE, compiled_for_a_team, share_of
+
+_FLOATS = 16
+"""Numbers in a vector."""
+_ROWS = 4
+"""Of a state at a time, whose sums are made together."""
+
+STATE, INPUTS, KEYS, QUERIES, DECAYS, RESULTS, HEADS, SHARING, TEAM, SHARES = range(10)
+"""Words of the argument of a kernel."""
+
+
+@cache
+def state_space(rows: int, columns: int) -> Callable[[Any], None] | None:
+    """Compile what a token does to the states of heads, and what they answer; ``None`` where there are no vectors for it.
+
+    Parameters
+    ----------
+    rows, columns
+        Of a state: numbers of a head's input, and of what groups of heads share.
+
+    Returns
+    -------
+    callable
+        Of the address of 64-bit words, in this order; all numbers are float32:
+
+        ========  ==============================================================================
+        address   of the states ``[heads, rows, columns]``, which are changed
+        address   of the inputs times their step ``[heads, rows]``: ``dt x``
+        address   of what is written ``[heads / sharing, columns]``: ``B``
+        address   of what is asked for ``[heads / sharing, columns]``: ``C``
+        address   of what is left of the states ``[heads]``: the exponential of ``dt A``
+        address   of the results ``[heads, rows]``
+        heads
+        sharing   heads that have the same ``B`` and ``C``
+        team      its address; 0: the calling thread alone
+        shares    at most
+        ========  ==============================================================================
+    """
+    if rows % _ROWS or columns % _FLOATS or not has_vectors():
+        return None
+    module = ir.Module()
+    work = ir.Function(module, SHARE, "work")
+    builder = ir.IRBuilder(work.append_basic_block())
+    words, kind = work.args[0], vector(F32, _FLOATS)
+    state, inputs, keys, queries, decays, results = (
+        word(builder, words, which, POINTER) for which in range(HEADS)
+    )
+    first, last = share_of(builder, word(builder, words, HEADS))
+    with loop(builder, first, last) as head:
+        shared = builder.mul(builder.udiv(head, word(builder, words, SHARING)), I64(columns))
+        decay = spread(builder, [loaded(builder, decays, head, F32)], _FLOATS)
+        of_head = builder.mul(head, I64(rows))
+        with loop(builder, I64(0), I64(rows // _ROWS)) as some:
+            numbers = [
+                builder.add(builder.add(of_head, builder.mul(some, I64(_ROWS))), I64(each))
+                for each in range(_ROWS)
+            ]
+            factors = [spread(builder, [loaded(builder, inputs, row, F32)], _FLOATS) for row in numbers]
+            sums = [same(kind, 0.0)] * _ROWS
+            for column in range(0, columns, _FLOATS):
+                place = builder.add(shared, I64(column))
+                key, query = (loaded(builder, each, place, kind) for each in (keys, queries))
+                for each, (row, factor) in enumerate(zip(numbers, factors, strict=True)):
+                    at = builder.add(builder.mul(row, I64(columns)), I64(column))
+                    before = builder.fmul(loaded(builder, state, at, kind), decay)
+                    after = multiplied_and_added(module, builder, key, factor, before)
+                    stored(builder, after, state, at)
+                    sums[each] = multiplied_and_added(module, builder, after, query, sums[each])
+            (found,) = totals(builder, sums)
+            for each, row in enumerate(numbers):
+                stored(builder, builder.extract_element(found, I32(each)), results, row)
+    builder.ret_void()
+    return compiled_for_a_team(module, work, (TEAM, SHARES))
