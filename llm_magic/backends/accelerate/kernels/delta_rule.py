@@ -1,6 +1,7 @@
-"""A token of linear attention by the gated delta rule: the state of a head is read twice, and written once.
+"""Linear attention by the gated delta rule: for each token the state of a head is read twice, and written once.
 
-As torch computes it there are seven passes over the states of all heads, each to another place in memory.
+As torch computes a token there are seven passes over the states of all heads, each to another place in memory. The tokens
+of a prompt come one after the other while a head's state is in the processor's caches.
 
 Source: Yang, Kautz, Hatamizadeh, "Gated Delta Networks", 2024, equation 10.
 """
@@ -35,13 +36,13 @@ _FLOATS = 16
 _MOST = 8
 """Vectors of sums that stay in registers at a time, on a processor with the longest."""
 
-STATE, QUERIES, KEYS, VALUES, DECAYS, SHARES_OF_NEW, RESULTS, HEADS, SHARING, TEAM, SHARES = range(11)
+STATE, QUERIES, KEYS, VALUES, DECAYS, SHARES_OF_NEW, RESULTS, TOKENS, HEADS, SHARING, TEAM, SHARES = range(12)
 """Words of the argument of a kernel."""
 
 
 @cache
 def delta_rule(keys: int, values: int) -> Callable[[Any], None] | None:
-    """Compile what a token does to the states of heads, and what they answer; ``None`` where there are no vectors for it.
+    """Compile what tokens do to the states of heads, and what they answer; ``None`` where there are no vectors for it.
 
     Parameters
     ----------
@@ -55,12 +56,13 @@ def delta_rule(keys: int, values: int) -> Callable[[Any], None] | None:
 
         ========  ==============================================================================
         address   of the states ``[heads, keys, values]``, which are changed
-        address   of the queries ``[heads / sharing, keys]``; made of length 1, over the root of ``keys``
-        address   of the keys ``[heads / sharing, keys]``; made of length 1
-        address   of the values ``[heads, values]``
-        address   of what is left of the states ``[heads]``: the exponential of ``g``
-        address   of how much of what is new is taken ``[heads]``: ``beta``
-        address   of the results ``[heads, values]``
+        address   of the queries ``[tokens, heads / sharing, keys]``; made of length 1, over the root of ``keys``
+        address   of the keys ``[tokens, heads / sharing, keys]``; made of length 1
+        address   of the values ``[tokens, heads, values]``
+        address   of what is left of the states ``[tokens, heads]``: the exponential of ``g``
+        address   of how much of what is new is taken ``[tokens, heads]``: ``beta``
+        address   of the results ``[tokens, heads, values]``
+        tokens
         heads
         sharing   heads that have the same query and key
         team      its address; 0: the calling thread alone
@@ -89,23 +91,33 @@ class _Heads:
 
     def write(self) -> None:
         builder, words = self._builder, self._words
-        first, last = share_of(builder, word(builder, words, HEADS))
-        with loop(builder, first, last) as head:
-            shared = builder.mul(builder.udiv(head, word(builder, words, SHARING)), I64(self._keys))
+        heads, sharing = word(builder, words, HEADS), word(builder, words, SHARING)
+        pairs = builder.udiv(heads, sharing)
+        first, last = share_of(builder, heads)
+        with (
+            loop(builder, first, last) as head,
+            loop(builder, I64(0), word(builder, words, TOKENS)) as token,
+        ):
+            of_token = builder.add(builder.mul(token, pairs), builder.udiv(head, sharing))
+            shared = builder.mul(of_token, I64(self._keys))
             query, key = ((word(builder, words, which, POINTER), shared) for which in (QUERIES, KEYS))
             of_query = builder.fdiv(self._one_over_length(query), ir.Constant(F32, self._keys**0.5))
             of_key = self._one_over_length(key)
+            which = head, builder.add(builder.mul(token, heads), head)
             for column in range(0, self._values, len(self._sums) * _FLOATS):
-                self._columns(head, (query, of_query), (key, of_key), column)
+                self._columns(which, (query, of_query), (key, of_key), column)
 
-    def _columns(self, head: Any, query: tuple[Any, Any], key: tuple[Any, Any], column: int) -> None:
-        """Some columns of a head's state."""
+    def _columns(
+        self, which: tuple[Any, Any], query: tuple[Any, Any], key: tuple[Any, Any], column: int
+    ) -> None:
+        """Some columns of a state: ``which`` are its head, and the number of that among those of all tokens."""
+        head, in_all = which
         builder, module = self._builder, self._module
         count = min(len(self._sums), (self._values - column) // _FLOATS)
         places = [column + _FLOATS * number for number in range(count)]
         sums = self._sums[:count]
         decay, taken = (
-            self._everywhere(loaded(builder, word(builder, self._words, which, POINTER), head, F32))
+            self._everywhere(loaded(builder, word(builder, self._words, which, POINTER), in_all, F32))
             for which in (DECAYS, SHARES_OF_NEW)
         )
         state = word(builder, self._words, STATE, POINTER)
@@ -118,7 +130,7 @@ class _Heads:
                 before = builder.load(held, typ=self._kind)
                 builder.store(multiplied_and_added(module, builder, numbers, factor, before), held)
         new = []
-        of_head = builder.mul(head, I64(self._values))
+        of_head = builder.mul(in_all, I64(self._values))
         values, results = (word(builder, self._words, which, POINTER) for which in (VALUES, RESULTS))
         for held, place in zip(sums, places, strict=True):
             value = loaded(builder, values, builder.add(of_head, I64(place)), self._kind)

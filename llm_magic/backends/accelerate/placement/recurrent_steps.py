@@ -1,4 +1,4 @@
-"""Recurrent layers on the CPU, one token at a time: the gated delta rule (Qwen3-Next, Qwen3.5, OLMo hybrid) and Mamba 2
+"""Recurrent layers on the CPU, whose tokens are one after the other: the gated delta rule (Qwen3-Next, Qwen3.5, OLMo hybrid) and Mamba 2
 (Nemotron-H, Granite 4, Falcon-H1, Bamba, Zamba 2).
 
 Their modules call functions of transformers that have no kernels for CPUs. In those modules a kernel of ours is asked
@@ -18,11 +18,19 @@ from typing import Any
 from llm_magic.backends.accelerate.looked_at import is_looked_at
 from llm_magic.backends.accelerate.placement import cpu_products
 from llm_magic.backends.accelerate.placement.served_class import serve, served_by, usual_class_of
-from llm_magic.backends.accelerate.placement.step_kernels import by_the_rule, convolved, updated_states
+from llm_magic.backends.accelerate.placement.step_kernels import (
+    by_the_rule,
+    by_the_rule_in_turn,
+    convolved,
+    scanned_in_turn,
+    updated_states,
+)
 
 _RULES = {
     "torch_recurrent_gated_delta_rule": by_the_rule,
+    "torch_chunk_gated_delta_rule": by_the_rule_in_turn,
     "mamba2_selective_state_update": updated_states,
+    "mamba2_chunk_scan": scanned_in_turn,
 }
 _ASKED = {**_RULES, "causal_conv1d_update": convolved}
 """What the modules of transformers call, and what is asked first."""
@@ -68,7 +76,7 @@ def _by_kernels(module: Any, *args: Any, **options: Any) -> Any:
     import torch
 
     states = next((each for each in (*args, *options.values()) if isinstance(each, torch.Tensor)), None)
-    if states is None or not states.is_cpu or states.shape[:-1] != (1, 1):
+    if states is None or not states.is_cpu or len(states) != 1:
         return None
     if torch.is_grad_enabled() or is_looked_at():
         return None

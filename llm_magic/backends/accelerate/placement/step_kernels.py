@@ -1,4 +1,4 @@
-"""What kernels make in the place of functions of transformers, for one token of a recurrent layer on the CPU."""
+"""What kernels make in the place of functions of transformers, for tokens of a recurrent layer on the CPU."""
 
 from __future__ import annotations
 
@@ -13,29 +13,50 @@ _CHANNELS_AT_A_TIME = 16
 """Of the kernel for convolutions, which is imported when it is needed."""
 _HEADS_FOR_A_THREAD, _GROUPS_FOR_A_THREAD = 4, 256
 """Of a share at least: some microseconds."""
+_NOTHING = 1e-30
+_OF_SEVERAL_TEXTS = ("cu_seqlens", "seq_idx")
+"""Arguments with which there are several in one sequence."""
 
 
 def by_the_rule(query: Any, key: Any, value: Any, g: Any, beta: Any, **options: Any) -> Any:
-    """As transformers' function; ``None`` where no kernel does that."""
+    """As transformers' function for one token, but the state is changed where it is; ``None`` where no kernel does that."""
+    if key.shape[1] != 1 or options.get("initial_state") is None or not options.get("output_final_state"):
+        return None
+    return _ruled((query, key, value), g, beta, options)
+
+
+def by_the_rule_in_turn(query: Any, key: Any, value: Any, g: Any, beta: Any, **options: Any) -> Any:
+    """As transformers' function for the tokens of a prompt, which are one after the other here; else ``None``."""
     import torch
 
-    state = options.get("initial_state")
-    is_usual = options.get("output_final_state") and options.get("use_qk_l2norm_in_kernel")
-    if state is None or not is_usual or options.get("cu_seqlens") is not None:
+    before = options.get("initial_state")
+    shape = (*value.shape[:1], value.shape[2], key.shape[-1], value.shape[-1])
+    state = torch.zeros(shape, dtype=torch.float32, device="cpu") if before is None else before.clone()
+    found = _ruled((query, key, value), g, beta, {**options, "initial_state": state})
+    return found if found is None or options.get("output_final_state") else (found[0], None)
+
+
+def _ruled(states: tuple[Any, Any, Any], g: Any, beta: Any, options: dict[str, Any]) -> Any:
+    import torch
+
+    (query, key, value), state = states, options["initial_state"]
+    is_one = not any(options.get(name) is not None for name in _OF_SEVERAL_TEXTS)
+    if not options.get("use_qk_l2norm_in_kernel") or not is_one:
         return None
-    heads, sharing = value.shape[2], value.shape[2] // max(1, key.shape[2])
+    tokens, heads = value.shape[1:3]
+    sharing = heads // max(1, key.shape[2])
     shape = (1, heads, key.shape[-1], value.shape[-1])
     if state.dtype != torch.float32 or not state.is_contiguous() or tuple(state.shape) != shape:
         return None
-    if query.shape != key.shape or sharing * key.shape[2] != heads or key.shape[:2] != (1, 1):
+    if query.shape != key.shape or sharing * key.shape[2] != heads or key.shape[:2] != (1, tokens):
         return None
     kernel = _rule_kernel(*shape[2:])
     if kernel is None:
         return None
     queries, keys, values, taken = (each.float().contiguous() for each in (query, key, value, beta))
-    decays, results = g.float().exp().contiguous(), torch.empty_like(values)
+    decays, results = _decays(g.float()), torch.empty_like(values)
     parts = (state, queries, keys, values, decays, taken, results)
-    _run(kernel, [part.data_ptr() for part in parts], [heads, sharing], heads // _HEADS_FOR_A_THREAD)
+    _run(kernel, [part.data_ptr() for part in parts], [tokens, heads, sharing], _shares(heads, tokens))
     return results.to(query.dtype), state
 
 
@@ -70,45 +91,97 @@ def convolved(
 
 
 def updated_states(state: Any, hidden_states: Any, dt: Any, *matrices: Any, **options: Any) -> Any:
-    """As transformers' function of Mamba 2; ``None`` where no kernel does that."""
-    import torch
-
+    """As transformers' function of Mamba 2 for one token; ``None`` where no kernel does that."""
     of_states, keys, queries, *rest = matrices  # its A, B, C, and D where there is one
-    skipping = rest[0] if rest else options.get("D")
-    shape, groups = state.shape, keys.shape[1]
-    heads = shape[1]
-    if (
-        not options.get("dt_softplus")
-        or shape[0] != 1
-        or hidden_states.shape != shape[:3]
-        or keys.shape != queries.shape
-    ):
-        return None
-    if (
-        state.dtype != torch.float32
-        or not state.is_contiguous()
-        or heads % groups
-        or keys.shape[2] != shape[3]
-    ):
+    skipping, bias = rest[0] if rest else options.get("D"), options.get("dt_bias")
+    if not options.get("dt_softplus") or hidden_states.shape != state.shape[:3]:
         return None
     if dt.stride(2) or of_states.stride()[-2:] != (0, 0):  # else each row of a state has a step of its own
+        return None
+    steps = _steps(dt[:, None, :, 0], None if bias is None else bias[:, 0])
+    results = _scanned(
+        state, (hidden_states[:, None], keys[:, None], queries[:, None]), steps, of_states[:, 0, 0]
+    )
+    if results is None:
+        return None
+    results = results[:, 0]
+    if skipping is not None:
+        results += hidden_states.float() * skipping.float()
+    if (gate := options.get("z")) is not None:
+        results *= _silu(gate.float())
+    return results.to(hidden_states.dtype)
+
+
+def scanned_in_turn(hidden_states: Any, dt: Any, *matrices: Any, **options: Any) -> Any:
+    """As transformers' function of Mamba 2 for a prompt, whose tokens are one after the other here; else ``None``."""
+    import torch
+
+    of_states, keys, queries = matrices[:3]
+    is_one = not any(options.get(name) is not None for name in (*_OF_SEVERAL_TEXTS, "z"))
+    if not options.get("dt_softplus") or not is_one:
+        return None
+    before, skipping = options.get("initial_states"), options.get("D")
+    shape = (*hidden_states.shape[:1], *hidden_states.shape[2:], keys.shape[3])
+    state = (
+        torch.zeros(shape, dtype=torch.float32, device="cpu") if before is None else before.float().clone()
+    )
+    steps = _steps(dt, options.get("dt_bias")).clamp(*options.get("dt_limit", (0.0, float("inf"))))
+    results = _scanned(state, (hidden_states, keys, queries), steps, of_states)
+    if results is None:
+        return None
+    if skipping is not None:
+        results += hidden_states.float() * skipping.float()[..., None]
+    return (results, state) if options.get("return_final_states") else results
+
+
+def _steps(dt: Any, bias: Any) -> Any:
+    """What a step of time is for each head."""
+    import torch
+
+    return torch.nn.functional.softplus(dt.float() if bias is None else dt.float() + bias.float())
+
+
+def _silu(numbers: Any) -> Any:
+    import torch
+
+    return torch.nn.functional.silu(numbers)
+
+
+def _scanned(state: Any, tokens: tuple[Any, Any, Any], steps: Any, of_states: Any) -> Any:
+    """What tokens find in states, which they change: float32 ``[1, tokens, heads, rows]``; ``None`` where no kernel does that.
+
+    ``tokens`` are inputs ``[1, tokens, heads, rows]`` and what groups of heads share ``[1, tokens, groups, columns]``.
+    """
+    import torch
+
+    hidden, keys, queries = tokens
+    (_, count, heads, rows), groups = hidden.shape, keys.shape[2]
+    shape = (1, heads, rows, keys.shape[3])
+    if tuple(state.shape) != shape or state.dtype != torch.float32 or not state.is_contiguous():
+        return None
+    if keys.shape != queries.shape or keys.shape[:2] != (1, count) or heads % groups:
         return None
     kernel = _state_kernel(*shape[2:])
     if kernel is None:
         return None
-    steps, bias = dt[0, :, 0].float(), options.get("dt_bias")
-    steps = torch.nn.functional.softplus(steps if bias is None else steps + bias[:, 0].float())
-    inputs = (hidden_states[0].float() * steps[:, None]).contiguous()
-    keys, queries = (each[0].float().contiguous() for each in (keys, queries))
-    decays = (steps * of_states[:, 0, 0].float()).exp()
+    inputs = (hidden.float() * steps[..., None]).contiguous()
+    keys, queries = (each.float().contiguous() for each in (keys, queries))
+    decays = _decays(steps * of_states.float())
     results = torch.empty_like(inputs)
     parts = (state, inputs, keys, queries, decays, results)
-    _run(kernel, [part.data_ptr() for part in parts], [heads, heads // groups], heads // _HEADS_FOR_A_THREAD)
-    if skipping is not None:
-        results += hidden_states[0] * skipping
-    if (gate := options.get("z")) is not None:
-        results *= torch.nn.functional.silu(gate[0].float())
-    return results.to(hidden_states.dtype)[None]
+    counts = [count, heads, heads // groups]
+    _run(kernel, [part.data_ptr() for part in parts], counts, _shares(heads, count))
+    return results
+
+
+def _decays(exponents: Any) -> Any:
+    """What is left of states; where that is next to nothing it is none: processors are slow with the smallest numbers."""
+    found = exponents.exp().contiguous()
+    return found.masked_fill_(found < _NOTHING, 0.0)
+
+
+def _shares(heads: int, tokens: int) -> int:
+    return min(heads, heads * tokens // _HEADS_FOR_A_THREAD)
 
 
 def _run(kernel: Any, addresses: list[int], counts: list[int], shares: int) -> None:
