@@ -139,10 +139,10 @@ def test_16_bits(dtype: Any) -> None:
 
 def test_others_attend_to_keys_and_values(monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers' own code, and a function that somebody has registered in the meantime."""
-    eager = made("deepseek_v3", attn_implementation="eager")
-    assert eager.config._attn_implementation == "eager"
-    wanted = fed(eager, [10, 1])
+    eager = made("deepseek_v3")
     attention.use_latents(eager)
+    eager.set_attn_implementation("eager")
+    wanted = fed(made("deepseek_v3", attn_implementation="eager"), [10, 1])
     seen = Expansions(eager, monkeypatch)
     assert torch.equal(fed(eager, [10, 1]), wanted)
     assert seen.places == [10] * 4 + [11] * 4
@@ -157,6 +157,22 @@ def test_others_attend_to_keys_and_values(monkeypatch: pytest.MonkeyPatch) -> No
     ALL_ATTENTION_FUNCTIONS["sdpa"] = theirs
     torch.testing.assert_close(fed(model, [10, 1]), wanted, atol=3e-4, rtol=1e-3)
     assert set(widths) == {(24, 24)}
+
+
+def test_a_function_that_comes_when_layers_are_recorded_gets_keys_and_values(tmp_path: Path) -> None:
+    engine = load(families.save("glm4_moe_lite", tmp_path), "ram")
+    before = ask(engine, "a b c d e f g h").text
+    assert "recorded layers" in engine.status()
+    widths = []
+
+    def theirs(module: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any) -> Any:
+        widths.append((query.shape[2], key.shape[3], value.shape[3]))
+        return sdpa_attention_forward(module, query, key, value, mask, **options)
+
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = theirs
+    assert ask(engine, "a b c d e f g h").text == before
+    assert (1, 16, 16) in widths
+    engine.close()
 
 
 def test_what_somebody_has_put_on_the_matrix_counts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,6 +221,8 @@ def test_gradients_are_those_of_keys_and_values() -> None:
 
 
 def test_modules_that_look_like_it_are_left_alone() -> None:
+    eager = made("minicpm3", attn_implementation="eager").model.layers[0].self_attn
+    assert not latent_attention.may_attend_to_latents(eager)
     model = made("minicpm3")
     module = model.model.layers[0].self_attn
     assert latent_attention.may_attend_to_latents(module)
@@ -259,6 +277,9 @@ def test_between_heads_and_latents(own: int, values: int, dtype: Any) -> None:
     rounding = 4 * torch.finfo(dtype).eps  # of sums of up to 192 numbers
     torch.testing.assert_close(found[..., :64].double(), back, atol=rounding * 60, rtol=rounding)
     assert torch.equal(found[..., 64:], query[..., own:])
+    others = torch.float64 if dtype == torch.float32 else torch.float32
+    with pytest.raises(RuntimeError, match=r"dtype|scalar type"):
+        heads.queries(query[:1].to(others))
     seen = torch.randn(2, 5, 3, 64).to(dtype)
     there = torch.einsum("bthl,hvl->bthv", seen.double(), exact[:, own:])
     torch.testing.assert_close(heads.values(seen).double(), there, atol=rounding * 60, rtol=rounding)

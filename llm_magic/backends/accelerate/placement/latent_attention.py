@@ -65,7 +65,8 @@ def hands_on(module: Any) -> bool:
 
 def may_attend_to_latents(module: Any) -> bool:
     """Whether it is a module of attention whose `MATRIX` is read directly, where a few tokens attend."""
-    return keeps_latents(module) and _has_what_is_needed(module)
+    attends_by = getattr(getattr(module, "config", None), "_attn_implementation", None)
+    return attends_by == "sdpa" and keeps_latents(module) and _has_what_is_needed(module)
 
 
 def _has_what_is_needed(module: Any) -> bool:
@@ -181,12 +182,9 @@ class Heads:
         """As `queries`, of one sequence."""
         heads, rows, width = self.matrix.shape
         tokens, dtype = query.shape[2], query.dtype
-        if (
-            len(query) > 1
-            or query.stride(3) != 1
-            or is_looked_at()
-            or not _need_no_gradient(query, self.matrix)
-        ):
+        if len(query) > 1 or query.stride(3) != 1 or dtype != self.matrix.dtype or not self.matrix.is_cpu:
+            return None
+        if is_looked_at() or not _need_no_gradient(query, self.matrix):
             return None
         kernel = _row_sums(width, str(dtype).removeprefix("torch."))
         if kernel is None:

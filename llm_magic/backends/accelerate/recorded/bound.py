@@ -8,6 +8,7 @@ from typing import Any
 
 from llm_magic.backends.accelerate.decoding.step_by_step import attention_function
 from llm_magic.backends.accelerate.kernels.torch_threads import FEW_NUMBERS, one_thread
+from llm_magic.backends.accelerate.placement.latent_attention import TAKES_LATENTS, are_latents, expanded
 from llm_magic.backends.accelerate.placement.layer_cache import GrowingTensors
 from llm_magic.backends.accelerate.placement.plain_experts import PlainStack
 from llm_magic.backends.accelerate.placement.plain_routers import is_served_router, router_products
@@ -192,7 +193,10 @@ def _attention_step(node: Node, module: Any) -> Callable[[Values], None]:
         is_usual = own.get(name, known.get(name)) is registered  # nobody has registered another one
         function = usual if is_usual else attention_function(module)
         args, kwargs = shown(node.args, values), {name: shown(value, values) for name, value in node.kwargs}
-        values[out.base] = as_noted(function(module, *args, **kwargs)[0], out)
+        query, key, value, *rest = args
+        if not hasattr(function, TAKES_LATENTS) and are_latents(module, key, value):
+            key, value = expanded(module, key, value)
+        values[out.base] = as_noted(function(module, query, key, value, *rest, **kwargs)[0], out)
 
     return step
 
