@@ -468,7 +468,8 @@ def test_plain_layers_refuse_what_torch_refuses() -> None:
     [
         ({"avx2"}, {"bfloat16": 24, "float16": 24}),  # as packed ones: torch is slow with any number of them
         ({"avx2", "avx512bf16"}, {"bfloat16": 16, "float16": 24}),
-        ({"avx512bf16", "avx512fp16", "amx-bf16"}, {"bfloat16": 1, "float16": 1}),
+        ({"avx512bf16", "avx512fp16", "amx-bf16"}, {"bfloat16": 8, "float16": 24}),
+        ({"avx512bf16", "avx512fp16", "amx-bf16", "amx-fp16"}, {"bfloat16": 8, "float16": 8}),
         ({"neon", "bf16"}, {"bfloat16": 0, "float16": 24}),
     ],
 )

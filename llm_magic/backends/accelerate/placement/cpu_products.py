@@ -44,12 +44,17 @@ The second where integers in blocks of rows are multiplied in bfloat16.
 _FEW, _FEW_WITHOUT_TILES = 12, 24
 """Up to so many are multiplied with the bytes of packed weights; the second where a processor has no tiles for numbers of
 16 bits. Measured with AMX, and with AVX2 and avx512bf16 (Zen 4)."""
-_FEW_PLAIN = (("amx-bf16", 1), ("avx512fp16", 1), ("avx512bf16", 16))
+_FEW_PLAIN = {
+    "bfloat16": (("amx-bf16", 8), ("avx512bf16", 16)),
+    "float16": (("amx-fp16", 8), ("avx512fp16", 24)),
+}
 """And with a matrix of 16 bits, on a processor that has instructions for them: the first of these that it has.
 
-Measured with avx512bf16 alone (Zen 4): kernels were at the limit of RAM with up to 8 tokens, where torch was at half of
-it, and quicker with 16. Not measured with AMX, whose tiles take several tokens at once; they do nothing for one token,
-which waits for RAM alone. Not measured with ARM's instructions, whose products stay torch's.
+Measured with two cores each, matrices of 0.3 to 50 million weights. avx512bf16 alone (Zen 4): kernels were at the limit
+of RAM with up to 8 tokens, where torch was at half of it, and quicker with 16. AMX (Sapphire Rapids): they took 0.65 to
+0.9 of torch's time with one to 4 tokens, as long with 8, and 1.1 to 1.7 times as long with 16, for its tiles take those
+at once. avx512fp16 there: 0.4 to 0.6 of torch's time with 2 to 8, 0.9 with 24. Not measured: tiles of float16, taken for
+the same as those of bfloat16; ARM's instructions, whose products stay torch's.
 """
 _UNPACKED_WEIGHTS = 1 << 22
 """That are numbers at a time, while many tokens are multiplied with them: they stay in the caches."""
@@ -152,7 +157,7 @@ def few_plain_tokens(dtype: Any) -> int:
         return 0
     if multiplies_slowly(dtype):
         return few_tokens(dtype)
-    return next((count for needed, count in _FEW_PLAIN if needed in _instructions()), 0)
+    return next((count for needed, count in _FEW_PLAIN[_name(dtype)] if needed in _instructions()), 0)
 
 
 def most_by_bytes(kind: str, dtype: Any) -> int:
