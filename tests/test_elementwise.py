@@ -200,6 +200,7 @@ CURVES: dict[str, tuple[Callable[[Any], Any], int]] = {
     "exp": (torch.exp, 3),
     "sigmoid": (torch.sigmoid, 5),
     "silu": (functional.silu, 6),
+    "softplus": (functional.softplus, 5),
     "tanh": (torch.tanh, 12),
 }
 """And how far they may be from the true number, in units of the last place of float32."""

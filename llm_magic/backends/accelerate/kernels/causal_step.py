@@ -27,7 +27,7 @@ from llm_magic.backends.accelerate.kernels.shares import SHARE, compiled_for_a_t
 _CHANNELS = 16
 """In a vector."""
 
-STATE, INPUTS, WEIGHTS, RESULTS, BIASES, GROUPS, TEAM, SHARES = range(8)
+STATE, INPUTS, WEIGHTS, BIASES, RESULTS, GROUPS, TEAM, SHARES = range(8)
 """Words of the argument of a kernel."""
 
 
@@ -59,8 +59,8 @@ def causal_step(
         address   of the inputs before ``[channels, kept]``, which are changed
         address   of the token's inputs ``[channels]``
         address   of the weights ``[channels, width]``
-        address   of the results ``[channels]``
         address   of the biases ``[channels]``, if there are any
+        address   of the results ``[channels]``
         groups    of 16 channels
         team      its address; 0: the calling thread alone
         shares    at most

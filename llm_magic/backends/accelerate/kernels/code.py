@@ -104,6 +104,15 @@ def multiplied_and_added(
     )
 
 
+_NOTHING = 1e-30
+
+
+def or_nothing(builder: ir.IRBuilder, factor: Any) -> Any:
+    """What is left of numbers; where that is next to nothing it is none: processors are slow with the smallest numbers."""
+    is_less = builder.fcmp_ordered("<", factor, ir.Constant(F32, _NOTHING))
+    return builder.select(is_less, ir.Constant(F32, 0.0), factor)
+
+
 def total(module: ir.Module, builder: ir.IRBuilder, values: Any) -> Any:
     """The sum of a vector of floats."""
     kind = values.type

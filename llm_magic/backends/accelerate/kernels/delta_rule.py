@@ -3,7 +3,8 @@
 As torch computes a token there are seven passes over the states of all heads, each to another place in memory. The tokens
 of a prompt come one after the other while a head's state is in the processor's caches.
 
-Source: Yang, Kautz, Hatamizadeh, "Gated Delta Networks", 2024, equation 10.
+Source: Yang, Kautz, Hatamizadeh, "Gated Delta Networks", 2024, equation 10; and where each number of a key has a decay of
+its own, Kimi Team, "Kimi Linear", 2025, equation 1.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from llm_magic.backends.accelerate.kernels.code import (
     loaded,
     loop,
     multiplied_and_added,
+    or_nothing,
     same,
     spread,
     stored,
@@ -41,13 +43,15 @@ STATE, QUERIES, KEYS, VALUES, DECAYS, SHARES_OF_NEW, RESULTS, TOKENS, HEADS, SHA
 
 
 @cache
-def delta_rule(keys: int, values: int) -> Callable[[Any], None] | None:
+def delta_rule(keys: int, values: int, *, decays_rows: bool = False) -> Callable[[Any], None] | None:
     """Compile what tokens do to the states of heads, and what they answer; ``None`` where there are no vectors for it.
 
     Parameters
     ----------
     keys, values
         Numbers of a key and of a value.
+    decays_rows
+        Whether each row of a state, one for each number of a key, has a decay of its own.
 
     Returns
     -------
@@ -59,7 +63,8 @@ def delta_rule(keys: int, values: int) -> Callable[[Any], None] | None:
         address   of the queries ``[tokens, heads / sharing, keys]``; made of length 1, over the root of ``keys``
         address   of the keys ``[tokens, heads / sharing, keys]``; made of length 1
         address   of the values ``[tokens, heads, values]``
-        address   of what is left of the states ``[tokens, heads]``: the exponential of ``g``
+        address   of what is left of the states ``[tokens, heads]``, or of their rows ``[tokens, heads, keys]``:
+                  the exponential of ``g``
         address   of how much of what is new is taken ``[tokens, heads]``: ``beta``
         address   of the results ``[tokens, heads, values]``
         tokens
@@ -74,7 +79,7 @@ def delta_rule(keys: int, values: int) -> Callable[[Any], None] | None:
     module = ir.Module()
     work = ir.Function(module, SHARE, "work")
     builder = ir.IRBuilder(work.append_basic_block())
-    _Heads(module, builder, work.args[0], keys, values).write()
+    _Heads(module, builder, work.args[0], (keys, values), decays_rows=decays_rows).write()
     builder.ret_void()
     return compiled_for_a_team(module, work, (TEAM, SHARES))
 
@@ -82,9 +87,19 @@ def delta_rule(keys: int, values: int) -> Callable[[Any], None] | None:
 class _Heads:
     """A share of the heads."""
 
-    def __init__(self, module: ir.Module, builder: ir.IRBuilder, words: Any, keys: int, values: int) -> None:
+    def __init__(
+        self,
+        module: ir.Module,
+        builder: ir.IRBuilder,
+        words: Any,
+        sizes: tuple[int, int],
+        *,
+        decays_rows: bool,
+    ) -> None:
         self._module, self._builder, self._words = module, builder, words
-        self._keys, self._values = keys, values
+        self._keys, self._values = sizes
+        self._decays_rows = decays_rows
+        values = self._values
         self._kind = vector(F32, _FLOATS)
         count = min(_MOST, values // _FLOATS)
         self._sums = [variable(builder, self._kind) for _ in range(count)]
@@ -116,15 +131,17 @@ class _Heads:
         count = min(len(self._sums), (self._values - column) // _FLOATS)
         places = [column + _FLOATS * number for number in range(count)]
         sums = self._sums[:count]
-        decay, taken = (
-            self._everywhere(loaded(builder, word(builder, self._words, which, POINTER), in_all, F32))
-            for which in (DECAYS, SHARES_OF_NEW)
+        taken = self._everywhere(
+            loaded(builder, word(builder, self._words, SHARES_OF_NEW, POINTER), in_all, F32)
         )
+        of_state = None if self._decays_rows else self._everywhere(self._decay(in_all))
         state = word(builder, self._words, STATE, POINTER)
         start = builder.mul(head, I64(self._keys * self._values))
         self._clear(sums)
         with loop(builder, I64(0), I64(self._keys)) as row:
             factor = self._entry(key, row)
+            if of_state is None:
+                factor = builder.fmul(factor, self._everywhere(self._decay(in_all, row)))
             for held, place in zip(sums, self._row(start, row, places), strict=True):
                 numbers = loaded(builder, state, place, self._kind)
                 before = builder.load(held, typ=self._kind)
@@ -134,11 +151,13 @@ class _Heads:
         values, results = (word(builder, self._words, which, POINTER) for which in (VALUES, RESULTS))
         for held, place in zip(sums, places, strict=True):
             value = loaded(builder, values, builder.add(of_head, I64(place)), self._kind)
-            known = builder.fmul(builder.load(held, typ=self._kind), decay)
+            known = builder.load(held, typ=self._kind)
+            known = known if of_state is None else builder.fmul(known, of_state)
             new.append(builder.fmul(builder.fsub(value, known), taken))
         self._clear(sums)
         with loop(builder, I64(0), I64(self._keys)) as row:
             of_key, of_query = self._entry(key, row), self._entry(query, row)
+            decay = self._everywhere(self._decay(in_all, row)) if of_state is None else of_state
             for held, place, added in zip(sums, self._row(start, row, places), new, strict=True):
                 numbers = builder.fmul(loaded(builder, state, place, self._kind), decay)
                 numbers = multiplied_and_added(module, builder, of_key, added, numbers)
@@ -147,6 +166,14 @@ class _Heads:
                 builder.store(multiplied_and_added(module, builder, numbers, of_query, before), held)
         for held, place in zip(sums, places, strict=True):
             stored(builder, builder.load(held, typ=self._kind), results, builder.add(of_head, I64(place)))
+
+    def _decay(self, in_all: Any, row: Any = None) -> Any:
+        """What is left of a head's state, or of a row of it."""
+        place = in_all
+        if row is not None:
+            place = self._builder.add(self._builder.mul(in_all, I64(self._keys)), row)
+        decays = word(self._builder, self._words, DECAYS, POINTER)
+        return or_nothing(self._builder, loaded(self._builder, decays, place, F32))
 
     def _row(self, start: Any, row: Any, places: list[int]) -> list[Any]:
         first = self._builder.add(start, self._builder.mul(row, I64(self._values)))

@@ -11,6 +11,12 @@ from llvmlite import ir
 from llm_magic.backends.accelerate.kernels.code import F32, intrinsic, same, vector
 from llm_magic.backends.accelerate.kernels.compiler import I32
 
+_LOG_FACTORS = (
+    *(-1.1514610310e-1, 1.1676998740e-1, -1.2420140846e-1, 1.4249322787e-1),
+    *(-1.6668057665e-1, 2.0000714765e-1, -2.4999993993e-1, 3.3333331174e-1),
+)
+"""Of the polynomial for a logarithm, behind its first."""
+
 
 class Functions:
     """What can be said of numbers in one function that is being written."""
@@ -111,6 +117,17 @@ class Functions:
         scaled = builder.select(large, self.constant(math.inf, value), scaled)
         return builder.select(builder.fcmp_unordered("uno", value, value), value, scaled)
 
+    def softplus(self, value: Any) -> Any:
+        """As torch's: beyond 20 the number itself."""
+        power = self.exp(value)
+        near = self.add_number(power, 1.0)
+        # What was rounded away from 1 + power is missed by the logarithm as by the difference.
+        exact = self.divide(self.multiply(self._log(near), power), self.add_number(near, -1.0))
+        one = self.constant(1.0, value)
+        found = self._builder.select(self._builder.fcmp_ordered("==", near, one), power, exact)
+        is_large = self._builder.fcmp_ordered(">", value, self.constant(20.0, value))
+        return self._builder.select(is_large, value, found)
+
     def sigmoid(self, value: Any) -> Any:
         return self.reciprocal(self.add_number(self.exp(self.negate(value)), 1.0))
 
@@ -148,6 +165,29 @@ class Functions:
         inner = self._fused(self._times(self.cube(value), 0.044715), self.constant(1.0, value), value)
         curve = self.tanh(self._times(inner, math.sqrt(2 / math.pi)))
         return self.multiply(self._times(value, 0.5), self.add_number(curve, 1.0))
+
+    def _log(self, value: Any) -> Any:
+        """Of a number from 1 to 2 to the 126th: of its power of two, and the series of what is over it, by the polynomial
+        of Cephes' ``logf`` (S. L. Moshier, 1992).
+        """
+        builder, words = self._builder, _integers(value)
+        bits = builder.bitcast(value, words)
+        exponent = builder.sub(builder.lshr(bits, _whole(words, 23)), _whole(words, 127))
+        mantissa = builder.or_(builder.and_(bits, _whole(words, 0x007FFFFF)), _whole(words, 0x3F800000))
+        part = builder.bitcast(mantissa, value.type)
+        is_high = builder.fcmp_ordered(">", part, self.constant(math.sqrt(2.0), value))
+        part = builder.select(is_high, self._times(part, 0.5), part)
+        power = builder.sitofp(exponent, value.type)
+        power = builder.select(is_high, self.add_number(power, 1.0), power)
+        rest = self.add_number(part, -1.0)
+        series = self.constant(7.0376836292e-2, value)
+        for factor in _LOG_FACTORS:
+            series = self._fused(series, rest, self.constant(factor, value))
+        square = self.square(rest)
+        tail = self.multiply(self.multiply(series, rest), square)
+        tail = self._fused(power, self.constant(-2.12194440e-4, value), tail)
+        tail = self._fused(square, self.constant(-0.5, value), tail)
+        return self._fused(power, self.constant(0.693359375, value), self.add(rest, tail))
 
     def _chosen(self, is_left: Any, left: Any, right: Any) -> Any:
         is_none = self._builder.fcmp_unordered("uno", left, left)

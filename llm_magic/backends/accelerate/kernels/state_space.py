@@ -19,6 +19,7 @@ from llm_magic.backends.accelerate.kernels.code import (
     loaded,
     loop,
     multiplied_and_added,
+    or_nothing,
     same,
     spread,
     stored,
@@ -92,7 +93,7 @@ def _some_rows(
     state, inputs, keys, queries, decays, results = (
         word(builder, words, which, POINTER) for which in range(TOKENS)
     )
-    decay = spread(builder, [loaded(builder, decays, in_all, F32)], _FLOATS)
+    decay = spread(builder, [or_nothing(builder, loaded(builder, decays, in_all, F32))], _FLOATS)
     first = builder.mul(some, I64(_ROWS))
     of_state, of_token = (builder.add(builder.mul(each, I64(rows)), first) for each in (head, in_all))
     numbers = [builder.add(of_token, I64(each)) for each in range(_ROWS)]

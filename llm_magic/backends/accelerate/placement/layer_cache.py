@@ -77,6 +77,33 @@ def tokens_seen(layer: Any) -> int:
     return int(layer.get_seq_length()) if hasattr(layer, "get_seq_length") else 0
 
 
+_OF_STATES = ("get_conv_state", "get_recurrent_state", "update_recurrent_state", "is_recording_past")
+
+
+def state_in(cache: Any, index: int, kind: str, number: int) -> Any:
+    """A recurrent state that a layer of a cache keeps; ``None`` where it may not be changed where it is.
+
+    Parameters
+    ----------
+    kind
+        ``"conv_states"``, the last inputs of convolutions, or ``"recurrent_states"``, of all tokens before.
+    number
+        Among those of the layer.
+    """
+    from transformers.cache_utils import Cache, LinearAttentionLayer
+
+    layer = cache.layers[index] if 0 <= index < len(cache.layers) else None
+    if not isinstance(layer, LinearAttentionLayer) or not layer.has_previous_state.get(number):
+        return None
+    if type(layer).update_recurrent_state is not LinearAttentionLayer.update_recurrent_state:
+        return None
+    is_usual = all(getattr(type(cache), name) is getattr(Cache, name) for name in _OF_STATES)
+    if layer.record_past or not is_usual or not vars(cache).keys().isdisjoint(_OF_STATES):
+        return None
+    state = vars(layer)[kind][number]
+    return state if state is not None and state.is_cpu and state.is_contiguous() else None
+
+
 def is_plain(layer: Any) -> bool:
     """Whether tokens are only added behind those that are there, as keys and values, and nothing else is kept."""
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer

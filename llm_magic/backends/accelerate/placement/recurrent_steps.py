@@ -25,14 +25,17 @@ from llm_magic.backends.accelerate.placement.step_kernels import (
     scanned_in_turn,
     updated_states,
 )
+from llm_magic.backends.accelerate.recorded.current import current
 
-_RULES = {
+_ASKED = {
     "torch_recurrent_gated_delta_rule": by_the_rule,
     "torch_chunk_gated_delta_rule": by_the_rule_in_turn,
+    "recurrent_kimi_delta_attention": by_the_rule,
+    "chunk_kimi_delta_attention": by_the_rule_in_turn,
     "mamba2_selective_state_update": updated_states,
     "mamba2_chunk_scan": scanned_in_turn,
+    "causal_conv1d_update": convolved,
 }
-_ASKED = {**_RULES, "causal_conv1d_update": convolved}
 """What the modules of transformers call, and what is asked first."""
 _IS_SERVED = "_asks_kernels"
 _HERE = threading.local()
@@ -41,7 +44,7 @@ _HERE = threading.local()
 def serve_recurrent_steps(module: Any) -> None:
     """Let a recurrent module compute by our kernels on the CPU, where it calls functions that have one."""
     code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-    if code is None or _RULES.keys().isdisjoint(code.co_names) or served_by(module) is not None:
+    if code is None or _ASKED.keys().isdisjoint(code.co_names) or served_by(module) is not None:
         return
     if not cpu_products.is_there():
         return
@@ -65,7 +68,8 @@ def _let_ask(names: dict[str, Any], name: str, ours: Any) -> None:
 
     @wraps(usual)
     def asking(*args: Any, **options: Any) -> Any:
-        found = ours(*args, **options) if getattr(_HERE, "is_served", False) else None
+        is_asked = getattr(_HERE, "is_served", False) or current() is not None
+        found = ours(*args, **options) if is_asked else None
         return usual(*args, **options) if found is None else found
 
     setattr(asking, _IS_SERVED, True)

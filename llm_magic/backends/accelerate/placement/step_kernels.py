@@ -3,19 +3,56 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
 from llm_magic.backends.accelerate.kernels.team import team
+from llm_magic.backends.accelerate.placement.cpu_products import address
 from llm_magic.backends.accelerate.preparation import preparing
+from llm_magic.backends.accelerate.recorded.current import current
 
 _CHANNELS_AT_A_TIME = 16
 """Of the kernel for convolutions, which is imported when it is needed."""
 _HEADS_FOR_A_THREAD, _GROUPS_FOR_A_THREAD = 4, 256
 """Of a share at least: some microseconds."""
-_NOTHING = 1e-30
 _OF_SEVERAL_TEXTS = ("cu_seqlens", "seq_idx")
 """Arguments with which there are several in one sequence."""
+
+
+@dataclass(frozen=True)
+class StateKernel:
+    """A kernel that changes a state where it is.
+
+    Attributes
+    ----------
+    run
+        Of the address of 64-bit words: addresses, that of the state first and that of the results last, then `counts`,
+        the address of a team, and `shares`.
+    counts
+        What it is told of sizes.
+    shares
+        For how many threads it is worth.
+    """
+
+    run: Callable[[Any], None] = field(hash=False)
+    counts: tuple[int, ...]
+    shares: int
+
+    def changed(self, parts: Sequence[Any], shape: Sequence[int], dtype: Any) -> Any:
+        """What it makes of a state, which is the first of ``parts``, and of what else it reads, all of it contiguous."""
+        import torch
+
+        results = torch.empty(shape, dtype=dtype, device="cpu")
+        words = [*map(address, parts), results.data_ptr(), *self.counts, self.team, self.shares]
+        self.run((ctypes.c_int64 * len(words))(*words))
+        return results
+
+    @property
+    def team(self) -> int:
+        """Who computes with the calling thread: the word for it."""
+        return team() if self.shares > 1 else 0
 
 
 def by_the_rule(query: Any, key: Any, value: Any, g: Any, beta: Any, **options: Any) -> Any:
@@ -50,31 +87,29 @@ def _ruled(states: tuple[Any, Any, Any], g: Any, beta: Any, options: dict[str, A
         return None
     if query.shape != key.shape or sharing * key.shape[2] != heads or key.shape[:2] != (1, tokens):
         return None
-    kernel = _rule_kernel(*shape[2:])
-    if kernel is None:
+    decays_rows = g.dim() == key.dim()
+    kernel = _rule_kernel(*shape[2:], decays_rows=decays_rows)
+    if kernel is None or g.shape != (1, tokens, heads, shape[2])[: g.dim()]:
         return None
     queries, keys, values, taken = (each.float().contiguous() for each in (query, key, value, beta))
-    decays, results = _decays(g.float()), torch.empty_like(values)
-    parts = (state, queries, keys, values, decays, taken, results)
-    _run(kernel, [part.data_ptr() for part in parts], [tokens, heads, sharing], _shares(heads, tokens))
-    return results.to(query.dtype), state
+    decays = g.float().exp().contiguous()
+    step = StateKernel(kernel, (tokens, heads, sharing), _shares(heads, tokens))
+    return _changed(step, (state, queries, keys, values, decays, taken), values).to(query.dtype), state
 
 
 def convolved(
     hidden_states: Any, conv_state: Any, weight: Any, bias: Any = None, activation: Any = None
 ) -> Any:
     """As transformers' function; ``None`` where no kernel does that."""
-    import torch
-
     channels, width = weight.shape
-    biases = () if bias is None else (bias,)
-    parts = (conv_state, hidden_states, weight, *biases)
+    parts = (conv_state, hidden_states, weight, bias)
     if activation not in (None, "silu") or channels % _CHANNELS_AT_A_TIME:
         return None
     kept = conv_state.shape[-1]
     if conv_state.shape != (1, channels, kept) or kept + 1 < width or hidden_states.shape != (1, channels, 1):
         return None
-    if len({part.dtype for part in parts}) > 1 or not all(part.is_contiguous() for part in parts):
+    given = [part for part in parts if part is not None]
+    if len({part.dtype for part in given}) > 1 or not all(part.is_contiguous() for part in given):
         return None
     kernel = _step_kernel(
         *(width, kept, str(weight.dtype).removeprefix("torch.")),
@@ -83,11 +118,8 @@ def convolved(
     )
     if kernel is None:
         return None
-    results = torch.empty_like(hidden_states)
-    addresses = [part.data_ptr() for part in (*parts[:3], results)] + [0 if bias is None else bias.data_ptr()]
     groups = channels // _CHANNELS_AT_A_TIME
-    _run(kernel, addresses, [groups], groups // _GROUPS_FOR_A_THREAD)
-    return results
+    return _changed(StateKernel(kernel, (groups,), groups // _GROUPS_FOR_A_THREAD), parts, hidden_states)
 
 
 def updated_states(state: Any, hidden_states: Any, dt: Any, *matrices: Any, **options: Any) -> Any:
@@ -166,36 +198,30 @@ def _scanned(state: Any, tokens: tuple[Any, Any, Any], steps: Any, of_states: An
         return None
     inputs = (hidden.float() * steps[..., None]).contiguous()
     keys, queries = (each.float().contiguous() for each in (keys, queries))
-    decays = _decays(steps * of_states.float())
-    results = torch.empty_like(inputs)
-    parts = (state, inputs, keys, queries, decays, results)
-    counts = [count, heads, heads // groups]
-    _run(kernel, [part.data_ptr() for part in parts], counts, _shares(heads, count))
-    return results
-
-
-def _decays(exponents: Any) -> Any:
-    """What is left of states; where that is next to nothing it is none: processors are slow with the smallest numbers."""
-    found = exponents.exp().contiguous()
-    return found.masked_fill_(found < _NOTHING, 0.0)
+    decays = (steps * of_states.float()).exp().contiguous()
+    step = StateKernel(kernel, (count, heads, heads // groups), _shares(heads, count))
+    return _changed(step, (state, inputs, keys, queries, decays), inputs)
 
 
 def _shares(heads: int, tokens: int) -> int:
     return min(heads, heads * tokens // _HEADS_FOR_A_THREAD)
 
 
-def _run(kernel: Any, addresses: list[int], counts: list[int], shares: int) -> None:
-    words = [*addresses, *counts, team() if shares > 1 else 0, shares]
-    kernel((ctypes.c_int64 * len(words))(*words))
+def _changed(kernel: StateKernel, parts: Sequence[Any], like: Any) -> Any:
+    """As `StateKernel.changed`, in the shape and dtype of another tensor; who records a layer here notes it."""
+    recorder = current()
+    if recorder is not None:
+        return recorder.step_of_a_state(kernel, parts, like)
+    return kernel.changed(parts, like.shape, like.dtype)
 
 
 @cache
-def _rule_kernel(keys: int, values: int) -> Any:
+def _rule_kernel(keys: int, values: int, *, decays_rows: bool) -> Any:
     from llm_magic.backends.accelerate.kernels.delta_rule import delta_rule
 
     try:
         with preparing():
-            return delta_rule(keys, values)
+            return delta_rule(keys, values, decays_rows=decays_rows)
     except RuntimeError:  # LLVM's: it has no such instruction after all
         return None
 

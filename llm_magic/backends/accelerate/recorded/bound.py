@@ -23,6 +23,7 @@ from llm_magic.backends.accelerate.recorded.program import (
     shown,
 )
 from llm_magic.backends.accelerate.recorded.recording import VARYING, Node, Recording, View, views_in
+from llm_magic.backends.accelerate.recorded.states import StateStep, is_kept, kept
 
 _PRODUCTS = ("aten.mm.default", "aten.bmm.default", "aten.addmm.default", "aten.baddbmm.default")
 
@@ -47,6 +48,7 @@ class Bound:
             module = layer.get_submodule(path)
             held = module._parameters if name in module._parameters else module._buffers
             self._weights.append((held, name, view))
+        self._states = [(state, layer.get_submodule(state.module)) for state in recording.states]
         self._constants = [(each.view.base, each.tensor()) for each in recording.constants]
         self._matrices = list(_matrices(program, layer))
         groups = _together(program.parts)
@@ -64,6 +66,7 @@ class Bound:
             all(leaves[number].shape == shape for number, shape in self._checked)
             and all(_is_such(held.get(name), view) for held, name, view in self._weights)
             and all(_shape_and_dtype(held.get(name)) == known for held, name, known in self._matrices)
+            and all(is_kept(state, leaves[state.cache], module.layer_idx) for state, module in self._states)
         )
 
     def run(self, leaves: Sequence[Any]) -> Any:
@@ -75,6 +78,8 @@ class Bound:
             values[view.base] = held[name]
         for base, tensor in self._constants:
             values[base] = tensor
+        for state, module in self._states:
+            values[state.view.base] = kept(state, leaves[state.cache], module.layer_idx)
         values.append(leaves)
         for step in self._steps:
             step(values)
@@ -130,8 +135,8 @@ def _step(parts: Sequence[Any], layer: Any, growing: GrowingTensors) -> Any:
     part = parts[0]
     if isinstance(part, CompiledRegion):
         return part
-    if part.kind == "op":
-        return _by_torch(part)
+    if part.kind in _OF_NO_MODULE:
+        return _OF_NO_MODULE[part.kind](part)
     modules = [layer.get_submodule(each.name) for each in parts]
     if part.kind == "linear":
         return Linears(parts, modules)
@@ -261,6 +266,7 @@ def _handing_step(node: Node, _layer: Any) -> Callable[[Values], None]:
     return step
 
 
+_OF_NO_MODULE: dict[str, Callable[[Node], Any]] = {"op": _by_torch, "state": StateStep}
 _STEPS = {
     "attention": _attention_step,
     "experts": _experts_step,

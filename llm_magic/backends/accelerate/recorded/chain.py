@@ -1,4 +1,5 @@
-"""Compiled functions and linear layers of a recorded layer that come one after the other: one call for all of them.
+"""Compiled functions, linear layers, and kernels that change states, of a recorded layer, that come one after the other: one
+call for all of them.
 
 Each is a kernel that is told by words where everything is. The words of all of them lie in one array, in which only those
 change that somebody else decides: where weights are, what a chain gets, and what it makes for others. What is made and
@@ -32,8 +33,9 @@ from llm_magic.backends.accelerate.preparation import preparing
 from llm_magic.backends.accelerate.recorded.linears import Linears
 from llm_magic.backends.accelerate.recorded.program import CompiledRegion, Values
 from llm_magic.backends.accelerate.recorded.recording import View
+from llm_magic.backends.accelerate.recorded.states import StateStep
 
-Member = CompiledRegion | Linears
+Member = CompiledRegion | Linears | StateStep
 
 _ALIGNED = 64
 _MOST_KEPT = 4
@@ -91,7 +93,9 @@ def chained(steps: Sequence[Any], wanted: Sequence[set[int]], room: Room) -> lis
 
 
 def _may_be_in_one(step: Any) -> bool:
-    return isinstance(step, CompiledRegion) or (isinstance(step, Linears) and step.may_be_chained)
+    if isinstance(step, Linears):
+        return step.may_be_chained
+    return isinstance(step, CompiledRegion | StateStep)
 
 
 @dataclass
@@ -182,7 +186,7 @@ class Chain:
 
         each = iter(products)
         for member in self._members:
-            if isinstance(member, CompiledRegion):
+            if not isinstance(member, Linears):
                 for view in member.made:
                     if view.base in self._outside:
                         values[view.base] = torch.empty_strided(
@@ -222,6 +226,9 @@ class _Plan:
             if isinstance(member, CompiledRegion):
                 self._add_region(member)
                 continue
+            if isinstance(member, StateStep):
+                self._add_step(member)
+                continue
             self._add_linears(member, next(each))
             for out in member.outputs:
                 if next(has_bias):
@@ -247,6 +254,18 @@ class _Plan:
         scratch = self._taken(region.scratch_bytes)
         for number, offset in enumerate(region.offsets):
             self._inner.append((first + len(region.outer) + number, scratch + offset))
+
+    def _add_step(self, step: StateStep) -> None:
+        kernel, (out,) = step.kernel, step.made
+        first = self._begin(kernel.run)
+        self._place(out.base, _bytes_of(out))
+        for number, view in enumerate((*step.parts, out)):
+            if view is not None:
+                self._point(first + number, view.base, view.offset * view.dtype.itemsize)
+        told = [0] * (len(step.parts) + 1) + list(kernel.counts)
+        if kernel.shares > 1:
+            self._teams.append(first + len(told))
+        self._numbers += [*told, 0, kernel.shares]
 
     def _add_linears(self, linears: Linears, products: Products) -> None:
         first = self._begin(products.kernel)

@@ -7,6 +7,7 @@ and computes in float32.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from llm_magic.backends.accelerate.kernels.steps import Fold, Loop, Operand
@@ -124,6 +125,11 @@ class _Lowering:
             return [self.loop(name, (), self.out, *values) for name, values in (square, third)]
         return [self.loop(_POWERS[exponent], (), self.out, value)]
 
+    def softplus(self, value: Any, beta: float = 1, threshold: float = 20) -> list[Step]:
+        if (beta, threshold) != (1, 20):
+            raise _NotOursError
+        return [self.loop("softplus", (), self.out, value)]
+
     def clamp(self, value: Any, least: Any = None, most: Any = None) -> list[Step]:
         limits = [
             (name, limit) for name, limit in (("at_least", least), ("at_most", most)) if limit is not None
@@ -136,6 +142,12 @@ class _Lowering:
 
     def copied(self, target: Any, source: Any, non_blocking: bool = False) -> list[Step]:  # noqa: ARG002 - torch's order
         return [self.loop("same", (), self.out, source)]
+
+    def reshaped(self, value: Any, shape: Any) -> list[Step]:  # noqa: ARG002 - torch's order
+        """Of what lies side by side: the end of a ``reshape`` that copies."""
+        if value.stride != row_major(value.shape):
+            raise _NotOursError
+        return [self.loop("same", (), self.out, replace(value, shape=self.out.shape, stride=self.out.stride))]
 
     def gelu(self, value: Any, approximate: str = "none") -> list[Step]:
         return [self.loop("gelu" if approximate == "none" else "gelu_tanh", (), self.out, value)]
@@ -273,7 +285,9 @@ _LOWERINGS: dict[str, Callable[..., list[Step]]] = {
     ),
     "aten.rsub.Scalar": _Lowering.subtract_from,
     "aten.pow.Tensor_Scalar": _Lowering.power,
+    "aten.softplus.default": _Lowering.softplus,
     "aten.clamp.default": _Lowering.clamp,
+    "aten._unsafe_view.default": _Lowering.reshaped,
     "aten.copy.default": _Lowering.copied,
     "aten.gelu.default": _Lowering.gelu,
     "aten._softmax.default": _Lowering.softmax,

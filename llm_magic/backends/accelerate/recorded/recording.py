@@ -19,6 +19,7 @@ from llm_magic.backends.accelerate.decoding.running import running
 from llm_magic.backends.accelerate.placement import latent_attention
 from llm_magic.backends.accelerate.placement.cpu_linear import is_served_linear
 from llm_magic.backends.accelerate.placement.experts import find_stacks
+from llm_magic.backends.accelerate.placement.layer_cache import state_in
 from llm_magic.backends.accelerate.placement.packed_experts import computes_packed
 from llm_magic.backends.accelerate.placement.plain_experts import is_served_experts
 from llm_magic.backends.accelerate.recorded.as_it_was import CannotRecordError, as_it_was
@@ -71,10 +72,10 @@ class Node:
         Its place among all.
     kind
         ``"op"``: of torch. ``"linear"`` and ``"module"``: a module of the layer. ``"attention"``, ``"cache"``, and
-        ``"experts"``: products with a stack. ``"take"`` and ``"hand on"``: keys and values that layers share, in a
+        ``"experts"``: products with a stack. ``"state"``: a kernel that changes a state. ``"take"`` and ``"hand on"``: keys and values that layers share, in a
         dictionary among the arguments.
     name
-        The operation, the module's path in the layer, or that of the module that attends.
+        The operation, the module's path in the layer, or that of the module that attends; the kernel of a state.
     args, kwargs
         As in the call, with a `View` for each tensor.
     outputs
@@ -115,6 +116,30 @@ class Constant:
 
 
 @dataclass(frozen=True)
+class State:
+    """A recurrent state that the cache keeps, of the same shape in every sweep, and that a kernel changes where it is.
+
+    Attributes
+    ----------
+    cache
+        Number of the cache among all arguments.
+    module
+        Path of the module whose state it is.
+    kind, number
+        Which one: ``"conv_states"`` or ``"recurrent_states"``.
+    shape, view
+        Of it.
+    """
+
+    cache: int
+    module: str
+    kind: str
+    number: int
+    shape: tuple[int, ...]
+    view: View
+
+
+@dataclass(frozen=True)
 class Recording:
     """All that a layer does.
 
@@ -124,8 +149,8 @@ class Recording:
         The tensors of its call, by their number among all arguments.
     weights
         Parameters and buffers: path of the module, name.
-    constants
-        As in `Constant`.
+    constants, states
+        As in `Constant` and `State`.
     nodes
         In order.
     result
@@ -135,6 +160,7 @@ class Recording:
     arguments: tuple[tuple[int, View], ...]
     weights: tuple[tuple[str, str, View], ...]
     constants: tuple[Constant, ...]
+    states: tuple[State, ...]
     nodes: tuple[Node, ...]
     result: Any
 
@@ -144,6 +170,7 @@ class Recording:
         yield from (view for _, view in self.arguments)
         yield from (view for *_, view in self.weights)
         yield from (constant.view for constant in self.constants)
+        yield from (state.view for state in self.states)
 
 
 @dataclass(frozen=True)
@@ -256,6 +283,8 @@ class Recorder:
         self._weights: dict[tuple[str, str], View] = {}
         self._fixed: set[int] = set()
         self._constants: list[Constant] = []
+        self._states: dict[tuple[str, int, int], tuple[State, Any]] = {}
+        self._changed: set[int] = set()
         self._shared: dict[Any, str] = {}
         self._nodes: list[Node] = []
         self._leaves: list[tuple[list[Any], tuple[Any, ...]]] = []
@@ -291,6 +320,7 @@ class Recorder:
             arguments,
             tuple((*place, view) for place, view in self._weights.items()),
             tuple(self._constants),
+            tuple(state for state, _ in self._states.values()),
             tuple(self._nodes),
             self._shown(result),
         )
@@ -366,12 +396,17 @@ class Recorder:
         self, kind: str, module: Any, call: tuple[Any, Any], shapes: Sequence[tuple[int, ...]], dtype: Any
     ) -> Any:
         """A part that is not computed now; gives tensors of these shapes."""
-        import torch
-
-        args, kwargs = call
         path = self._paths.get(id(module))
         if path is None:
             raise CannotRecordError("a part of it is another layer's")
+        return self._leaf(kind, path, call, shapes, dtype)
+
+    def _leaf(
+        self, kind: str, name: Any, call: tuple[Any, Any], shapes: Sequence[tuple[int, ...]], dtype: Any
+    ) -> Any:
+        import torch
+
+        args, kwargs = call
         shown = self._shown(tuple(args)), self._pairs(kwargs)
         is_kept = kind in ("cache", "take")
         if is_kept:  # only large parts take them, which look at nothing of them but how many there are
@@ -382,7 +417,7 @@ class Recorder:
         got = [each.clone() for each in _tensors((args, kwargs)) if self._view(each).shape != VARYING]
         self._leaves.append((got, made if is_kept else tuple(each.clone() for each in made)))
         outputs = tuple(self._new(each, is_whole=False) if is_kept else self._result(each) for each in made)
-        self._note(kind, path, shown, outputs)
+        self._note(kind, name, shown, outputs)
         return made
 
     def attention(self, module: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any) -> Any:
@@ -401,6 +436,19 @@ class Recorder:
         with _no_mode():
             shape, inputs = (len(experts), width), (name, tokens, experts)
             (out,) = self.leaf("experts", module, (inputs, {}), [shape], tokens.dtype)
+        return out
+
+    def step_of_a_state(self, kernel: Any, parts: Sequence[Any], like: Any) -> Any:
+        """As of a `StateKernel`."""
+        with _no_mode():
+            state = self._view(parts[0])
+            is_state = any(state == known.view for known, _ in self._states.values())
+            if not is_state or state.base in self._changed:  # kernels may come in another order
+                raise CannotRecordError("it changes a state that is not the cache's, or again")
+            if not all(part is None or part.is_contiguous() for part in parts):
+                raise CannotRecordError("a kernel is given what does not lie side by side")
+            self._changed.add(state.base)
+            (out,) = self._leaf("state", kernel, (tuple(parts), {}), [tuple(like.shape)], like.dtype)
         return out
 
     def _note(
@@ -433,8 +481,7 @@ class Recorder:
         if isinstance(leaf, MutableMapping):
             members["__getitem__"] = lambda _self, name: self._taken(number, leaf, name, states.shape[-2])
             members["__setitem__"] = lambda _self, name, value: self._handed_on(number, name, value)
-        updated = partial(self._updated, number, _ignores_arguments(leaf))
-        stand = _untouchable(leaf, {"update": updated} if is_cache else {}, members)
+        stand = _untouchable(leaf, self._of_a_cache(number, leaf) if is_cache else {}, members)
         self._objects[id(stand)] = Argument(number)
         self._alive.append(stand)
         return stand
@@ -472,6 +519,42 @@ class Recorder:
         with _no_mode():
             shapes = [(*each.shape[:2], before + each.shape[2], each.shape[3]) for each in (key, value)]
             return self.leaf("cache", module, ((Argument(number), key, value), {}), shapes, key.dtype)
+
+    def _of_a_cache(self, number: int, cache: Any) -> dict[str, Any]:
+        """What code may do with one."""
+        return {
+            "update": partial(self._updated, number, _ignores_arguments(cache)),
+            "get_conv_state": partial(self._state, number, cache, "conv_states"),
+            "get_recurrent_state": partial(self._state, number, cache, "recurrent_states"),
+            "update_recurrent_state": self._state_updated,
+            "is_recording_past": lambda _layer_idx: False,  # or it has no states to give
+        }
+
+    def _state(self, number: int, cache: Any, kind: str, layer_idx: int, state_idx: int = 0) -> Any:
+        """One that is there, without its numbers, which only kernels look at."""
+        import torch
+
+        key = kind, layer_idx, state_idx
+        if key not in self._states:
+            with _no_mode():
+                held = state_in(cache, layer_idx, kind, state_idx)
+                module = next(
+                    (m for m in self._layer.modules() if getattr(m, "layer_idx", None) == layer_idx), None
+                )
+                path = self._paths.get(id(module))
+                if held is None or path is None:
+                    raise CannotRecordError("there is no state that may be changed where it is")
+                stand = torch.empty_like(held)
+                view = self._new(stand, is_whole=False)
+            self._states[key] = State(number, path, kind, state_idx, tuple(held.shape), view), stand
+        return self._states[key][1]
+
+    def _state_updated(self, state: Any, layer_idx: int, state_idx: int = 0) -> Any:
+        """A kernel has done it."""
+        _, known = self._states.get(("recurrent_states", layer_idx, state_idx), (None, None))
+        if known is not state:
+            raise CannotRecordError("a state gets numbers that no kernel has put there")
+        return state
 
     def _taken(self, number: int, shared: Any, name: Any, tokens: int) -> Any:
         """Keys and values that another layer has handed on."""
