@@ -23,15 +23,14 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # noqa: E402
 
 from llm_magic.backends.accelerate.decoding import attention, step_by_step  # noqa: E402
 from llm_magic.backends.accelerate.decoding.cache_argument import cache_name_of_generate  # noqa: E402
-from llm_magic.backends.accelerate.placement import plain_routers  # noqa: E402
 from llm_magic.backends.accelerate.placement.cpu_products import few_plain_tokens  # noqa: E402
 from llm_magic.backends.accelerate.placement.served_model import serve_plain_modules  # noqa: E402
-from llm_magic.backends.accelerate.recorded import bound, chain  # noqa: E402
+from llm_magic.backends.accelerate.recorded import chain  # noqa: E402
 from llm_magic.backends.accelerate.recorded import recording as module_of_recording  # noqa: E402
 from llm_magic.backends.accelerate.recorded.chain import Chain, Room  # noqa: E402
 from llm_magic.backends.accelerate.recorded.current import current  # noqa: E402
 from llm_magic.backends.accelerate.recorded.layers import RecordedLayers  # noqa: E402
-from llm_magic.backends.accelerate.recorded.linears import Linears  # noqa: E402
+from llm_magic.backends.accelerate.recorded.linears import Experts, Linears, Router  # noqa: E402
 from llm_magic.backends.accelerate.recorded.recordings import Recordings  # noqa: E402
 from tests.caches import given  # noqa: E402
 from tests.families import _EXPERTS, _GROUPED, _LATENT, _WIDTHS, FAMILIES  # noqa: E402
@@ -741,21 +740,63 @@ def test_experts_are_looked_into_where_only_their_products_are_kernels(name: str
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
-def test_routers_multiply_as_in_their_modules(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_routers_multiply_as_in_their_modules(name: str) -> None:
     """Those of gpt-oss add a bias."""
-    model, usual = served_mixture(name), plain_routers.router_products
-    theirs, made_by = answers(model), list[tuple[int, Any]]()
-    recorded(model)
-
-    def seen(states: Any, *others: Any) -> Any:
-        made_by.append((len(states), usual(states, *others)))
-        return made_by[-1][1]
-
-    monkeypatch.setattr(bound, "router_products", seen)
+    model = served_mixture(name)
+    theirs = answers(model)
+    held = recorded(model)
     assert equal(answers(model), theirs)
-    by_kernels = [products for tokens, products in made_by if tokens <= few_plain_tokens(torch.bfloat16)]
-    assert by_kernels
-    assert all(products is not None for products in by_kernels)
+    routers = [member for member in members_of(held) if isinstance(member, Router)]
+    few = [router for router in routers if router.tokens <= few_plain_tokens(torch.bfloat16)]
+    assert len(few) >= 4
+    assert all(router.may_be_chained for router in few)
+    assert all((router.biases() != [None]) == (name == "gpt_oss") for router in few)
+
+
+def test_experts_are_kernels_in_a_row_with_what_is_between_them() -> None:
+    model = served_mixture("qwen3_moe")
+    theirs = answers(model, ((30, 31), (31, 32)))
+    held = recorded(model)
+    assert equal(answers(model, ((30, 31), (31, 32))), theirs)
+    assert sum(isinstance(member, Experts) for member in members_of(held, alone=False)) == 8
+    operations = {
+        str(part.name)
+        for layer in held._layers
+        for bound in layer._bound.values()
+        for part in bound._program.parts
+        if getattr(part, "kind", "") == "op"
+    }
+    assert operations == {"aten.mm.default", "aten.topk.default"}, "numbers of experts are known to be some"
+
+
+def test_experts_of_another_router_may_be_none_at_all() -> None:
+    """What a router of somebody says need not be the place of an expert."""
+    model = served_mixture("qwen3_moe")
+    for layer in layers_of(model):
+        kind = type(layer.mlp.gate)
+
+        def forward(self: Any, states: Any, usual: Any = kind.forward) -> Any:
+            logits, weights, experts = usual(self, states)
+            return logits, weights, experts + 1
+
+        layer.mlp.gate.__class__ = type(kind.__name__, (kind,), {"forward": forward})
+    theirs = answers(model)
+    recorded(model)
+    assert equal(answers(model), theirs)
+
+
+def members_of(held: RecordedLayers, *, alone: bool = True) -> list[Any]:
+    """What recorded layers consist of, in chains and, perhaps, alone."""
+    owners = [
+        getattr(step, "__self__", None)
+        for layer in held._layers
+        for bound in layer._bound.values()
+        if bound is not None
+        for step in bound._steps
+    ]
+    rest = owners if alone else []
+    chains = [each for each in owners if isinstance(each, Chain)]
+    return [*rest, *(member for chain in chains for member in chain._members)]
 
 
 def test_many_experts_at_a_time_are_a_part_as_a_whole() -> None:

@@ -33,12 +33,13 @@ def served_weights(layer: Any, dtype: Any) -> PackedWeights | None:
         return None
     if bias is not None and (bias.dtype != dtype or not bias.is_cpu):
         return None
-    weights = _plain(weight, dtype) if type(weight) is torch.nn.Parameter else packed_weights(weight)
+    weights = plain_matrix(weight, dtype) if type(weight) is torch.nn.Parameter else packed_weights(weight)
     parts = () if weights is None else (weights.data, weights.scales, weights.shifts)
     return weights if all(part is None or part.is_cpu for part in parts) else None
 
 
-def _plain(weight: Any, dtype: Any) -> PackedWeights | None:
+def plain_matrix(weight: Any, dtype: Any) -> PackedWeights | None:
+    """A parameter of 16 bits ``[out, in]`` as kernels take it, if they do."""
     name = str(weight.dtype).removeprefix("torch.")
     is_taken = name in cpu_products.PLAIN and weight.dtype == dtype and weight.is_contiguous()
     return PackedWeights(name, weight, None, None, *weight.shape) if is_taken else None

@@ -213,6 +213,13 @@ def multiplied_each_plain(tokens: Any, stack: Any, matrices: Any) -> Any:
     return _by_bytes(tokens, _plain(dtype, columns), rows, (stack.data_ptr(), 0, 0), matrices)
 
 
+def plain_stack(stack: Any) -> PackedWeights | None:
+    """The first matrix of a stack of 16 bits ``[count, out, in]``; ``None`` where no kernel multiplies with each of them."""
+    if not (_are_plain(stack, _STACK) and stack.is_cpu and few_plain_tokens(stack.dtype)):
+        return None
+    return PackedWeights(_name(stack.dtype), stack, None, None, *stack.shape[1:])
+
+
 _MATRIX, _STACK = 2, 3
 """Their dimensions."""
 
@@ -328,6 +335,11 @@ class Products:
 def prepared(layout: Layout, rows: tuple[int, ...], dtype: str, tokens: int) -> Products | None:
     """Products of so many tokens with a matrix for each of ``rows``; ``None`` where no kernel makes them."""
     return _prepared(layout, rows, dtype, tokens, 0)
+
+
+def prepared_each(layout: Layout, rows: int, dtype: str, tokens: int, of_each: int) -> Products | None:
+    """Products of each of so many tokens with ``of_each`` matrices of a stack; as `prepared`."""
+    return _prepared(layout, (rows,), dtype, tokens, of_each)
 
 
 @cache

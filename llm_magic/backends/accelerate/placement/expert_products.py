@@ -48,9 +48,16 @@ def weighted(module: Any, compute: Compute, hidden_states: Any, top_k_index: Any
     if not tokens:
         return hidden_states.new_empty(hidden_states.shape)
     outputs = compute(module, hidden_states, top_k_index.flatten())
-    top_k_weights = top_k_weights.masked_fill(top_k_index >= module.num_experts, 0)
+    if not _are_all_there(module, top_k_index):
+        top_k_weights = top_k_weights.masked_fill(top_k_index >= module.num_experts, 0)
     shared = outputs.view(tokens, of_each, -1) * top_k_weights.unsqueeze(-1)
     return shared.sum(dim=1).to(hidden_states.dtype)
+
+
+def _are_all_there(module: Any, experts: Any) -> bool:
+    """Whether who records a layer knows that there is an expert for each number."""
+    recorder = current()
+    return recorder is not None and recorder.are_below(experts, module.num_experts)
 
 
 def are_few_for_a_cpu(module: Any, tokens: int, of_each: int, most: int) -> bool:
@@ -65,7 +72,9 @@ def side_by_side(stacks: Mapping[str, Stack]) -> Compute:
     """Each token with each of its experts: few kernels, and a GPU's host does not ask which."""
 
     def compute(module: Any, tokens: Any, experts: Any) -> Any:
-        experts = experts.long().clamp(0, module.num_experts - 1)
+        experts = experts.long()
+        if not _are_all_there(module, experts):
+            experts = experts.clamp(0, module.num_experts - 1)
 
         def linear(name: str, inputs: Any) -> Any:
             stack, recorder = stacks[name], current()

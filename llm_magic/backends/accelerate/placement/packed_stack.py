@@ -111,6 +111,11 @@ class PackedStack(torch.nn.Module):
             self.known[expert] = PackedMatrix(self.template, self._entry(expert))
         return self.known[expert]
 
+    @property
+    def in_ram(self) -> PackedWeights | None:
+        """The first matrix as kernels for the CPU take it, which the others follow, if they know its kind."""
+        return self[0].in_ram
+
     def made_on(self, device: Any) -> Callable[[Iterable[Any]], PackedMatrix]:
         """What makes an expert of tensors on ``device``, one for each parameter, in their order."""
         assert self.template is not None
@@ -119,8 +124,7 @@ class PackedStack(torch.nn.Module):
 
     def multiplied(self, tokens: Any, experts: Any) -> Any:
         """Each token ``[n, in]`` times the matrices of its experts, whose numbers are ``[n * k]``: ``[n * k, out]``."""
-        if tokens.device.type == "cpu" and (weights := self[0].in_ram) is not None:
-            # The first of the stack: the others follow it.
+        if tokens.device.type == "cpu" and (weights := self.in_ram) is not None:
             outputs = cpu_products.multiplied_each(tokens, weights, experts)
             if outputs is not None:
                 return outputs

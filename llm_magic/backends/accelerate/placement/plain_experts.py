@@ -11,6 +11,7 @@ from typing import Any
 
 from llm_magic.backends.accelerate.looked_at import is_looked_at
 from llm_magic.backends.accelerate.placement import cpu_products
+from llm_magic.backends.accelerate.placement.cpu_products import PackedWeights
 from llm_magic.backends.accelerate.placement.expert_products import (
     are_few_for_a_cpu,
     one_by_one,
@@ -69,6 +70,11 @@ class PlainStack:
     def is_fetched(self) -> bool:
         """Whether a matrix is there only while it is asked for."""
         return not cpu_products.are_numbers(self._matrices)
+
+    @property
+    def in_ram(self) -> PackedWeights | None:
+        """The first matrix as kernels take it, which the others follow; ``None`` where they do not."""
+        return cpu_products.plain_stack(self._matrices)
 
     def multiplied(self, tokens: Any, experts: Any) -> Any:
         """Each token ``[n, in]`` times the matrices of its experts, whose numbers are ``[n * k]``: ``[n * k, out]``."""

@@ -10,10 +10,9 @@ from llm_magic.backends.accelerate.decoding.step_by_step import attention_functi
 from llm_magic.backends.accelerate.kernels.torch_threads import FEW_NUMBERS, one_thread
 from llm_magic.backends.accelerate.placement.latent_attention import TAKES_LATENTS, are_latents, expanded
 from llm_magic.backends.accelerate.placement.layer_cache import GrowingTensors
-from llm_magic.backends.accelerate.placement.plain_experts import PlainStack
-from llm_magic.backends.accelerate.placement.plain_routers import is_served_router, router_products
+from llm_magic.backends.accelerate.placement.plain_routers import is_served_router
 from llm_magic.backends.accelerate.recorded.chain import Room, chained
-from llm_magic.backends.accelerate.recorded.linears import Linears
+from llm_magic.backends.accelerate.recorded.linears import Experts, Linears, Router
 from llm_magic.backends.accelerate.recorded.program import (
     CompiledRegion,
     Program,
@@ -53,7 +52,7 @@ class Bound:
         self._matrices = list(_matrices(program, layer))
         groups = _together(program.parts)
         steps = [
-            _router_step(parts[0], layer, recording) or _step(parts, layer, growing or GrowingTensors(0))
+            _router(parts[0], layer, recording) or _step(parts, layer, growing or GrowingTensors(0))
             for parts in groups
         ]
         wanted = [*map(_reads, groups), {view.base for view in views_in(program.result)}]
@@ -139,7 +138,7 @@ def _step(parts: Sequence[Any], layer: Any, growing: GrowingTensors) -> Any:
         return _OF_NO_MODULE[part.kind](part)
     modules = [layer.get_submodule(each.name) for each in parts]
     if part.kind == "linear":
-        return Linears(parts, modules)
+        return Linears(part.args[0], [each.outputs[0] for each in parts], modules)
     if part.kind == "cache":
         return _cache_step(part, modules[0], growing)
     if part.kind in _STEPS:
@@ -206,7 +205,7 @@ def _attention_step(node: Node, module: Any) -> Callable[[Values], None]:
     return step
 
 
-def _router_step(part: Any, layer: Any, recording: Recording) -> Callable[[Values], None] | None:
+def _router(part: Any, layer: Any, recording: Recording) -> Router | None:
     """A router's product, as its module makes it; ``None``: it is something else."""
     import torch
 
@@ -222,29 +221,10 @@ def _router_step(part: Any, layer: Any, recording: Recording) -> Callable[[Value
         return None
     if added and owners.get(added[0].base) != (path, "bias", added[0]):
         return None
-    (out,) = part.outputs
-
-    def step(values: Values) -> None:
-        biases = [values[bias.base] for bias in added]
-        products = router_products(shown(states, values), values[matrix.base], *biases)
-        if products is None:
-            call(part, None, values)
-        else:
-            values[out.base] = as_noted(products, out)
-
-    return step
-
-
-def _experts_step(node: Node, module: Any) -> Callable[[Values], None]:
-    name, tokens, experts = node.args
-    (out,) = node.outputs
-
-    def step(values: Values) -> None:
-        stack = module._modules.get(name) or PlainStack(module._parameters[name])
-        products = stack.multiplied(shown(tokens, values), shown(experts, values))
-        values[out.base] = as_noted(products, out)
-
-    return step
+    module = layer.get_submodule(path)
+    if not added and module._parameters.get("bias") is not None:
+        return None
+    return Router(part, states, module)
 
 
 def _taking_step(node: Node, _layer: Any) -> Callable[[Values], None]:
@@ -269,7 +249,7 @@ def _handing_step(node: Node, _layer: Any) -> Callable[[Values], None]:
 _OF_NO_MODULE: dict[str, Callable[[Node], Any]] = {"op": _by_torch, "state": StateStep}
 _STEPS = {
     "attention": _attention_step,
-    "experts": _experts_step,
+    "experts": Experts,
     "take": _taking_step,
     "hand on": _handing_step,
 }

@@ -22,6 +22,7 @@ from llm_magic.backends.accelerate.kernels.words import (
     ARRANGED,
     DATA,
     HEAD_WORDS,
+    MATRICES,
     RESULTS,
     SCALES,
     SHIFTS,
@@ -272,6 +273,9 @@ class _Plan:
         self._numbers += products.words(0, 0, [0] * ADDRESSES * len(linears.outputs))
         view = linears.tokens_view
         self._point(first + TOKENS, view.base, view.offset * view.dtype.itemsize)
+        if linears.matrices is not None:
+            view = linears.matrices
+            self._point(first + MATRICES, view.base, view.offset * view.dtype.itemsize)
         if products.room:
             self._inner.append((first + ARRANGED, self._taken(products.room)))
         if products.shares > 1:

@@ -19,6 +19,9 @@ class NotesParts(Protocol):
     def products_of_experts(self, module: Any, name: str, tokens: Any, experts: Any, width: int) -> Any:
         """Of a stack of a module of experts, as its ``multiplied``: note the call, and give numbers at random."""
 
+    def are_below(self, numbers: Any, limit: int) -> bool:
+        """Whether integers are known to be places among so many."""
+
     def step_of_a_state(self, kernel: Any, parts: Any, like: Any) -> Any:
         """Of a `StateKernel`: note the call, and give numbers at random in the shape and dtype of ``like``."""
 

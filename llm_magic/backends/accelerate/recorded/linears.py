@@ -1,4 +1,4 @@
-"""The linear layers of a recorded layer: those that see the same tokens, in one call of a kernel.
+"""The linear layers of a recorded layer: those that see the same tokens, in one call of a kernel; routers, and experts.
 
 They are the modules that they were, and their weights are asked for in every sweep: a block that is read from the disk
 has them in another place each time. Whatever no kernel takes computes as its module does.
@@ -13,9 +13,10 @@ from typing import Any
 
 from llm_magic.backends.accelerate.kernels.torch_threads import FEW_NUMBERS, one_thread
 from llm_magic.backends.accelerate.placement import cpu_products
-from llm_magic.backends.accelerate.placement.cpu_linear import served_weights
+from llm_magic.backends.accelerate.placement.cpu_linear import plain_matrix, served_weights
 from llm_magic.backends.accelerate.placement.cpu_products import PackedWeights, Products, address
-from llm_magic.backends.accelerate.recorded.program import Values, shown
+from llm_magic.backends.accelerate.placement.plain_experts import PlainStack
+from llm_magic.backends.accelerate.recorded.program import Values, as_noted, call, shown
 from llm_magic.backends.accelerate.recorded.recording import Node, View
 
 _MOST_KEPT = 16
@@ -27,15 +28,24 @@ class Linears:
 
     Parameters
     ----------
-    nodes, modules
+    tokens
+        What they see.
+    outputs, modules
         Of each.
+
+    Attributes
+    ----------
+    matrices
+        The numbers of matrices of a stack, one for each row of the results; ``None``: there is no stack.
     """
 
-    def __init__(self, nodes: Sequence[Node], modules: Sequence[Any]) -> None:
+    matrices: View | None = None
+
+    def __init__(self, tokens: View, outputs: Sequence[View], modules: Sequence[Any]) -> None:
         import torch
 
-        self.tokens_view: View = nodes[0].args[0]
-        self.outputs = [node.outputs[0] for node in nodes]
+        self.tokens_view = tokens
+        self.outputs = list(outputs)
         self._modules = list(modules)
         self._known: list[dict[int, tuple[Any, PackedWeights | None]]] = [{} for _ in modules]
         self._products: dict[tuple[Any, ...], Products | None] = {}
@@ -53,11 +63,18 @@ class Linears:
         weights = self.weights()
         products = None if weights is None else self.prepared(weights)
         if weights is None or products is None:
-            for module, out in zip(self._modules, self.outputs, strict=True):
+            for number, out in enumerate(self.outputs):
                 with one_thread() if self._is_small(out) else nullcontext():
-                    values[out.base] = module.forward(states).contiguous()
+                    values[out.base] = self._otherwise(number, states, values)
             return
         self._multiply(products, states.contiguous(), weights, values)
+
+    def _otherwise(self, number: int, states: Any, values: Values) -> Any:  # noqa: ARG002 - for others
+        """What one of them makes where no kernel does."""
+        return self._modules[number].forward(states).contiguous()
+
+    def _served(self, module: Any) -> PackedWeights | None:
+        return served_weights(module, self.dtype)
 
     def _is_small(self, out: View) -> bool:
         return bool(out.shape[-1] * self.tokens_view.shape[-1] <= FEW_NUMBERS)
@@ -114,7 +131,7 @@ class Linears:
                 return packed
         if len(known) >= _MOST_KEPT:
             known.clear()
-        packed = served_weights(module, self.dtype)
+        packed = self._served(module)
         known[id(weight)] = weight, packed
         return packed
 
@@ -134,6 +151,92 @@ class Linears:
                 cpu_products.prepared(weights[0].layout, rows, self._name, self.tokens) if alike else None
             )
         return self._products[key]
+
+
+class Router(Linears):
+    """The product of tokens with a router's weight, which is no linear layer."""
+
+    def __init__(self, node: Node, tokens: View, module: Any) -> None:
+        super().__init__(tokens, node.outputs, [module])
+        self._node = node
+
+    def _served(self, module: Any) -> PackedWeights | None:
+        weight = module._parameters["weight"]
+        return plain_matrix(weight, self.dtype) if cpu_products.are_numbers(weight) else None
+
+    def _otherwise(self, number: int, states: Any, values: Values) -> Any:  # noqa: ARG002 - as above
+        call(self._node, None, values)
+        return values[self.outputs[number].base]
+
+
+class Experts(Linears):
+    """Products of tokens, each with some matrices of a stack."""
+
+    def __init__(self, node: Node, module: Any) -> None:
+        self._name_of_stack, tokens, experts = node.args
+        super().__init__(tokens, node.outputs, [module])
+        self.matrices = experts
+        self._count, self.tokens = self.tokens, self.outputs[0].shape[0]
+        self._plain: tuple[Any, PackedWeights | None] = None, None
+
+    @property
+    def may_be_chained(self) -> bool:
+        """Whether their numbers lie side by side, too."""
+        assert self.matrices is not None
+        is_plain = str(self.matrices.dtype) == "torch.int64" and self.matrices.stride == (1,)
+        return is_plain and super().may_be_chained
+
+    def run(self, values: Values) -> None:
+        """As that of `Linears`."""
+        (out,) = self.outputs
+        products = self._stack().multiplied(shown(self.tokens_view, values), shown(self.matrices, values))
+        values[out.base] = as_noted(products, out)
+
+    def biases(self) -> list[Any] | None:
+        """None of them: what experts have beside their matrices is added by another operation."""
+        return [None]
+
+    def weights(self) -> list[PackedWeights] | None:
+        """The first matrix of the stack."""
+        (module,) = self._modules
+        stack = module._modules.get(self._name_of_stack)
+        if stack is not None:
+            found = stack.in_ram
+        else:
+            matrices = module._parameters[self._name_of_stack]
+            if self._plain[0] is not matrices or not _is_such_stack(matrices, self._plain[1]):
+                self._plain = matrices, PlainStack(matrices).in_ram
+            found = self._plain[1]
+        return None if found is None else [found]
+
+    def prepared(self, weights: Sequence[PackedWeights]) -> Products | None:
+        """As that of `Linears`."""
+        (first,), (out,) = weights, self.outputs
+        key = first.layout, first.rows
+        if key not in self._products:
+            fits = (first.rows, first.columns) == (out.shape[-1], self.tokens_view.shape[-1])
+            of_each = self.tokens // self._count
+            self._products[key] = (
+                cpu_products.prepared_each(first.layout, first.rows, self._name, self._count, of_each)
+                if fits and (first.scales is None) == (first.kind in cpu_products.PLAIN)
+                else None
+            )
+        return self._products[key]
+
+    def _stack(self) -> Any:
+        (module,) = self._modules
+        name = self._name_of_stack
+        return module._modules.get(name) or PlainStack(module._parameters[name])
+
+
+def _is_such_stack(matrices: Any, known: PackedWeights | None) -> bool:
+    """As `_is_such`."""
+    if known is None:
+        return False
+    is_same = (
+        matrices.shape[1:] == (known.rows, known.columns) and str(matrices.dtype) == f"torch.{known.kind}"
+    )
+    return is_same and matrices.is_contiguous() and matrices.is_cpu
 
 
 def _are_numbers(bias: Any, count: int, dtype: Any) -> bool:

@@ -27,6 +27,7 @@ from llm_magic.backends.accelerate.recorded.current import current, recording_by
 
 _STATES = 3  # dimensions of states and rotations; masks have more
 _TOKENS_BEFORE, _MANY_TOKENS = 7, 1 << 30
+_DIM_OF_TOPK = 2  # among its arguments
 _OF_A_CONSTANT = 64  # numbers at most
 
 
@@ -283,6 +284,7 @@ class Recorder:
         self._weights: dict[tuple[str, str], View] = {}
         self._fixed: set[int] = set()
         self._constants: list[Constant] = []
+        self._limits: dict[int, int] = {}
         self._states: dict[tuple[str, int, int], tuple[State, Any]] = {}
         self._changed: set[int] = set()
         self._shared: dict[Any, str] = {}
@@ -360,8 +362,17 @@ class Recorder:
         if _is_view(function):  # the same memory, as other numbers: nobody may change it by either
             self._made.pop(self._views[id(args[0])].base, None)
         take = self._new if _is_view(function) else self._result
-        self._note("op", function, shown, tuple(take(each) for each in results))
+        outputs = tuple(take(each) for each in results)
+        self._know_limits(function, args, outputs)
+        self._note("op", function, shown, outputs)
         return result
+
+    def _know_limits(self, function: Any, args: tuple[Any, ...], outputs: tuple[View, ...]) -> None:
+        """Remember how many places there are where an operation tells which of them have the largest numbers."""
+        import torch
+
+        if function is torch.ops.aten.topk.default:
+            self._limits[outputs[1].base] = args[0].shape[args[2] if len(args) > _DIM_OF_TOPK else -1]
 
     def _is_fixed(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether an operation takes nothing but what code has made of numbers of its own, and so gives no others."""
@@ -437,6 +448,11 @@ class Recorder:
             shape, inputs = (len(experts), width), (name, tokens, experts)
             (out,) = self.leaf("experts", module, (inputs, {}), [shape], tokens.dtype)
         return out
+
+    def are_below(self, numbers: Any, limit: int) -> bool:
+        """As far as they are places that the largest of some numbers had."""
+        with _no_mode():
+            return self._limits.get(self._view(numbers).base, limit + 1) <= limit
 
     def step_of_a_state(self, kernel: Any, parts: Sequence[Any], like: Any) -> Any:
         """As of a `StateKernel`."""
