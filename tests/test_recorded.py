@@ -24,9 +24,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # noqa: E402
 from llm_magic.backends.accelerate.decoding import attention, step_by_step  # noqa: E402
 from llm_magic.backends.accelerate.decoding.cache_argument import cache_name_of_generate  # noqa: E402
 from llm_magic.backends.accelerate.placement.cpu_products import few_plain_tokens  # noqa: E402
+from llm_magic.backends.accelerate.placement.layer_cache import find_cache  # noqa: E402
 from llm_magic.backends.accelerate.placement.served_model import serve_plain_modules  # noqa: E402
 from llm_magic.backends.accelerate.recorded import chain  # noqa: E402
 from llm_magic.backends.accelerate.recorded import recording as module_of_recording  # noqa: E402
+from llm_magic.backends.accelerate.recorded.attending import Attention  # noqa: E402
 from llm_magic.backends.accelerate.recorded.chain import Chain, Room  # noqa: E402
 from llm_magic.backends.accelerate.recorded.current import current  # noqa: E402
 from llm_magic.backends.accelerate.recorded.layers import RecordedLayers  # noqa: E402
@@ -1034,12 +1036,15 @@ def test_chains_make_what_their_members_make(
     usual, members = Chain.run, []
 
     def run(self: Chain, values: Any) -> None:
-        one_by_one = list(values)
+        one_by_one, cache = list(values), find_cache(values[-1])
+        before = [(layer.keys, layer.values) for layer in cache.layers]
         for member in self._members:
             member.run(one_by_one)
-        before = [base for base, value in enumerate(values) if value is not None]
+        for layer, held in zip(cache.layers, before, strict=True):
+            layer.keys, layer.values = held
+        there = [base for base, value in enumerate(values) if value is not None]
         usual(self, values)
-        made = [base for base, value in enumerate(values) if value is not None and base not in before]
+        made = [base for base, value in enumerate(values) if value is not None and base not in there]
         assert set(made) <= self._outside
         assert made
         assert equal([values[base] for base in made], [one_by_one[base] for base in made])
@@ -1049,10 +1054,42 @@ def test_chains_make_what_their_members_make(
     held = recorded(llama)
     assert equal(answers(llama), expected)
     assert programs(held) == 12
-    to_attention, behind_it = members[:2]
-    assert to_attention.count(Linears) == 1
-    assert behind_it.count(Linears) == 3
-    assert all(kinds in (to_attention, behind_it) for kinds in members)
+    kinds = members[0]
+    assert (kinds.count(Linears), kinds.count(Attention)) == (4, 1)
+    assert all(others == kinds for others in members)
+
+
+@pytest.mark.parametrize(
+    ("name", "count"), [("llama", 4), ("qwen3_moe", 4), ("qwen3_5_text", 2), ("mistral", 0)]
+)
+def test_attention_is_in_the_chain_of_its_layer(name: str, count: int) -> None:
+    """Where the cache has keys and values of all tokens, one after the other: windows have not."""
+    model = made(name)
+    theirs = answers(model, ((30, 31), (31, 32)))
+    held = recorded(model)
+    assert equal(answers(model, ((30, 31), (31, 32))), theirs)
+    assert sum(isinstance(member, Attention) for member in members_of(held, alone=False)) == count
+
+
+def test_a_cache_that_becomes_another_one_in_the_middle_of_a_text(llama: Any) -> None:
+    """What is in the chains is called one by one then, and is one call again in the next text."""
+    ids = torch.randint(5, 300, (1, 40), generator=torch.Generator().manual_seed(3))
+
+    def text() -> list[Any]:
+        kept, found = DynamicCache(config=llama.config), []
+        llama(ids[:, :20], **given(kept), use_cache=True)
+        for end in range(21, 30):
+            for layer in kept.layers if end == 25 else ():
+                usual = layer.update
+                vars(layer)["update"] = lambda *args, usual=usual, **options: usual(*args, **options)
+            found.append(step(llama, kept, ids[:, :end]))
+        return found
+
+    theirs = text()
+    held = recorded(llama, context=24)
+    assert equal(text(), theirs)
+    assert equal(text(), theirs)
+    assert programs(held) == 4
 
 
 def test_a_chain_whose_weights_no_kernel_takes_runs_its_members_one_by_one(

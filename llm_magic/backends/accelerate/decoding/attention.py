@@ -151,6 +151,24 @@ def _on_cpu(module: Any, states: tuple[Any, Any, Any], mask: Any, options: dict[
     return cpu_attention.attended(*states, mask, options.get("scaling"), is_causal=is_causal)
 
 
+def attends_by_kernel(module: Any, options: dict[str, Any]) -> bool:
+    """Whether few tokens of a module in RAM attend to keys and values as they are by the compiled kernel."""
+    return _CPU_MARK in vars(module) and _is_plain(options) and not latent_attention.hands_on(module)
+
+
+def call_by_kernel(
+    module: Any,
+    dtype: Any,
+    lie: tuple[cpu_attention.Lies, cpu_attention.Lies, cpu_attention.Lies],
+    mask: Any,
+    options: dict[str, Any],
+) -> cpu_attention.Call | None:
+    """What `sdpa_attention` has compute query, keys and values that lie so, in one dtype; ``None`` where no kernel does."""
+    tokens = lie[0][0][2]
+    is_causal = _is_causal(module, tokens, mask, options)
+    return cpu_attention.call_for(dtype, lie, mask, options.get("scaling"), is_causal=is_causal)
+
+
 def _is_causal(module: Any, tokens: int, mask: Any, options: dict[str, Any]) -> bool:
     is_causal = options.get("is_causal")
     if is_causal is None:

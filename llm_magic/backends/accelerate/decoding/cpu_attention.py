@@ -29,10 +29,13 @@ _KEPT_BYTES, _MOST_ROOMS = 16 << 20, 4
 
 _ADDRESSES, _HEAD_OF_RECORD = 8, 16
 _TEAM, _REST = 33, 35
-_Words = ctypes.c_int64 * 39
+WORDS, QUERY, OUT = 39, 0, 5
+_Words = ctypes.c_int64 * WORDS
 """See `kernels.attention.attention`."""
 
 _Shape = tuple[int, ...]
+Lies = tuple[_Shape, _Shape]
+"""How a tensor lies: its shape and strides."""
 _FLOATS = ("float32", "float16", "bfloat16")
 
 
@@ -148,17 +151,35 @@ def _may_read(*tensors: Any) -> bool:
     return True
 
 
-class _Call:
-    """A kernel, and what it is told of tensors like some."""
+def call_for(
+    dtype: Any, lie: tuple[Lies, Lies, Lies], mask: Any, scale: float | None, *, is_causal: bool
+) -> Call | None:
+    """What computes for query, keys and values that lie so; other arguments and ``None`` as those of `attended`."""
+    of_mask = None if mask is None else (mask.dtype, mask.shape, mask.stride())
+    return _call(_Like(dtype, *lie, of_mask, scale, is_causal, None, None, None))
+
+
+class Call:
+    """A kernel, and what it is told of tensors like some.
+
+    Attributes
+    ----------
+    kernel
+        Of the address of words; see `kernels.attention.attention`.
+    numbers
+        Those behind the first addresses.
+    room
+        Bytes for what parts give.
+    """
 
     def __init__(self, kernel: Callable[[Any], None], like: _Like, mask: _Shape) -> None:
         (batch, heads, tokens, width), (_, key_heads, places, value_width) = like.query[0], like.value[0]
         part = _part(places)
-        self._kernel = kernel
+        self.kernel = kernel
         self._is_alone = batch * heads * tokens * places * (width + value_width) < _ALONE
         self._out = (batch, tokens, heads, value_width)
         self._records = 4 * batch * heads * tokens * -(-places // part) * (_HEAD_OF_RECORD + value_width)
-        self._room = self._records + 8 * batch * key_heads
+        self.room = self._records + 8 * batch * key_heads
         scale = width**-0.5 if like.scale is None else like.scale
         words = (
             *(0,) * _ADDRESSES,
@@ -171,7 +192,7 @@ class _Call:
             *(0, batch * key_heads * -(-places // part)),
             *(0, *(like.rest[1][:3] if like.rest else (0, 0, 0))),
         )
-        self._words = bytes(_Words(*words))
+        self._words, self.numbers = bytes(_Words(*words)), words[_ADDRESSES:]
 
     def __call__(self, states: tuple[Any, Any, Any], mask: Any, sinks: Any, rest: Any) -> Any:
         query, key, value = states
@@ -186,17 +207,28 @@ class _Call:
         if rest is not None:
             words[_REST] = rest.data_ptr()
         words[5] = out.data_ptr()
-        room = _taken_room(self._room)
+        room = taken_room(self.room)
         words[6] = start = room.data_ptr()
         words[7] = start + self._records
         if not self._is_alone:
             words[_TEAM] = team()
-        self._kernel(words)
-        _leave_room(room)
+        self.kernel(words)
+        leave_room(room)
         return out
 
+    def tell(self, array: Any, first: int, states: tuple[Any, Any, Any], room: Any) -> None:
+        """Put into words, from the first one on, all but where query and results are: keys, values and mask, and room."""
+        key, value, mask = states
+        start = room.data_ptr()
+        array[first + _ADDRESSES : first + WORDS] = self.numbers
+        array[first + 1], array[first + 2] = key.data_ptr(), value.data_ptr()
+        array[first + 3] = cpu_products.address(mask)
+        array[first + 6], array[first + 7] = start, start + self._records
+        if not self._is_alone:
+            array[first + _TEAM] = team()
 
-def _taken_room(size: int) -> Any:
+
+def taken_room(size: int) -> Any:
     """Memory for what the parts give: what another call has left, if that is enough."""
     import torch
 
@@ -207,7 +239,8 @@ def _taken_room(size: int) -> Any:
     return torch.empty(size, dtype=torch.uint8, device="cpu") if room is None or room.nbytes < size else room
 
 
-def _leave_room(room: Any) -> None:
+def leave_room(room: Any) -> None:
+    """Give it back."""
     if len(_rooms) < _MOST_ROOMS and room.nbytes <= _KEPT_BYTES:
         _rooms.append(room)
 
@@ -217,7 +250,7 @@ _rooms: list[Any] = []
 
 
 @lru_cache(maxsize=256)
-def _call(like: _Like) -> _Call | None:
+def _call(like: _Like) -> Call | None:
     """What computes tensors like these; ``None`` where no kernel does."""
     if not (_fit(like) and is_there()):
         return None
@@ -233,7 +266,7 @@ def _call(like: _Like) -> _Call | None:
         has_sinks=like.sinks is not None,
         rest=like.rest[0][3] if like.rest else 0,
     )
-    return None if kernel is None else _Call(kernel, like, mask[1])
+    return None if kernel is None else Call(kernel, like, mask[1])
 
 
 def _fit(like: _Like) -> bool:

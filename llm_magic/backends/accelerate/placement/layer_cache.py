@@ -153,13 +153,17 @@ class GrowingTensors:
 
     def longer(self, before: Any, more: Any) -> Any:
         """``before`` with ``more`` behind it, which is copied; the rows before only where there is no room."""
-        tokens = before.shape[-2]
-        shape = (*before.shape[:-2], tokens + more.shape[-2], before.shape[-1])
+        grown = self.with_room(before, more.shape[-2])
+        grown[..., before.shape[-2] :, :] = more
+        return grown
+
+    def with_room(self, before: Any, tokens: int) -> Any:
+        """``before`` and rows for so many tokens behind it, in which there is nothing yet."""
+        shape = (*before.shape[:-2], before.shape[-2] + tokens, before.shape[-1])
         grown = self.grown(before, shape)
         if grown is None:
             grown = self._with_room(shape, before.dtype)
-            grown[..., :tokens, :] = before
-        grown[..., tokens:, :] = more
+            grown[..., : before.shape[-2], :] = before
         return grown
 
     def _noted(self, tensor: Any, room: int) -> Any:

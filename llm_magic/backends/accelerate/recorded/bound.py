@@ -6,18 +6,16 @@ from collections.abc import Callable, Iterator, Sequence
 from math import prod
 from typing import Any
 
-from llm_magic.backends.accelerate.decoding.step_by_step import attention_function
 from llm_magic.backends.accelerate.kernels.torch_threads import FEW_NUMBERS, one_thread
-from llm_magic.backends.accelerate.placement.latent_attention import TAKES_LATENTS, are_latents, expanded
 from llm_magic.backends.accelerate.placement.layer_cache import GrowingTensors
 from llm_magic.backends.accelerate.placement.plain_routers import is_served_router
+from llm_magic.backends.accelerate.recorded.attending import attention, attention_step, cache_step
 from llm_magic.backends.accelerate.recorded.chain import Room, chained
 from llm_magic.backends.accelerate.recorded.linears import Experts, Linears, Router
 from llm_magic.backends.accelerate.recorded.program import (
     CompiledRegion,
     Program,
     Values,
-    as_noted,
     call,
     shown,
 )
@@ -27,11 +25,25 @@ from llm_magic.backends.accelerate.recorded.states import StateStep, is_kept, ke
 _PRODUCTS = ("aten.mm.default", "aten.bmm.default", "aten.addmm.default", "aten.baddbmm.default")
 
 
+_OF_ATTENTION = 2  # parts
+
+
 class Bound:
-    """A program with the modules of one layer."""
+    """A program with the modules of one layer.
+
+    Parameters
+    ----------
+    leaves
+        The arguments of the first sweep that it is for.
+    """
 
     def __init__(
-        self, program: Program, layer: Any, growing: GrowingTensors | None = None, room: Room | None = None
+        self,
+        program: Program,
+        layer: Any,
+        growing: GrowingTensors | None = None,
+        room: Room | None = None,
+        leaves: Sequence[Any] = (),
     ) -> None:
         self._program = program
         self._size = program.size
@@ -50,12 +62,16 @@ class Bound:
         self._states = [(state, layer.get_submodule(state.module)) for state in recording.states]
         self._constants = [(each.view.base, each.tensor()) for each in recording.constants]
         self._matrices = list(_matrices(program, layer))
-        groups = _together(program.parts)
-        steps = [
-            _router(parts[0], layer, recording) or _step(parts, layer, growing or GrowingTensors(0))
-            for parts in groups
-        ]
-        wanted = [*map(_reads, groups), {view.base for view in views_in(program.result)}]
+        groups, growing = _together(program.parts), growing or GrowingTensors(0)
+        steps, wanted = list[Any](), list[set[int]]()
+        while groups:
+            attends = attention(groups, layer, growing, leaves)
+            count = 1 if attends is None else _OF_ATTENTION
+            step = attends or _router(groups[0][0], layer, recording) or _step(groups[0], layer, growing)
+            steps.append(step)
+            wanted.append(set[int]().union(*map(_reads, groups[:count])))
+            groups = groups[count:]
+        wanted.append({view.base for view in views_in(program.result)})
         self._steps = chained(steps, wanted, room or Room())
         self._result = program.result
 
@@ -140,7 +156,7 @@ def _step(parts: Sequence[Any], layer: Any, growing: GrowingTensors) -> Any:
     if part.kind == "linear":
         return Linears(part.args[0], [each.outputs[0] for each in parts], modules)
     if part.kind == "cache":
-        return _cache_step(part, modules[0], growing)
+        return cache_step(part, modules[0], growing)
     if part.kind in _STEPS:
         return _STEPS[part.kind](part, modules[0])
     return lambda values: call(part, modules[0], values)
@@ -155,52 +171,6 @@ def _by_torch(node: Node) -> Callable[[Values], None]:
     def step(values: Values) -> None:
         with one_thread():
             call(node, None, values)
-
-    return step
-
-
-def _cache_step(node: Node, module: Any, growing: GrowingTensors) -> Callable[[Values], None]:
-    from transformers.cache_utils import Cache, DynamicLayer
-
-    cache, key, value = node.args
-    keys, outs = node.outputs
-
-    def adds_only(held: Any, layer: Any) -> bool:
-        """Whether a cache puts keys and values behind the others, and nobody has told it otherwise."""
-        is_usual = type(layer) is DynamicLayer and type(held).update is Cache.update
-        return is_usual and "update" not in vars(held) and "update" not in vars(layer)
-
-    def step(values: Values) -> None:
-        held, index = values[-1][cache.number], module.layer_idx
-        more = shown(key, values), shown(value, values)
-        layer: Any = held.layers[index] if index < len(held.layers) else None
-        if adds_only(held, layer) and layer.is_initialized and layer.keys.is_cpu and layer.keys.numel():
-            # transformers copies all of them for each token.
-            layer.keys = growing.longer(layer.keys, more[0])
-            layer.values = growing.longer(layer.values, more[1])
-            values[keys.base], values[outs.base] = layer.keys, layer.values
-        else:
-            values[keys.base], values[outs.base] = held.update(*more, index)
-
-    return step
-
-
-def _attention_step(node: Node, module: Any) -> Callable[[Values], None]:
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    (out,) = node.outputs
-    own, known = ALL_ATTENTION_FUNCTIONS._local_mapping, ALL_ATTENTION_FUNCTIONS._global_mapping
-    name = module.config._attn_implementation
-    usual, registered = attention_function(module), own.get(name, known.get(name))
-
-    def step(values: Values) -> None:
-        is_usual = own.get(name, known.get(name)) is registered  # nobody has registered another one
-        function = usual if is_usual else attention_function(module)
-        args, kwargs = shown(node.args, values), {name: shown(value, values) for name, value in node.kwargs}
-        query, key, value, *rest = args
-        if not hasattr(function, TAKES_LATENTS) and are_latents(module, key, value):
-            key, value = expanded(module, key, value)
-        values[out.base] = as_noted(function(module, query, key, value, *rest, **kwargs)[0], out)
 
     return step
 
@@ -248,7 +218,7 @@ def _handing_step(node: Node, _layer: Any) -> Callable[[Values], None]:
 
 _OF_NO_MODULE: dict[str, Callable[[Node], Any]] = {"op": _by_torch, "state": StateStep}
 _STEPS = {
-    "attention": _attention_step,
+    "attention": attention_step,
     "experts": Experts,
     "take": _taking_step,
     "hand on": _handing_step,

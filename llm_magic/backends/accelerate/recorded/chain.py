@@ -1,5 +1,5 @@
-"""Compiled functions, linear layers, and kernels that change states, of a recorded layer, that come one after the other: one
-call for all of them.
+"""Compiled functions, products, attention, and kernels that change states, of a recorded layer, that come one after the
+other: one call for all of them.
 
 Each is a kernel that is told by words where everything is. The words of all of them lie in one array, in which only those
 change that somebody else decides: where weights are, what a chain gets, and what it makes for others. What is made and
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from llm_magic.backends.accelerate.decoding.cpu_attention import OUT, QUERY, WORDS, leave_room, taken_room
 from llm_magic.backends.accelerate.kernels.in_turn import address_of, in_turn
 from llm_magic.backends.accelerate.kernels.steps import Loop, Operand
 from llm_magic.backends.accelerate.kernels.team import team
@@ -31,14 +32,17 @@ from llm_magic.backends.accelerate.kernels.words import (
 )
 from llm_magic.backends.accelerate.placement.cpu_products import PackedWeights, Products, address
 from llm_magic.backends.accelerate.preparation import preparing
+from llm_magic.backends.accelerate.recorded.attending import Attention, Told, copied
 from llm_magic.backends.accelerate.recorded.linears import Linears
 from llm_magic.backends.accelerate.recorded.program import CompiledRegion, Values
 from llm_magic.backends.accelerate.recorded.recording import View
 from llm_magic.backends.accelerate.recorded.states import StateStep
 
-Member = CompiledRegion | Linears | StateStep
+Member = CompiledRegion | Linears | StateStep | Attention
 
 _ALIGNED = 64
+_COPIES = 2
+"""Kernels beside that of attention: for keys and for values."""
 _MOST_KEPT = 4
 """Arrays of words that a chain keeps: threads that run a layer at the same time."""
 
@@ -67,7 +71,9 @@ class Room:
             self._left.append(room)
 
 
-def chained(steps: Sequence[Any], wanted: Sequence[set[int]], room: Room) -> list[Any]:
+def chained(
+    steps: Sequence[Any], wanted: Sequence[set[int]], room: Room, *, joins_attention: bool = True
+) -> list[Any]:
     """Steps with chains in the place of those that are one.
 
     Parameters
@@ -76,16 +82,21 @@ def chained(steps: Sequence[Any], wanted: Sequence[set[int]], room: Room) -> lis
         Members of chains, and functions of values.
     wanted
         For each step the bases that it reads, and for what is behind the last one those of the result.
+    joins_attention
+        Whether attention is a member, too.
     """
     found: list[Any] = []
     start = 0
     while start < len(steps):
         end = start
-        while end < len(steps) and _may_be_in_one(steps[end]):
+        while end < len(steps) and _may_be_in_one(steps[end], joins_attention=joins_attention):
             end += 1
         if end - start > 1:
             outside = set[int]().union(*wanted[end:])
-            found.append(Chain(steps[start:end], outside, room).run)
+            some, reads = steps[start:end], [*wanted[start:end], outside]
+            has_attention = any(isinstance(step, Attention) for step in some)
+            rest = chained(some, reads, room, joins_attention=False) if has_attention else ()
+            found.append(Chain(some, outside, room, rest).run)
         else:
             end = start + 1
             found.append(getattr(steps[start], "run", steps[start]))
@@ -93,10 +104,10 @@ def chained(steps: Sequence[Any], wanted: Sequence[set[int]], room: Room) -> lis
     return found
 
 
-def _may_be_in_one(step: Any) -> bool:
+def _may_be_in_one(step: Any, *, joins_attention: bool) -> bool:
     if isinstance(step, Linears):
         return step.may_be_chained
-    return isinstance(step, CompiledRegion | StateStep)
+    return isinstance(step, CompiledRegion | StateStep) or (joins_attention and isinstance(step, Attention))
 
 
 @dataclass
@@ -117,6 +128,8 @@ class _Words:
         Which are the address of one, in their order.
     teams
         Which are a team's address.
+    attentions
+        Where the words of each begin: of the copies of keys and of values, and of itself.
     size
         Bytes of the room.
     at
@@ -129,6 +142,7 @@ class _Words:
     weights: list[int]
     biases: list[int]
     teams: list[int]
+    attentions: list[tuple[int, int, int]]
     size: int
     at: int = 0
 
@@ -142,12 +156,17 @@ class Chain:
         In their order.
     outside
         Bases that others read.
+    rest
+        What computes the same where attention is no case for its kernel.
     """
 
-    def __init__(self, members: Sequence[Member], outside: set[int], room: Room) -> None:
-        self._members, self._outside, self._room = list(members), outside, room
+    def __init__(
+        self, members: Sequence[Member], outside: set[int], room: Room, rest: Sequence[Any] = ()
+    ) -> None:
+        self._members, self._outside, self._room, self._rest = list(members), outside, room, rest
+        self._attentions = [member for member in members if isinstance(member, Attention)]
         self._linears = [member for member in members if isinstance(member, Linears)]
-        self._kept: dict[tuple[int, ...], tuple[list[Products], list[_Words]]] = {}
+        self._kept: dict[tuple[Any, ...], tuple[list[Products], list[_Words]]] = {}
         with preparing():
             in_turn()
 
@@ -160,31 +179,52 @@ class Chain:
             found, added = linears.weights(), linears.biases()
             some = None if found is None else linears.prepared(found)
             if found is None or added is None or some is None:
-                for member in self._members:
-                    member.run(values)
+                self._one_by_one(values)
                 return
             weights += found
             biases += added
             products.append(some)
         have_bias = [bias is not None for bias in biases]
-        _, kept = self._kept.setdefault((*map(id, products), *have_bias), (products, []))
+        told: list[Told] = []
+        for attention in self._attentions:
+            each = attention.prepared(values)
+            if each is None:
+                for step in self._rest:
+                    step(values)
+                return
+            told.append(each)
+        key = *map(id, products), *have_bias, *(each.key for each in told)
+        _, kept = self._kept.setdefault(key, (products, []))
         try:
             words = kept.pop()  # nobody else has it then
         except IndexError:
             with preparing():
-                words = _Plan(self._members, products, have_bias, self._outside).words
-        self._make(products, values)
+                words = _Plan(self._members, (products, told), have_bias, self._outside).words
+        self._make(products, told, values)
         room = self._room.take(words.size)
         _tell(words, weights, [bias for bias in biases if bias is not None], values, room.data_ptr())
+        rooms = [taken_room(each.call.room) for each in told]
+        for each, places, some_room in zip(told, words.attentions, rooms, strict=True):
+            each.tell(words.array, places, some_room)
         in_turn()(words.array)
+        for some_room in rooms:
+            leave_room(some_room)
         self._room.leave(room)
         if len(kept) < _MOST_KEPT:
             kept.append(words)
 
-    def _make(self, products: Sequence[Products], values: Values) -> None:
+    def _one_by_one(self, values: Values) -> None:
+        for member in self._members:
+            member.run(values)
+
+    def _make(self, products: Sequence[Products], told: Sequence[Told], values: Values) -> None:
         """Memory for what others read."""
         import torch
 
+        for attention, of_all in zip(self._attentions, told, strict=True):
+            for view, held in zip(attention.all, (of_all.keys, of_all.values), strict=True):
+                if view.base in self._outside:
+                    values[view.base] = held
         each = iter(products)
         for member in self._members:
             if not isinstance(member, Linears):
@@ -207,7 +247,7 @@ class _Plan:
     def __init__(
         self,
         members: Sequence[Member],
-        products: Sequence[Products],
+        told: tuple[Sequence[Products], Sequence[Told]],
         have_bias: Sequence[bool],
         outside: set[int],
     ) -> None:
@@ -221,14 +261,19 @@ class _Plan:
         self._weights: list[int] = []
         self._biases: list[int] = []
         self._teams: list[int] = []
-        self._first = 1 + 2 * (len(members) + sum(have_bias))
-        each, has_bias = iter(products), iter(have_bias)
+        self._attentions: list[tuple[int, int, int]] = []
+        products, attentions = told
+        self._first = 1 + 2 * (len(members) + sum(have_bias) + _COPIES * len(attentions))
+        each, has_bias, attends = iter(products), iter(have_bias), iter(attentions)
         for member in members:
             if isinstance(member, CompiledRegion):
                 self._add_region(member)
                 continue
             if isinstance(member, StateStep):
                 self._add_step(member)
+                continue
+            if isinstance(member, Attention):
+                self._add_attention(member, next(attends))
                 continue
             self._add_linears(member, next(each))
             for out in member.outputs:
@@ -243,7 +288,8 @@ class _Plan:
         calls = [part for kernel, at in self._list for part in (kernel, start + 8 * (self._first + at))]
         array[:] = [len(self._list), *calls, *self._numbers]
         outer = list(self._outer.items())
-        return _Words(array, outer, self._inner, self._weights, self._biases, self._teams, self._size)
+        places = self._weights, self._biases, self._teams, self._attentions
+        return _Words(array, outer, self._inner, *places, self._size)
 
     def _add_region(self, region: CompiledRegion) -> None:
         first = self._begin(region.kernel)
@@ -267,6 +313,21 @@ class _Plan:
         if kernel.shares > 1:
             self._teams.append(first + len(told))
         self._numbers += [*told, 0, kernel.shares]
+
+    def _add_attention(self, attention: Attention, told: Told) -> None:
+        firsts = []
+        for view, held in ((attention.key, told.keys), (attention.value, told.values)):
+            copy = copied(view.shape, view.stride, held.stride(), str(view.dtype).removeprefix("torch."))
+            firsts.append(self._begin(copy))
+            self._numbers += [0, 0]
+            self._point(firsts[-1] + 1, view.base, view.offset * view.dtype.itemsize)
+        first = self._begin(told.call.kernel)
+        self._numbers += [0] * WORDS
+        query, (out,) = attention.query, attention.made
+        self._place(out.base, _bytes_of(out))
+        self._point(first + QUERY, query.base, query.offset * query.dtype.itemsize)
+        self._point(first + OUT, out.base)
+        self._attentions.append((firsts[0], firsts[1], first))
 
     def _add_linears(self, linears: Linears, products: Products) -> None:
         first = self._begin(products.kernel)

@@ -137,7 +137,8 @@ class RecordedLayer:
             if key in self._bound or len(self._bound) >= _MOST_KINDS:
                 return
             program = self._recordings.program(self._name, self._layer, self._usual, call, key)
-            self._bound[key] = Bound(program, self._layer, *self._shared) if program else None
+            leaves = flat(*call)
+            self._bound[key] = Bound(program, self._layer, *self._shared, leaves) if program else None
 
     def _goes_on(self, leaves: Sequence[Any], states: Any) -> bool:
         """Whether there are tokens before these.
