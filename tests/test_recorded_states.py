@@ -19,7 +19,7 @@ from llm_magic.backends.accelerate.recorded.chain import Chain  # noqa: E402
 from llm_magic.backends.accelerate.recorded.states import StateStep  # noqa: E402
 from tests.caches import given  # noqa: E402
 from tests.test_recorded import answers, equal, kinds_of_parts, layers_of, made, recorded, step  # noqa: E402
-from tests.test_recurrent_steps import SIZES, mixers_of  # noqa: E402
+from tests.test_recurrent_steps import SIZES, mixers_of, to_mixer  # noqa: E402
 
 # Older ones ask the cache in another way, and are parts of a layer as a whole.
 pytestmark = pytest.mark.skipif(
@@ -60,6 +60,8 @@ def test_layers_are_recorded_with_their_mixers(name: str) -> None:
     held = recorded(model)
     assert equal(answers(model, TOKENS), theirs)
     assert held.status == "recorded layers"
+    if name == "bailing_hybrid" and mixers_of(model)[0].conv1d.weight.dtype != torch.bfloat16:
+        return  # since transformers 5.24: torch's, as the kernel computes with one dtype
     of_each = 1 if name == "lfm2" else 2
     assert len(steps_of(held)) == of_each * len(mixers_of(model)), "a convolution, and what it is for"
     assert not any(
@@ -198,12 +200,12 @@ def test_a_mixer_that_does_not_use_what_a_kernel_has_made() -> None:
     """It gives the cache other numbers, which nobody would see in a recording."""
     model = served("qwen3_5_text")
     kind = type(mixers_of(model)[0])
-    usual = kind.forward
+    usual, (name,) = kind.forward, to_mixer(mixers_of(model)[0], None)
 
-    def forward(self: Any, hidden_states: Any, cache_params: Any = None, **options: Any) -> Any:
-        out = usual(self, hidden_states, cache_params=cache_params, **options)
-        state = cache_params.get_recurrent_state(self.layer_idx)
-        cache_params.update_recurrent_state(state * 0.5, self.layer_idx)
+    def forward(self: Any, hidden_states: Any, **options: Any) -> Any:
+        out, cache = usual(self, hidden_states, **options), options[name]
+        state = cache.get_recurrent_state(self.layer_idx)
+        cache.update_recurrent_state(state * 0.5, self.layer_idx)
         return out
 
     for mixer in mixers_of(model):
