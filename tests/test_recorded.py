@@ -226,11 +226,12 @@ def test_batches(batch: int, llama: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["mistral", "gemma3_text", "gpt_oss", "qwen3_5_text", "granitemoehybrid"])
-def test_a_text_that_grows_beyond_every_window(name: str) -> None:
-    sweeps = [(end - 1, end) for end in range(4, 60)]
+@pytest.mark.parametrize("context", [0, 64])
+def test_a_text_that_grows_beyond_every_window(name: str, context: int) -> None:
+    sweeps = [(4, 5), (5, 9), *((end - 1, end) for end in range(10, 60)), (59, 63), (63, 64)]
     model = made(name)
     theirs = answers(model, sweeps)
-    held = recorded(model)
+    held = recorded(model, context=context)
     assert equal(answers(model, sweeps), theirs)
     assert programs(held)
 
@@ -324,26 +325,30 @@ def batch(kept: Any, change: Callable[[Any], object]) -> Any:
 
 
 @pytest.mark.parametrize("context", [0, 40, 256])
-@pytest.mark.parametrize("name", FORKS)
-def test_texts_that_part(name: str, context: int, llama: Any) -> None:
-    """Each goes on by itself, though both have the same tokens in the same memory until then."""
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [*(("llama", name) for name in FORKS), *(("mistral", name) for name in FORKS if "cut" not in name)],
+)
+def test_texts_that_part(family: str, name: str, context: int) -> None:
+    """Each goes on by itself, though both have the same tokens in the same memory until then; Mistral's have a window."""
+    model = made(family)
     ids = torch.randint(5, 300, (2, 40), generator=torch.Generator().manual_seed(5))
     other = torch.randint(5, 300, (2, 40), generator=torch.Generator().manual_seed(6))
 
     def run() -> list[Any]:
-        kept = DynamicCache(config=llama.config)
-        llama(ids[:, :9], **given(kept))
-        found = [step(llama, kept, ids[:, :end]) for end in range(10, 17)]
+        kept = DynamicCache(config=model.config)
+        model(ids[:, :9], **given(kept))
+        found = [step(model, kept, ids[:, :end]) for end in range(10, 17)]
         forked = FORKS[name](kept)
         length = forked.get_seq_length()
         for more in range(1, 9):
             if forked is not kept:
-                found.append(step(llama, kept, ids[:, : 16 + more]))
-            found.append(step(llama, forked, other[:, : length + more]))
+                found.append(step(model, kept, ids[:, : 16 + more]))
+            found.append(step(model, forked, other[:, : length + more]))
         return [*found, *(layer.keys for layer in forked.layers)]
 
     theirs = run()
-    held = recorded(llama, context=context)
+    held = recorded(model, context=context)
     assert equal(run(), theirs)
     assert equal(run(), theirs)
     assert programs(held)
@@ -1060,10 +1065,10 @@ def test_chains_make_what_their_members_make(
 
 
 @pytest.mark.parametrize(
-    ("name", "count"), [("llama", 4), ("qwen3_moe", 4), ("qwen3_5_text", 2), ("mistral", 0)]
+    ("name", "count"), [("llama", 4), ("qwen3_moe", 4), ("qwen3_5_text", 2), ("mistral", 4)]
 )
 def test_attention_is_in_the_chain_of_its_layer(name: str, count: int) -> None:
-    """Where the cache has keys and values of all tokens, one after the other: windows have not."""
+    """Where the cache has keys and values one after the other, all of them or those of a window."""
     model = made(name)
     theirs = answers(model, ((30, 31), (31, 32)))
     held = recorded(model)

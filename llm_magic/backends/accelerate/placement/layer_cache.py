@@ -142,29 +142,40 @@ class GrowingTensors:
         """Memory in RAM for such a tensor, with room."""
         return self._with_room(like.shape, like.dtype)
 
-    def _with_room(self, shape: Sequence[int], dtype: Any) -> Any:
+    def _with_room(self, shape: Sequence[int], dtype: Any, most: int | None = None) -> Any:
         import torch
 
         tokens = shape[-2]
-        room = max(self._tokens, tokens)
+        room = max(self._tokens if most is None else min(self._tokens, most), tokens)
         with torch.inference_mode(False):  # it is written to again, perhaps in another mode
             memory = torch.empty((*shape[:-2], room, shape[-1]), dtype=dtype, device="cpu")
         return self._noted(memory[..., :tokens, :], room)
 
-    def longer(self, before: Any, more: Any) -> Any:
+    def longer(self, before: Any, more: Any, most: int | None = None) -> Any:
         """``before`` with ``more`` behind it, which is copied; the rows before only where there is no room."""
-        grown = self.with_room(before, more.shape[-2])
+        grown = self.with_room(before, more.shape[-2], most)
         grown[..., before.shape[-2] :, :] = more
         return grown
 
-    def with_room(self, before: Any, tokens: int) -> Any:
-        """``before`` and rows for so many tokens behind it, in which there is nothing yet."""
+    def with_room(self, before: Any, tokens: int, most: int | None = None) -> Any:
+        """``before`` and rows for so many tokens behind it, in which there is nothing yet.
+
+        Where it gets a new place, that has up to ``most`` rows, if there are not more already.
+        """
         shape = (*before.shape[:-2], before.shape[-2] + tokens, before.shape[-1])
         grown = self.grown(before, shape)
         if grown is None:
-            grown = self._with_room(shape, before.dtype)
+            grown = self._with_room(shape, before.dtype, most)
             grown[..., : before.shape[-2], :] = before
         return grown
+
+    def last(self, whole: Any, tokens: int) -> Any:
+        """The last rows of what was made longer, in their place, which can be made longer again."""
+        dropped = whole.shape[-2] - tokens
+        if dropped <= 0:
+            return whole
+        _, room = self._room.pop(id(whole))
+        return self._noted(whole[..., dropped:, :], room - dropped)
 
     def _noted(self, tensor: Any, room: int) -> Any:
         number = id(tensor)

@@ -17,6 +17,7 @@ from llm_magic.backends.accelerate.recorded.program import Values, as_noted, sho
 from llm_magic.backends.accelerate.recorded.recording import Node, View
 
 _TOKENS = 2  # dimension of keys and values
+_FEWEST_MORE, _MOST_MORE = 16, 256  # rows behind a window
 
 
 class Told(NamedTuple):
@@ -101,10 +102,11 @@ class Attention:
         ]
         if self._call(lie, mask) is None:
             return None
-        keys, outs = (self._growing.with_room(held, more) for held in (layer.keys, layer.values))
+        most = _most_rows(layer)
+        keys, outs = (self._growing.with_room(held, more, most) for held in (layer.keys, layer.values))
         call = self._call([(keys.shape, keys.stride()), (outs.shape, outs.stride())], mask)
         assert call is not None  # it does not depend on how far one head is from the next
-        layer.keys, layer.values = keys, outs
+        _keep(layer, (keys, outs), more, self._growing)
         return Told(call, keys, outs, before, mask)
 
     def _call(self, lie: Sequence[Any], mask: Any) -> Call | None:
@@ -133,14 +135,35 @@ def attention(
 
 
 def _growing_layer(held: Any, index: int) -> Any:
-    """The layer of a cache that puts keys and values behind the others, where these are in RAM and nobody has told it otherwise."""
-    from transformers.cache_utils import Cache, DynamicLayer
+    """The layer of a cache that puts keys and values behind the others, where these are in RAM and nobody has told it otherwise.
+
+    It may forget those before a window.
+    """
+    from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
     layer: Any = held.layers[index] if index < len(held.layers) else None
-    is_usual = type(layer) is DynamicLayer and type(held).update is Cache.update
+    has_window = (
+        type(layer) is DynamicSlidingWindowLayer and layer.sliding_window > 1 and not layer.record_past
+    )
+    is_usual = (type(layer) is DynamicLayer or has_window) and type(held).update is Cache.update
     if not is_usual or "update" in vars(held) or "update" in vars(layer):
         return None
     return layer if layer.is_initialized and layer.keys.is_cpu and layer.keys.numel() else None
+
+
+def _most_rows(layer: Any) -> int | None:
+    """Of a window and what comes behind it, until the window is copied to a new place; ``None``: there is no window."""
+    window = getattr(layer, "sliding_window", None)
+    return None if window is None else window + max(_FEWEST_MORE, min(_MOST_MORE, window // 4))
+
+
+def _keep(layer: Any, every: tuple[Any, Any], more: int, growing: GrowingTensors) -> None:
+    """Have a layer keep keys and values with ``more`` tokens behind the others: all of them, or those in its window."""
+    window = getattr(layer, "sliding_window", None)
+    if window is not None:
+        layer.cumulative_length += more
+        every = growing.last(every[0], window - 1), growing.last(every[1], window - 1)
+    layer.keys, layer.values = every
 
 
 def _may_follow(view: View, held: Any) -> bool:
@@ -169,9 +192,10 @@ def cache_step(node: Node, module: Any, growing: GrowingTensors) -> Callable[[Va
         layer = _growing_layer(held, index)
         if layer is not None:
             # transformers copies all of them for each token.
-            layer.keys = growing.longer(layer.keys, more[0])
-            layer.values = growing.longer(layer.values, more[1])
-            values[keys.base], values[outs.base] = layer.keys, layer.values
+            most = _most_rows(layer)
+            every = growing.longer(layer.keys, more[0], most), growing.longer(layer.values, more[1], most)
+            values[keys.base], values[outs.base] = every
+            _keep(layer, every, more[0].shape[_TOKENS], growing)
         else:
             values[keys.base], values[outs.base] = held.update(*more, index)
 
