@@ -235,6 +235,26 @@ def test_room_behind_a_tensor_is_given_once() -> None:
     assert not growing._room
 
 
+def test_a_window_goes_on_in_its_place_until_there_is_no_room() -> None:
+    growing = GrowingTensors(1000)
+    window, rows = torch.zeros(1, 2, 3, 4), torch.arange(40.0).view(1, 1, 10, 4).expand(1, 2, 10, 4)
+    wanted, places = window, []
+    for number in range(10):
+        before = window
+        whole = growing.longer(window, rows[..., number : number + 1, :], 8)
+        wanted = torch.cat([wanted, rows[..., number : number + 1, :]], dim=2)[..., -3:, :]
+        window = growing.last(whole, 3)
+        assert torch.equal(window, wanted)
+        assert whole.shape[2] == 4
+        places.append(window.untyped_storage().data_ptr())
+        assert not number or places[-2] != places[-1] or window.data_ptr() == before.data_ptr() + 4 * 4
+    assert len(set(places)) == 2, "of 8 rows each, and 3 of them taken along"
+    assert growing.last(window, 5) is window
+    assert window.untyped_storage().nbytes() == 2 * 8 * 4 * 4
+    del window, whole, before
+    assert not growing._room
+
+
 # Ahead
 
 
