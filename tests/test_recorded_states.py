@@ -146,6 +146,15 @@ def of_somebody(kept: Any) -> None:
     kept.get_conv_state = lambda *args, **options: usual(*args, **options).mul_(0.5)
 
 
+def of_a_layer(kept: Any) -> None:
+    for layer in kept.layers:
+        if hasattr(layer, "recurrent_states"):
+            usual = type(layer).update_recurrent_state.__get__(layer)
+            layer.update_recurrent_state = lambda states, *args, usual=usual, **options: usual(
+                states * 0.5, *args, **options
+            )
+
+
 def of_another_class(kept: Any) -> None:
     class Halving(DynamicCache):
         def update_recurrent_state(self, states: Any, *args: Any, **options: Any) -> Any:
@@ -159,6 +168,7 @@ CHANGES: dict[str, tuple[Callable[[Any], None], bool]] = {
     "another order": (spread, False),
     "recording past": (recording_past, False),
     "a method of somebody": (of_somebody, False),
+    "a method of a layer": (of_a_layer, False),
     "another class": (of_another_class, False),
 }
 """And whether layers run as recorded then."""

@@ -17,7 +17,7 @@ from llm_magic.host.speed import median_of
 
 LAYERS = 20
 WIDTH = 576  # 7 MB a layer in bf16, 142 MB together: more than most caches of a processor hold
-_PROMPT = 32  # tokens
+_PROMPT, _CONTEXT = 32, 1024  # tokens
 _TOO_LONG = 8  # times the budget, for a first sweep: the device is busy with something else
 _BUSY_S = 10e-3  # so is one that takes longer for a layer
 _OWN_SHARE = 0.9  # of a second that one thread works: less, and others have the processor
@@ -99,7 +99,8 @@ def _record(model: Any) -> None:
     from llm_magic.backends.accelerate.recorded.layers import RecordedLayers
     from llm_magic.backends.accelerate.recorded.recordings import Recordings
 
-    RecordedLayers({str(number): layer for number, layer in enumerate(model.model.layers)}, Recordings())
+    layers = {str(number): layer for number, layer in enumerate(model.model.layers)}
+    RecordedLayers(layers, Recordings(), _CONTEXT)
 
 
 def _new_cache(model: Any) -> Any:

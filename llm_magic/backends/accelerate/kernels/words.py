@@ -1,4 +1,4 @@
-"""The 64-bit words that kernels of products are told by: those of the call, then addresses of each part, then their rows."""
+"""The 64-bit words that kernels are told by: of products those of the call, then addresses of each part, then their rows."""
 
 from __future__ import annotations
 
@@ -6,3 +6,6 @@ TOKENS, ARRANGED, MATRICES, TEAM, COUNT, COLUMNS, PAIRS, SHARING, BLOCKS, PARTS,
 HEAD_WORDS = 11
 DATA, SCALES, SHIFTS, RESULTS = range(4)
 ADDRESSES = 4
+
+TARGET, SOURCE, COUNTS, BYTES, TO_TARGET, TO_SOURCE = 0, 1, 2, 5, 6, 9
+"""Of a copy of rows; three each of counts and of steps."""

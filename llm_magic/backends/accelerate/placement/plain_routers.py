@@ -55,13 +55,13 @@ def _mode() -> Any:
     class Caught(TorchFunctionMode):
         def __torch_function__(self, function: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
             more = {} if kwargs is None else kwargs
-            outputs = router_products(*args, **more) if function is torch.nn.functional.linear else None
+            outputs = _router_products(*args, **more) if function is torch.nn.functional.linear else None
             return function(*args, **more) if outputs is None else outputs
 
     return Caught
 
 
-def router_products(states: Any, weight: Any, bias: Any = None) -> Any:
+def _router_products(states: Any, weight: Any, bias: Any = None) -> Any:
     """States times a router's weight by our kernels, with its bias; ``None`` where no kernel takes them."""
     import torch
 

@@ -1,5 +1,5 @@
 """Recurrent layers on the CPU, whose tokens come one after the other: the gated delta rule (Qwen3-Next, Qwen3.5, OLMo
-hybrid) and Mamba 2 (Nemotron-H, Granite 4, Falcon-H1, Bamba, Zamba 2).
+hybrid; Kimi Linear), Mamba 2 (Nemotron-H, Granite 4, Falcon-H1, Bamba, Zamba 2), and convolutions (LFM2).
 
 Their modules call functions of transformers that have no kernels for CPUs. In those modules a kernel of ours is asked
 first; it changes the state where it is, which the module would copy there.

@@ -85,6 +85,8 @@ def _ruled(states: tuple[Any, Any, Any], g: Any, beta: Any, options: dict[str, A
     shape = (1, heads, key.shape[-1], value.shape[-1])
     if state.dtype != torch.float32 or not state.is_contiguous() or tuple(state.shape) != shape:
         return None
+    if beta.shape != (1, tokens, heads) or value.shape[0] != 1:
+        return None
     if query.shape != key.shape or sharing * key.shape[2] != heads or key.shape[:2] != (1, tokens):
         return None
     decays_rows = g.dim() == key.dim()

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 from llm_magic.backends.accelerate.decoding.attention import attends_by_kernel, call_by_kernel, sdpa_attention
 from llm_magic.backends.accelerate.decoding.cpu_attention import Call
 from llm_magic.backends.accelerate.decoding.step_by_step import attention_function
-from llm_magic.backends.accelerate.kernels.in_turn import address_of
-from llm_magic.backends.accelerate.kernels.steps import Loop, Operand
+from llm_magic.backends.accelerate.kernels.words import TARGET, TO_TARGET
+from llm_magic.backends.accelerate.placement import cpu_products
 from llm_magic.backends.accelerate.placement.latent_attention import TAKES_LATENTS, are_latents, expanded
 from llm_magic.backends.accelerate.placement.layer_cache import GrowingTensors, find_cache
 from llm_magic.backends.accelerate.recorded.program import Values, as_noted, shown
@@ -27,29 +26,27 @@ class Told(NamedTuple):
     ----------
     call
         The kernel, and what it is told of shapes.
+    layer
+        Of the cache.
     keys, values
         All of them, with room for those of the sweep behind the others.
-    before
-        Tokens before.
     mask
         ``None`` for none.
     """
 
     call: Call
+    layer: Any
     keys: Any
     values: Any
-    before: int
     mask: Any
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        """What kernels of its are compiled for."""
-        return address_of(self.call.kernel), self.keys.stride(), self.values.stride()
 
     def tell(self, array: Any, places: tuple[int, int, int], room: Any) -> None:
         """Put it into words, from these on: of the copies of keys and of values, and of attention."""
+        before = self.layer.keys.shape[_TOKENS]
         for held, place in zip((self.keys, self.values), places[:2], strict=True):
-            array[place] = held.data_ptr() + self.before * held.stride(_TOKENS) * held.itemsize
+            steps = [stride * held.itemsize for stride in held.stride()[:3]]
+            array[place + TARGET] = held.data_ptr() + before * steps[_TOKENS]
+            array[place + TO_TARGET : place + TO_TARGET + 3] = steps
         self.call.tell(array, places[2], (self.keys, self.values, self.mask), room)
 
 
@@ -69,6 +66,8 @@ class Attention:
         Keys and values of all tokens.
     made
         What attention finds.
+    parts
+        How many parts of a program it is.
     """
 
     def __init__(self, nodes: tuple[Node, Node], modules: tuple[Any, Any], growing: GrowingTensors) -> None:
@@ -80,6 +79,7 @@ class Attention:
         self._modules, self._growing = modules, growing
         self._options = dict(attends.kwargs)
         self._registered = _registered(modules[1])
+        self.parts = len(nodes)
         self._steps = cache_step(kept, modules[0], growing), attention_step(attends, modules[1])
 
     def run(self, values: Values) -> None:
@@ -87,27 +87,40 @@ class Attention:
         for step in self._steps:
             step(values)
 
-    def prepared(self, values: Values) -> Told | None:
-        """Have the cache keep what the sweep has, which is still to be copied; ``None``: it is no case for the kernel."""
-        layer = _growing_layer(values[-1][self._cache.number], self._modules[0].layer_idx)
+    def may_be_told(self, values: Values) -> bool:
+        """Whether it is a case for the kernel now."""
+        layer = self._layer(values)
         if layer is None or _registered(self._modules[1]) is not self._registered:
-            return None
+            return False
         mask = None if self._mask is None else shown(self._mask, values)
-        before, more = layer.keys.shape[_TOKENS], self.key.shape[_TOKENS]
-        if not (_may_follow(self.key, layer.keys) and _may_follow(self.value, layer.values)):
-            return None
+        if mask is not None and not (cpu_products.are_numbers(mask) and mask.is_cpu):
+            return False
+        are_like = _may_follow(self.key, layer.keys) and _may_follow(self.value, layer.values)
+        if not are_like or layer.keys.shape[_TOKENS] != layer.values.shape[_TOKENS]:
+            return False
+        more = self.key.shape[_TOKENS]
         lie = [
-            ((*held.shape[:_TOKENS], before + more, held.shape[3]), held.stride())
+            ((*held.shape[:_TOKENS], held.shape[_TOKENS] + more, held.shape[3]), held.stride())
             for held in (layer.keys, layer.values)
         ]
-        if self._call(lie, mask) is None:
-            return None
+        return self._call(lie, mask) is not None
+
+    def told(self, values: Values) -> Told:
+        """What it is told then. What the sweep has is still to be copied, and until then the cache is as it was."""
+        layer, more = self._layer(values), self.key.shape[_TOKENS]
         most = _most_rows(layer)
         keys, outs = (self._growing.with_room(held, more, most) for held in (layer.keys, layer.values))
+        mask = None if self._mask is None else shown(self._mask, values)
         call = self._call([(keys.shape, keys.stride()), (outs.shape, outs.stride())], mask)
         assert call is not None  # it does not depend on how far one head is from the next
-        _keep(layer, (keys, outs), more, self._growing)
-        return Told(call, keys, outs, before, mask)
+        return Told(call, layer, keys, outs, mask)
+
+    def keep(self, told: Told) -> None:
+        """Have the cache keep what was copied."""
+        _keep(told.layer, (told.keys, told.values), self._growing)
+
+    def _layer(self, values: Values) -> Any:
+        return _growing_layer(values[-1][self._cache.number], self._modules[0].layer_idx)
 
     def _call(self, lie: Sequence[Any], mask: Any) -> Call | None:
         query = self.query.shape, self.query.stride
@@ -115,23 +128,38 @@ class Attention:
 
 
 def attention(
-    groups: Sequence[Sequence[Any]], layer: Any, growing: GrowingTensors, leaves: Sequence[Any]
+    groups: Sequence[Sequence[Any]],
+    layer: Any,
+    growing: GrowingTensors,
+    leaves: Sequence[Any],
+    given: Collection[int],
 ) -> Attention | None:
-    """What the first two of some parts are together; ``None``: they are something else, or one by one."""
+    """What the first two of some parts are together; ``None``: they are something else, or one by one.
+
+    ``given`` are the bases that are there before a layer begins: a mask is one of them.
+    """
     if len(groups) < 2 or not all(isinstance(some[0], Node) for some in groups[:2]):
         return None
     (kept, *_), (attends, *_) = groups[:2]
-    if (kept.kind, attends.kind) != ("cache", "attention") or attends.args[1:3] != kept.outputs:
+    if (kept.kind, attends.kind) != ("cache", "attention") or not _are_of_one(kept, attends, given):
         return None
     modules = layer.get_submodule(kept.name), layer.get_submodule(attends.name)
-    options = dict(attends.kwargs)
+    options, cache = dict(attends.kwargs), find_cache(leaves)
     is_ours = attention_function(modules[1]) is sdpa_attention and attends_by_kernel(modules[1], options)
-    if not is_ours or any(isinstance(options.get(name), View) for name in ("scaling", "is_causal")):
-        return None
-    cache = find_cache(leaves)
-    if cache is None or _growing_layer(cache, modules[0].layer_idx) is None:
+    if not is_ours or cache is None or _growing_layer(cache, modules[0].layer_idx) is None:
         return None
     return Attention((kept, attends), modules, growing)
+
+
+def _are_of_one(kept: Node, attends: Node, given: Collection[int]) -> bool:
+    """Whether it is attention to what the cache has, in one dtype, and all that it is told is known before."""
+    query, mask, states = attends.args[0], attends.args[3], kept.args[1:]
+    is_known = mask is None or (isinstance(mask, View) and mask.base in given)
+    if attends.args[1:3] != kept.outputs or not is_known:
+        return False
+    if any(isinstance(value, View) for name, value in attends.kwargs if name in ("scaling", "is_causal")):
+        return False
+    return all(each.dtype is query.dtype and each.stride[3] == 1 for each in states)
 
 
 def _growing_layer(held: Any, index: int) -> Any:
@@ -157,11 +185,11 @@ def _most_rows(layer: Any) -> int | None:
     return None if window is None else window + max(_FEWEST_MORE, min(_MOST_MORE, window // 4))
 
 
-def _keep(layer: Any, every: tuple[Any, Any], more: int, growing: GrowingTensors) -> None:
-    """Have a layer keep keys and values with ``more`` tokens behind the others: all of them, or those in its window."""
+def _keep(layer: Any, every: tuple[Any, Any], growing: GrowingTensors) -> None:
+    """Have a layer keep keys and values, of which some are new: all of them, or those in its window."""
     window = getattr(layer, "sliding_window", None)
     if window is not None:
-        layer.cumulative_length += more
+        layer.cumulative_length += every[0].shape[_TOKENS] - layer.keys.shape[_TOKENS]
         every = growing.last(every[0], window - 1), growing.last(every[1], window - 1)
     layer.keys, layer.values = every
 
@@ -172,13 +200,11 @@ def _may_follow(view: View, held: Any) -> bool:
     return (batch, width) == (others, other) and held.dtype is view.dtype and held.is_cpu
 
 
-@cache
-def copied(view_shape: tuple[int, ...], source: tuple[int, ...], target: tuple[int, ...], dtype: str) -> Any:
-    """The kernel that copies numbers of such strides: of the addresses of target and source."""
-    from llm_magic.backends.accelerate.kernels.elementwise import elementwise
-
-    whole, part = Operand(0, 0, target, dtype), Operand(1, 0, source, dtype)
-    return elementwise((Loop("same", (), view_shape, whole, (part,)),))
+def copy_words(view: View) -> list[int]:
+    """What `kernels.rows.copied_rows` is told of new keys or values, but for addresses, and for where they go."""
+    size = view.dtype.itemsize
+    counts = (*view.shape[:3], view.shape[3] * size)
+    return [0, 0, *counts, 0, 0, 0, *(stride * size for stride in view.stride[:3])]
 
 
 def cache_step(node: Node, module: Any, growing: GrowingTensors) -> Callable[[Values], None]:
@@ -195,7 +221,7 @@ def cache_step(node: Node, module: Any, growing: GrowingTensors) -> Callable[[Va
             most = _most_rows(layer)
             every = growing.longer(layer.keys, more[0], most), growing.longer(layer.values, more[1], most)
             values[keys.base], values[outs.base] = every
-            _keep(layer, every, more[0].shape[_TOKENS], growing)
+            _keep(layer, every, growing)
         else:
             values[keys.base], values[outs.base] = held.update(*more, index)
 

@@ -25,9 +25,6 @@ from llm_magic.backends.accelerate.recorded.states import StateStep, is_kept, ke
 _PRODUCTS = ("aten.mm.default", "aten.bmm.default", "aten.addmm.default", "aten.baddbmm.default")
 
 
-_OF_ATTENTION = 2  # parts
-
-
 class Bound:
     """A program with the modules of one layer.
 
@@ -63,10 +60,11 @@ class Bound:
         self._constants = [(each.view.base, each.tensor()) for each in recording.constants]
         self._matrices = list(_matrices(program, layer))
         groups, growing = _together(program.parts), growing or GrowingTensors(0)
+        given = {view.base for _, view in recording.arguments}
         steps, wanted = list[Any](), list[set[int]]()
         while groups:
-            attends = attention(groups, layer, growing, leaves)
-            count = 1 if attends is None else _OF_ATTENTION
+            attends = attention(groups, layer, growing, leaves, given)
+            count = 1 if attends is None else attends.parts
             step = attends or _router(groups[0][0], layer, recording) or _step(groups[0], layer, growing)
             steps.append(step)
             wanted.append(set[int]().union(*map(_reads, groups[:count])))

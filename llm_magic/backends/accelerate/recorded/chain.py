@@ -27,12 +27,13 @@ from llm_magic.backends.accelerate.kernels.words import (
     RESULTS,
     SCALES,
     SHIFTS,
+    SOURCE,
     TEAM,
     TOKENS,
 )
 from llm_magic.backends.accelerate.placement.cpu_products import PackedWeights, Products, address
 from llm_magic.backends.accelerate.preparation import preparing
-from llm_magic.backends.accelerate.recorded.attending import Attention, Told, copied
+from llm_magic.backends.accelerate.recorded.attending import Attention, Told, copy_words
 from llm_magic.backends.accelerate.recorded.linears import Linears
 from llm_magic.backends.accelerate.recorded.program import CompiledRegion, Values
 from llm_magic.backends.accelerate.recorded.recording import View
@@ -89,7 +90,11 @@ def chained(
     start = 0
     while start < len(steps):
         end = start
-        while end < len(steps) and _may_be_in_one(steps[end], joins_attention=joins_attention):
+        may_attend = joins_attention
+        while end < len(steps) and _may_be_in_one(steps[end], joins_attention=may_attend):
+            may_attend = may_attend and not isinstance(
+                steps[end], Attention
+            )  # the second looks at what the first has done
             end += 1
         if end - start > 1:
             outside = set[int]().union(*wanted[end:])
@@ -112,7 +117,7 @@ def _may_be_in_one(step: Any, *, joins_attention: bool) -> bool:
 
 @dataclass
 class _Words:
-    """The words for some products, and which of them say what.
+    """The words for all members, and which of them say what.
 
     Attributes
     ----------
@@ -128,8 +133,8 @@ class _Words:
         Which are the address of one, in their order.
     teams
         Which are a team's address.
-    attentions
-        Where the words of each begin: of the copies of keys and of values, and of itself.
+    attention
+        Where the words begin of its copies of keys and of values, and of itself.
     size
         Bytes of the room.
     at
@@ -142,7 +147,7 @@ class _Words:
     weights: list[int]
     biases: list[int]
     teams: list[int]
-    attentions: list[tuple[int, int, int]]
+    attention: tuple[int, int, int] | None
     size: int
     at: int = 0
 
@@ -164,7 +169,7 @@ class Chain:
         self, members: Sequence[Member], outside: set[int], room: Room, rest: Sequence[Any] = ()
     ) -> None:
         self._members, self._outside, self._room, self._rest = list(members), outside, room, rest
-        self._attentions = [member for member in members if isinstance(member, Attention)]
+        self._attention = next((member for member in members if isinstance(member, Attention)), None)
         self._linears = [member for member in members if isinstance(member, Linears)]
         self._kept: dict[tuple[Any, ...], tuple[list[Products], list[_Words]]] = {}
         with preparing():
@@ -185,15 +190,14 @@ class Chain:
             biases += added
             products.append(some)
         have_bias = [bias is not None for bias in biases]
-        told: list[Told] = []
-        for attention in self._attentions:
-            each = attention.prepared(values)
-            if each is None:
+        told = None
+        if self._attention is not None:
+            if not self._attention.may_be_told(values):
                 for step in self._rest:
                     step(values)
                 return
-            told.append(each)
-        key = *map(id, products), *have_bias, *(each.key for each in told)
+            told = self._attention.told(values)
+        key = *map(id, products), *have_bias, told and address_of(told.call.kernel)
         _, kept = self._kept.setdefault(key, (products, []))
         try:
             words = kept.pop()  # nobody else has it then
@@ -203,12 +207,14 @@ class Chain:
         self._make(products, told, values)
         room = self._room.take(words.size)
         _tell(words, weights, [bias for bias in biases if bias is not None], values, room.data_ptr())
-        rooms = [taken_room(each.call.room) for each in told]
-        for each, places, some_room in zip(told, words.attentions, rooms, strict=True):
-            each.tell(words.array, places, some_room)
-        in_turn()(words.array)
-        for some_room in rooms:
-            leave_room(some_room)
+        if self._attention is None or told is None or words.attention is None:
+            in_turn()(words.array)
+        else:
+            records = taken_room(told.call.room)
+            told.tell(words.array, words.attention, records)
+            in_turn()(words.array)
+            self._attention.keep(told)
+            leave_room(records)
         self._room.leave(room)
         if len(kept) < _MOST_KEPT:
             kept.append(words)
@@ -217,12 +223,12 @@ class Chain:
         for member in self._members:
             member.run(values)
 
-    def _make(self, products: Sequence[Products], told: Sequence[Told], values: Values) -> None:
+    def _make(self, products: Sequence[Products], told: Told | None, values: Values) -> None:
         """Memory for what others read."""
         import torch
 
-        for attention, of_all in zip(self._attentions, told, strict=True):
-            for view, held in zip(attention.all, (of_all.keys, of_all.values), strict=True):
+        if self._attention is not None and told is not None:
+            for view, held in zip(self._attention.all, (told.keys, told.values), strict=True):
                 if view.base in self._outside:
                     values[view.base] = held
         each = iter(products)
@@ -247,7 +253,7 @@ class _Plan:
     def __init__(
         self,
         members: Sequence[Member],
-        told: tuple[Sequence[Products], Sequence[Told]],
+        told: tuple[Sequence[Products], Told | None],
         have_bias: Sequence[bool],
         outside: set[int],
     ) -> None:
@@ -261,10 +267,10 @@ class _Plan:
         self._weights: list[int] = []
         self._biases: list[int] = []
         self._teams: list[int] = []
-        self._attentions: list[tuple[int, int, int]] = []
-        products, attentions = told
-        self._first = 1 + 2 * (len(members) + sum(have_bias) + _COPIES * len(attentions))
-        each, has_bias, attends = iter(products), iter(have_bias), iter(attentions)
+        self._attention: tuple[int, int, int] | None = None
+        products, attends = told
+        self._first = 1 + 2 * (len(members) + sum(have_bias) + (_COPIES if attends else 0))
+        each, has_bias = iter(products), iter(have_bias)
         for member in members:
             if isinstance(member, CompiledRegion):
                 self._add_region(member)
@@ -273,7 +279,8 @@ class _Plan:
                 self._add_step(member)
                 continue
             if isinstance(member, Attention):
-                self._add_attention(member, next(attends))
+                assert attends is not None
+                self._add_attention(member, attends)
                 continue
             self._add_linears(member, next(each))
             for out in member.outputs:
@@ -288,7 +295,7 @@ class _Plan:
         calls = [part for kernel, at in self._list for part in (kernel, start + 8 * (self._first + at))]
         array[:] = [len(self._list), *calls, *self._numbers]
         outer = list(self._outer.items())
-        places = self._weights, self._biases, self._teams, self._attentions
+        places = self._weights, self._biases, self._teams, self._attention
         return _Words(array, outer, self._inner, *places, self._size)
 
     def _add_region(self, region: CompiledRegion) -> None:
@@ -315,19 +322,20 @@ class _Plan:
         self._numbers += [*told, 0, kernel.shares]
 
     def _add_attention(self, attention: Attention, told: Told) -> None:
+        from llm_magic.backends.accelerate.kernels.rows import copied_rows
+
         firsts = []
-        for view, held in ((attention.key, told.keys), (attention.value, told.values)):
-            copy = copied(view.shape, view.stride, held.stride(), str(view.dtype).removeprefix("torch."))
-            firsts.append(self._begin(copy))
-            self._numbers += [0, 0]
-            self._point(firsts[-1] + 1, view.base, view.offset * view.dtype.itemsize)
+        for view in (attention.key, attention.value):
+            firsts.append(self._begin(copied_rows()))
+            self._numbers += copy_words(view)
+            self._point(firsts[-1] + SOURCE, view.base, view.offset * view.dtype.itemsize)
         first = self._begin(told.call.kernel)
         self._numbers += [0] * WORDS
         query, (out,) = attention.query, attention.made
         self._place(out.base, _bytes_of(out))
         self._point(first + QUERY, query.base, query.offset * query.dtype.itemsize)
         self._point(first + OUT, out.base)
-        self._attentions.append((firsts[0], firsts[1], first))
+        self._attention = firsts[0], firsts[1], first
 
     def _add_linears(self, linears: Linears, products: Products) -> None:
         first = self._begin(products.kernel)

@@ -214,7 +214,8 @@ class Experts(Linears):
         (first,), (out,) = weights, self.outputs
         key = first.layout, first.rows
         if key not in self._products:
-            fits = (first.rows, first.columns) == (out.shape[-1], self.tokens_view.shape[-1])
+            is_such = first.kind not in cpu_products.PLAIN or first.kind == self._name
+            fits = is_such and (first.rows, first.columns) == (out.shape[-1], self.tokens_view.shape[-1])
             of_each = self.tokens // self._count
             self._products[key] = (
                 cpu_products.prepared_each(first.layout, first.rows, self._name, self._count, of_each)

@@ -73,8 +73,8 @@ class Node:
         Its place among all.
     kind
         ``"op"``: of torch. ``"linear"`` and ``"module"``: a module of the layer. ``"attention"``, ``"cache"``, and
-        ``"experts"``: products with a stack. ``"state"``: a kernel that changes a state. ``"take"`` and ``"hand on"``: keys and values that layers share, in a
-        dictionary among the arguments.
+        ``"experts"``: products with a stack. ``"state"``: a kernel that changes a state. ``"take"`` and ``"hand on"``:
+        keys and values that layers share, in a dictionary among the arguments.
     name
         The operation, the module's path in the layer, or that of the module that attends; the kernel of a state.
     args, kwargs

@@ -1,0 +1,190 @@
+"""Attention in the chains of recorded layers: what it is told, what the cache has of it, and when it is called by itself."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("llvmlite")
+
+from transformers import DynamicCache  # noqa: E402
+from transformers.models.llama import modeling_llama  # noqa: E402
+
+from llm_magic.backends.accelerate.decoding import cpu_attention  # noqa: E402
+from llm_magic.backends.accelerate.recorded.attending import Attention  # noqa: E402
+from llm_magic.backends.accelerate.recorded.chain import Chain, Room  # noqa: E402
+from tests.caches import given  # noqa: E402
+from tests.test_recorded import layers_of, made, members_of, recorded, step  # noqa: E402
+
+pytestmark = pytest.mark.skipif(not cpu_attention.is_there(), reason="no kernels for this processor")
+IDS = torch.randint(5, 300, (1, 60), generator=torch.Generator().manual_seed(8))
+Change = Callable[[int, Any], None]
+
+
+@pytest.fixture(autouse=True)
+def _no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def nothing(_end: int, _kept: Any) -> None:
+    pass
+
+
+def text(model: Any, before: Change = nothing, ends: tuple[int, int] = (21, 26)) -> tuple[list[Any], Any]:
+    """Logits of some tokens after a prompt, and the cache; something may happen before each of them."""
+    kept = DynamicCache(config=model.config)
+    model(IDS[:, : ends[0] - 1], **given(kept), use_cache=True)
+    found = []
+    for end in range(*ends):
+        before(end, kept)
+        found.append(step(model, kept, IDS[:, :end]))
+    return found, kept
+
+
+def same(mine: Any, theirs: Any) -> bool:
+    (logits, kept), (others, other) = mine, theirs
+    keys = [(layer.keys, layer.values) for layer in kept.layers]
+    expected = [(layer.keys, layer.values) for layer in other.layers]
+    pairs = zip([*logits, *sum(keys, ())], [*others, *sum(expected, ())], strict=True)
+    return all(torch.equal(left, right) for left, right in pairs)
+
+
+def in_chains(held: Any) -> int:
+    return sum(isinstance(member, Attention) for member in members_of(held, alone=False))
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_kernels_are_the_same_ones_beyond_the_context(name: str) -> None:
+    """Heads of keys are then farther from each other with each token."""
+    model = made(name)
+    theirs = text(model, ends=(11, 50))
+    held = recorded(model, context=16)
+    assert same(text(model, ends=(11, 50)), theirs)
+    assert in_chains(held) >= 4
+    chains = [
+        step.__self__
+        for layer in held._layers
+        for bound in layer._bound.values()
+        for step in bound._steps
+        if isinstance(getattr(step, "__self__", None), Chain)
+    ]
+    assert all(len(chain._kept) <= 2 for chain in chains), "with a mask, and without one"
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_an_error_in_the_middle_leaves_no_tokens_that_are_not_there(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = made(name)
+    theirs = text(model)
+    recorded(model, context=64)
+    text(model)
+    usual, calls = Room.take, []
+
+    def take(room: Room, size: int) -> Any:
+        calls.append(size)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return usual(room, size)
+
+    def interrupted(end: int, kept: Any) -> None:
+        if end != 23:
+            return
+        before = [(layer, copy.copy(vars(layer))) for layer in kept.layers]
+        with monkeypatch.context() as patch:
+            patch.setattr(Room, "take", take)
+            with pytest.raises(KeyboardInterrupt):
+                step(model, kept, IDS[:, :end])
+        assert [layer.get_seq_length() for layer in kept.layers] == [23, 23, 23, 22]
+        assert all(vars(kept.layers[3])[name] is value for name, value in before[3][1].items()), "as it was"
+        for layer, attributes in before[:3]:
+            vars(layer).update(attributes)
+
+    assert same(text(model, interrupted), theirs)
+
+
+def test_two_attentions_in_a_layer() -> None:
+    """The second one's cache becomes another one in the middle."""
+    model = made("llama")
+    layer, other = layers_of(model)[1], copy.deepcopy(layers_of(model)[2].self_attn)
+    other.layer_idx = 4
+
+    class Two(type(layer)):  # type: ignore[misc]
+        def forward(self, hidden_states: Any, **options: Any) -> Any:
+            found, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **options)
+            states = hidden_states + found
+            further, _ = self.other(hidden_states=self.post_attention_layernorm(states), **options)
+            return states + further + self.mlp(states)
+
+    layer.other, layer.__class__ = other, Two
+    model.config.num_hidden_layers, model.config.layer_types = 5, None  # of the cache
+
+    def change(end: int, kept: Any) -> None:
+        if end == 23:
+            kept.layers[4].__class__ = type("Mine", (type(kept.layers[4]),), {})
+
+    theirs = text(model, change)
+    held = recorded(model, context=64)
+    assert same(text(model, change), theirs)
+    assert in_chains(held) == 5
+    assert same(text(model), text(model))
+
+
+def test_a_mask_that_the_layer_makes_itself() -> None:
+    model = made("llama")
+    kind = type(layers_of(model)[0].self_attn)
+
+    def forward(self: Any, hidden_states: Any, **options: Any) -> Any:
+        if hidden_states.shape[1] == 1:
+            options["attention_mask"] = (hidden_states[..., :1] * 0)[:, None]
+        return kind.forward(self, hidden_states=hidden_states, **options)
+
+    for layer in layers_of(model):
+        layer.self_attn.__class__ = type(kind.__name__, (kind,), {"forward": forward})
+    theirs = text(model)
+    held = recorded(model, context=64)
+    assert same(text(model), theirs)
+    assert not in_chains(held)
+
+
+def test_a_query_of_another_dtype_than_keys_is_refused_as_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    usual = modeling_llama.apply_rotary_pos_emb
+
+    def rotated(query: Any, *args: Any, **options: Any) -> Any:
+        query, key = usual(query, *args, **options)
+        return (query.float() if query.shape[2] == 1 else query), key
+
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", rotated)
+    model = made("llama")
+    held = recorded(model, context=64)
+    with pytest.raises(RuntimeError, match="dtype"):
+        text(model)
+    assert not in_chains(held)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.bfloat16, torch.float32])
+def test_masks_of_every_kind(dtype: Any) -> None:
+    model = made("llama")
+    theirs: list[Any] = []
+
+    def run() -> list[Any]:
+        kept, found = DynamicCache(config=model.config), []
+        model(IDS[:, :20], **given(kept), use_cache=True)
+        for end in range(21, 26):
+            mask = torch.ones(1, 1, 1, end, dtype=torch.bool)
+            mask[..., 3:7] = False
+            if dtype != torch.bool:
+                mask = torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+            out = model(IDS[:, end - 1 : end], **given(kept), use_cache=True, attention_mask=mask)
+            found.append(out.logits)
+        return found
+
+    theirs = run()
+    held = recorded(model, context=64)
+    assert all(map(torch.equal, run(), theirs))
+    assert in_chains(held) == 4
