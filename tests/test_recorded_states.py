@@ -15,10 +15,11 @@ from transformers import DynamicCache  # noqa: E402
 
 from llm_magic.backends.accelerate.placement import cpu_products, step_kernels  # noqa: E402
 from llm_magic.backends.accelerate.placement.layer_cache import state_in  # noqa: E402
+from llm_magic.backends.accelerate.recorded.attending import Attention  # noqa: E402
 from llm_magic.backends.accelerate.recorded.chain import Chain  # noqa: E402
 from llm_magic.backends.accelerate.recorded.states import StateStep  # noqa: E402
 from tests.caches import given  # noqa: E402
-from tests.test_recorded import answers, equal, kinds_of_parts, layers_of, made, recorded, step  # noqa: E402
+from tests.test_recorded import answers, equal, kinds_of_parts, layers_of, made, members_of, recorded, step  # noqa: E402
 from tests.test_recurrent_steps import SIZES, mixers_of, to_mixer  # noqa: E402
 
 # Older ones ask the cache in another way, and are parts of a layer as a whole.
@@ -94,6 +95,16 @@ def test_several_tokens_and_one_in_turn() -> None:
     theirs = answers(model, sweeps)
     recorded(model)
     assert equal(answers(model, sweeps), theirs)
+
+
+def test_attention_beside_a_state_in_the_same_layer() -> None:
+    """Of Falcon-H1; keys and values of the layer go on in their place."""
+    model = served("falcon_h1")
+    theirs = answers(model, TOKENS)
+    held = recorded(model, context=64)
+    assert equal(answers(model, TOKENS), theirs)
+    members = members_of(held, alone=False)
+    assert sum(isinstance(member, Attention) for member in members) == 4
 
 
 def test_several_texts_at_once() -> None:

@@ -99,7 +99,7 @@ def state_in(cache: Any, index: int, kind: str, number: int) -> Any:
         return None
     is_usual = all(getattr(type(cache), name) is getattr(Cache, name) for name in _OF_STATES)
     has_own = not (vars(cache).keys().isdisjoint(_OF_STATES) and "update_recurrent_state" not in vars(layer))
-    if layer.record_past or not is_usual or has_own:
+    if getattr(layer, "record_past", True) or not is_usual or has_own:
         return None
     state = vars(layer).get(kind, {}).get(number)  # a class of somebody may have them elsewhere
     return state if state is not None and state.is_cpu and state.is_contiguous() else None

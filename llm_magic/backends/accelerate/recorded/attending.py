@@ -167,16 +167,24 @@ def _growing_layer(held: Any, index: int) -> Any:
 
     It may forget those before a window.
     """
-    from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+    from transformers.cache_utils import Cache
 
     layer: Any = held.layers[index] if index < len(held.layers) else None
-    has_window = (
-        type(layer) is DynamicSlidingWindowLayer and layer.sliding_window > 1 and not layer.record_past
-    )
-    is_usual = (type(layer) is DynamicLayer or has_window) and type(held).update is Cache.update
-    if not is_usual or "update" in vars(held) or "update" in vars(layer):
+    if not _grows(layer) or type(held).update is not Cache.update:
+        return None
+    if "update" in vars(held) or "update" in vars(layer):
         return None
     return layer if layer.is_initialized and layer.keys.is_cpu and layer.keys.numel() else None
+
+
+def _grows(layer: Any) -> bool:
+    """Whether it is one of transformers' kinds that keep all tokens, beside a state or not, or those of a window."""
+    from transformers import cache_utils
+
+    if type(layer) is cache_utils.DynamicSlidingWindowLayer:
+        return layer.sliding_window > 1 and not getattr(layer, "record_past", False)
+    beside_states = getattr(cache_utils, "LinearAttentionAndFullAttentionLayer", cache_utils.DynamicLayer)
+    return type(layer) in (cache_utils.DynamicLayer, beside_states)
 
 
 def _most_rows(layer: Any) -> int | None:
