@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,13 +16,19 @@ from transformers import DynamicCache  # noqa: E402
 from transformers.models.llama import modeling_llama  # noqa: E402
 
 from llm_magic.backends.accelerate.decoding import cpu_attention  # noqa: E402
+from llm_magic.backends.accelerate.placement.layer_cache import GrowingTensors  # noqa: E402
 from llm_magic.backends.accelerate.recorded.attending import Attention  # noqa: E402
 from llm_magic.backends.accelerate.recorded.chain import Chain, Room  # noqa: E402
+from llm_magic.events import Message, Request, Sampling  # noqa: E402
+from tests import tiny  # noqa: E402
 from tests.caches import given  # noqa: E402
+from tests.engines import ask, load  # noqa: E402
+from tests.families import FAMILIES, save  # noqa: E402
 from tests.test_recorded import layers_of, made, members_of, recorded, step  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not cpu_attention.is_there(), reason="no kernels for this processor")
 IDS = torch.randint(5, 300, (1, 60), generator=torch.Generator().manual_seed(8))
+GREEDY = Sampling(max_new_tokens=40, temperature=0.0)
 Change = Callable[[int, Any], None]
 
 
@@ -188,3 +195,34 @@ def test_masks_of_every_kind(dtype: Any) -> None:
     held = recorded(model, context=64)
     assert all(map(torch.equal, run(), theirs))
     assert in_chains(held) == 4
+
+
+@pytest.mark.parametrize("name", ["mistral", "llama"])
+def test_answers_attend_in_chains_and_copy_no_window(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In every sweep behind a prompt, windows that wait for what is kept of their tokens, too."""
+    folder = save(name, tmp_path) if name in FAMILIES else tiny.save_llama(tmp_path)
+    told, copies = list[int](), list[tuple[int, ...]]()
+    keep, with_room = Attention.keep, GrowingTensors._with_room
+
+    def kept(self: Attention, what: Any) -> None:
+        told.append(self.key.shape[2])
+        keep(self, what)
+
+    def copied(self: GrowingTensors, shape: Any, *args: Any) -> Any:
+        copies.append(tuple(shape))
+        return with_room(self, shape, *args)
+
+    monkeypatch.setattr(Attention, "keep", kept)
+    monkeypatch.setattr(GrowingTensors, "_with_room", copied)
+    engine = load(folder)
+    try:
+        answer = ask(engine, Request((Message("user", "Once there was a king who " * 3),), GREEDY))
+    finally:
+        engine.close()
+    sweeps = answer.finish.sweeps
+    assert sweeps > 16
+    assert len(told) == tiny.LAYERS * sweeps
+    moves = 1 + sweeps // 16 if name != "llama" else 1
+    assert len(copies) <= 2 * tiny.LAYERS * moves, "keys and values of each layer, from time to time"

@@ -12,7 +12,7 @@ pytest.importorskip("llvmlite")
 from llm_magic.backends.accelerate.placement.cpu_linear import serve_linear  # noqa: E402
 from llm_magic.backends.accelerate.recorded import linears  # noqa: E402
 from llm_magic.backends.accelerate.recorded.linears import Linears  # noqa: E402
-from llm_magic.backends.accelerate.recorded.recording import Node, View  # noqa: E402
+from llm_magic.backends.accelerate.recorded.recording import View  # noqa: E402
 from tests.test_cpu_products import bound  # noqa: E402
 from tests.test_packing import METHODS, WIDTH, inputs, network_of  # noqa: E402
 
@@ -30,7 +30,7 @@ def test_weights_are_asked_for_once(method: str, monkeypatch: pytest.MonkeyPatch
     states, made = (
         View(base, (1, size), (size, 1), 0, torch.bfloat16) for base, size in ((0, WIDTH), (1, 128))
     )
-    together = Linears([Node(0, "linear", "", (states,), (), (made,))], [layer])
+    together = Linears(states, [made], [layer])
     with torch.no_grad():
         x = inputs(rows=1)
         for _ in range(3):
@@ -50,7 +50,7 @@ def test_a_weight_of_another_size_is_no_kernels(rows: int) -> None:
     states, made = (
         View(base, (1, size), (size, 1), 0, torch.bfloat16) for base, size in ((0, WIDTH), (1, rows))
     )
-    together = Linears([Node(0, "linear", "", (states,), (), (made,))], [layer])
+    together = Linears(states, [made], [layer])
     assert not together.may_be_chained
     weights = together.weights()
     assert weights is not None

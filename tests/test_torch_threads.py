@@ -15,7 +15,7 @@ from llm_magic.backends.accelerate.kernels import torch_threads  # noqa: E402
 from llm_magic.backends.accelerate.kernels.torch_threads import one_thread  # noqa: E402
 from llm_magic.backends.accelerate.recorded import bound  # noqa: E402
 from llm_magic.backends.accelerate.recorded.linears import Linears  # noqa: E402
-from llm_magic.backends.accelerate.recorded.recording import Node, View  # noqa: E402
+from llm_magic.backends.accelerate.recorded.recording import View  # noqa: E402
 from tests.recorded_layers import Layer, Twins, states  # noqa: E402
 
 THREADS = 3
@@ -100,7 +100,7 @@ def test_linear_layers_without_a_kernel(columns: int, threads: int) -> None:
     layer = Linear(columns, 4, bias=False)
     view = View(0, (1, columns), (columns, 1), 0, torch.float32)
     out = View(1, (1, 4), (4, 1), 0, torch.float32)
-    linears = Linears([Node(0, "linear", "", (view,), (), (out,))], [layer])
+    linears = Linears(view, [out], [layer])
     values = [torch.randn(1, columns), None]
     linears.run(values)
     assert found == [threads]

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from llm_magic.backends.accelerate.decoding.layer_kinds import empty, has_state, is_plain, with_tokens
+from llm_magic.backends.accelerate.placement.layer_cache import without_first
 
 
 class Rollback:
@@ -120,4 +121,5 @@ def _tokens(states: Any) -> int:
 def _part(states: Any, first: int, last: int) -> Any:
     if not states.numel() or (first == 0 and last == states.shape[-2]):
         return states
-    return states[..., first:last, :]
+    # What is dropped at the end may still be somebody's: others go to another place.
+    return without_first(states, first) if last == states.shape[-2] else states[..., first:last, :]

@@ -134,6 +134,7 @@ class GrowingTensors:
 
     def grown(self, before: Any, shape: Sequence[int]) -> Any:
         """``before`` and the room behind it, as far as ``shape``; ``None`` when there is none. Once for each tensor."""
+        _GROWING.pop(id(before), None)
         held, room = self._room.pop(id(before), (_no_tensor, 0))
         if before is None or held() is not before or room < shape[-2] or before.shape[:-2] != shape[:-2]:
             return None
@@ -173,15 +174,34 @@ class GrowingTensors:
     def last(self, whole: Any, tokens: int) -> Any:
         """The last rows of what was made longer, in their place, which can be made longer again."""
         dropped = whole.shape[-2] - tokens
-        if dropped <= 0:
-            return whole
-        _, room = self._room.pop(id(whole))
-        return self._noted(whole[..., dropped:, :], room - dropped)
+        return without_first(whole, dropped) if dropped > 0 else whole
+
+    def _without_first(self, whole: Any, rows: int) -> Any:
+        rest = whole[..., rows:, :]
+        _, room = self._room.pop(id(whole), (None, 0))
+        _GROWING.pop(id(whole), None)
+        return self._noted(rest, room - rows) if room > rows else rest
 
     def _noted(self, tensor: Any, room: int) -> Any:
         number = id(tensor)
-        self._room[number] = weakref.ref(tensor, lambda _: self._room.pop(number, None)), room
+
+        def forget(_: Any) -> None:
+            self._room.pop(number, None)
+            _GROWING.pop(number, None)
+
+        self._room[number] = weakref.ref(tensor, forget), room
+        _GROWING[number] = self
         return tensor
+
+
+_GROWING: dict[int, GrowingTensors] = {}
+"""By the identity of a tensor: who knows of room behind it."""
+
+
+def without_first(whole: Any, rows: int) -> Any:
+    """Keys or values without their first rows, with the room behind them, if there is any."""
+    growing = _GROWING.get(id(whole))
+    return whole[..., rows:, :] if growing is None else growing._without_first(whole, rows)
 
 
 def _no_tensor() -> None:

@@ -146,7 +146,7 @@ def attention(
     modules = layer.get_submodule(kept.name), layer.get_submodule(attends.name)
     options, cache = dict(attends.kwargs), find_cache(leaves)
     is_ours = attention_function(modules[1]) is sdpa_attention and attends_by_kernel(modules[1], options)
-    if not is_ours or cache is None or _growing_layer(cache, modules[0].layer_idx) is None:
+    if not is_ours or cache is None or not _may_grow(_layer_of(cache, modules[0].layer_idx)):
         return None
     return Attention((kept, attends), modules, growing)
 
@@ -169,22 +169,33 @@ def _growing_layer(held: Any, index: int) -> Any:
     """
     from transformers.cache_utils import Cache
 
-    layer: Any = held.layers[index] if index < len(held.layers) else None
-    if not _grows(layer) or type(held).update is not Cache.update:
+    layer = _layer_of(held, index)
+    if not _may_grow(layer) or type(held).update is not Cache.update:
         return None
-    if "update" in vars(held) or "update" in vars(layer):
+    if "update" in vars(held) or "update" in vars(layer) or not layer.is_initialized:
         return None
-    return layer if layer.is_initialized and layer.keys.is_cpu and layer.keys.numel() else None
+    if _records_past(layer) and layer.keys.shape[_TOKENS] >= layer.sliding_window:
+        return None  # attention gets some of them then
+    return layer if layer.keys.is_cpu and layer.keys.numel() else None
 
 
-def _grows(layer: Any) -> bool:
+def _layer_of(held: Any, index: int) -> Any:
+    return held.layers[index] if index < len(held.layers) else None
+
+
+def _may_grow(layer: Any) -> bool:
     """Whether it is one of transformers' kinds that keep all tokens, beside a state or not, or those of a window."""
     from transformers import cache_utils
 
     if type(layer) is cache_utils.DynamicSlidingWindowLayer:
-        return layer.sliding_window > 1 and not getattr(layer, "record_past", False)
+        return bool(layer.sliding_window > 1)
     beside_states = getattr(cache_utils, "LinearAttentionAndFullAttentionLayer", cache_utils.DynamicLayer)
     return type(layer) in (cache_utils.DynamicLayer, beside_states)
+
+
+def _records_past(layer: Any) -> bool:
+    """Whether a layer with a window keeps what leaves that until it is told how many of its tokens stay."""
+    return getattr(layer, "sliding_window", None) is not None and bool(getattr(layer, "record_past", False))
 
 
 def _most_rows(layer: Any) -> int | None:
@@ -194,11 +205,12 @@ def _most_rows(layer: Any) -> int | None:
 
 
 def _keep(layer: Any, every: tuple[Any, Any], growing: GrowingTensors) -> None:
-    """Have a layer keep keys and values, of which some are new: all of them, or those in its window."""
+    """Have a layer keep keys and values, of which some are new: all of them, or those in its window, as transformers does."""
     window = getattr(layer, "sliding_window", None)
     if window is not None:
         layer.cumulative_length += every[0].shape[_TOKENS] - layer.keys.shape[_TOKENS]
-        every = growing.last(every[0], window - 1), growing.last(every[1], window - 1)
+        if not _records_past(layer):
+            every = growing.last(every[0], window - 1), growing.last(every[1], window - 1)
     layer.keys, layer.values = every
 
 
