@@ -16,7 +16,6 @@ from transformers import DynamicCache  # noqa: E402
 from llm_magic.backends.accelerate.placement import cpu_products, step_kernels  # noqa: E402
 from llm_magic.backends.accelerate.placement.layer_cache import state_in  # noqa: E402
 from llm_magic.backends.accelerate.recorded.attending import Attention  # noqa: E402
-from llm_magic.backends.accelerate.recorded.chain import Chain  # noqa: E402
 from llm_magic.backends.accelerate.recorded.states import StateStep  # noqa: E402
 from tests.caches import given  # noqa: E402
 from tests.test_recorded import answers, equal, kinds_of_parts, layers_of, made, members_of, recorded, step  # noqa: E402
@@ -43,15 +42,7 @@ def served(name: str, dtype: Any = torch.bfloat16) -> Any:
 
 def steps_of(held: Any) -> list[StateStep]:
     """The kernels of states, in chains and beside them."""
-    owners = [
-        getattr(step, "__self__", None)
-        for layer in held._layers
-        for bound in layer._bound.values()
-        if bound is not None
-        for step in bound._steps
-    ]
-    parts = [part for each in owners for part in (each._members if isinstance(each, Chain) else [each])]
-    return [part for part in parts if isinstance(part, StateStep)]
+    return [member for member in members_of(held) if isinstance(member, StateStep)]
 
 
 @pytest.mark.parametrize("name", NAMES)
