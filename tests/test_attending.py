@@ -13,9 +13,11 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("llvmlite")
 
 from transformers import DynamicCache  # noqa: E402
+from transformers.models.gpt_oss import modeling_gpt_oss  # noqa: E402
 from transformers.models.llama import modeling_llama  # noqa: E402
 
 from llm_magic.backends.accelerate.decoding import cpu_attention  # noqa: E402
+from llm_magic.backends.accelerate.placement.cpu_linear import serve_linear  # noqa: E402
 from llm_magic.backends.accelerate.placement.layer_cache import GrowingTensors  # noqa: E402
 from llm_magic.backends.accelerate.recorded.attending import Attention  # noqa: E402
 from llm_magic.backends.accelerate.recorded.chain import Chain, Room  # noqa: E402
@@ -24,7 +26,8 @@ from tests import tiny  # noqa: E402
 from tests.caches import given  # noqa: E402
 from tests.engines import ask, load  # noqa: E402
 from tests.families import FAMILIES, save  # noqa: E402
-from tests.test_recorded import layers_of, made, members_of, recorded, step  # noqa: E402
+from tests.test_packing import packed_layer  # noqa: E402
+from tests.test_recorded import answers, equal, layers_of, made, members_of, recorded, served_mixture, step  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not cpu_attention.is_there(), reason="no kernels for this processor")
 IDS = torch.randint(5, 300, (1, 60), generator=torch.Generator().manual_seed(8))
@@ -113,6 +116,81 @@ def test_an_error_in_the_middle_leaves_no_tokens_that_are_not_there(
             vars(layer).update(attributes)
 
     assert same(text(model, interrupted), theirs)
+
+
+_WIDE_LATENTS = {
+    "kv_lora_rank": 128,
+    "q_lora_rank": 32,
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 24,
+    "v_head_dim": 16,
+}
+
+
+def packed_latents(model: Any, method: str) -> Any:
+    """As a load packs what is between heads and latents."""
+    for layer in layers_of(model):
+        attends = layer.self_attn
+        attends.kv_b_proj = packed_layer(attends.kv_b_proj, method).requires_grad_(False).eval()
+        serve_linear(attends.kv_b_proj)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        *(("gpt_oss", ""), ("gemma2", ""), ("deepseek_v3", ""), ("glm4_moe_lite", "")),
+        *(("glm4_moe_lite", "nf4"), ("glm4_moe_lite", "int8"), ("glm4_moe_lite", "int4")),
+    ],
+)
+def test_sinks_caps_and_latents(name: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = served_mixture(name, **(_WIDE_LATENTS if "lite" in name else {}))
+    if method:
+        packed_latents(model, method)
+    theirs = text(model)
+    held = recorded(model, context=64)
+    usual, told = Attention.told, []
+    monkeypatch.setattr(Attention, "told", lambda *args: told.append(usual(*args)) or told[-1])
+    assert same(text(model), theirs)
+    assert in_chains(held) >= 4
+    assert len(told) == 20
+    assert all(told), "by their kernels"
+    if method in ("nf4", "int8"):
+        assert all(each.more.tensors[0].dtype in (torch.uint8, torch.int8) for each in told), (
+            "as they are packed"
+        )
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "glm4_moe_lite"])
+def test_several_tokens_and_texts(name: str) -> None:
+    model = served_mixture(name)
+    for batch in (1, 2):
+        theirs = answers(model, batch=batch)
+        recorded(model)
+        assert equal(answers(model, batch=batch), theirs)
+
+
+def test_sinks_of_somebody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are asked for in every sweep."""
+    model, others = served_mixture("gpt_oss"), []
+    recorded(model)
+    text(model)
+    for layer in layers_of(model):
+        layer.self_attn.sinks = torch.nn.Parameter(layer.self_attn.sinks + 2, requires_grad=False)
+    mine = text(model)
+    for layer in layers_of(model):
+        others.append(layer.self_attn.sinks)
+        layer.self_attn.sinks = torch.nn.Parameter(
+            torch.stack([layer.self_attn.sinks] * 2, 1)[:, 0], requires_grad=False
+        )
+    assert same(text(model), mine), "also those that do not lie side by side"
+    monkeypatch.setattr(modeling_gpt_oss, "eager_attention_forward", nobody)
+    with pytest.raises(AttributeError, match="nobody"):
+        text(model)
+
+
+def nobody(*_: Any, **__: Any) -> Any:
+    raise AttributeError("nobody attends")
 
 
 def test_two_attentions_in_a_layer() -> None:

@@ -25,6 +25,7 @@ from tests import families, tiny  # noqa: E402
 from tests.caches import given  # noqa: E402
 from tests.engines import ask, load, request  # noqa: E402
 from tests.test_cpu_attention import ERRORS, expected, is_close, states  # noqa: E402
+from tests.test_cpu_products import packed  # noqa: E402
 
 _LATENT = {
     "kv_lora_rank": 32, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 24,
@@ -270,7 +271,7 @@ def test_parts_of_keys_that_do_not_fit() -> None:
 def test_between_heads_and_latents(own: int, values: int, dtype: Any) -> None:
     torch.manual_seed(5)
     matrix, query = torch.randn(3, own + values, 64).to(dtype), torch.randn(2, 3, 5, own + 8).to(dtype)
-    heads = latent_attention.Heads(matrix, own)
+    heads = latent_attention.Heads(latent_attention.plain_weights(matrix.flatten(0, 1)), own, values)
     exact = matrix.double()
     back = torch.einsum("bhtd,hdl->bhtl", query[..., :own].double(), exact[:, :own])
     found = heads.queries(query)
@@ -282,7 +283,32 @@ def test_between_heads_and_latents(own: int, values: int, dtype: Any) -> None:
         heads.queries(query[:1].to(others))
     seen = torch.randn(2, 5, 3, 64).to(dtype)
     there = torch.einsum("bthl,hvl->bthv", seen.double(), exact[:, own:])
-    torch.testing.assert_close(heads.values(seen).double(), there, atol=rounding * 60, rtol=rounding)
+    torch.testing.assert_close(heads.to_values(seen).double(), there, atol=rounding * 60, rtol=rounding)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "int8", "float8 in groups"])
+def test_between_heads_and_packed_latents(kind: str, dtype: str) -> None:
+    """Weights are read as they are packed, from both sides."""
+    pytest.importorskip("llvmlite")
+    own, values, latent = 24, 16, 256
+    weights, exact = packed(kind, (3 * (own + values), latent), dtype)
+    heads = latent_attention.Heads(weights, own, values)
+    assert heads.kernels(getattr(torch, dtype), 5, 8) is not None
+    exact = exact.view(3, own + values, latent)
+    query = torch.randn(1, 3, 5, own + 8, generator=torch.Generator().manual_seed(4)).to(
+        getattr(torch, dtype)
+    )
+    found = heads.queries(query)
+    wanted = torch.einsum("bhtd,hdl->bhtl", query[..., :own].double(), exact[:, :own])
+    rounding = max(4 * torch.finfo(query.dtype).eps, 3e-5)  # codes are looked up as three bytes of a float
+    largest = float(wanted.abs().max())
+    torch.testing.assert_close(found[..., :latent].double(), wanted, atol=rounding * largest, rtol=rounding)
+    assert torch.equal(found[..., latent:], query[..., own:])
+    seen = torch.randn(1, 5, 3, latent, generator=torch.Generator().manual_seed(6)).to(query.dtype)
+    there = torch.einsum("bthl,hvl->bthv", seen.double(), exact[:, own:])
+    largest = float(there.abs().max())
+    torch.testing.assert_close(heads.to_values(seen).double(), there, atol=rounding * largest, rtol=rounding)
 
 
 def test_fixed_places_have_both_parts_side_by_side() -> None:

@@ -58,8 +58,8 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     for name in ("multiplied_plain", "multiplied_each_plain"):
         usual = getattr(cpu_products, name)
 
-        def spy(*args: Any, usual: Any = usual) -> Any:
-            found = usual(*args)
+        def spy(*args: Any, usual: Any = usual, **options: Any) -> Any:
+            found = usual(*args, **options)
             if found is not None:
                 asked.append(args)
             return found
@@ -201,10 +201,10 @@ def router_of(model: Any) -> Any:
     return next(module for module in model.modules() if is_served_router(module))
 
 
-@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "glm4_moe"])
 @pytest.mark.parametrize("tokens", [1, 3, 16, 40])
 def test_routers_multiply_by_kernels(tokens: int, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of gpt-oss add a bias."""
+    """Those of gpt-oss add a bias, those of GLM multiply in float32."""
     model = mixture(name)
     serve_plain_modules(model)
     router = router_of(model)
@@ -213,6 +213,9 @@ def test_routers_multiply_by_kernels(tokens: int, name: str, monkeypatch: pytest
     states = torch.randn(tokens, router.weight.shape[1]).bfloat16()
     with torch.no_grad():
         mine, theirs = router(states), usual.forward(router, states)
+    if name == "glm4_moe":
+        assert mine[0].dtype == torch.float32
+        assert float((mine[0] - theirs[0]).abs().max()) < 1e-5, "not rounded to 16 bits"
     assert bool(asked) == (tokens <= cpu_products.few_plain_tokens(torch.bfloat16))
     for found, expected in zip(mine[:2], theirs[:2], strict=True):
         torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)

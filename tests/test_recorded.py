@@ -27,12 +27,13 @@ from llm_magic.backends.accelerate.placement.cpu_products import few_plain_token
 from llm_magic.backends.accelerate.placement.layer_cache import find_cache  # noqa: E402
 from llm_magic.backends.accelerate.placement.served_model import serve_plain_modules  # noqa: E402
 from llm_magic.backends.accelerate.recorded import chain  # noqa: E402
-from llm_magic.backends.accelerate.recorded import recording as module_of_recording  # noqa: E402
+from llm_magic.backends.accelerate.recorded import recorder as module_of_recorder  # noqa: E402
 from llm_magic.backends.accelerate.recorded.attending import Attention  # noqa: E402
 from llm_magic.backends.accelerate.recorded.chain import Chain, Room  # noqa: E402
 from llm_magic.backends.accelerate.recorded.current import current  # noqa: E402
 from llm_magic.backends.accelerate.recorded.layers import RecordedLayers  # noqa: E402
 from llm_magic.backends.accelerate.recorded.linears import Experts, Linears, Router  # noqa: E402
+from llm_magic.backends.accelerate.recorded.picks import Pick  # noqa: E402
 from llm_magic.backends.accelerate.recorded.recordings import Recordings  # noqa: E402
 from tests.caches import given  # noqa: E402
 from tests.families import _EXPERTS, _GROUPED, _LATENT, _WIDTHS, FAMILIES  # noqa: E402
@@ -625,7 +626,7 @@ def test_layers_are_recorded_once_for_all_moves(llama: Any, expected: list[Any],
     held = recorded(llama, recordings)
     assert equal(answers(llama), expected)
     held.undo()
-    monkeypatch.setattr(module_of_recording.Recorder, "record", None)
+    monkeypatch.setattr(module_of_recorder.Recorder, "record", None)
     for _ in range(2):
         held = recorded(llama, recordings)
         assert equal(answers(llama), expected)
@@ -737,6 +738,14 @@ def kinds_of_parts(held: Any) -> set[str]:
     return {node.kind for bound in found for node in bound._program.recording.nodes}
 
 
+def operations_of(held: RecordedLayers) -> set[str]:
+    """What torch computes in recorded layers."""
+    found = [bound for layer in held._layers for bound in layer._bound.values() if bound is not None]
+    parts = [part for bound in found for part in bound._program.parts]
+    names = {str(part.name) for part in parts if getattr(part, "kind", "") == "op"}
+    return names - {"aten.gather.default", "aten.index_select.default"}  # see `Pick`
+
+
 @pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "glm4_moe"])
 def test_experts_are_looked_into_where_only_their_products_are_kernels(name: str) -> None:
     model = served_mixture(name)
@@ -766,14 +775,29 @@ def test_experts_are_kernels_in_a_row_with_what_is_between_them() -> None:
     held = recorded(model)
     assert equal(answers(model, ((30, 31), (31, 32))), theirs)
     assert sum(isinstance(member, Experts) for member in members_of(held, alone=False)) == 8
-    operations = {
-        str(part.name)
-        for layer in held._layers
-        for bound in layer._bound.values()
-        for part in bound._program.parts
-        if getattr(part, "kind", "") == "op"
-    }
-    assert operations == {"aten.mm.default", "aten.topk.default"}, "numbers of experts are known to be some"
+    assert operations_of(held) == {"aten.topk.default"}, "numbers of experts are known to be some"
+
+
+@pytest.mark.parametrize("name", ["glm4_moe", "deepseek_v3"])
+def test_one_group_of_experts_hides_none(name: str) -> None:
+    """Routers in float32: the mask of groups is left out, and a weight in 16 bits is read as it is."""
+    model = served_mixture(name)
+    theirs = answers(model)
+    held = recorded(model)
+    assert equal(answers(model), theirs)
+    assert operations_of(held) == {"aten.topk.default"}
+    routers = [member for member in members_of(held, alone=False) if isinstance(member, Router)]
+    assert routers
+    assert {(router.dtype, router.weights()[0].kind) for router in routers} == {(torch.float32, "bfloat16")}
+    assert any(isinstance(member, Pick) for member in members_of(held, alone=False)), "their weights"
+
+
+def test_groups_of_experts_that_are_hidden() -> None:
+    model = served_mixture("deepseek_v3", n_routed_experts=8, n_group=4, topk_group=2)
+    theirs = answers(model)
+    held = recorded(model)
+    assert equal(answers(model), theirs)
+    assert "aten.scatter_.value" in operations_of(held)
 
 
 def test_experts_of_another_router_may_be_none_at_all() -> None:
@@ -957,7 +981,7 @@ def test_an_error_at_any_operation_of_a_recording(
     at: int, error: type[BaseException], llama: Any, expected: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every part is as it was, and the next answer is right."""
-    usual, count = module_of_recording.Recorder._shown, 0
+    usual, count = module_of_recorder.Recorder._shown, 0
 
     def shown(self: Any, value: Any) -> Any:
         nonlocal count
@@ -968,7 +992,7 @@ def test_an_error_at_any_operation_of_a_recording(
 
     held = recorded(llama)
     before = [dict(vars(part)) for part in llama.modules()]
-    monkeypatch.setattr(module_of_recording.Recorder, "_shown", shown)
+    monkeypatch.setattr(module_of_recorder.Recorder, "_shown", shown)
     if issubclass(error, Exception):
         assert equal(answers(llama), expected)
     else:

@@ -16,13 +16,16 @@ import peft  # noqa: E402
 
 from llm_magic.backends.accelerate import quick  # noqa: E402
 from llm_magic.backends.accelerate.quiet import quiet  # noqa: E402
+from llm_magic.backends.accelerate.recorded.picks import Pick  # noqa: E402
 from llm_magic.errors import EngineError  # noqa: E402
 from llm_magic.events import SweepEvent, TokenEvent  # noqa: E402
 from llm_magic.model import ModelSpec  # noqa: E402
 from llm_magic.planning.planner import make_plan  # noqa: E402
 from llm_magic.planning.select import edited  # noqa: E402
 from tests.engines import MAPS, ask, ask_with, load, request  # noqa: E402
+from tests.packed_checkpoints import save_mxfp4  # noqa: E402
 from tests.recorded_layers import programs  # noqa: E402
+from tests.test_recorded import members_of  # noqa: E402
 
 TinyModel = Callable[[str], Path]
 PROMPT = "The capital of France"
@@ -287,3 +290,11 @@ def test_layers_in_16_bits_are_recorded_and_served_wherever_they_are(
         assert not [name for name in left if name.startswith("model.layers.")]
     finally:
         engine.close()
+
+
+def test_rows_of_chosen_experts(tmp_path: Path, engines: Callable[..., Any]) -> None:
+    """gpt-oss adds biases to what each makes, which are picked as its matrices are."""
+    mine, theirs = engines(save_mxfp4(tmp_path), "ram")
+    assert ask(mine, asked()).text == ask(theirs, asked()).text
+    picks = [member for member in members_of(mine._quick._recorded, alone=False) if isinstance(member, Pick)]
+    assert len(picks) == 4

@@ -71,6 +71,7 @@ def model(request: pytest.FixtureRequest) -> Any:
 def _no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, or without llvmlite; what the kernel computes is tested with it."""
     monkeypatch.setattr(cpu_attention, "attended", lambda *_, **__: None)
+    monkeypatch.setattr(cpu_attention, "call_for", lambda *_, **__: None)
 
 
 def sweep(model: Any, tokens: int, places: int = 40) -> Any:

@@ -152,8 +152,8 @@ def _on_cpu(module: Any, states: tuple[Any, Any, Any], mask: Any, options: dict[
 
 
 def attends_by_kernel(module: Any, options: dict[str, Any]) -> bool:
-    """Whether few tokens of a module in RAM attend to keys and values as they are by the compiled kernel."""
-    return _CPU_MARK in vars(module) and _is_plain(options) and not latent_attention.hands_on(module)
+    """Whether few tokens of a module in RAM attend by the compiled kernel: to keys and values, or to latents."""
+    return _CPU_MARK in vars(module) and _is_plain(options)
 
 
 def call_by_kernel(
@@ -169,6 +169,34 @@ def call_by_kernel(
     return cpu_attention.call_for(dtype, lie, mask, options.get("scaling"), is_causal=is_causal)
 
 
+def call_to_latents(
+    module: Any,
+    dtype: Any,
+    lie: tuple[cpu_attention.Lies, cpu_attention.Lies, cpu_attention.Lies],
+    mask: Any,
+    options: dict[str, Any],
+) -> cpu_attention.Call | None:
+    """As `call_by_kernel`, of queries that attend to latents, these, and the rest of the keys."""
+    query, latents, rest = lie
+    is_causal = _is_causal(module, query[0][2], mask, options)
+    if not _is_of_all_heads(mask):
+        return None
+    scale = _scale(options, module.qk_nope_head_dim + module.qk_rope_head_dim)
+    return cpu_attention.call_for(
+        dtype, (query, latents, latents), mask, scale, is_causal=is_causal, rest_of_key=rest
+    )
+
+
+def _scale(options: dict[str, Any], width: int) -> float:
+    scale: float | None = options.get("scaling")
+    return float(width**-0.5) if scale is None else scale
+
+
+def _is_of_all_heads(mask: Any) -> bool:
+    """Whether a mask, if there is one, is the same for all heads."""
+    return mask is None or (mask.dim() == 4 and mask.shape[1] == 1)
+
+
 def _is_causal(module: Any, tokens: int, mask: Any, options: dict[str, Any]) -> bool:
     is_causal = options.get("is_causal")
     if is_causal is None:
@@ -180,15 +208,12 @@ def _to_latents(module: Any, states: tuple[Any, Any, Any], mask: Any, options: d
     """What few tokens find, ``[batch, tokens, heads, value width]``; ``None`` where latents are to be expanded."""
     query, latents, rotated = states
     tokens = query.shape[2]
-    is_of_all_heads = mask is None or (mask.dim() == 4 and mask.shape[1] == 1)
-    if tokens > FEW_TOKENS or not (is_of_all_heads and _is_plain(options)):
+    if tokens > FEW_TOKENS or not (_is_of_all_heads(mask) and _is_plain(options)):
         return None
     heads = latent_attention.heads_of(module, latents)
     if heads is None:
         return None
-    scale = options.get("scaling")
-    scale = query.shape[3] ** -0.5 if scale is None else scale
-    is_causal = _is_causal(module, tokens, mask, options)
+    scale, is_causal = _scale(options, query.shape[3]), _is_causal(module, tokens, mask, options)
     query, found = heads.queries(query), None
     if query.is_cpu and _CPU_MARK in vars(module):
         found = cpu_attention.attended(
@@ -199,7 +224,7 @@ def _to_latents(module: Any, states: tuple[Any, Any, Any], mask: Any, options: d
         found = few_tokens(query, keys, latents, _of_sweep(query, keys, mask, is_causal), scale).transpose(
             1, 2
         )
-    return heads.values(found)
+    return heads.to_values(found)
 
 
 def _of_sweep(query: Any, key: Any, mask: Any, is_causal: bool) -> Any:

@@ -50,7 +50,7 @@ class _Like(NamedTuple):
     scale: float | None
     is_causal: bool
     softcap: float | None
-    sinks: _Shape | None
+    sinks: tuple[Any, _Shape] | None
     rest: tuple[_Shape, _Shape] | None
 
 
@@ -97,6 +97,7 @@ def attended(
     """
     if not _may_read(query, key, value, mask, sinks, rest_of_key):
         return None
+    sinks = None if sinks is None else sinks.contiguous()
     has_one = query.dtype == key.dtype == value.dtype and (
         rest_of_key is None or rest_of_key.dtype == key.dtype
     )
@@ -109,7 +110,7 @@ def attended(
         scale,
         is_causal,
         softcap,
-        None if sinks is None else sinks.shape,
+        _dtype_and_shape(sinks),
         None if rest_of_key is None else (rest_of_key.shape, rest_of_key.stride()),
     )
     call = _call(like)
@@ -152,11 +153,23 @@ def _may_read(*tensors: Any) -> bool:
 
 
 def call_for(
-    dtype: Any, lie: tuple[Lies, Lies, Lies], mask: Any, scale: float | None, *, is_causal: bool
+    dtype: Any,
+    lie: tuple[Lies, Lies, Lies],
+    mask: Any,
+    scale: float | None,
+    *,
+    is_causal: bool = False,
+    softcap: float | None = None,
+    sinks: Any = None,
+    rest_of_key: Lies | None = None,
 ) -> Call | None:
     """What computes for query, keys and values that lie so; other arguments and ``None`` as those of `attended`."""
     of_mask = None if mask is None else (mask.dtype, mask.shape, mask.stride())
-    return _call(_Like(dtype, *lie, of_mask, scale, is_causal, None, None, None))
+    return _call(_Like(dtype, *lie, of_mask, scale, is_causal, softcap, _dtype_and_shape(sinks), rest_of_key))
+
+
+def _dtype_and_shape(tensor: Any) -> tuple[Any, _Shape] | None:
+    return None if tensor is None else (tensor.dtype, tensor.shape)
 
 
 class Call:
@@ -202,7 +215,6 @@ class Call:
         if mask is not None:
             words[3] = mask.data_ptr()
         if sinks is not None:
-            sinks = sinks.float().contiguous()
             words[4] = sinks.data_ptr()
         if rest is not None:
             words[_REST] = rest.data_ptr()
@@ -216,13 +228,17 @@ class Call:
         leave_room(room)
         return out
 
-    def tell(self, array: Any, first: int, states: tuple[Any, Any, Any], room: Any) -> None:
-        """Put into words, from the first one on, all but where query and results are: keys, values and mask, and room."""
-        key, value, mask = states
+    def tell(self, array: Any, first: int, tensors: tuple[Any, Any, Any, Any, Any], room: Any) -> None:
+        """Put into words, from the first one on, all but where query and results are.
+
+        ``tensors`` are keys, values, mask, sinks and the rest of the keys, with ``None`` for what there is not; sinks lie
+        side by side.
+        """
+        key, value, *others = tensors
         start = room.data_ptr()
         array[first + _ADDRESSES : first + WORDS] = self.numbers
         array[first + 1], array[first + 2] = key.data_ptr(), value.data_ptr()
-        array[first + 3] = cpu_products.address(mask)
+        array[first + 3], array[first + 4], array[first + _REST] = map(cpu_products.address, others)
         array[first + 6], array[first + 7] = start, start + self._records
         if not self._is_alone:
             array[first + _TEAM] = team()
@@ -263,7 +279,7 @@ def _call(like: _Like) -> Call | None:
         (_name(like.dtype), width, like.value[0][3], _rows(rows)),
         mask[0],
         has_cap=bool(like.softcap),
-        has_sinks=like.sinks is not None,
+        sinks=_name(like.sinks[0]) if like.sinks else "",
         rest=like.rest[0][3] if like.rest else 0,
     )
     return None if kernel is None else Call(kernel, like, mask[1])
@@ -286,7 +302,7 @@ def _fit(like: _Like) -> bool:
         and like.value[0][0] == batch
         and all(size % 8 == 0 and size <= _WIDEST for size in (width, value_width, parts[-1][3]))
         and not (like.is_causal and like.mask is not None)
-        and (like.sinks is None or tuple(like.sinks) == (heads,))
+        and (like.sinks is None or (_name(like.sinks[0]) in _FLOATS and tuple(like.sinks[1]) == (heads,)))
     )
 
 
@@ -327,17 +343,17 @@ def _bits(number: float) -> int:
 
 @cache
 def _kernel(
-    sizes: tuple[str, int, int, int], mask: str, *, has_cap: bool, has_sinks: bool, rest: int
+    sizes: tuple[str, int, int, int], mask: str, *, has_cap: bool, sinks: str, rest: int
 ) -> Callable[[Any], None] | None:
     """The compiled kernel; ``None`` where there is none for this processor, or this dtype."""
     try:
         from llm_magic.backends.accelerate.kernels import numbers
         from llm_magic.backends.accelerate.kernels.attention import Kind, attention
 
-        if "float16" in (sizes[0], mask) and not numbers.has_float16():
+        if "float16" in (sizes[0], mask, sinks) and not numbers.has_float16():
             return None
         with preparing():
-            return attention(Kind(*sizes, mask, has_cap, has_sinks, rest))
+            return attention(Kind(*sizes, mask, has_cap, sinks, rest))
     except Exception:  # another llvmlite, or it has no such instruction after all
         return None
 

@@ -12,6 +12,7 @@ same is tried with random numbers, not read from its name.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from functools import cache, wraps
 from types import SimpleNamespace
 from typing import Any
@@ -114,12 +115,49 @@ def _usual_of(module: Any) -> Any:
     return usual if _computes_the_same(inspect.unwrap(usual), has_sinks) else None
 
 
-def attention_function(module: Any) -> Any:
-    """What an attention module calls, by its configuration."""
+def looked_up(module: Any) -> Callable[[], Any]:
+    """What tells which function an attention module calls, by its configuration: now, whenever that is."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    usual = _scope_of(module).get(_NAME)
-    return ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, usual)
+    own, known = ALL_ATTENTION_FUNCTIONS._local_mapping, ALL_ATTENTION_FUNCTIONS._global_mapping
+    scope = _scope_of(module)
+
+    def function() -> Any:
+        name = module.config._attn_implementation
+        found = own.get(name) or known.get(name)
+        return ALL_ATTENTION_FUNCTIONS.get_interface(name, scope.get(_NAME)) if found is None else found
+
+    return function
+
+
+def attends_by_kernel(module: Any, function: Any, options: dict[str, Any]) -> bool:
+    """Whether few tokens of a module in RAM attend by the compiled kernel, where it calls this function."""
+    is_asked = options.get("dropout") or options.get("output_attentions")
+    is_ours = function is not None and inspect.unwrap(function) is not function and hasattr(function, _MARK)
+    return is_ours and hasattr(module, _MARK) and not is_asked and cpu_attention.is_there()
+
+
+def call_by_kernel(
+    module: Any,
+    dtype: Any,
+    lie: tuple[cpu_attention.Lies, cpu_attention.Lies, cpu_attention.Lies],
+    mask: Any,
+    options: dict[str, Any],
+) -> cpu_attention.Call | None:
+    """What computes query, keys and values that lie so, in one dtype; ``None`` where no kernel does."""
+    (batch, _, tokens, _), (_, _, places, _) = lie[0][0], lie[1][0]
+    if mask is None or mask.dtype != dtype or mask.shape != (batch, 1, tokens, places):
+        return None
+    return cpu_attention.call_for(dtype, lie, mask, _scale(module, options), **_further(module, options))
+
+
+def _scale(module: Any, options: dict[str, Any]) -> float:
+    scale: float | None = options.get("scaling")
+    return float(module.head_dim**-0.5) if scale is None else scale
+
+
+def _further(module: Any, options: dict[str, Any]) -> dict[str, Any]:
+    return {"softcap": options.get("softcap"), "sinks": getattr(module, "sinks", None)}
 
 
 def _scope_of(module: Any) -> dict[str, Any]:
@@ -142,20 +180,17 @@ def _replaced(usual: Any) -> Any:
         if not (is_ours and (query.shape[2] <= FEW_TOKENS or _is_long(query, key))):
             found: tuple[Any, Any] = usual(module, query, key, value, attention_mask, *args, **options)
             return found
-        scale, softcap = options.get("scaling"), options.get("softcap")
-        scale = module.head_dim**-0.5 if scale is None else scale
-        sinks = getattr(module, "sinks", None)
+        scale, further = _scale(module, options), _further(module, options)
         if query.device.type == "cpu" and query.shape[2] <= FEW_TOKENS:
-            out = cpu_attention.attended(
-                query, key, value, attention_mask, scale, softcap=softcap, sinks=sinks
-            )
+            out = cpu_attention.attended(query, key, value, attention_mask, scale, **further)
             if out is not None:
                 return out, None
         some = max(1, SCORES_BYTES // _score_bytes(query, key))
         parts = zip(query.split(some, dim=2), attention_mask.split(some, dim=2), strict=True)
-        outs = [attend(q, key, value, mask, scale=scale, softcap=softcap, sinks=sinks) for q, mask in parts]
+        outs = [attend(q, key, value, mask, scale=scale, **further) for q, mask in parts]
         return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1), None
 
+    setattr(forward, _MARK, True)
     return forward
 
 

@@ -84,8 +84,10 @@ class Kind:
         That a place is read for at a time, up to `MOST_ROWS`; there are so many or more.
     mask
         ``""`` for none, ``"bool"``, or the dtype of what is added to the scores.
-    has_cap, has_sinks
-        Whether scores are capped, and whether there is a further one of each head.
+    has_cap
+        Whether scores are capped.
+    sinks
+        ``""`` for none, or the dtype of a further score of each head.
     rest
         How many numbers of a key lie in a tensor of their own: the last ones.
     """
@@ -96,7 +98,7 @@ class Kind:
     rows: int
     mask: str = ""
     has_cap: bool = False
-    has_sinks: bool = False
+    sinks: str = ""
     rest: int = 0
 
     @property
@@ -119,7 +121,7 @@ def attention(kind: Kind) -> Callable[[Any], None]:
         address    of the keys ``[batch, heads, places, width - rest]``
         address    of the values ``[batch, heads, places, value_width]``
         address    of the mask ``[batch, heads * shared, tokens, places]``
-        address    of the sinks, float32 ``[heads * shared]``
+        address    of the sinks ``[heads * shared]``
         address    of the output ``[batch, heads * shared, tokens, value_width]``
         address    of room, float32 ``[batch, heads, parts, shared * tokens, HEAD_OF_RECORD + value_width]``
         address    of more, int64 ``[batch, heads]``
@@ -392,10 +394,12 @@ class _Attention:
         builder = self.builder
         greatest, whole = variable(builder, F32), variable(builder, F32)
         further = None
-        if self.kind.has_sinks:
+        if self.kind.sinks:
             sinks = word(builder, self.words, _SINKS, POINTER)
             mine = builder.mul(builder.urem(head, self.heads), self.shared)
-            further = loaded(builder, sinks, builder.add(mine, builder.udiv(row, self.tokens)), F32)
+            place, dtype = builder.add(mine, builder.udiv(row, self.tokens)), self.kind.sinks
+            some = as_floats(builder, loaded(builder, sinks, place, vector(stored_kind(dtype), 1)), dtype)
+            further = builder.extract_element(some, I64(0))
         builder.store(ir.Constant(F32, -_INFINITY) if further is None else further, greatest)
         with loop(builder, I64(0), self.parts) as part:
             most, before = (

@@ -15,10 +15,6 @@ from llvmlite import ir
 
 from llm_magic.backends.accelerate.kernels.code import (
     F32,
-    I8,
-    as_floats,
-    at,
-    fetched,
     from_floats,
     greatest,
     least,
@@ -27,9 +23,7 @@ from llm_magic.backends.accelerate.kernels.code import (
     multiplied_and_added,
     same,
     shuffled,
-    spread,
     stored,
-    stored_kind,
     together,
     totals,
     variable,
@@ -42,29 +36,22 @@ from llm_magic.backends.accelerate.kernels.compiler import (
     word,
 )
 from llm_magic.backends.accelerate.kernels.numbers import Reader
+from llm_magic.backends.accelerate.kernels.packed_rows import Matrix, Row
 from llm_magic.backends.accelerate.kernels.shares import SHARE, compiled_for_a_team, share_of
 from llm_magic.backends.accelerate.kernels.words import (
-    ADDRESSES,
     ARRANGED,
     BLOCKS,
     COLUMNS,
     COUNT,
-    DATA,
-    HEAD_WORDS,
     MATRICES,
     PAIRS,
     PARTS,
-    RESULTS,
-    SCALES,
     SHARES,
     SHARING,
-    SHIFTS,
     TEAM,
     TOKENS,
 )
 
-_AHEAD = 2048
-"""Bytes before their use at which weights are asked for: enough to wait for RAM, few enough to be in the L2 cache still."""
 _ROWS_AT_A_TIME = 4
 """That a thread reads. With more of them RAM gives no more, with fewer it gives less."""
 
@@ -112,7 +99,7 @@ def products(reader: Reader, tokens: int, dtype: str, scales: str) -> Callable[[
     builder = ir.IRBuilder(work.append_basic_block())
     words = work.args[0]
     with loop(builder, I64(0), word(builder, words, PARTS)) as part:
-        _products(_Matrix(module, builder, reader, words, part, scales=scales), tokens, dtype)
+        _products(Matrix(module, builder, reader, words, part, scales=scales), tokens, dtype)
     builder.ret_void()
     before = (
         (lambda builder, words: _arrange(builder, reader, words, tokens, dtype))
@@ -140,7 +127,7 @@ def unpacking(reader: Reader, dtype: str, scales: str) -> Callable[[Any], None]:
     work = ir.Function(module, SHARE, "work")
     builder = ir.IRBuilder(work.append_basic_block())
     words = work.args[0]
-    matrix = _Matrix(module, builder, reader, words, I64(0), scales=scales)
+    matrix = Matrix(module, builder, reader, words, I64(0), scales=scales)
     _unpacking(matrix, dtype)
     builder.ret_void()
     return compiled_for_a_team(module, work, (TEAM, SHARES))
@@ -173,102 +160,7 @@ def _arrange(builder: ir.IRBuilder, reader: Reader, words: Any, tokens: int, dty
                 )
 
 
-class _Matrix:
-    """A stack of packed matrices, as a share reads them."""
-
-    def __init__(
-        self, module: ir.Module, builder: ir.IRBuilder, reader: Reader, words: Any, part: Any, *, scales: str
-    ) -> None:
-        self.module, self.builder, self.reader, self.words = module, builder, reader, words
-        first = at(builder, words, builder.add(I64(HEAD_WORDS), builder.mul(part, I64(ADDRESSES))), I64)
-        self.data, self._scales, self._shifts, self.results = (
-            word(builder, first, i, POINTER) for i in (DATA, SCALES, SHIFTS, RESULTS)
-        )
-        self._dtype = scales
-        place = builder.add(builder.mul(word(builder, words, PARTS), I64(ADDRESSES)), part)
-        self.columns = word(builder, words, COLUMNS)
-        self.rows = word(builder, at(builder, words, place, I64), HEAD_WORDS)
-        self.steps = builder.udiv(self.columns, I64(reader.weights))
-
-    def row(self, matrix: Any, number: Any) -> _Row:
-        """The row whose turn it is after ``number`` others: the same bytes come in turn."""
-        builder, reader = self.builder, self.reader
-        before = builder.mul(matrix, self.rows)
-        if reader.rows == 1:
-            place = builder.add(before, number)
-            return _Row(self, number, place, place, I64(0))
-        in_a_part = builder.udiv(self.rows, I64(reader.rows))
-        part, place = builder.urem(number, I64(reader.rows)), builder.udiv(number, I64(reader.rows))
-        row = builder.add(builder.mul(part, in_a_part), place)
-        place = builder.add(builder.mul(matrix, in_a_part), place)
-        return _Row(self, row, builder.add(before, row), place, part)
-
-    def scale(self, index: Any) -> Any:
-        """One of the scales."""
-        scale, factor = self._loaded(self._scales, index), self.reader.factor
-        return scale if factor == 1 else self.builder.fmul(scale, ir.Constant(F32, factor))
-
-    def shift(self, index: Any) -> Any:
-        """One of the shifts."""
-        return self._loaded(self._shifts, index)
-
-    def _loaded(self, values: Any, index: Any) -> Any:
-        number = loaded(self.builder, values, index, stored_kind(self._dtype))
-        return as_floats(self.builder, number, self._dtype)
-
-
-class _Row:
-    """A row of packed weights.
-
-    Parameters
-    ----------
-    number
-        In its matrix.
-    in_stack
-        In the stack of matrices: by it scales are found.
-    place
-        Rows before its bytes.
-    part
-        Of each byte.
-    """
-
-    def __init__(self, matrix: _Matrix, number: Any, in_stack: Any, place: Any, part: Any) -> None:
-        self._matrix, self.number, self._in_stack, self._part = matrix, number, in_stack, part
-        self._first = matrix.builder.mul(place, matrix.steps)
-
-    def numbers(self, step: Any) -> list[Any]:
-        """The vectors of numbers that a step reads; with their scales, if there are shifts as well."""
-        matrix, builder, reader = self._matrix, self._matrix.builder, self._matrix.reader
-        place = builder.mul(builder.add(self._first, step), I64(reader.bytes))
-        fetched(matrix.module, builder, at(builder, matrix.data, builder.add(place, I64(_AHEAD)), I8))
-        packed = loaded(builder, matrix.data, place, vector(I8, reader.bytes))
-        numbers = reader.numbers(matrix.module, builder, packed, self._part)
-        if not reader.has_shift:
-            return numbers
-        scale = self.scale(step)
-        shift = builder.fneg(self._spread(matrix.shift, step))
-        return [multiplied_and_added(matrix.module, builder, number, scale, shift) for number in numbers]
-
-    def scale(self, step: Any) -> Any:
-        """A vector with the scales of a step's numbers; each of its vectors has the same ones."""
-        return self._spread(self._matrix.scale, step)
-
-    def scale_of_all(self) -> Any:
-        """The scale of a row that has one."""
-        return self._matrix.scale(self._in_stack)
-
-    def _spread(self, value: Callable[[Any], Any], step: Any) -> Any:
-        matrix, builder, reader = self._matrix, self._matrix.builder, self._matrix.reader
-        if not reader.group:
-            return spread(builder, [value(self._in_stack)], reader.floats)
-        step = builder.add(builder.mul(self._in_stack, matrix.steps), step)
-        weight = builder.mul(step, I64(reader.weights))
-        first, count = builder.udiv(weight, I64(reader.group)), max(1, reader.weights // reader.group)
-        some = [value(builder.add(first, I64(number))) for number in range(count)]
-        return spread(builder, some, reader.floats)
-
-
-def _products(matrix: _Matrix, tokens: int, dtype: str) -> None:
+def _products(matrix: Matrix, tokens: int, dtype: str) -> None:
     """A share of the rows of all pairs."""
     builder, rows = matrix.builder, matrix.rows
     matrices, pairs = word(builder, matrix.words, MATRICES, POINTER), word(builder, matrix.words, PAIRS)
@@ -303,7 +195,7 @@ def _rows_at_a_time(reader: Reader, tokens: int) -> int:
 class _Sums:
     """What some tokens times some rows, at the same time, add up to."""
 
-    def __init__(self, matrix: _Matrix, tokens: int, rows: int, dtype: str) -> None:
+    def __init__(self, matrix: Matrix, tokens: int, rows: int, dtype: str) -> None:
         builder = matrix.builder
         self._matrix, self._tokens, self._dtype = matrix, tokens, dtype
         self._kind = vector(F32, matrix.reader.floats)
@@ -312,7 +204,7 @@ class _Sums:
         self._source = word(builder, matrix.words, source, POINTER)
         self._blocks, self._sharing = (word(builder, matrix.words, i) for i in (BLOCKS, SHARING))
 
-    def write(self, pair: Any, rows: Sequence[_Row]) -> None:
+    def write(self, pair: Any, rows: Sequence[Row]) -> None:
         """All tokens of a pair times some rows of its matrix."""
         matrix, builder = self._matrix, self._matrix.builder
         with loop(builder, I64(0), self._blocks) as block:
@@ -331,7 +223,7 @@ class _Sums:
                 rows,
             )
 
-    def _store(self, sums: Sequence[Any], places: Sequence[Any], rows: Sequence[_Row]) -> None:
+    def _store(self, sums: Sequence[Any], places: Sequence[Any], rows: Sequence[Row]) -> None:
         """Write the elements of vectors, those of a row one after the other, to their places."""
         matrix, builder, width = self._matrix, self._matrix.builder, sums[0].type.count
         if matrix.reader.has_scale and not matrix.reader.group:
@@ -345,7 +237,7 @@ class _Sums:
             for lane, place in enumerate(places[start : start + width]):
                 stored(builder, builder.extract_element(numbers, I32(lane)), matrix.results, place)
 
-    def _add_up(self, rows: Sequence[_Row], start: Any) -> None:
+    def _add_up(self, rows: Sequence[Row], start: Any) -> None:
         """A block of tokens, which begins at ``start``, times some rows."""
         matrix, builder, reader = self._matrix, self._matrix.builder, self._matrix.reader
         for held in (held for of_row in self._sums for held in of_row):
@@ -373,7 +265,7 @@ class _Sums:
         builder.store(result, held)
 
 
-def _unpacking(matrix: _Matrix, dtype: str) -> None:
+def _unpacking(matrix: Matrix, dtype: str) -> None:
     """A share of the rows, as numbers in the order of their columns."""
     builder, reader = matrix.builder, matrix.reader
     places = [column for columns in reader.columns for column in columns]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 TOKENS, ARRANGED, MATRICES, TEAM, COUNT, COLUMNS, PAIRS, SHARING, BLOCKS, PARTS, SHARES = range(11)
 HEAD_WORDS = 11
 DATA, SCALES, SHIFTS, RESULTS = range(4)
@@ -9,3 +11,18 @@ ADDRESSES = 4
 
 TARGET, SOURCE, COUNTS, BYTES, TO_TARGET, TO_SOURCE = 0, 1, 2, 5, 6, 9
 """Of a copy of rows; three each of counts and of steps."""
+
+
+class _Picked(NamedTuple):
+    """Of rows whose numbers are told."""
+
+    target: int = 0
+    source: int = 1
+    numbers: int = 2
+    tables: int = 3
+    rows: int = 4
+    bytes: int = 5
+    apart: int = 6
+
+
+PICKED = _Picked()

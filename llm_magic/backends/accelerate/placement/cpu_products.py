@@ -162,7 +162,9 @@ def few_plain_tokens(dtype: Any) -> int:
 
 def most_by_bytes(kind: str, dtype: Any) -> int:
     """Up to how many tokens of a dtype are multiplied with the bytes of weights of a kind."""
-    return few_plain_tokens(dtype) if kind in PLAIN else few_tokens(dtype)
+    import torch
+
+    return few_plain_tokens(getattr(torch, kind)) if kind in PLAIN else few_tokens(dtype)
 
 
 def multiplied(tokens: Any, weights: PackedWeights) -> Any:
@@ -175,17 +177,23 @@ def multiplied(tokens: Any, weights: PackedWeights) -> Any:
     return None if result is None else result.view(*tokens.shape[:-1], weights.rows)
 
 
-def multiplied_plain(tokens: Any, matrix: Any) -> Any:
-    """Tokens times a parameter of 16 bits ``[out, in]``, in the same dtype; as `multiplied`."""
+def multiplied_plain(tokens: Any, matrix: Any, *, is_wide: bool = False) -> Any:
+    """Tokens times a parameter of 16 bits ``[out, in]``, in the same dtype, or in float32 where they are wide; as `multiplied`."""
+    import torch
+
     dtype = matrix.dtype
-    if tokens.dtype != dtype or not _are_plain(matrix, _MATRIX) or not _may_be_read(tokens, matrix):
+    if (
+        tokens.dtype != (torch.float32 if is_wide else dtype)
+        or not _are_plain(matrix, _MATRIX)
+        or not _may_be_read(tokens, matrix)
+    ):
         return None
     rows, columns = matrix.shape
     if tokens.shape[-1] != columns:
         return None
     if tokens.numel() <= few_plain_tokens(dtype) * columns:
         return _by_bytes(tokens, _plain(dtype, columns), rows, (matrix.data_ptr(), 0, 0))
-    if not multiplies_slowly(dtype):
+    if is_wide or not multiplies_slowly(dtype):
         return None
     weights = PackedWeights(_name(dtype), matrix, None, None, rows, columns)
     result = _by_numbers(tokens.reshape(-1, columns).contiguous(), weights)
@@ -358,6 +366,26 @@ def _prepared(
     if of_each:
         return Products(kernel, layout.columns, rows, tokens, tokens * of_each, of_each, 1, 1, room)
     return Products(kernel, layout.columns, rows, tokens, 1, 1, -(-tokens // together), together, room)
+
+
+@cache
+def summed_rows(layout: Layout, dtype: str) -> Callable[[Any], None] | None:
+    """The kernel of `kernels.row_sums` for numbers of a dtype and matrices that lie so; ``None`` where there is none."""
+    is_plain = layout.kind in (*PLAIN, "float32")
+    if _readers() is None or not are_read(dtype) or (is_plain and layout.kind != dtype):
+        return None
+    from llm_magic.backends.accelerate.kernels.row_sums import packed_row_sums, row_sums
+
+    try:
+        with preparing():
+            if is_plain:
+                return row_sums(layout.columns, dtype)
+            reader = None if layout.block else _reader(layout, is_exact=dtype != "bfloat16")
+            if reader is None or reader.rows > 1 or reader.has_shift or not are_read(layout.scales):
+                return None
+            return packed_row_sums(reader, layout.columns, dtype, layout.scales)
+    except RuntimeError:  # LLVM's: it has no such instruction after all
+        return None
 
 
 def _most_together(layout: Layout, dtype: str) -> int:

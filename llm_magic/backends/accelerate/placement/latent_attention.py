@@ -11,16 +11,16 @@ from __future__ import annotations
 
 import ctypes
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
-from math import gcd
 from typing import Any
 
 from llm_magic.backends.accelerate.kernels.team import team
 from llm_magic.backends.accelerate.looked_at import is_looked_at
 from llm_magic.backends.accelerate.placement import cpu_products
+from llm_magic.backends.accelerate.placement.between_latents import BetweenKernels, Sizes, kernels_between
 from llm_magic.backends.accelerate.placement.cpu_linear import is_linear, served_weights
-from llm_magic.backends.accelerate.preparation import preparing
+from llm_magic.backends.accelerate.placement.cpu_products import PackedWeights
 
 TAKES_LATENTS = "takes_latents"
 """What an attention function has that is called with latents, and the other part of all keys, for keys and values."""
@@ -29,8 +29,6 @@ MATRIX = "kv_b_proj"
 """The linear layer that makes keys and values of latents."""
 
 _EXPANSION, _MARK = "expand_kv", "_hands_latents_on"
-_OF_A_SHARE = 1 << 16
-"""Weights of a share at least: some microseconds, for which it is worth to have another thread take it."""
 _WIDTHS = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 
 
@@ -151,14 +149,15 @@ class Heads:
 
     Attributes
     ----------
-    matrix
-        ``[heads, own + value width, latent]``: how keys and values are made of a latent.
-    own
-        The width of a key without the part that all heads share.
+    weights
+        ``[heads * (own + values), latent]``: how keys and values are made of a latent. Numbers, or packed.
+    own, values
+        Widths of a head: of a key without the part that all heads share, and of a value.
     """
 
-    matrix: Any
+    weights: PackedWeights
     own: int
+    values: int
 
     def queries(self, query: Any) -> Any:
         """``[batch, heads, tokens, own + shared]`` as ``[batch, heads, tokens, latent + shared]``."""
@@ -167,45 +166,69 @@ class Heads:
         found = self._summed_by_kernel(query) if query.is_cpu else None
         if found is not None:
             return found
-        of_heads = _of_each_head(query[..., : self.own].transpose(0, 1), self.matrix[:, : self.own])
+        matrix = self._matrix(query.dtype)
+        of_heads = _of_each_head(query[..., : self.own].transpose(0, 1), matrix[:, : self.own])
         return torch.cat((of_heads.transpose(0, 1), query[..., self.own :]), dim=-1)
 
-    def values(self, attended: Any) -> Any:
-        """``[batch, tokens, heads, latent]`` as ``[batch, tokens, heads, value width]``."""
-        found = self._by_kernel(attended) if attended.is_cpu else None
+    def to_values(self, attended: Any) -> Any:
+        """``[batch, tokens, heads, latent]`` as ``[batch, tokens, heads, values]``."""
+        found = self._multiplied_by_kernel(attended) if attended.is_cpu else None
         if found is not None:
             return found
-        back = self.matrix[:, self.own :].transpose(1, 2)
+        back = self._matrix(attended.dtype)[:, self.own :].transpose(1, 2)
         return _of_each_head(attended.permute(2, 0, 1, 3), back).permute(1, 2, 0, 3).contiguous()
+
+    def kernels(self, dtype: Any, tokens: int, shared: int = 0) -> BetweenKernels | None:
+        """Those for so many tokens, whose queries have a part beside ``own``."""
+        heads = self.weights.rows // (self.own + self.values)
+        sizes = Sizes(heads, tokens, self.own, self.values, shared)
+        return kernels_between(self.weights.layout, sizes, _name(dtype))
+
+    def _matrix(self, dtype: Any) -> Any:
+        """Numbers ``[heads, own + values, latent]``."""
+        weights = self.weights
+        numbers = weights.data if weights.scales is None else cpu_products.numbers_of(weights, dtype)
+        return numbers.view(-1, self.own + self.values, weights.columns)
 
     def _summed_by_kernel(self, query: Any) -> Any:
         """As `queries`, of one sequence."""
-        heads, rows, width = self.matrix.shape
-        tokens, dtype = query.shape[2], query.dtype
-        if len(query) > 1 or query.stride(3) != 1 or dtype != self.matrix.dtype or not self.matrix.is_cpu:
+        if len(query) > 1 or query.stride(3) != 1 or not self._may_be_read(query):
             return None
-        if is_looked_at() or not _need_no_gradient(query, self.matrix):
+        latent, shared = self.weights.columns, query.shape[3] - self.own
+        kernels = self.kernels(query.dtype, query.shape[2], shared)
+        if kernels is None:
             return None
-        kernel = _row_sums(width, str(dtype).removeprefix("torch."))
-        if kernel is None:
-            return None
-        results = query.new_empty(1, heads, tokens, width + query.shape[3] - self.own)
-        results[..., width:] = query[..., self.own :]
-        addresses = (each.data_ptr() for each in (query, self.matrix, results))
-        strides = (*query.stride()[1:3], rows * width, *results.stride()[1:3])
-        shares = heads * self.own * width // _OF_A_SHARE
-        words = (*addresses, heads, tokens, self.own, *strides, team() if shares > 1 else 0, shares)
-        kernel((ctypes.c_int64 * len(words))(*words))
+        results = query.new_empty(*query.shape[:3], latent + shared)
+        results[..., latent:] = query[..., self.own :]
+        words, places = kernels.words(query.stride()[1:3]), kernels.sum_words
+        words[places.queries], words[places.results] = query.data_ptr(), results.data_ptr()
+        words[places.data] = self.weights.data.data_ptr()
+        if places.scales is not None:
+            words[places.scales] = self.weights.scales.data_ptr()
+        words[places.team] = team() if kernels.shares > 1 else 0
+        kernels.sums((ctypes.c_int64 * len(words))(*words))
         return results
 
-    def _by_kernel(self, attended: Any) -> Any:
-        """As `values`, of 16 bits: products with matrices of a stack, of which each head has some."""
-        heads, rows, width = self.matrix.shape
-        tokens = attended.reshape(-1, width)
-        size = gcd(rows, self.own)
-        numbers = _numbers(heads, rows // size, self.own // size, len(tokens) // heads)
-        found = cpu_products.multiplied_each_plain(tokens, self.matrix.view(-1, size, width), numbers)
-        return None if found is None else found.view(*attended.shape[:-1], rows - self.own)
+    def _multiplied_by_kernel(self, attended: Any) -> Any:
+        """As `to_values`: products with matrices of a stack, of which each head has some."""
+        tokens = attended.reshape(-1, self.weights.columns)
+        kernels = self.kernels(attended.dtype, len(tokens) // attended.shape[2])
+        if kernels is None or kernels.products is None or not self._may_be_read(attended):
+            return None
+        found = cpu_products.multiplied_each(tokens, self._of_values(kernels), kernels.numbers)
+        return None if found is None else found.view(*attended.shape[:-1], self.values)
+
+    def _of_values(self, kernels: BetweenKernels) -> PackedWeights:
+        """The first matrix of the stack that makes values."""
+        (rows,) = kernels.products.rows if kernels.products else (0,)
+        return replace(self.weights, rows=rows)
+
+    def _may_be_read(self, states: Any) -> bool:
+        """Whether all is there, in RAM, and nobody looks on."""
+        weights = self.weights
+        if is_looked_at() or (weights.scales is None and states.dtype != weights.data.dtype):
+            return False
+        return bool(weights.data.is_cpu) and _need_no_gradient(states, weights.data)
 
 
 def _of_each_head(states: Any, matrices: Any) -> Any:
@@ -224,51 +247,38 @@ def _need_no_gradient(*tensors: Any) -> bool:
     return not torch.is_grad_enabled() or not any(each.requires_grad for each in tensors)
 
 
-@cache
-def _row_sums(columns: int, dtype: str) -> Any:
-    if not cpu_products.are_read(dtype):
-        return None
-    from llm_magic.backends.accelerate.kernels.row_sums import row_sums
-
-    try:
-        with preparing():
-            return row_sums(columns, dtype)
-    except RuntimeError:  # LLVM's: it has no such instruction after all
-        return None
-
-
-@cache
-def _numbers(heads: int, of_head: int, first: int, tokens: int) -> Any:
-    """Which matrices of a stack make the values, where a head has so many: for each token and head those from ``first`` on."""
-    import torch
-
-    with torch.inference_mode(False):
-        of_all = torch.arange(heads * of_head, device="cpu").view(heads, of_head)
-        return of_all[:, first:].expand(tokens, -1, -1).reshape(-1)
-
-
 def heads_of(module: Any, latents: Any) -> Heads | None:
     """What is between a module's heads and latents; ``None`` where it is not worth to find out for so few of them."""
-    matrix = _matrix(module, latents)
-    if matrix is None:
-        return None
-    own, values = module.qk_nope_head_dim, module.v_head_dim
-    return Heads(matrix.view(-1, own + values, module.kv_lora_rank), own)
+    weights = _weights(module, latents)
+    return None if weights is None else Heads(weights, module.qk_nope_head_dim, module.v_head_dim)
 
 
-def _matrix(module: Any, latents: Any) -> Any:
+def _weights(module: Any, latents: Any) -> PackedWeights | None:
     import torch
 
     linear, dtype = module.kv_b_proj, latents.dtype
     if not ("forward" in vars(linear) or linear._forward_hooks or linear._forward_pre_hooks):
         weight = linear._parameters.get("weight")
         if is_linear(linear) and type(weight) is torch.nn.Parameter:
-            return weight if weight.dtype == dtype and weight.is_contiguous() else None
+            return plain_weights(weight) if weight.dtype == dtype and weight.is_contiguous() else None
         packed = served_weights(linear, dtype) if latents.is_cpu else None
+        if packed is not None and cpu_products.summed_rows(packed.layout, _name(dtype)) is not None:
+            return packed
         numbers = None if packed is None else cpu_products.numbers_of(packed, dtype)
         if numbers is not None:
-            return numbers
+            return plain_weights(numbers)
     if latents.shape[2] <= module.kv_lora_rank:
         return None
     # Whatever it computes: adapters, and packed weights of others.
-    return linear(torch.eye(module.kv_lora_rank, dtype=dtype, device=latents.device)).T.contiguous()
+    return plain_weights(
+        linear(torch.eye(module.kv_lora_rank, dtype=dtype, device=latents.device)).T.contiguous()
+    )
+
+
+def plain_weights(matrix: Any) -> PackedWeights:
+    """Numbers ``[out, in]``."""
+    return PackedWeights(_name(matrix.dtype), matrix, None, None, *matrix.shape)
+
+
+def _name(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -43,7 +43,7 @@ def _router_by_kernels(module: Any, *args: Any, **options: Any) -> Any:
 
 
 def _caught() -> Any:
-    """While it lasts, linear functions of a parameter that kernels take are theirs."""
+    """While it lasts, linear functions of a parameter that kernels take, or of its copy in float32, are theirs."""
     return _mode()()
 
 
@@ -52,20 +52,45 @@ def _mode() -> Any:
     import torch
     from torch.overrides import TorchFunctionMode
 
+    conversions = torch.Tensor.type, torch.Tensor.to, torch.Tensor.float
+
     class Caught(TorchFunctionMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self._copies: dict[int, tuple[Any, Any]] = {}
+
         def __torch_function__(self, function: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
             more = {} if kwargs is None else kwargs
-            outputs = _router_products(*args, **more) if function is torch.nn.functional.linear else None
-            return function(*args, **more) if outputs is None else outputs
+            outputs = self._products(*args, **more) if function is torch.nn.functional.linear else None
+            if outputs is not None:
+                return outputs
+            result = function(*args, **more)
+            if function in conversions and _is_copy(result, args[0]):
+                self._copies[id(result)] = result, args[0]  # so that nobody else gets the number
+            return result
+
+        def _products(self, input: Any, weight: Any, bias: Any = None) -> Any:  # noqa: A002 - torch's name
+            _, parameter = self._copies.get(id(weight), (None, weight))
+            return _router_products(input, parameter, bias, is_wide=parameter is not weight)
 
     return Caught
 
 
-def _router_products(states: Any, weight: Any, bias: Any = None) -> Any:
-    """States times a router's weight by our kernels, with its bias; ``None`` where no kernel takes them."""
+def _is_copy(result: Any, of: Any) -> bool:
+    """Whether it is a parameter in float32."""
+    import torch
+
+    return type(of) is torch.nn.Parameter and type(result) is torch.Tensor and result.dtype == torch.float32
+
+
+def _router_products(states: Any, weight: Any, bias: Any, *, is_wide: bool) -> Any:
+    """States times a router's weight by our kernels, with its bias; ``None`` where no kernel takes them.
+
+    ``is_wide``: the states are in float32, and the weight is to be.
+    """
     import torch
 
     if bias is not None and (bias.dtype != states.dtype or (bias.requires_grad and torch.is_grad_enabled())):
         return None
-    products = cpu_products.multiplied_plain(states, weight)
+    products = cpu_products.multiplied_plain(states, weight, is_wide=is_wide)
     return products if products is None or bias is None else products.add_(bias)

@@ -8,10 +8,11 @@ from typing import Any
 
 from llm_magic.backends.accelerate.kernels.torch_threads import FEW_NUMBERS, one_thread
 from llm_magic.backends.accelerate.placement.layer_cache import GrowingTensors
-from llm_magic.backends.accelerate.placement.plain_routers import is_served_router
-from llm_magic.backends.accelerate.recorded.attending import attention, attention_step, cache_step
+from llm_magic.backends.accelerate.recorded.attending import attention, attention_step
 from llm_magic.backends.accelerate.recorded.chain import Room, chained
+from llm_magic.backends.accelerate.recorded.kept_tokens import cache_step
 from llm_magic.backends.accelerate.recorded.linears import Experts, Linears, Router
+from llm_magic.backends.accelerate.recorded.picks import limits_of, pick
 from llm_magic.backends.accelerate.recorded.program import (
     CompiledRegion,
     Program,
@@ -19,7 +20,7 @@ from llm_magic.backends.accelerate.recorded.program import (
     call,
     shown,
 )
-from llm_magic.backends.accelerate.recorded.recording import VARYING, Node, Recording, View, views_in
+from llm_magic.backends.accelerate.recorded.recording import VARYING, Node, View, views_in
 from llm_magic.backends.accelerate.recorded.states import StateStep, is_kept, kept
 
 _PRODUCTS = ("aten.mm.default", "aten.bmm.default", "aten.addmm.default", "aten.baddbmm.default")
@@ -59,13 +60,17 @@ class Bound:
         self._states = [(state, layer.get_submodule(state.module)) for state in recording.states]
         self._constants = [(each.view.base, each.tensor()) for each in recording.constants]
         self._matrices = list(_matrices(program, layer))
-        groups, growing = _together(program.parts), growing or GrowingTensors(0)
+        groups, growing, limits = (
+            _together(program.parts),
+            growing or GrowingTensors(0),
+            limits_of(recording.nodes),
+        )
         given = {view.base for _, view in recording.arguments}
         steps, wanted = list[Any](), list[set[int]]()
         while groups:
             attends = attention(groups, layer, growing, leaves, given)
             count = 1 if attends is None else attends.parts
-            step = attends or _router(groups[0][0], layer, recording) or _step(groups[0], layer, growing)
+            step = attends or pick(groups[0][0], limits) or _step(groups[0], layer, growing)
             steps.append(step)
             wanted.append(set[int]().union(*map(_reads, groups[:count])))
             groups = groups[count:]
@@ -173,28 +178,6 @@ def _by_torch(node: Node) -> Callable[[Values], None]:
     return step
 
 
-def _router(part: Any, layer: Any, recording: Recording) -> Router | None:
-    """A router's product, as its module makes it; ``None``: it is something else."""
-    import torch
-
-    aten = torch.ops.aten
-    if not isinstance(part, Node) or part.name not in (aten.mm.default, aten.addmm.default) or part.kwargs:
-        return None
-    *added, states, matrix = part.args
-    owners = {view.base: (path, name, view) for path, name, view in recording.weights}
-    path, name, whole = owners.get(matrix.base, ("", "", matrix))
-    if name != "weight" or not is_served_router(layer.get_submodule(path)):
-        return None
-    if (matrix.shape, matrix.stride, matrix.offset) != (whole.shape[::-1], whole.stride[::-1], whole.offset):
-        return None
-    if added and owners.get(added[0].base) != (path, "bias", added[0]):
-        return None
-    module = layer.get_submodule(path)
-    if not added and module._parameters.get("bias") is not None:
-        return None
-    return Router(part, states, module)
-
-
 def _taking_step(node: Node, _layer: Any) -> Callable[[Values], None]:
     shared, name = node.args
 
@@ -218,6 +201,7 @@ _OF_NO_MODULE: dict[str, Callable[[Node], Any]] = {"op": _by_torch, "state": Sta
 _STEPS = {
     "attention": attention_step,
     "experts": Experts,
+    "router": Router,
     "take": _taking_step,
     "hand on": _handing_step,
 }

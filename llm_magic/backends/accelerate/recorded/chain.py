@@ -8,42 +8,34 @@ used inside has room that all layers share.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from llm_magic.backends.accelerate.decoding.cpu_attention import OUT, QUERY, WORDS, leave_room, taken_room
-from llm_magic.backends.accelerate.kernels.in_turn import address_of, in_turn
+from llm_magic.backends.accelerate.decoding.cpu_attention import leave_room, taken_room
+from llm_magic.backends.accelerate.kernels.in_turn import in_turn
 from llm_magic.backends.accelerate.kernels.steps import Loop, Operand
-from llm_magic.backends.accelerate.kernels.team import team
 from llm_magic.backends.accelerate.kernels.words import (
     ADDRESSES,
     ARRANGED,
-    DATA,
     HEAD_WORDS,
     MATRICES,
     RESULTS,
-    SCALES,
-    SHIFTS,
-    SOURCE,
     TEAM,
     TOKENS,
 )
-from llm_magic.backends.accelerate.placement.cpu_products import PackedWeights, Products, address
+from llm_magic.backends.accelerate.placement.cpu_products import PackedWeights, Products
 from llm_magic.backends.accelerate.preparation import preparing
-from llm_magic.backends.accelerate.recorded.attending import Attention, Told, copy_words
+from llm_magic.backends.accelerate.recorded.attending import Attention, Told
 from llm_magic.backends.accelerate.recorded.linears import Linears
+from llm_magic.backends.accelerate.recorded.picks import Pick
+from llm_magic.backends.accelerate.recorded.plan import Plan, Words
 from llm_magic.backends.accelerate.recorded.program import CompiledRegion, Values
 from llm_magic.backends.accelerate.recorded.recording import View
 from llm_magic.backends.accelerate.recorded.states import StateStep
 
-Member = CompiledRegion | Linears | StateStep | Attention
+Member = CompiledRegion | Linears | StateStep | Attention | Pick
 
-_ALIGNED = 64
-_COPIES = 2
-"""Kernels beside that of attention: for keys and for values."""
 _MOST_KEPT = 4
 """Arrays of words that a chain keeps: threads that run a layer at the same time."""
 
@@ -112,44 +104,9 @@ def chained(
 def _may_be_in_one(step: Any, *, joins_attention: bool) -> bool:
     if isinstance(step, Linears):
         return step.may_be_chained
-    return isinstance(step, CompiledRegion | StateStep) or (joins_attention and isinstance(step, Attention))
-
-
-@dataclass
-class _Words:
-    """The words for all members, and which of them say what.
-
-    Attributes
-    ----------
-    array
-        The list of kernels, and after it the words of each.
-    outer
-        By base, which are in its memory, and how many bytes behind its start.
-    inner
-        Which are in the room, and how many bytes behind its start.
-    weights
-        For each linear layer, where its addresses begin.
-    biases
-        Which are the address of one, in their order.
-    teams
-        Which are a team's address.
-    attention
-        Where the words begin of its copies of keys and of values, and of itself.
-    size
-        Bytes of the room.
-    at
-        Where the room was the last time.
-    """
-
-    array: Any
-    outer: list[tuple[int, list[tuple[int, int]]]]
-    inner: list[tuple[int, int]]
-    weights: list[int]
-    biases: list[int]
-    teams: list[int]
-    attention: tuple[int, int, int] | None
-    size: int
-    at: int = 0
+    return isinstance(step, CompiledRegion | StateStep | Pick) or (
+        joins_attention and isinstance(step, Attention)
+    )
 
 
 class Chain:
@@ -171,7 +128,7 @@ class Chain:
         self._members, self._outside, self._room, self._rest = list(members), outside, room, rest
         self._attention = next((member for member in members if isinstance(member, Attention)), None)
         self._linears = [member for member in members if isinstance(member, Linears)]
-        self._kept: dict[tuple[Any, ...], tuple[list[Products], list[_Words]]] = {}
+        self._kept: dict[tuple[Any, ...], tuple[list[Products], list[Words]]] = {}
         with preparing():
             in_turn()
 
@@ -192,26 +149,26 @@ class Chain:
         have_bias = [bias is not None for bias in biases]
         told = None
         if self._attention is not None:
-            if not self._attention.may_be_told(values):
+            told = self._attention.told(values)
+            if told is None:
                 for step in self._rest:
                     step(values)
                 return
-            told = self._attention.told(values)
-        key = *map(id, products), *have_bias, told and address_of(told.call.kernel)
+        key = *map(id, products), *have_bias, told and told.key
         _, kept = self._kept.setdefault(key, (products, []))
         try:
             words = kept.pop()  # nobody else has it then
         except IndexError:
             with preparing():
-                words = _Plan(self._members, (products, told), have_bias, self._outside).words
+                words = _planned(self._members, (products, told), have_bias, self._outside)
         self._make(products, told, values)
         room = self._room.take(words.size)
-        _tell(words, weights, [bias for bias in biases if bias is not None], values, room.data_ptr())
-        if self._attention is None or told is None or words.attention is None:
+        words.tell(weights, [bias for bias in biases if bias is not None], values, room.data_ptr())
+        if self._attention is None or told is None:
             in_turn()(words.array)
         else:
             records = taken_room(told.call.room)
-            told.tell(words.array, words.attention, records)
+            self._attention.tell(words.array, words.attention, told, records)
             in_turn()(words.array)
             self._attention.keep(told)
             leave_room(records)
@@ -247,139 +204,78 @@ class Chain:
                     values[out.base] = rows[: member.tokens].view(out.shape)
 
 
-class _Plan:
+def _planned(
+    members: Sequence[Member],
+    told: tuple[Sequence[Products], Told | None],
+    have_bias: Sequence[bool],
+    outside: set[int],
+) -> Words:
     """Where each word of a chain comes from."""
-
-    def __init__(
-        self,
-        members: Sequence[Member],
-        told: tuple[Sequence[Products], Told | None],
-        have_bias: Sequence[bool],
-        outside: set[int],
-    ) -> None:
-        self._outside = outside
-        self._inner_bases: dict[int, int] = {}
-        self._size = 0
-        self._list: list[tuple[int, int]] = []
-        self._numbers: list[int] = []
-        self._outer: dict[int, list[tuple[int, int]]] = {}
-        self._inner: list[tuple[int, int]] = []
-        self._weights: list[int] = []
-        self._biases: list[int] = []
-        self._teams: list[int] = []
-        self._attention: tuple[int, int, int] | None = None
-        products, attends = told
-        self._first = 1 + 2 * (len(members) + sum(have_bias) + (_COPIES if attends else 0))
-        each, has_bias = iter(products), iter(have_bias)
-        for member in members:
-            if isinstance(member, CompiledRegion):
-                self._add_region(member)
-                continue
-            if isinstance(member, StateStep):
-                self._add_step(member)
-                continue
-            if isinstance(member, Attention):
-                assert attends is not None
-                self._add_attention(member, attends)
-                continue
-            self._add_linears(member, next(each))
+    products, attends = told
+    count = len(members) + sum(have_bias)
+    count += sum(member.kernels - 1 for member in members if isinstance(member, Attention))
+    plan, each, has_bias = Plan(count, outside), iter(products), iter(have_bias)
+    for member in members:
+        if isinstance(member, CompiledRegion):
+            _add_region(plan, member)
+        elif isinstance(member, StateStep):
+            _add_step(plan, member)
+        elif isinstance(member, Pick):
+            member.add(plan)
+        elif isinstance(member, Attention):
+            assert attends is not None
+            plan.attention = member.add(plan, attends)
+        else:
+            _add_linears(plan, member, next(each))
             for out in member.outputs:
                 if next(has_bias):
-                    self._add_bias(out, member.tokens)
+                    _add_bias(plan, out, member.tokens)
+    return plan.words
 
-    @property
-    def words(self) -> _Words:
-        """An array of their own."""
-        array = (ctypes.c_int64 * (self._first + len(self._numbers)))()
-        start = ctypes.addressof(array)
-        calls = [part for kernel, at in self._list for part in (kernel, start + 8 * (self._first + at))]
-        array[:] = [len(self._list), *calls, *self._numbers]
-        outer = list(self._outer.items())
-        places = self._weights, self._biases, self._teams, self._attention
-        return _Words(array, outer, self._inner, *places, self._size)
 
-    def _add_region(self, region: CompiledRegion) -> None:
-        first = self._begin(region.kernel)
-        for view in region.made:
-            self._place(view.base, _bytes_of(view))
-        self._numbers += [0] * (len(region.outer) + len(region.offsets))
-        for number, base in enumerate(region.outer):
-            self._point(first + number, base)
-        scratch = self._taken(region.scratch_bytes)
-        for number, offset in enumerate(region.offsets):
-            self._inner.append((first + len(region.outer) + number, scratch + offset))
+def _add_region(plan: Plan, region: CompiledRegion) -> None:
+    for view in region.made:
+        plan.place(view)
+    first = plan.begin(region.kernel, [0] * (len(region.outer) + len(region.offsets)))
+    for number, base in enumerate(region.outer):
+        plan.point(first + number, base)
+    scratch = plan.take(region.scratch_bytes)
+    for number, offset in enumerate(region.offsets):
+        plan.point_inside(first + len(region.outer) + number, scratch + offset)
 
-    def _add_step(self, step: StateStep) -> None:
-        kernel, (out,) = step.kernel, step.made
-        first = self._begin(kernel.run)
-        self._place(out.base, _bytes_of(out))
-        for number, view in enumerate((*step.parts, out)):
-            if view is not None:
-                self._point(first + number, view.base, view.offset * view.dtype.itemsize)
-        told = [0] * (len(step.parts) + 1) + list(kernel.counts)
-        if kernel.shares > 1:
-            self._teams.append(first + len(told))
-        self._numbers += [*told, 0, kernel.shares]
 
-    def _add_attention(self, attention: Attention, told: Told) -> None:
-        from llm_magic.backends.accelerate.kernels.rows import copied_rows
+def _add_step(plan: Plan, step: StateStep) -> None:
+    kernel, (out,) = step.kernel, step.made
+    plan.place(out)
+    told = [0] * (len(step.parts) + 1) + list(kernel.counts)
+    first = plan.begin(kernel.run, [*told, 0, kernel.shares])
+    for number, view in enumerate((*step.parts, out)):
+        if view is not None:
+            plan.point_at(first + number, view)
+    if kernel.shares > 1:
+        plan.have_team(first + len(told))
 
-        firsts = []
-        for view in (attention.key, attention.value):
-            firsts.append(self._begin(copied_rows()))
-            self._numbers += copy_words(view)
-            self._point(firsts[-1] + SOURCE, view.base, view.offset * view.dtype.itemsize)
-        first = self._begin(told.call.kernel)
-        self._numbers += [0] * WORDS
-        query, (out,) = attention.query, attention.made
-        self._place(out.base, _bytes_of(out))
-        self._point(first + QUERY, query.base, query.offset * query.dtype.itemsize)
-        self._point(first + OUT, out.base)
-        self._attention = firsts[0], firsts[1], first
 
-    def _add_linears(self, linears: Linears, products: Products) -> None:
-        first = self._begin(products.kernel)
-        self._numbers += products.words(0, 0, [0] * ADDRESSES * len(linears.outputs))
-        view = linears.tokens_view
-        self._point(first + TOKENS, view.base, view.offset * view.dtype.itemsize)
-        if linears.matrices is not None:
-            view = linears.matrices
-            self._point(first + MATRICES, view.base, view.offset * view.dtype.itemsize)
-        if products.room:
-            self._inner.append((first + ARRANGED, self._taken(products.room)))
-        if products.shares > 1:
-            self._teams.append(first + TEAM)
-        for number, out in enumerate(linears.outputs):
-            addresses = first + HEAD_WORDS + ADDRESSES * number
-            self._weights.append(addresses)
-            self._place(out.base, products.places * out.shape[-1] * out.dtype.itemsize)
-            self._point(addresses + RESULTS, out.base)
+def _add_linears(plan: Plan, linears: Linears, products: Products) -> None:
+    first = plan.begin(products.kernel, products.words(0, 0, [0] * ADDRESSES * len(linears.outputs)))
+    plan.point_at(first + TOKENS, linears.tokens_view)
+    if linears.matrices is not None:
+        plan.point_at(first + MATRICES, linears.matrices)
+    if products.room:
+        plan.point_inside(first + ARRANGED, plan.take(products.room))
+    if products.shares > 1:
+        plan.have_team(first + TEAM)
+    for number, out in enumerate(linears.outputs):
+        addresses = first + HEAD_WORDS + ADDRESSES * number
+        plan.weights.append(addresses)
+        plan.place(out, products.places * out.shape[-1] * out.dtype.itemsize)
+        plan.point(addresses + RESULTS, out.base)
 
-    def _add_bias(self, out: View, tokens: int) -> None:
-        first = self._begin(_added(tokens, out.shape[-1], str(out.dtype).removeprefix("torch.")))
-        self._numbers += [0, 0]
-        self._point(first, out.base)
-        self._biases.append(first + 1)
 
-    def _begin(self, kernel: Any) -> int:
-        """Which is the first word of the next one."""
-        self._list.append((address_of(kernel), len(self._numbers)))
-        return self._first + len(self._numbers)
-
-    def _place(self, base: int, size: int) -> None:
-        if base not in self._outside:
-            self._inner_bases[base] = self._taken(size)
-
-    def _point(self, word: int, base: int, offset: int = 0) -> None:
-        if base in self._inner_bases:
-            self._inner.append((word, self._inner_bases[base] + offset))
-        else:
-            self._outer.setdefault(base, []).append((word, offset))
-
-    def _taken(self, size: int) -> int:
-        start = self._size
-        self._size += -(-size // _ALIGNED) * _ALIGNED
-        return start
+def _add_bias(plan: Plan, out: View, tokens: int) -> None:
+    first = plan.begin(_added(tokens, out.shape[-1], str(out.dtype).removeprefix("torch.")), [0, 0])
+    plan.point(first, out.base)
+    plan.biases.append(first + 1)
 
 
 @cache
@@ -389,33 +285,3 @@ def _added(tokens: int, rows: int, dtype: str) -> Any:
 
     results, bias = Operand(0, 0, (rows, 1), dtype), Operand(1, 0, (0, 1), dtype)
     return elementwise((Loop("add", (), (tokens, rows), results, (results, bias)),))
-
-
-def _tell(
-    words: _Words, weights: Sequence[PackedWeights], biases: Sequence[Any], values: Values, room: int
-) -> None:
-    """Say where everything is now."""
-    array = words.array
-    if words.at != room:
-        for word, offset in words.inner:
-            array[word] = room + offset
-        words.at = room
-    for base, places in words.outer:
-        start = values[base].data_ptr()
-        for word, offset in places:
-            array[word] = start + offset
-    for word, of in zip(words.weights, weights, strict=True):
-        array[word + DATA] = of.data.data_ptr()
-        array[word + SCALES] = address(of.scales)
-        array[word + SHIFTS] = address(of.shifts)
-    for word, bias in zip(words.biases, biases, strict=True):
-        array[word] = bias.data_ptr()
-    if words.teams:
-        some = team()
-        for word in words.teams:
-            array[word] = some
-
-
-def _bytes_of(view: View) -> int:
-    last = sum((length - 1) * step for length, step in zip(view.shape, view.stride, strict=True))
-    return max(0, int((last + 1) * view.dtype.itemsize))

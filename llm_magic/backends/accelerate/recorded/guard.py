@@ -9,7 +9,7 @@ from typing import Any
 
 from llm_magic.backends.accelerate.placement.packed_stack import PackedStack
 from llm_magic.backends.accelerate.placement.served_class import usual_class_of
-from llm_magic.backends.accelerate.recorded.recording import can_open, leaves_of
+from llm_magic.backends.accelerate.recorded.recorder import can_open, leaves_of
 
 
 class Over:

@@ -25,7 +25,7 @@ from llm_magic.backends.accelerate.placement.layer_cache import (
 from llm_magic.backends.accelerate.recorded.bound import Bound
 from llm_magic.backends.accelerate.recorded.chain import Room
 from llm_magic.backends.accelerate.recorded.guard import Guard, Over
-from llm_magic.backends.accelerate.recorded.recording import (
+from llm_magic.backends.accelerate.recorded.recorder import (
     Outputs,
     flat,
     leaves_of,

@@ -16,7 +16,7 @@ from llm_magic.backends.accelerate.placement import cpu_products
 from llm_magic.backends.accelerate.placement.cpu_linear import plain_matrix, served_weights
 from llm_magic.backends.accelerate.placement.cpu_products import PackedWeights, Products, address
 from llm_magic.backends.accelerate.placement.plain_experts import PlainStack
-from llm_magic.backends.accelerate.recorded.program import Values, as_noted, call, shown
+from llm_magic.backends.accelerate.recorded.program import Values, as_noted, shown
 from llm_magic.backends.accelerate.recorded.recording import Node, View
 
 _MOST_KEPT = 16
@@ -65,11 +65,11 @@ class Linears:
         if weights is None or products is None:
             for number, out in enumerate(self.outputs):
                 with one_thread() if self._is_small(out) else nullcontext():
-                    values[out.base] = self._otherwise(number, states, values)
+                    values[out.base] = self._otherwise(number, states)
             return
         self._multiply(products, states.contiguous(), weights, values)
 
-    def _otherwise(self, number: int, states: Any, values: Values) -> Any:  # noqa: ARG002 - for others
+    def _otherwise(self, number: int, states: Any) -> Any:
         """What one of them makes where no kernel does."""
         return self._modules[number].forward(states).contiguous()
 
@@ -154,19 +154,23 @@ class Linears:
 
 
 class Router(Linears):
-    """The product of tokens with a router's weight, which is no linear layer."""
+    """The product of tokens with a router's weight, which is no linear layer: of 16 bits, the tokens may be in float32."""
 
-    def __init__(self, node: Node, tokens: View, module: Any) -> None:
-        super().__init__(tokens, node.outputs, [module])
-        self._node = node
+    def __init__(self, node: Node, module: Any) -> None:
+        super().__init__(node.args[0], node.outputs, [module])
 
     def _served(self, module: Any) -> PackedWeights | None:
-        weight = module._parameters["weight"]
-        return plain_matrix(weight, self.dtype) if cpu_products.are_numbers(weight) else None
+        import torch
 
-    def _otherwise(self, number: int, states: Any, values: Values) -> Any:  # noqa: ARG002 - as above
-        call(self._node, None, values)
-        return values[self.outputs[number].base]
+        weight = module._parameters["weight"]
+        is_taken = cpu_products.are_numbers(weight) and self.dtype in (weight.dtype, torch.float32)
+        return plain_matrix(weight, weight.dtype) if is_taken else None
+
+    def _otherwise(self, number: int, states: Any) -> Any:
+        from torch.nn import functional
+
+        weight, bias = (self._modules[number]._parameters.get(name) for name in ("weight", "bias"))
+        return functional.linear(states, weight.to(states.dtype), bias)
 
 
 class Experts(Linears):

@@ -10,7 +10,8 @@ from typing import Any
 from llm_magic.backends.accelerate.placement.served_class import usual_class_of
 from llm_magic.backends.accelerate.preparation import preparing
 from llm_magic.backends.accelerate.recorded.program import Program
-from llm_magic.backends.accelerate.recorded.recording import Outputs, Recording, can_open, record, record_once
+from llm_magic.backends.accelerate.recorded.recorder import Outputs, can_open, record, record_once
+from llm_magic.backends.accelerate.recorded.recording import Recording
 
 Call = tuple[Sequence[Any], Mapping[str, Any]]
 """``args`` and ``kwargs``."""
@@ -113,7 +114,7 @@ class Recordings:
 
 @dataclass(frozen=True)
 class _Way:
-    """How far a layer is looked into; see `recording.record`."""
+    """How far a layer is looked into; see `recorder.record`."""
 
     whole: dict[str, Outputs]
     opens_experts: bool
