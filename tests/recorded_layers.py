@@ -90,6 +90,13 @@ class Twins:
         return programs(self.recorded)
 
 
+def one_by_one(recorded: RecordedLayers) -> RecordedLayers:
+    """Layers that are computed when they are called, not before."""
+    for layer in recorded._layers:
+        layer.line._tries = 0
+    return recorded
+
+
 def programs(recorded: RecordedLayers) -> int:
     return sum(bound is not None for layer in recorded._layers for bound in layer._bound.values())
 

@@ -26,6 +26,7 @@ from tests import tiny  # noqa: E402
 from tests.caches import given  # noqa: E402
 from tests.engines import ask, load  # noqa: E402
 from tests.families import FAMILIES, save  # noqa: E402
+from tests.recorded_layers import one_by_one  # noqa: E402
 from tests.test_packing import packed_layer  # noqa: E402
 from tests.test_recorded import answers, equal, layers_of, made, members_of, recorded, served_mixture, step  # noqa: E402
 
@@ -92,7 +93,7 @@ def test_an_error_in_the_middle_leaves_no_tokens_that_are_not_there(
 ) -> None:
     model = made(name)
     theirs = text(model)
-    recorded(model, context=64)
+    one_by_one(recorded(model, context=64))
     text(model)
     usual, calls = Room.take, []
 

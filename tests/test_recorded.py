@@ -37,7 +37,7 @@ from llm_magic.backends.accelerate.recorded.picks import Pick  # noqa: E402
 from llm_magic.backends.accelerate.recorded.recordings import Recordings  # noqa: E402
 from tests.caches import given  # noqa: E402
 from tests.families import _EXPERTS, _GROUPED, _LATENT, _WIDTHS, FAMILIES  # noqa: E402
-from tests.recorded_layers import programs  # noqa: E402
+from tests.recorded_layers import one_by_one, programs  # noqa: E402
 
 TinyModel = Callable[[str], Path]
 
@@ -1038,7 +1038,7 @@ def test_an_error_in_the_midst_of_a_recorded_layer(
     at: int, error: type[BaseException], llama: Any, expected: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before its attention and after it."""
-    held = recorded(llama)
+    held = one_by_one(recorded(llama))
     answers(llama)
     usual, count = chain.in_turn(), 0
 
@@ -1161,7 +1161,7 @@ def test_layers_with_biases_are_chained() -> None:
         for step in bound._steps
         if isinstance(getattr(step, "__self__", None), Chain)
     ]
-    biases = [bias for each in chains for linears in each._linears for bias in linears.biases() or ()]
+    biases = [bias for each in chains for linears in each.linears for bias in linears.biases() or ()]
     # Processors with tiles leave several tokens to torch.
     chained = [
         key for layer in held._layers for key in layer._bound if key[0][1] <= few_plain_tokens(torch.bfloat16)

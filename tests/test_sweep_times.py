@@ -94,7 +94,7 @@ class Said:
     def sweep(self, run: Callable[[], object] | None = None, *, always: bool = True) -> Any:
         """The times of one sweep by the labels of its blocks; ``None`` when nothing was said of it."""
         before = len(self.events)
-        with self.times.hooked(), self.times.sweep(always=always):
+        with self.times.sweep(always=always):
             (run or (lambda: logits(self.placed.model)))()
         self.times.report(1, 2)
         if len(self.events) == before:
@@ -233,12 +233,11 @@ def assert_unwatched(placed: PlacedModel) -> None:
 
 def test_blocks_may_move_between_two_sweeps(in_ram: PlacedModel, tiny_model: TinyModel) -> None:
     said = Said(in_ram, make_timers=ticking)
-    with said.times.hooked():
-        for home in ("cpu", "read", "kept", "cpu"):
-            in_ram.apply(placed_plan(tiny_model("llama"), layers_to(home)))
-            with said.times.sweep(always=True):
-                logits(in_ram.model)
-            said.times.report(1, 2)
+    for home in ("cpu", "read", "kept", "cpu"):
+        in_ram.apply(placed_plan(tiny_model("llama"), layers_to(home)))
+        with said.times.sweep(always=True):
+            logits(in_ram.model)
+        said.times.report(1, 2)
     waits = [by_label(in_ram.plan, event)["layers.2"][0] for event in said.events]
     assert waits == [0, 1, 0, 0]
     assert_unwatched(in_ram)
@@ -358,7 +357,7 @@ def test_where_there_is_no_timer_nothing_is_said(in_ram: PlacedModel) -> None:
 def test_transfers_that_took_no_time_down_say_nothing(on_disk: PlacedModel) -> None:
     """As copies of an accelerator whose events are not relied upon."""
     said = Said(on_disk)
-    with said.times.hooked(), said.times.sweep(always=True):
+    with said.times.sweep(always=True):
         watch = on_disk.lanes[0].watch
         handle = on_disk.model.model.layers[0].mlp.register_forward_pre_hook(
             lambda _module, _inputs: watch.stands_still() or watch.goes_on(Untimed())

@@ -133,10 +133,11 @@ class TransformersEngine:
         times = SweepTimes(self._placed, emit)
         decoding = Decoding(steps, 0, self._quick.speculation(config), recovers, self._quick, times)
         try:
-            with times.hooked():
-                cached = self._run(request, prompt, config, decoding)
+            cached = self._run(request, prompt, config, decoding)
         except EngineError as error:
             raise _with_notes(error, repair.notes) from None
+        finally:
+            self._quick.rest()
         ended_by_token = bool(steps.ids) and steps.ids[-1] in end_tokens(config)
         reason: FinishReason = "length"
         if ended_by_token:

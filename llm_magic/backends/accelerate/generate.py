@@ -11,6 +11,7 @@ from typing import Any
 from llm_magic.backends.accelerate.decoding.cache_argument import cache_name_of_generate
 from llm_magic.backends.accelerate.decoding.decode import REPEATS, Decoding, emptied
 from llm_magic.backends.accelerate.decoding.detokenize import Detokenizer
+from llm_magic.backends.accelerate.looked_at import ONLY_LOOKS
 from llm_magic.backends.accelerate.prompt.prompts import TokenizedPrompt
 from llm_magic.events import Emit, PhaseEvent, StopFlag, TokenEvent
 
@@ -100,6 +101,7 @@ def _watch(steps: Steps, block: str, total: int, done: list[int]) -> Any:
             steps.emit(PhaseEvent("prefill", min(done[0], total), total, "layers"))
             done[0] += 1
 
+    setattr(before_block, ONLY_LOOKS, True)
     return before_block
 
 

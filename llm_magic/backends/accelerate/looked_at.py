@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+ONLY_LOOKS = "only_looks"
+"""What a hook before a layer has that changes nothing, and may come when the layer has been computed."""
+
 
 def is_looked_at() -> bool:
     """Whether operations of this thread are compiled, cast, traced, counted, or transformed to something else."""

@@ -125,6 +125,11 @@ class Quick:
             said.append("prompt lookup")
         return tuple(said)
 
+    def rest(self) -> None:
+        """After an answer, however it ended."""
+        if self._recorded:
+            self._recorded.rest()
+
     def tensors(self) -> Iterator[Any]:
         """KV caches at fixed addresses, and the draft model's."""
         if self.steps:

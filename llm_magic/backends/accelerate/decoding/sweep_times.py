@@ -1,6 +1,6 @@
 """Where the time of a sweep goes, block by block: measured a few times a second while an answer comes.
 
-Hooks on the blocks do nothing in all other sweeps. A sweep that fails, is interrupted or cannot be told
+In all other sweeps there are no hooks on the blocks, which some of them compute together then. A sweep that fails, is interrupted or cannot be told
 apart into blocks is measured in vain: nothing is said of it, and nothing of it reaches the answer.
 
 A captured sweep runs no Python between its blocks, so only sweeps that call the model are measured. An
@@ -54,24 +54,7 @@ class SweepTimes:
         self._clock, self._make_timers = clock, make_timers
         self._began_s = float("-inf")
         self._visiting: dict[int, Timer] = {}
-        self._current: Measurement | None = None
         self._measured: Measurement | None = None
-
-    @contextmanager
-    def hooked(self) -> Iterator[None]:
-        """Around an answer: have hooks on the blocks."""
-        handles: list[Any] = []
-        try:
-            for number, block in enumerate(self._placed.plan.layout.blocks):
-                placed = self._placed.blocks.get(block.name)
-                if placed is not None:  # a bare parameter has no times
-                    begins, ends = partial(self._begins, number), partial(self._ends, number)
-                    handles.append(placed.module.register_forward_pre_hook(begins))
-                    handles.append(placed.module.register_forward_hook(ends))
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     @contextmanager
     def sweep(self, *, always: bool = False) -> Iterator[None]:
@@ -86,13 +69,21 @@ class SweepTimes:
         if measurement is None:
             yield
             return
+        handles: list[Any] = []
         try:
-            self._current = measurement
+            for number, block in enumerate(self._placed.plan.layout.blocks):
+                placed = self._placed.blocks.get(block.name)
+                if placed is not None:  # a bare parameter has no times
+                    begins = partial(self._begins, measurement, number)
+                    handles.append(placed.module.register_forward_pre_hook(begins))
+                    ends = partial(_ends, measurement, number)
+                    handles.append(placed.module.register_forward_hook(ends))
             self._placed.watch(measurement)
             yield
         finally:
-            self._current = None
             self._placed.watch(None)
+            for handle in handles:
+                handle.remove()
         self._measured = measurement
 
     def report(self, sweeps: int, tokens: int) -> None:
@@ -129,14 +120,13 @@ class SweepTimes:
         self._visiting = {n: made[place.prefill] for n, place in enumerate(blocks) if place.prefill}
         return Measurement([made[place.compute] for place in blocks])
 
-    def _begins(self, number: int, _module: Any, _inputs: Any) -> None:
-        if self._current is not None:
-            visits = self._placed.visits.is_on
-            self._current.begins(number, self._visiting.get(number) if visits else None)
+    def _begins(self, measurement: Measurement, number: int, _module: Any, _inputs: Any) -> None:
+        visits = self._placed.visits.is_on
+        measurement.begins(number, self._visiting.get(number) if visits else None)
 
-    def _ends(self, number: int, _module: Any, _inputs: Any, _output: Any) -> None:
-        if self._current is not None:
-            self._current.ends(number)
+
+def _ends(measurement: Measurement, number: int, _module: Any, _inputs: Any, _output: Any) -> None:
+    measurement.ends(number)
 
 
 @dataclass

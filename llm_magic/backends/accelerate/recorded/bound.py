@@ -9,7 +9,7 @@ from typing import Any
 from llm_magic.backends.accelerate.kernels.torch_threads import FEW_NUMBERS, one_thread
 from llm_magic.backends.accelerate.placement.layer_cache import GrowingTensors
 from llm_magic.backends.accelerate.recorded.attending import attention, attention_step
-from llm_magic.backends.accelerate.recorded.chain import Room, chained
+from llm_magic.backends.accelerate.recorded.chain import Chain, Room, chained
 from llm_magic.backends.accelerate.recorded.kept_tokens import cache_step
 from llm_magic.backends.accelerate.recorded.linears import Experts, Linears, Router
 from llm_magic.backends.accelerate.recorded.picks import limits_of, pick
@@ -87,8 +87,39 @@ class Bound:
             and all(is_kept(state, leaves[state.cache], module.layer_idx) for state, module in self._states)
         )
 
+    @property
+    def shapes(self) -> list[tuple[int, Any]]:
+        """Those of arguments that it is for, by their numbers."""
+        return self._checked
+
+    @property
+    def chain(self) -> Chain | None:
+        """All that it does, where that is one chain that changes nothing but the KV cache's keys and values."""
+        chain = getattr(self._steps[0], "__self__", None) if len(self._steps) == 1 else None
+        return chain if isinstance(chain, Chain) and not (chain.has_states or self._states) else None
+
+    @property
+    def places(self) -> list[tuple[dict[str, Any], str]]:
+        """Where its parameters are."""
+        found = [(held, name) for held, name, _ in self._weights]
+        chain = self.chain
+        for linears in chain.linears if chain else ():
+            found += linears.places
+        return found
+
     def run(self, leaves: Sequence[Any]) -> Any:
         """What the layer returns."""
+        values = self.values(leaves)
+        for step in self._steps:
+            step(values)
+        return self.result(values)
+
+    def result(self, values: Values) -> Any:
+        """What it returns of them."""
+        return shown(self._result, values)
+
+    def values(self, leaves: Sequence[Any]) -> Values:
+        """What is there before the first step."""
         values: Values = [None] * self._size
         for number, base in self._arguments:
             values[base] = leaves[number].contiguous()
@@ -99,9 +130,7 @@ class Bound:
         for state, module in self._states:
             values[state.view.base] = kept(state, leaves[state.cache], module.layer_idx)
         values.append(leaves)
-        for step in self._steps:
-            step(values)
-        return shown(self._result, values)
+        return values
 
 
 def _matrices(program: Program, layer: Any) -> Iterator[tuple[Any, str, Any]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from llm_magic.backends.accelerate.decoding.cpu_attention import leave_room, taken_room
 from llm_magic.backends.accelerate.kernels.in_turn import in_turn
@@ -109,6 +109,30 @@ def _may_be_in_one(step: Any, *, joins_attention: bool) -> bool:
     )
 
 
+class Weighed(NamedTuple):
+    """What linear layers multiply with.
+
+    Attributes
+    ----------
+    weights, biases
+        Of each of them that has some.
+    products
+        Of each group of them.
+    have_bias
+        Which of them have one.
+    """
+
+    weights: list[PackedWeights]
+    biases: list[Any]
+    products: list[Products]
+    have_bias: list[bool]
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What words depend on, while this is there."""
+        return *map(id, self.products), *self.have_bias
+
+
 class Chain:
     """Some members, in one call.
 
@@ -120,75 +144,93 @@ class Chain:
         Bases that others read.
     rest
         What computes the same where attention is no case for its kernel.
+
+    Attributes
+    ----------
+    attention
+        That among them; ``None``: there is none.
+    linears
+        Linear layers, routers and experts among them, in their order.
+    has_states
+        Whether they change states where these are.
     """
 
     def __init__(
         self, members: Sequence[Member], outside: set[int], room: Room, rest: Sequence[Any] = ()
     ) -> None:
         self._members, self._outside, self._room, self._rest = list(members), outside, room, rest
-        self._attention = next((member for member in members if isinstance(member, Attention)), None)
-        self._linears = [member for member in members if isinstance(member, Linears)]
-        self._kept: dict[tuple[Any, ...], tuple[list[Products], list[Words]]] = {}
+        self.attention = next((member for member in members if isinstance(member, Attention)), None)
+        self.linears = [member for member in members if isinstance(member, Linears)]
+        self.has_states = any(isinstance(member, StateStep) for member in members)
+        self._kept: dict[tuple[Any, ...], tuple[Weighed, list[Words]]] = {}
         with preparing():
             in_turn()
 
     def run(self, values: Values) -> None:
         """Put into ``values`` what they make that others read."""
-        weights: list[PackedWeights] = []
-        biases: list[Any] = []
-        products: list[Products] = []
-        for linears in self._linears:
-            found, added = linears.weights(), linears.biases()
-            some = None if found is None else linears.prepared(found)
-            if found is None or added is None or some is None:
-                self._one_by_one(values)
-                return
-            weights += found
-            biases += added
-            products.append(some)
-        have_bias = [bias is not None for bias in biases]
+        weighed = self.weighed()
+        if weighed is None:
+            for member in self._members:
+                member.run(values)
+            return
         told = None
-        if self._attention is not None:
-            told = self._attention.told(values)
+        if self.attention is not None:
+            told = self.attention.told(values)
             if told is None:
                 for step in self._rest:
                     step(values)
                 return
-        key = *map(id, products), *have_bias, told and told.key
-        _, kept = self._kept.setdefault(key, (products, []))
+        kept = self._kept.setdefault((*weighed.key, told and told.key), (weighed, []))[1]
         try:
             words = kept.pop()  # nobody else has it then
         except IndexError:
-            with preparing():
-                words = _planned(self._members, (products, told), have_bias, self._outside)
-        self._make(products, told, values)
+            words = self.words(weighed, told)
+        self.make(weighed, told, values)
         room = self._room.take(words.size)
-        words.tell(weights, [bias for bias in biases if bias is not None], values, room.data_ptr())
-        if self._attention is None or told is None:
+        words.tell(values, room.data_ptr())
+        words.tell_weights(weighed.weights, weighed.biases)
+        if self.attention is None or told is None:
             in_turn()(words.array)
         else:
             records = taken_room(told.call.room)
-            self._attention.tell(words.array, words.attention, told, records)
+            self.attention.tell(words.array, words.attention, told, records)
             in_turn()(words.array)
-            self._attention.keep(told)
+            self.attention.keep(told)
             leave_room(records)
         self._room.leave(room)
         if len(kept) < _MOST_KEPT:
             kept.append(words)
 
-    def _one_by_one(self, values: Values) -> None:
-        for member in self._members:
-            member.run(values)
+    def weighed(self) -> Weighed | None:
+        """What its linear layers multiply with now; ``None`` where some do not by kernels."""
+        weights: list[PackedWeights] = []
+        biases: list[Any] = []
+        products: list[Products] = []
+        for linears in self.linears:
+            found, added = linears.weights(), linears.biases()
+            some = None if found is None else linears.prepared(found)
+            if found is None or added is None or some is None:
+                return None
+            weights += found
+            biases += added
+            products.append(some)
+        have_bias = [bias is not None for bias in biases]
+        return Weighed(weights, [bias for bias in biases if bias is not None], products, have_bias)
 
-    def _make(self, products: Sequence[Products], told: Told | None, values: Values) -> None:
+    def words(self, weighed: Weighed, told: Told | None) -> Words:
+        """Words of their own."""
+        with preparing():
+            return _planned(self._members, (weighed.products, told), weighed.have_bias, self._outside)
+
+    def make(self, weighed: Weighed, told: Told | None, values: Values) -> None:
         """Memory for what others read."""
         import torch
 
-        if self._attention is not None and told is not None:
-            for view, held in zip(self._attention.all, (told.keys, told.values), strict=True):
+        if self.attention is not None and told is not None:
+            for view, held in zip(self.attention.all, (told.keys, told.values), strict=True):
                 if view.base in self._outside:
                     values[view.base] = held
-        each = iter(products)
+        each = iter(weighed.products)
         for member in self._members:
             if not isinstance(member, Linears):
                 for view in member.made:

@@ -7,6 +7,7 @@ from itertools import repeat
 from operator import attrgetter, contains, itemgetter
 from typing import Any
 
+from llm_magic.backends.accelerate.looked_at import ONLY_LOOKS
 from llm_magic.backends.accelerate.placement.packed_stack import PackedStack
 from llm_magic.backends.accelerate.placement.served_class import usual_class_of
 from llm_magic.backends.accelerate.recorded.recorder import can_open, leaves_of
@@ -19,36 +20,47 @@ class Over:
         return False
 
 
-class Guard:
-    """Whether somebody has put something on a layer's modules meanwhile: a hook, another forward, another module.
+def _modules_of(layer: Any) -> list[Any]:
+    """Those in a layer that are looked into."""
+    import torch
 
-    What is called as a module may be what it wants.
+    apart = {
+        id(inner)
+        for leaf in leaves_of(layer)
+        if not isinstance(leaf, torch.nn.Linear)
+        for inner in leaf.modules()
+        if isinstance(inner, PackedStack) or not can_open(leaf)
+    }
+    return [module for module in layer.modules() if module is not layer and id(module) not in apart]
+
+
+class Guard:
+    """Whether somebody has put something on the modules of layers meanwhile: a hook, another forward, another module.
+
+    What is called as a module may be what it wants. Hooks of the layers themselves are seen where that is asked for.
     """
 
-    def __init__(self, layer: Any) -> None:
+    def __init__(self, *layers: Any, sees_own_hooks: bool = False) -> None:
         import torch
 
-        apart = {
-            id(inner)
-            for leaf in leaves_of(layer)
-            if not isinstance(leaf, torch.nn.Linear)
-            for inner in leaf.modules()
-            if isinstance(inner, PackedStack) or not can_open(leaf)
-        }
-        modules = [module for module in layer.modules() if id(module) not in apart]
+        inner = [module for layer in layers for module in _modules_of(layer)]
+        modules = [*layers, *inner]
         everywhere = torch.nn.modules.module
         self._hooks = [
             *(everywhere._global_forward_hooks, everywhere._global_forward_pre_hooks),
-            *(held for module in modules[1:] for held in (module._forward_hooks, module._forward_pre_hooks)),
+            *(held for module in inner for held in (module._forward_hooks, module._forward_pre_hooks)),
+            *(layer._forward_hooks for layer in layers if sees_own_hooks),
         ]
-        self._attributes = [vars(module) for module in modules[1:]]
+        self._looks = [layer._forward_pre_hooks for layer in layers if sees_own_hooks]
+        self._attributes = [vars(module) for module in inner]
         kinds = [(type(module), usual_class_of(module)) for module in modules]
         self._modules, self._kinds = modules, list(dict.fromkeys(kind for both in kinds for kind in both))
         self._gates = [kind for kind in self._kinds if hasattr(kind, "_apply_gate")]
         self._numbers = [(_numbers_of(vars(module)), vars(module)) for module in modules]
         self._parts = [module._modules for module in modules if module._modules]
         self._configs = list({id(m.config): m.config for m in modules if hasattr(m, "config")}.values())
-        self._is_plain = not layer.training and not any(hasattr(m, "base_layer") for m in modules)  # PEFT's
+        is_training = any(layer.training for layer in layers)
+        self._is_plain = not is_training and not any(hasattr(m, "base_layer") for m in modules)  # PEFT's
         self._before = self._now()
 
     def is_as_it_was(self) -> bool:
@@ -57,6 +69,7 @@ class Guard:
             return (
                 self._is_plain
                 and not any(self._hooks)
+                and all(hasattr(hook, ONLY_LOOKS) for hooks in self._looks for hook in hooks.values())
                 and not any(map(contains, self._attributes, repeat("forward")))
                 and not any(map(contains, self._attributes, repeat("_apply_gate")))
                 and self._now() == self._before

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 from llm_magic.backends.accelerate.decoding.layer_kinds import with_tokens
@@ -25,6 +26,7 @@ from llm_magic.backends.accelerate.placement.layer_cache import (
 from llm_magic.backends.accelerate.recorded.bound import Bound
 from llm_magic.backends.accelerate.recorded.chain import Room
 from llm_magic.backends.accelerate.recorded.guard import Guard, Over
+from llm_magic.backends.accelerate.recorded.lines import Line
 from llm_magic.backends.accelerate.recorded.recorder import (
     Outputs,
     flat,
@@ -57,6 +59,8 @@ class RecordedLayers:
     def __init__(self, layers: Mapping[str, Any], recordings: Recordings, context: int = 0) -> None:
         shared = GrowingTensors(context), Room()
         self._layers = [RecordedLayer(name, layer, recordings, shared) for name, layer in layers.items()]
+        for before, layer in pairwise(self._layers):
+            before.line.follow_with(layer.line)
 
     @property
     def status(self) -> str:
@@ -66,6 +70,11 @@ class RecordedLayers:
         if recorded < len(tried):
             return f"{recorded} of {len(tried)} layers recorded" if recorded else "layers not recorded"
         return "recorded layers" if tried else ""
+
+    def rest(self) -> None:
+        """After an answer: let go of what layers have computed for one that was interrupted, and of its KV cache."""
+        for layer in self._layers:
+            layer.line.take()
 
     def undo(self) -> None:
         """Before blocks move: every layer as it was."""
@@ -86,6 +95,7 @@ class RecordedLayer:
         self._before = vars(layer).get(self._slot)
         self._usual = below_its_hook(layer)
         self._guard: Guard | Over = Guard(layer)
+        self.line = Line(layer, self._bound, self._may_be_ahead, shared[1])
         vars(layer)[self._slot] = self.forward
 
     @property
@@ -105,6 +115,7 @@ class RecordedLayer:
     def undo(self) -> None:
         """The layer as it was, but for what somebody has put around it meanwhile, which gets the layer's own code."""
         self._guard = Over()
+        self.line.leave()
         held = vars(self._layer)
         if held.get(self._slot) != self.forward:
             return
@@ -118,9 +129,16 @@ class RecordedLayer:
         import torch
 
         states = args[0] if args else kwargs.get("hidden_states")
-        if states is None or torch.is_grad_enabled() or is_looked_at() or not self._guard.is_as_it_was():
+        ready = self.line.take()
+        if states is None or torch.is_grad_enabled() or is_looked_at():
             return self._usual(*args, **kwargs)
         leaves = flat(args, kwargs)
+        if ready is not None:
+            if ready.is_for(leaves):
+                return ready.keep()
+            self.line.miss()
+        if not self._guard.is_as_it_was():
+            return self._usual(*args, **kwargs)
         is_here = states.is_cpu and states.dim() in _STATES and 0 < _tokens(states) <= MOST_TOKENS
         if not (is_here and self._name in self._recordings.seen and self._goes_on(leaves, states)):
             return self._looked_at(args, kwargs)
@@ -130,7 +148,15 @@ class RecordedLayer:
         bound = self._bound.get(key)
         if bound is None or not bound.takes(leaves):
             return self._usual(*args, **kwargs)
-        return bound.run(leaves)
+        return self.line.run(key, bound, leaves)
+
+    def _may_be_ahead(self) -> bool:
+        """Whether nothing is around it that is to see what it gets."""
+        return (
+            self._slot == "forward"
+            and vars(self._layer).get("forward") == self.forward
+            and self._guard.is_as_it_was()
+        )
 
     def _record(self, key: Any, call: Call) -> None:
         with _ALONE:
@@ -194,6 +220,7 @@ class _Unrecorded(RecordedLayer):
 
     def __init__(self, layer: Any) -> None:
         self._layer, self._guard = layer, Over()
+        self.line = Line(layer, {}, self._guard.is_as_it_was, Room())
         self._usual = partial(_of_its_class, layer)
 
 

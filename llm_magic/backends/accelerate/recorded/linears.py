@@ -57,6 +57,11 @@ class Linears:
         # Not on the default device, which somebody may have set.
         self._empty, self._byte = partial(torch.empty, device=torch.device("cpu")), torch.uint8
 
+    @property
+    def places(self) -> list[tuple[dict[str, Any], str]]:
+        """Where their parameters are."""
+        return [(module._parameters, name) for module in self._modules for name in ("weight", "bias")]
+
     def run(self, values: Values) -> None:
         """Put what they make into ``values``."""
         states = shown(self.tokens_view, values)
@@ -182,6 +187,15 @@ class Experts(Linears):
         self.matrices = experts
         self._count, self.tokens = self.tokens, self.outputs[0].shape[0]
         self._plain: tuple[Any, PackedWeights | None] = None, None
+
+    @property
+    def places(self) -> list[tuple[dict[str, Any], str]]:
+        """As of `Linears`: of the stack."""
+        (module,), name = self._modules, self._name_of_stack
+        stack = module._modules.get(name)
+        if stack is None:
+            return [(module._parameters, name)]
+        return [(held, each) for held in (stack._parameters, stack._buffers) for each in held]
 
     @property
     def may_be_chained(self) -> bool:

@@ -56,10 +56,13 @@ class Words:
     size: int
     at: int = 0
 
-    def tell(
-        self, weights: Sequence[PackedWeights], biases: Sequence[Any], values: Values, room: int
-    ) -> None:
-        """Say where everything is now."""
+    @property
+    def calls(self) -> list[int]:
+        """Addresses of each kernel and of its words."""
+        return list(self.array[1 : 1 + 2 * self.array[0]])
+
+    def tell(self, values: Values, room: int) -> None:
+        """Say where everything is now, but for weights of linear layers."""
         array = self.array
         if self.at != room:
             for word, offset in self.inner:
@@ -69,16 +72,20 @@ class Words:
             start = values[base].data_ptr()
             for word, offset in places:
                 array[word] = start + offset
+        if self.teams:
+            some = team()
+            for word in self.teams:
+                array[word] = some
+
+    def tell_weights(self, weights: Sequence[PackedWeights], biases: Sequence[Any]) -> None:
+        """Say where weights of linear layers are, and what these add."""
+        array = self.array
         for word, of in zip(self.weights, weights, strict=True):
             array[word + DATA] = of.data.data_ptr()
             array[word + SCALES] = address(of.scales)
             array[word + SHIFTS] = address(of.shifts)
         for word, bias in zip(self.biases, biases, strict=True):
             array[word] = bias.data_ptr()
-        if self.teams:
-            some = team()
-            for word in self.teams:
-                array[word] = some
 
 
 class Plan:

@@ -1,0 +1,137 @@
+"""Recorded layers in the order in which a model calls them: which of them are computed before they are called."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from llm_magic.backends.accelerate.recorded.ahead import Ahead, Ready
+from llm_magic.backends.accelerate.recorded.bound import Bound
+from llm_magic.backends.accelerate.recorded.chain import Room
+
+_MOST_BYTES = 256 << 20
+"""Weights that are read in one call: for some hundredths of a second, in which nobody can interrupt."""
+_FEWEST = 2
+"""Layers in one call."""
+_TRIES = 4
+"""How often a layer computes others that are called with something else then."""
+
+
+class _Group(NamedTuple):
+    ahead: Ahead
+    lines: list[Line]
+
+
+class Line:
+    """A layer, and the one behind it.
+
+    Parameters
+    ----------
+    module
+        The layer.
+    bounds
+        What it runs in sweeps of each kind.
+    may_be_ahead
+        Whether it is what it was, and is called as nothing but a layer.
+    """
+
+    def __init__(
+        self, module: Any, bounds: Mapping[Any, Bound | None], may_be_ahead: Callable[[], bool], room: Room
+    ) -> None:
+        self._module, self._bounds, self._may_be_ahead, self._room = module, bounds, may_be_ahead, room
+        self._before: Line | None = None
+        self._next: Line | None = None
+        self._ready: Ready | None = None
+        self._last: tuple[Any, ...] = ()
+        self._follows: set[Any] = set()
+        self._groups: dict[Any, _Group | None] = {}
+        self._inside: dict[Any, Line] = {}
+        self._tries = _TRIES
+        self._lock = threading.Lock()
+
+    def follow_with(self, line: Line) -> None:
+        """Let another layer be the next one."""
+        self._next, line._before = line, self
+
+    def leave(self) -> None:
+        """Forget what is computed, and the others."""
+        self._ready, self._before, self._next = None, None, None
+        self._groups.clear()
+        self._inside.clear()
+
+    def take(self) -> Ready | None:
+        """What was computed before it is called now, for some call; ``None``: nothing was."""
+        ready, self._ready = self._ready, None
+        return ready
+
+    def miss(self) -> None:
+        """Hear that it was computed for another call."""
+        self._follows.clear()
+        for key, first in list(self._inside.items()):
+            first._disband(key)
+
+    def run(self, key: Any, bound: Bound, leaves: Sequence[Any]) -> Any:
+        """What the layer returns in a sweep of a kind; layers behind it may be computed, too."""
+        before, following = self._before, self._next
+        is_known = before is None or key in self._follows or self._tries <= 0
+        if before is not None and not is_known and before._last == (key, *map(id, leaves)):
+            self._follows.add(key)
+        if following is not None and key in following._follows:
+            result = self._run_ahead(key, leaves)
+            if result is not None:
+                return result
+        result = bound.run(leaves)
+        self._last = key, id(result), *map(id, leaves[1:])
+        return result
+
+    def _run_ahead(self, key: Any, leaves: Sequence[Any]) -> Any:
+        """What it returns, with those that follow; ``None`` where it is computed alone."""
+        if key in self._inside or self._tries <= 0 or not self._lock.acquire(blocking=False):
+            return None  # or another thread does
+        try:
+            if key not in self._groups:
+                self._groups[key] = self._gathered(key, leaves)
+            group = self._groups[key]
+            if group is None or not group.ahead.is_as_it_was:
+                return None
+            found = group.ahead.run(leaves)
+            if found is None:
+                self._disband(key)
+                return None
+        finally:
+            self._lock.release()
+        for line, ready in zip(group.lines[1:], found[1:], strict=True):
+            line._ready = ready
+        return found[0].keep()
+
+    def _gathered(self, key: Any, leaves: Sequence[Any]) -> _Group | None:
+        lines = list(self._with_those_that_follow(key, leaves))
+        if len(lines) < _FEWEST:
+            return None
+        bounds = [bound for line in lines if (bound := line._bounds[key])]
+        for line in lines[1:]:
+            line._inside[key] = self
+        return _Group(Ahead([line._module for line in lines], bounds, self._room), lines)
+
+    def _disband(self, key: Any) -> None:
+        """Let every layer be computed when it is called, in sweeps of a kind; it may be tried again."""
+        group = self._groups.pop(key, None)
+        for line in group.lines[1:] if group else ():
+            line._inside.pop(key, None)
+        self._tries -= 1
+
+    def _with_those_that_follow(self, key: Any, leaves: Sequence[Any]) -> Iterator[Line]:
+        line: Line | None = self
+        first, size = self._bounds[key], 0
+        while line is not None and first is not None:
+            bound = line._bounds.get(key)
+            if bound is None or bound.chain is None or bound.shapes != first.shapes:
+                return
+            if not (line._may_be_ahead() and bound.takes(leaves) and bound.chain.weighed()):
+                return
+            size += sum(parameter.nbytes for parameter in line._module.parameters())
+            if line is not self and (size > _MOST_BYTES or key not in line._follows):
+                return
+            yield line
+            line = line._next
