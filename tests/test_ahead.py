@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -102,6 +101,12 @@ def model() -> Any:
     return made("llama")
 
 
+@pytest.fixture
+def plain() -> Any:
+    """The same model, which nobody records."""
+    return made("llama")
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen3", "qwen2", "olmo2", "glm4", "gemma", "granite", "phi3"])
 def test_all_layers_are_one_call(name: str, calls: Calls) -> None:
     model = made(name)
@@ -164,14 +169,14 @@ HOOKS: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.parametrize("place", range(4))
 @pytest.mark.parametrize("hook", HOOKS)
-def test_hooks_are_heard(hook: str, place: int, model: Any, calls: Calls) -> None:
+def test_hooks_are_heard(hook: str, place: int, model: Any, plain: Any, calls: Calls) -> None:
     def told(text: Text) -> Text:
-        handle = HOOKS[hook](layers_of(model)[place])
+        handle = HOOKS[hook](layers_of(text.model)[place])
         text.go_on(2)
         handle.remove()
         return text.go_on(2)
 
-    theirs = told(Text(model).go_on(3))
+    theirs = told(Text(plain).go_on(3))
     recorded(model, context=64)
     mine = told(warm(model, calls))
     mine.check(theirs)
@@ -181,12 +186,12 @@ def test_hooks_are_heard(hook: str, place: int, model: Any, calls: Calls) -> Non
 
 
 @pytest.mark.parametrize("place", range(4))
-def test_whoever_is_around_a_layer_is_heard(place: int, model: Any, calls: Calls) -> None:
-    theirs = Text(model).go_on(3)
+def test_whoever_is_around_a_layer_is_heard(place: int, model: Any, plain: Any, calls: Calls) -> None:
+    theirs = Text(plain).go_on(3)
     recorded(model, context=64)
     mine = warm(model, calls)
     for text in (mine, theirs):
-        layer = layers_of(model)[place]
+        layer = layers_of(text.model)[place]
         usual = layer.forward
 
         def forward(states: Any, *args: Any, usual: Any = usual, **kwargs: Any) -> Any:
@@ -200,8 +205,8 @@ def test_whoever_is_around_a_layer_is_heard(place: int, model: Any, calls: Calls
     mine.check(theirs)
 
 
-def test_hooks_that_only_look_come_between(model: Any, calls: Calls) -> None:
-    theirs, seen = Text(model).go_on(5), []
+def test_hooks_that_only_look_come_between(model: Any, plain: Any, calls: Calls) -> None:
+    theirs, seen = Text(plain).go_on(5), []
     recorded(model, context=64)
     mine = warm(model, calls)
 
@@ -218,37 +223,37 @@ def test_hooks_that_only_look_come_between(model: Any, calls: Calls) -> None:
 
 
 @pytest.mark.parametrize("place", range(4))
-def test_a_layer_that_is_left_out(place: int, model: Any, calls: Calls) -> None:
+def test_a_layer_that_is_left_out(place: int, model: Any, plain: Any, calls: Calls) -> None:
     """What it computed before is not kept, neither now nor later."""
-    theirs = Text(model).go_on(3)
+    theirs = Text(plain).go_on(3)
     recorded(model, context=64)
     mine = warm(model, calls)
-    every = list(model.model.layers)
     for text in (mine, theirs):
+        every = list(text.model.model.layers)
         for _ in range(3):
-            model.model.layers = torch.nn.ModuleList(every[:place] + every[place + 1 :])
+            text.model.model.layers = torch.nn.ModuleList(every[:place] + every[place + 1 :])
             text.go_on()
-            model.model.layers = torch.nn.ModuleList(every)
+            text.model.model.layers = torch.nn.ModuleList(every)
             text.go_on()
     mine.check(theirs)
 
 
-def test_another_order(model: Any, calls: Calls) -> None:
-    theirs = Text(model).go_on(3)
+def test_another_order(model: Any, plain: Any, calls: Calls) -> None:
+    theirs = Text(plain).go_on(3)
     recorded(model, context=64)
     mine = warm(model, calls)
-    every = list(model.model.layers)
     for text in (mine, theirs):
-        model.model.layers = torch.nn.ModuleList([every[0], every[2], every[1], every[3]])
+        every = list(text.model.model.layers)
+        text.model.model.layers = torch.nn.ModuleList([every[0], every[2], every[1], every[3]])
         text.go_on(4)
-        model.model.layers = torch.nn.ModuleList(every)
+        text.model.model.layers = torch.nn.ModuleList(every)
         text.go_on(3)
     mine.check(theirs)
 
 
 @pytest.mark.parametrize("place", [1, 3])
-def test_a_cache_that_changes_between_layers(place: int, model: Any, calls: Calls) -> None:
-    theirs = Text(model).go_on(3)
+def test_a_cache_that_changes_between_layers(place: int, model: Any, plain: Any, calls: Calls) -> None:
+    theirs = Text(plain).go_on(3)
     recorded(model, context=64)
     mine = warm(model, calls)
     for text in (mine, theirs):
@@ -258,19 +263,19 @@ def test_a_cache_that_changes_between_layers(place: int, model: Any, calls: Call
             layer.keys, layer.values = layer.keys[..., 1:, :] * 2, layer.values[..., 1:, :]
 
         setattr(crop, ONLY_LOOKS, True)  # it does not
-        handle = layers_of(model)[place].register_forward_pre_hook(crop)
+        handle = layers_of(text.model)[place].register_forward_pre_hook(crop)
         text.go_on(1)
         handle.remove()
         text.go_on(2)
     mine.check(theirs)
 
 
-def test_somebody_looks_on_in_the_middle(model: Any, calls: Calls) -> None:
-    theirs = Text(model).go_on(3)
+def test_somebody_looks_on_in_the_middle(model: Any, plain: Any, calls: Calls) -> None:
+    theirs = Text(plain).go_on(3)
     recorded(model, context=64)
     mine = warm(model, calls)
     for text in (mine, theirs):
-        layer = layers_of(model)[2]
+        layer = layers_of(text.model)[2]
         usual = type(layer).__call__
 
         def call(self: Any, *args: Any, usual: Any = usual, layer: Any = layer, **kwargs: Any) -> Any:
@@ -308,9 +313,8 @@ def put_part(module: Any) -> None:
 @pytest.mark.parametrize("change", [put_data, put_parameter, in_its_place, put_part])
 @pytest.mark.parametrize("path", ["mlp.up_proj", "self_attn.o_proj", "input_layernorm"])
 @pytest.mark.parametrize("place", [0, 2])
-def test_other_weights(change: Any, path: str, place: int, model: Any, calls: Calls) -> None:
-    other = copy.deepcopy(model)
-    theirs = Text(other).go_on(3)
+def test_other_weights(change: Any, path: str, place: int, model: Any, plain: Any, calls: Calls) -> None:
+    theirs = Text(plain).go_on(3)
     recorded(model, context=64)
     mine = warm(model, calls)
     for text in (mine, theirs):
@@ -319,10 +323,9 @@ def test_other_weights(change: Any, path: str, place: int, model: Any, calls: Ca
     mine.check(theirs)
 
 
-def test_fewer_numbers_at_the_same_address(model: Any, calls: Calls) -> None:
+def test_fewer_numbers_at_the_same_address(model: Any, plain: Any, calls: Calls) -> None:
     """As of a layer that somebody prunes."""
-    other = copy.deepcopy(model)
-    theirs = Text(other).go_on(3)
+    theirs = Text(plain).go_on(3)
     recorded(model, context=64)
     mine = warm(model, calls)
     for text in (mine, theirs):
@@ -334,9 +337,8 @@ def test_fewer_numbers_at_the_same_address(model: Any, calls: Calls) -> None:
     mine.check(theirs)
 
 
-def test_a_module_that_is_another_one(model: Any, calls: Calls) -> None:
-    other = copy.deepcopy(model)
-    theirs = Text(other).go_on(3)
+def test_a_module_that_is_another_one(model: Any, plain: Any, calls: Calls) -> None:
+    theirs = Text(plain).go_on(3)
     recorded(model, context=64)
     mine = warm(model, calls)
     for text in (mine, theirs):
@@ -349,8 +351,10 @@ def test_a_module_that_is_another_one(model: Any, calls: Calls) -> None:
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_an_error_in_the_call_leaves_no_tokens(error: type[BaseException], model: Any, calls: Calls) -> None:
-    theirs = Text(model).go_on(6)
+def test_an_error_in_the_call_leaves_no_tokens(
+    error: type[BaseException], model: Any, plain: Any, calls: Calls
+) -> None:
+    theirs = Text(plain).go_on(6)
     recorded(model, context=64)
     mine = warm(model, calls)
     calls.error = error
@@ -362,8 +366,8 @@ def test_an_error_in_the_call_leaves_no_tokens(error: type[BaseException], model
 
 
 @pytest.mark.parametrize("place", [1, 2, 3])
-def test_an_error_between_layers(place: int, model: Any, calls: Calls) -> None:
-    theirs = Text(model).go_on(6)
+def test_an_error_between_layers(place: int, model: Any, plain: Any, calls: Calls) -> None:
+    theirs = Text(plain).go_on(6)
     held = recorded(model, context=64)
     mine = warm(model, calls)
 
@@ -387,8 +391,8 @@ def test_an_error_between_layers(place: int, model: Any, calls: Calls) -> None:
     mine.go_on(3).check(theirs)
 
 
-def test_two_threads(model: Any, calls: Calls) -> None:
-    theirs = Text(model).go_on(30)
+def test_two_threads(model: Any, plain: Any, calls: Calls) -> None:
+    theirs = Text(plain).go_on(30)
     recorded(model, context=64)
     warm(model, calls)
     texts: list[Text] = []
@@ -407,8 +411,8 @@ def test_two_threads(model: Any, calls: Calls) -> None:
         text.check(theirs)
 
 
-def test_a_model_as_it_was(model: Any, calls: Calls) -> None:
-    theirs = Text(model).go_on(6)
+def test_a_model_as_it_was(model: Any, plain: Any, calls: Calls) -> None:
+    theirs = Text(plain).go_on(6)
     held = recorded(model, context=64)
     mine = warm(model, calls)
     held.undo()
