@@ -26,3 +26,18 @@ class _Picked(NamedTuple):
 
 
 PICKED = _Picked()
+
+
+class _Largest(NamedTuple):
+    """Of the largest of some numbers."""
+
+    source: int = 0
+    values: int = 1
+    places: int = 2
+    rows: int = 3
+    columns: int = 4
+    most: int = 5
+    apart: int = 6
+
+
+LARGEST = _Largest()

@@ -31,6 +31,8 @@ MXFP4_NUMBERS = tuple(
 )
 """What floats of 4 bits (E2M1) are, by their bits."""
 
+_BITS = {"nf4": 4, "fp4": 4, "mxfp4": 4, "int4": 4, "int2": 2, "int8": 8, "float8": 8}
+"""Of a weight of packed kinds, without its share of a scale."""
 _CODED = ("nf4", "fp4", "mxfp4")
 """Kinds whose 4 bits are places in a table."""
 _STARTS_LOW = ("mxfp4",)
@@ -305,6 +307,10 @@ class Products:
     def shares(self) -> int:
         """For how many threads it is worth."""
         return self.pairs * self.columns * sum(self.rows) // _OF_A_SHARE
+
+    def bytes_of(self, kind: str) -> int:
+        """What is read of weights of a kind."""
+        return self.pairs * self.columns * sum(self.rows) * _BITS.get(kind, 16) // 8
 
     @cached_property
     def _constants(self) -> tuple[int, ...]:

@@ -7,11 +7,12 @@ on how its layer runs.
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from llm_magic.backends.accelerate.looked_at import is_looked_at
 from llm_magic.backends.accelerate.placement import cpu_products
 from llm_magic.backends.accelerate.placement.served_class import serve, served_by, usual_class_of
+from llm_magic.backends.accelerate.recorded.current import current
 
 _MATRIX = 2  # dimensions
 
@@ -33,7 +34,9 @@ def _router_by_kernels(module: Any, *args: Any, **options: Any) -> Any:
     import torch
 
     weight = module._parameters.get("weight")
-    if weight is None or not cpu_products.are_numbers(weight) or not weight.is_cpu or is_looked_at():
+    if weight is None or not cpu_products.are_numbers(weight) or not weight.is_cpu:
+        return None
+    if current() is None and is_looked_at():
         return None
     states = next((each for each in (*args, *options.values()) if isinstance(each, torch.Tensor)), None)
     if states is None or states.numel() > cpu_products.few_plain_tokens(weight.dtype) * weight.shape[-1]:
@@ -43,7 +46,10 @@ def _router_by_kernels(module: Any, *args: Any, **options: Any) -> Any:
 
 
 def _caught() -> Any:
-    """While it lasts, linear functions of a parameter that kernels take, or of its copy in float32, are theirs."""
+    """While it lasts, linear functions of a parameter that kernels take, or of its copy in float32, are theirs.
+
+    So is which numbers are the largest, which torch's CPU code says in no order that is known where some are equal.
+    """
     return _mode()()
 
 
@@ -62,6 +68,8 @@ def _mode() -> Any:
         def __torch_function__(self, function: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
             more = {} if kwargs is None else kwargs
             outputs = self._products(*args, **more) if function is torch.nn.functional.linear else None
+            if outputs is None and function in (torch.topk, torch.Tensor.topk):
+                outputs = _largest(*args, **more)
             if outputs is not None:
                 return outputs
             result = function(*args, **more)
@@ -74,6 +82,27 @@ def _mode() -> Any:
             return _router_products(input, parameter, bias, is_wide=parameter is not weight)
 
     return Caught
+
+
+class Largest(NamedTuple):
+    """As what ``torch.topk`` returns."""
+
+    values: Any
+    indices: Any
+
+
+def few_largest(values: Any, count: int) -> Largest:
+    """The largest numbers of each row, from the largest on; of equal ones the first comes first."""
+    ordered, places = values.sort(dim=-1, descending=True, stable=True)
+    return Largest(ordered[..., :count].contiguous(), places[..., :count].contiguous())
+
+
+def _largest(input: Any, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> Any:  # noqa: A002, ARG001 - torch's names
+    """As ``torch.topk``; ``None`` where that is to do it."""
+    if not largest or dim not in (-1, input.dim() - 1) or input.dim() != _MATRIX:
+        return None
+    recorder = current()
+    return few_largest(input, k) if recorder is None else recorder.few_largest(input, k)
 
 
 def _is_copy(result: Any, of: Any) -> bool:

@@ -28,13 +28,13 @@ from llm_magic.backends.accelerate.placement.cpu_products import PackedWeights, 
 from llm_magic.backends.accelerate.preparation import preparing
 from llm_magic.backends.accelerate.recorded.attending import Attention, Told
 from llm_magic.backends.accelerate.recorded.linears import Linears
-from llm_magic.backends.accelerate.recorded.picks import Pick
+from llm_magic.backends.accelerate.recorded.picks import Largest, Pick
 from llm_magic.backends.accelerate.recorded.plan import Plan, Words
 from llm_magic.backends.accelerate.recorded.program import CompiledRegion, Values
 from llm_magic.backends.accelerate.recorded.recording import View
 from llm_magic.backends.accelerate.recorded.states import StateStep
 
-Member = CompiledRegion | Linears | StateStep | Attention | Pick
+Member = CompiledRegion | Linears | StateStep | Attention | Pick | Largest
 
 _MOST_KEPT = 4
 """Arrays of words that a chain keeps: threads that run a layer at the same time."""
@@ -104,7 +104,7 @@ def chained(
 def _may_be_in_one(step: Any, *, joins_attention: bool) -> bool:
     if isinstance(step, Linears):
         return step.may_be_chained
-    return isinstance(step, CompiledRegion | StateStep | Pick) or (
+    return isinstance(step, CompiledRegion | StateStep | Pick | Largest) or (
         joins_attention and isinstance(step, Attention)
     )
 
@@ -120,12 +120,15 @@ class Weighed(NamedTuple):
         Of each group of them.
     have_bias
         Which of them have one.
+    bytes
+        That are read of all of them.
     """
 
     weights: list[PackedWeights]
     biases: list[Any]
     products: list[Products]
     have_bias: list[bool]
+    bytes: int
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -206,6 +209,7 @@ class Chain:
         weights: list[PackedWeights] = []
         biases: list[Any] = []
         products: list[Products] = []
+        size = 0
         for linears in self.linears:
             found, added = linears.weights(), linears.biases()
             some = None if found is None else linears.prepared(found)
@@ -214,8 +218,9 @@ class Chain:
             weights += found
             biases += added
             products.append(some)
+            size += some.bytes_of(found[0].kind)
         have_bias = [bias is not None for bias in biases]
-        return Weighed(weights, [bias for bias in biases if bias is not None], products, have_bias)
+        return Weighed(weights, [bias for bias in biases if bias is not None], products, have_bias, size)
 
     def words(self, weighed: Weighed, told: Told | None) -> Words:
         """Words of their own."""
@@ -262,7 +267,7 @@ def _planned(
             _add_region(plan, member)
         elif isinstance(member, StateStep):
             _add_step(plan, member)
-        elif isinstance(member, Pick):
+        elif isinstance(member, Pick | Largest):
             member.add(plan)
         elif isinstance(member, Attention):
             assert attends is not None

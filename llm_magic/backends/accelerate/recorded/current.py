@@ -22,6 +22,9 @@ class NotesParts(Protocol):
     def are_below(self, numbers: Any, limit: int) -> bool:
         """Whether integers are known to be places among so many."""
 
+    def few_largest(self, values: Any, count: int) -> Any:
+        """Of each row: note it as one operation."""
+
     def step_of_a_state(self, kernel: Any, parts: Any, like: Any) -> Any:
         """Of a `StateKernel`: note the call, and give numbers at random in the shape and dtype of ``like``."""
 

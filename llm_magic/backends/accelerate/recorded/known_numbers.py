@@ -34,14 +34,18 @@ class KnownNumbers:
         """What an operation has made; ``args`` have views for tensors."""
         name = str(function)
         if name == "aten.topk.default":
-            places = topk_places(args)
-            self._limits[outputs[1].base] = places
-            if places == args[1] and _is_last(args[0], _dim_of_topk(args)):
-                self._orders.append(outputs[1])
+            dim = args[_DIM_OF_TOPK] if len(args) > _DIM_OF_TOPK else -1
+            self.learn_places(outputs[1], args[0].shape[dim], is_last=_is_last(args[0], dim))
         elif (name in _UNIFORM_OF_UNIFORM and args[0].base in self._uniform) or name.split(".")[
             1
         ].removeprefix("new_").removesuffix("_like") in _UNIFORM:
             self._uniform.add(outputs[0].base)
+
+    def learn_places(self, found: View, count: int, *, is_last: bool = True) -> None:
+        """That these are places among so many of a dimension, perhaps the last one, each of them once."""
+        self._limits[found.base] = count
+        if is_last and found.shape[-1] == count:
+            self._orders.append(found)
 
     def learn_change(self, function: Any, args: Sequence[Any], after: View) -> None:
         """What an operation has made of its first tensor: another base, of the same memory."""
@@ -59,16 +63,6 @@ class KnownNumbers:
     def are_below(self, view: View, limit: int) -> bool:
         """Whether they are places of which there are so many at most."""
         return self._limits.get(view.base, limit + 1) <= limit
-
-
-def topk_places(args: Sequence[Any]) -> int:
-    """Among how many numbers ``topk`` looks for the largest, by its arguments."""
-    count: int = args[0].shape[_dim_of_topk(args)]
-    return count
-
-
-def _dim_of_topk(args: Sequence[Any]) -> int:
-    return args[_DIM_OF_TOPK] if len(args) > _DIM_OF_TOPK else -1
 
 
 def _is_last(view: View, dim: int) -> bool:

@@ -128,9 +128,10 @@ class Line:
             bound = line._bounds.get(key)
             if bound is None or bound.chain is None or bound.shapes != first.shapes:
                 return
-            if not (line._may_be_ahead() and bound.takes(leaves) and bound.chain.weighed()):
+            weighed = bound.chain.weighed() if line._may_be_ahead() and bound.takes(leaves) else None
+            if weighed is None:
                 return
-            size += sum(parameter.nbytes for parameter in line._module.parameters())
+            size += weighed.bytes
             if line is not self and (size > _MOST_BYTES or key not in line._follows):
                 return
             yield line

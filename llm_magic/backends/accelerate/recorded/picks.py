@@ -6,14 +6,18 @@ from collections.abc import Sequence
 from math import prod
 from typing import Any, NamedTuple
 
-from llm_magic.backends.accelerate.kernels.words import PICKED
-from llm_magic.backends.accelerate.recorded.known_numbers import topk_places
+from llm_magic.backends.accelerate.kernels.words import LARGEST, PICKED
+from llm_magic.backends.accelerate.placement.cpu_products import are_read
+from llm_magic.backends.accelerate.placement.plain_routers import few_largest
 from llm_magic.backends.accelerate.recorded.lowering import row_major
 from llm_magic.backends.accelerate.recorded.plan import Plan
 from llm_magic.backends.accelerate.recorded.program import Values, call
 from llm_magic.backends.accelerate.recorded.recording import Node, View
 
 _MATRIX = 2  # dimensions
+_WITHOUT_DIM = 2  # arguments of torch's ``topk``
+_MOST = 1024
+"""See `kernels.largest`."""
 
 
 class _Sizes(NamedTuple):
@@ -54,17 +58,60 @@ class Pick:
 
 def limits_of(nodes: Sequence[Node]) -> dict[int, int]:
     """By base, below what the places are that operations find."""
-    return {
-        node.outputs[1].base: topk_places(node.args)
-        for node in nodes
-        if str(node.name) == "aten.topk.default"
-    }
+    found: dict[int, int] = {}
+    for node in nodes:
+        if node.name is few_largest:
+            found[node.outputs[1].base] = node.args[0].shape[-1]
+        elif str(node.name) == "aten.topk.default":
+            dim = node.args[2] if len(node.args) > _WITHOUT_DIM else -1
+            found[node.outputs[1].base] = node.args[0].shape[dim]
+    return found
 
 
-def pick(node: Any, limits: dict[int, int]) -> Pick | None:
-    """What picks by places that are there; ``None``: it is something else."""
-    if not isinstance(node, Node) or str(node.name) not in _PICKING or node.kwargs:
+class Largest:
+    """The operation that tells which numbers are the largest.
+
+    Attributes
+    ----------
+    made
+        These, and their places.
+    """
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self._source, self._count = node.args
+        self.made: tuple[View, ...] = node.outputs
+
+    def run(self, values: Values) -> None:
+        """Put what it makes into ``values``."""
+        call(self._node, None, values)
+
+    def add(self, plan: Plan) -> None:
+        """Have it done by a kernel."""
+        from llm_magic.backends.accelerate.kernels.largest import largest
+
+        view = self._source
+        for made in self.made:
+            plan.place(made)
+        (rows, columns), kernel = view.shape, largest(str(view.dtype).removeprefix("torch."))
+        first = plan.begin(kernel, [0, 0, 0, rows, columns, self._count, view.stride[0]])
+        plan.point_at(first + LARGEST.source, view)
+        for word, made in zip((LARGEST.values, LARGEST.places), self.made, strict=True):
+            plan.point(first + word, made.base)
+
+
+def pick(node: Any, limits: dict[int, int]) -> Pick | Largest | None:
+    """What finds the largest numbers, or picks by places that are there; ``None``: it is something else."""
+    if not isinstance(node, Node):
         return None
+    if node.name is few_largest:
+        source = node.args[0]
+        is_taken = source.stride[-1] == 1 and source.shape[-1] <= _MOST and are_read(_name(source))
+        return Largest(node) if is_taken else None
+    return _pick(node, limits) if str(node.name) in _PICKING and not node.kwargs else None
+
+
+def _pick(node: Node, limits: dict[int, int]) -> Pick | None:
     source, numbers, dim = _PICKING[str(node.name)](*node.args)
     if not (isinstance(numbers, View) and all(map(_lies_in_order, (source, numbers, node.outputs[0])))):
         return None
@@ -94,3 +141,7 @@ _PICKING: dict[str, Any] = {
 def _lies_in_order(view: View) -> bool:
     sizes = zip(view.shape, view.stride, row_major(view.shape), strict=True)
     return all(length == 1 or one == other for length, one, other in sizes)
+
+
+def _name(view: View) -> str:
+    return str(view.dtype).removeprefix("torch.")

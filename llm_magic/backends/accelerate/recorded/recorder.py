@@ -22,6 +22,7 @@ from llm_magic.backends.accelerate.placement.experts import find_stacks
 from llm_magic.backends.accelerate.placement.layer_cache import state_in
 from llm_magic.backends.accelerate.placement.packed_experts import computes_packed
 from llm_magic.backends.accelerate.placement.plain_experts import is_served_experts
+from llm_magic.backends.accelerate.placement.plain_routers import few_largest
 from llm_magic.backends.accelerate.recorded.as_it_was import CannotRecordError, as_it_was
 from llm_magic.backends.accelerate.recorded.current import current, recording_by
 from llm_magic.backends.accelerate.recorded.known_numbers import KnownNumbers
@@ -329,6 +330,16 @@ class Recorder:
         """As far as they are places that the largest of some numbers had."""
         with _no_mode():
             return self._known.are_below(self._view(numbers), limit)
+
+    def few_largest(self, values: Any, count: int) -> Any:
+        """The operation of `plain_routers`."""
+        with _no_mode():
+            shown = (self._view(values), count), ()
+            found = few_largest(values, count)
+            outputs = tuple(map(self._result, found))
+            self._known.learn_places(outputs[1], values.shape[-1])
+            self._note("op", few_largest, shown, outputs)
+        return found
 
     def step_of_a_state(self, kernel: Any, parts: Sequence[Any], like: Any) -> Any:
         """As of a `StateKernel`."""
