@@ -13,7 +13,7 @@ from __future__ import annotations
 import datetime
 import gc
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -58,12 +58,12 @@ def accelerators(measure: bool) -> tuple[tuple[Device, ...], tuple[Link, ...]]:
         devices = (*_cuda(torch), *_xpu(torch), *_mps(torch))
         if not measure:
             return devices, ()
-        measured = tuple(_measured(torch, device, _GPU_BUDGET_S) for device in devices)
+        measured = tuple(_measured(torch, device, _GPU_BUDGET_S, others=devices) for device in devices)
         links = tuple(_links(torch, [d.id for d in devices if not d.unified]))
         measured = tuple(_read_again(torch, device, _GPU_BUDGET_S) for device in measured)
         cpu = Device("cpu", "cpu", cpu_name(), 0, host_memory().free, capability=_cpu_capability(torch))
         cpu = replace(cpu, threads=torch.get_num_threads())
-        cpu, links = _together(torch, _measured(torch, cpu, _CPU_BUDGET_S), links)
+        cpu, links = _together(torch, _measured(torch, cpu, _CPU_BUDGET_S, others=devices), links)
         _give_back(torch, devices)
         return (*measured, cpu), links
 
@@ -147,15 +147,18 @@ def _cpu_capability(torch: Any) -> str:
 # --- How fast it is
 
 
-def _measured(torch: Any, device: Device, budget_s: float) -> Device:
-    """``device`` with its speeds, each as far as there is room to measure it; 0 where there is not."""
+def _measured(torch: Any, device: Device, budget_s: float, *, others: Sequence[Device]) -> Device:
+    """``device`` with its speeds, each as far as there is room to measure it; 0 where there is not.
+
+    Beside ``others`` layers of the CPU are blocks among theirs, which are computed one by one.
+    """
     if device.free_bytes < _TOO_LITTLE_BYTES:
         return device
     with torch.inference_mode():
         read = _or_nothing(lambda: _read_speed(torch, device, budget_s))
         flops = _or_nothing(lambda: _flops(torch, device.id, budget_s))
         finish = _finished(torch, device.id, lambda: None)
-        layer_s = layer_overhead_s(device.id, read, finish, budget_s)
+        layer_s = layer_overhead_s(device.id, read, finish, budget_s, are_ahead=not others)
     if not (read or flops):
         return device
     threads = f", {thread_words(torch.get_num_threads())}" if device.id == "cpu" else ""

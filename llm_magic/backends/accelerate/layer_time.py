@@ -18,13 +18,19 @@ from llm_magic.host.speed import median_of
 LAYERS = 20
 WIDTH = 576  # 7 MB a layer in bf16, 142 MB together: more than most caches of a processor hold
 _PROMPT, _CONTEXT = 32, 1024  # tokens
+_UNLIKE_THE_REST = 3  # sweeps: they compile kernels, and find out which layers follow which
 _TOO_LONG = 8  # times the budget, for a first sweep: the device is busy with something else
 _BUSY_S = 10e-3  # so is one that takes longer for a layer
 _OWN_SHARE = 0.9  # of a second that one thread works: less, and others have the processor
 
 
 def layer_overhead_s(
-    device_id: str, read_bytes_per_s: float, finish: Callable[[], object], budget_s: float
+    device_id: str,
+    read_bytes_per_s: float,
+    finish: Callable[[], object],
+    budget_s: float,
+    *,
+    are_ahead: bool = False,
 ) -> float:
     """Seconds of one layer for one token, less those of reading it; 0 when it cannot be measured now.
 
@@ -36,6 +42,8 @@ def layer_overhead_s(
         Returns when the device has done what it was given.
     budget_s
         How long to repeat it.
+    are_ahead
+        Whether layers of the CPU may be computed before they are called.
     """
     import torch
 
@@ -57,8 +65,9 @@ def layer_overhead_s(
         if time.perf_counter() - began > _TOO_LONG * budget_s:
             return 0.0
         if device_id == "cpu" and cpu_products.is_there():
-            _record(model)
-        sweep(ids[:, :1])  # compiles kernels
+            _record(model, are_ahead=are_ahead)
+        for _ in range(_UNLIKE_THE_REST):
+            sweep(ids[:, :1])
         began, worked = time.perf_counter(), time.process_time()
         seconds = median_of(lambda: sweep(ids[:, :1]), budget_s) / LAYERS
         worked, took = time.process_time() - worked, time.perf_counter() - began
@@ -95,12 +104,12 @@ def _narrow_model(device_id: str) -> Any:
     return model
 
 
-def _record(model: Any) -> None:
+def _record(model: Any, *, are_ahead: bool) -> None:
     from llm_magic.backends.accelerate.recorded.layers import RecordedLayers
     from llm_magic.backends.accelerate.recorded.recordings import Recordings
 
     layers = {str(number): layer for number, layer in enumerate(model.model.layers)}
-    RecordedLayers(layers, Recordings(), _CONTEXT)
+    RecordedLayers(layers, Recordings(), _CONTEXT, are_ahead=are_ahead)
 
 
 def _new_cache(model: Any) -> Any:

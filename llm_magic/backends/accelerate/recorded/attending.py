@@ -98,6 +98,7 @@ class Attention:
         self._modules, self._growing, self._way = modules, growing, way
         self._now = step_by_step.looked_up(modules[1])
         self._function = self._now()
+        self._known: dict[Any, bool] = {}
         self.parts = len(nodes)
         self.kernels = way.kernels + len(self.all)
         self._steps = cache_step(kept, modules[0], growing), attention_step(attends, modules[1])
@@ -119,25 +120,35 @@ class Attention:
         more = self._way.more(layer)
         if more is None or not (mask is None or (cpu_products.are_numbers(mask) and mask.is_cpu)):
             return None
-        if not self._fits(layer, mask):
+        kind = self._kind(layer, mask)
+        if kind is None or not self._fits(kind, layer, mask):
             return None
         count, most = self.key.shape[TOKENS], most_rows(layer)
         keys, outs = (self._growing.with_room(held, count, most) for held in (layer.keys, layer.values))
         call = self._way.call(((keys.shape, keys.stride()), (outs.shape, outs.stride())), mask)
-        assert call is not None  # it does not depend on how far one head is from the next
-        return Told(call, layer, keys, outs, mask, more)
+        return None if call is None else Told(call, layer, keys, outs, mask, more)
 
-    def _fits(self, layer: Any, mask: Any) -> bool:
-        """Whether a kernel takes what the cache has, and new keys and values behind that."""
-        are_like = may_follow(self.key, layer.keys) and may_follow(self.value, layer.values)
-        if not are_like or layer.keys.shape[TOKENS] != layer.values.shape[TOKENS]:
-            return False
-        count = self.key.shape[TOKENS]
-        keys, outs = (
-            ((*held.shape[:TOKENS], held.shape[TOKENS] + count, held.shape[3]), held.stride())
-            for held in (layer.keys, layer.values)
-        )
-        return self._way.call((keys, outs), mask) is not None
+    def _kind(self, layer: Any, mask: Any) -> Any:
+        """What it depends on, whether a kernel takes what the cache has; ``None``: none does."""
+        keys, outs = layer.keys, layer.values
+        places = keys.shape[TOKENS]
+        if outs.shape[TOKENS] != places or not (may_follow(self.key, keys) and may_follow(self.value, outs)):
+            return None
+        if mask is None:
+            return ()
+        *others, seen = mask.shape
+        return mask.dtype, *others, seen - places, mask.stride(-1)
+
+    def _fits(self, kind: Any, layer: Any, mask: Any) -> bool:
+        """Whether a kernel takes that, and new keys and values behind it."""
+        if kind not in self._known:
+            count = self.key.shape[TOKENS]
+            keys, outs = (
+                ((*held.shape[:TOKENS], held.shape[TOKENS] + count, held.shape[3]), held.stride())
+                for held in (layer.keys, layer.values)
+            )
+            self._known[kind] = self._way.call((keys, outs), mask) is not None
+        return self._known[kind]
 
     def add(self, plan: Plan, told: Told) -> tuple[int, ...]:
         """Have it computed; where the words are that `tell` changes."""

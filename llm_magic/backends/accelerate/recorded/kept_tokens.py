@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 from llm_magic.backends.accelerate.kernels.words import SOURCE, TARGET, TO_TARGET
 from llm_magic.backends.accelerate.placement.layer_cache import GrowingTensors
@@ -41,10 +42,8 @@ def growing_layer(held: Any, index: int) -> Any:
 
     It may forget those before a window.
     """
-    from transformers.cache_utils import Cache
-
     layer = layer_of(held, index)
-    if not may_grow(layer) or type(held).update is not Cache.update:
+    if not may_grow(layer) or type(held).update is not _classes().usual.update:
         return None
     if "update" in vars(held) or "update" in vars(layer) or not layer.is_initialized:
         return None
@@ -60,12 +59,27 @@ def layer_of(held: Any, index: int) -> Any:
 
 def may_grow(layer: Any) -> bool:
     """Whether it is one of transformers' kinds that keep all tokens, beside a state or not, or those of a window."""
+    known = _classes()
+    if type(layer) is known.windowed:
+        return bool(layer.sliding_window > 1)
+    return type(layer) in known.growing
+
+
+class _Classes(NamedTuple):
+    """Those of transformers: of its caches, and of their layers."""
+
+    usual: Any
+    windowed: Any
+    growing: tuple[Any, ...]
+
+
+@cache
+def _classes() -> _Classes:
     from transformers import cache_utils
 
-    if type(layer) is cache_utils.DynamicSlidingWindowLayer:
-        return bool(layer.sliding_window > 1)
     beside_states = getattr(cache_utils, "LinearAttentionAndFullAttentionLayer", cache_utils.DynamicLayer)
-    return type(layer) in (cache_utils.DynamicLayer, beside_states)
+    growing = cache_utils.DynamicLayer, beside_states
+    return _Classes(cache_utils.Cache, cache_utils.DynamicSlidingWindowLayer, growing)
 
 
 def _records_past(layer: Any) -> bool:

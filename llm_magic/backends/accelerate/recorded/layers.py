@@ -54,12 +54,21 @@ class RecordedLayers:
         What is known of them from before; it is added to.
     context
         Tokens for which a layer's keys and values have room, as they come.
+    are_ahead
+        Whether layers may be computed before they are called.
     """
 
-    def __init__(self, layers: Mapping[str, Any], recordings: Recordings, context: int = 0) -> None:
+    def __init__(
+        self,
+        layers: Mapping[str, Any],
+        recordings: Recordings,
+        context: int = 0,
+        *,
+        are_ahead: bool = True,
+    ) -> None:
         shared = GrowingTensors(context), Room()
         self._layers = [RecordedLayer(name, layer, recordings, shared) for name, layer in layers.items()]
-        for before, layer in pairwise(self._layers):
+        for before, layer in pairwise(self._layers if are_ahead else ()):
             before.line.follow_with(layer.line)
 
     @property

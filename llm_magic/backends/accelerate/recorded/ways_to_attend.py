@@ -72,7 +72,7 @@ class ToKeys:
 
     def more(self, _layer: Any) -> More | None:
         """Sinks; ``None`` where these are not what a kernel reads."""
-        sinks = getattr(self._module, "sinks", None)
+        sinks = self._module._parameters.get("sinks")  # quicker than to miss an attribute
         if sinks is None:
             return More()
         is_read = cpu_products.are_numbers(sinks) and sinks.is_cpu and sinks.is_contiguous()
