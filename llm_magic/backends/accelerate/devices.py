@@ -147,7 +147,7 @@ def _cpu_capability(torch: Any) -> str:
 # --- How fast it is
 
 
-def _measured(torch: Any, device: Device, budget_s: float, *, others: Sequence[Device]) -> Device:
+def _measured(torch: Any, device: Device, budget_s: float, *, others: Sequence[Device] = ()) -> Device:
     """``device`` with its speeds, each as far as there is room to measure it; 0 where there is not.
 
     Beside ``others`` layers of the CPU are blocks among theirs, which are computed one by one.
