@@ -1,0 +1,72 @@
+"""The largest of some numbers, and what is picked by their places: kernels do what torch does, with one order of equal numbers."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("llvmlite")
+
+from llm_magic.backends.accelerate.kernels.largest import MOST, largest  # noqa: E402
+from llm_magic.backends.accelerate.kernels.rows import picked_rows  # noqa: E402
+from llm_magic.backends.accelerate.placement import cpu_products  # noqa: E402
+from llm_magic.backends.accelerate.placement.plain_routers import few_largest  # noqa: E402
+
+pytestmark = pytest.mark.skipif(not cpu_products.is_there(), reason="no kernels for this processor")
+DTYPES = [dtype for dtype in ("float32", "float16", "bfloat16") if cpu_products.are_read(dtype)]
+
+
+def by_kernel(values: Any, count: int) -> tuple[Any, Any]:
+    rows, columns = values.shape
+    found, places = values.new_full((rows, count), -9.0), torch.full((rows, count), -1)
+    addresses = (each.data_ptr() for each in (values, found, places))
+    words = (ctypes.c_int64 * 7)(*addresses, rows, columns, count, values.stride(0))
+    largest(str(values.dtype).removeprefix("torch."))(words)
+    return found, places
+
+
+def agree(values: Any, count: int) -> None:
+    for mine, theirs in zip(by_kernel(values, count), few_largest(values, count), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("rows", "columns", "count"), [(1, 1, 1), (1, 128, 8), (3, 32, 4), (16, 64, 64), (2, 7, 3), (1, MOST, 10)]
+)
+def test_the_largest(rows: int, columns: int, count: int, dtype: str) -> None:
+    """Many of few different numbers are equal."""
+    chance = torch.Generator().manual_seed(rows + columns)
+    for _ in range(4):
+        agree(torch.randn(rows, columns, generator=chance).to(getattr(torch, dtype)), count)
+        agree(torch.randint(-2, 3, (rows, columns), generator=chance).to(getattr(torch, dtype)), count)
+        wide = torch.randn(rows, columns + 5, generator=chance).to(getattr(torch, dtype))
+        agree(wide[:, 2 : columns + 2], count)
+
+
+def test_numbers_that_are_none_and_signs() -> None:
+    nan, infinite = float("nan"), float("inf")
+    agree(torch.tensor([[1.0, nan, 2.0, nan, -infinite, infinite, 0.0, -0.0]]), 8)
+    agree(torch.full((2, 6), nan), 3)
+    agree(torch.full((2, 6), -infinite), 6)
+
+
+def test_torch_finds_the_same_ones() -> None:
+    values = torch.randn(5, 60, generator=torch.Generator().manual_seed(3))
+    mine, theirs = few_largest(values, 6), values.topk(6)
+    assert torch.equal(mine.values, theirs.values)
+    assert torch.equal(mine.indices, theirs.indices)
+
+
+@pytest.mark.parametrize("width", [1, 3, 64])
+def test_rows_of_tables(width: int) -> None:
+    tables = torch.arange(4 * 10 * width, dtype=torch.int16).view(4, 10, width)
+    numbers = torch.tensor([[3, 3, 0], [9, 1, 2], [0, 9, 5], [4, 4, 4]])
+    found = torch.zeros(4, 3, width, dtype=torch.int16)
+    addresses = (each.data_ptr() for each in (found, tables, numbers))
+    picked_rows()((ctypes.c_int64 * 7)(*addresses, 4, 3, 2 * width, tables[0].nbytes))
+    wanted = torch.stack([table[some] for table, some in zip(tables, numbers, strict=True)])
+    assert torch.equal(found, wanted)
