@@ -301,6 +301,35 @@ def test_somebody_looks_on_in_the_middle(model: Any, plain: Any, calls: Calls) -
     mine.check(theirs)
 
 
+@pytest.mark.parametrize("what", ["before", "after", "rotation"])
+def test_numbers_that_change_where_they_are(what: str, model: Any, plain: Any, calls: Calls) -> None:
+    """Without a hook: a class that calls its layers so."""
+    theirs = Text(plain).go_on(3)
+    recorded(model, context=64)
+    mine = warm(model, calls)
+    for text in (mine, theirs):
+        layer = layers_of(text.model)[2]
+        usual = type(layer).__call__
+
+        def call(
+            self: Any, states: Any, *args: Any, usual: Any = usual, layer: Any = layer, **kwargs: Any
+        ) -> Any:
+            if self is not layer:
+                return usual(self, states, *args, **kwargs)
+            if what == "before":
+                states.mul_(1.25)
+            if what == "rotation":
+                kwargs["position_embeddings"][0].mul_(1.25)
+            found = usual(self, states, *args, **kwargs)
+            return found.mul_(1.25) if what == "after" else found
+
+        type(layer).__call__ = call
+        text.go_on(2)
+        type(layer).__call__ = usual
+        text.go_on(2)
+    mine.check(theirs)
+
+
 # ----------------------------------------------------------------------------------------------------- weights
 
 
@@ -333,6 +362,38 @@ def test_other_weights(change: Any, path: str, place: int, model: Any, plain: An
         change(layers_of(text.model)[place].get_submodule(path))
         text.go_on(4)
     mine.check(theirs)
+
+
+def test_layers_are_ahead_again_with_other_weights(model: Any, calls: Calls) -> None:
+    recorded(model, context=64)
+    mine = warm(model, calls)
+    for number in range(6):
+        put_data(layers_of(model)[number % 4].mlp.up_proj)
+        mine.go_on(2)
+        calls.taken()
+        mine.go_on(2)
+        assert calls.taken() == (2, 0)
+
+
+class Counting(DynamicCache):
+    """With a method of somebody."""
+
+    def update(self, *args: Any, **kwargs: Any) -> Any:
+        return super().update(*args, **kwargs)
+
+
+def test_a_cache_of_somebody_passes(model: Any, plain: Any, calls: Calls) -> None:
+    theirs = Text(plain).go_on(9)
+    recorded(model, context=64)
+    mine = warm(model, calls)
+    other, usual = Counting(config=model.config), mine.kept
+    model(IDS[:, :FIRST], **given(other), use_cache=True)
+    for end in range(FIRST + 1, FIRST + 9):
+        step(model, other, IDS[:, :end])
+    calls.taken()
+    assert mine.kept is usual
+    mine.go_on(6).check(theirs)
+    assert calls.taken() == (6, 0)
 
 
 def test_fewer_numbers_at_the_same_address(model: Any, plain: Any, calls: Calls) -> None:

@@ -162,6 +162,19 @@ def test_sinks_caps_and_latents(name: str, method: str, monkeypatch: pytest.Monk
         )
 
 
+@pytest.mark.parametrize(("own", "values"), [(16, 16), (32, 16), (64, 64), (48, 32), (16, 32), (24, 16)])
+def test_widths_of_heads(own: int, values: int) -> None:
+    """Each head has one matrix of values in its own, or several, which lie apart from each other or not."""
+    widths = {"qk_nope_head_dim": own, "v_head_dim": values, "kv_lora_rank": 64, "qk_rope_head_dim": 8}
+    model = served_mixture("deepseek_v3", **widths, q_lora_rank=32)
+    for layer in layers_of(model):
+        torch.nn.init.normal_(layer.self_attn.kv_b_proj.weight)
+    theirs = text(model)
+    held = recorded(model, context=64)
+    assert same(text(model), theirs)
+    assert in_chains(held) >= 4
+
+
 @pytest.mark.parametrize("name", ["gpt_oss", "glm4_moe_lite"])
 def test_several_tokens_and_texts(name: str) -> None:
     model = served_mixture(name)

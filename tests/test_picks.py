@@ -14,6 +14,8 @@ from llm_magic.backends.accelerate.kernels.largest import MOST, largest  # noqa:
 from llm_magic.backends.accelerate.kernels.rows import picked_rows  # noqa: E402
 from llm_magic.backends.accelerate.placement import cpu_products  # noqa: E402
 from llm_magic.backends.accelerate.placement.plain_routers import few_largest  # noqa: E402
+from llm_magic.backends.accelerate.recorded.plan import Plan  # noqa: E402
+from tests.recorded_layers import WIDTH, Layer, Twins, states  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not cpu_products.is_there(), reason="no kernels for this processor")
 DTYPES = [dtype for dtype in ("float32", "float16", "bfloat16") if cpu_products.are_read(dtype)]
@@ -70,3 +72,36 @@ def test_rows_of_tables(width: int) -> None:
     picked_rows()((ctypes.c_int64 * 7)(*addresses, 4, 3, 2 * width, tables[0].nbytes))
     wanted = torch.stack([table[some] for table, some in zip(tables, numbers, strict=True)])
     assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_what_is_picked_in_a_layer(tokens: int) -> None:
+    """Of tables of any kind; what no kernel picks torch does."""
+
+    def function(layer: Any, states: Any) -> Any:
+        rows = states.reshape(-1, WIDTH)
+        table = torch.stack([rows[0] * (number + 1) for number in range(6)])  # [6, WIDTH]
+        places = table[:, :6].topk(3, dim=-1)[1]  # below 6
+        found = [
+            table.index_select(0, places[0]),
+            table[places[1]],
+            table[:, :6].contiguous().gather(1, places)[:, :1].expand(6, WIDTH),
+            table.gather(0, places)[:, :1].expand(6, WIDTH),
+            table.index_select(1, places.flatten()[:6])[:, :1].expand(6, WIDTH),
+            table.index_select(-1, places[0])[:, :1].expand(6, WIDTH),
+        ]
+        return states + torch.cat(found).sum(0) / 64
+
+    with torch.no_grad():
+        twins = Twins(Layer(function))
+    for seed in range(4):
+        twins.check(states(tokens, seed))
+    assert twins.programs == 1
+
+
+def test_kernels_are_there_as_long_as_they_are_planned() -> None:
+    """Threads may have compiled one at the same time, of which one alone is remembered."""
+    plan = Plan(2, set())
+    for kernel in (picked_rows(), largest("float32")):
+        plan.begin(kernel, [0] * 7)
+    assert plan.words.kernels == [picked_rows(), largest("float32")]

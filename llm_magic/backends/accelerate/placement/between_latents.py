@@ -126,4 +126,5 @@ def _numbers(heads: int, of_head: int, first: int, tokens: int) -> Any:
 
     with torch.inference_mode(False):
         of_all = torch.arange(heads * of_head, device="cpu").view(heads, of_head)
-        return of_all[:, first:].expand(tokens, -1, -1).reshape(-1)
+        # A view of every second one would be what ``reshape`` makes, where each head has two of them.
+        return of_all[:, first:].expand(tokens, -1, -1).reshape(-1).contiguous()

@@ -63,7 +63,7 @@ def _mode() -> Any:
     class Caught(TorchFunctionMode):
         def __init__(self) -> None:
             super().__init__()
-            self._copies: dict[int, tuple[Any, Any]] = {}
+            self._copies: dict[int, tuple[Any, Any, int]] = {}
 
         def __torch_function__(self, function: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
             more = {} if kwargs is None else kwargs
@@ -74,11 +74,13 @@ def _mode() -> Any:
                 return outputs
             result = function(*args, **more)
             if function in conversions and _is_copy(result, args[0]):
-                self._copies[id(result)] = result, args[0]  # so that nobody else gets the number
+                self._copies[id(result)] = result, args[0], _version(result)
             return result
 
         def _products(self, input: Any, weight: Any, bias: Any = None) -> Any:  # noqa: A002 - torch's name
-            _, parameter = self._copies.get(id(weight), (None, weight))
+            copy, parameter, version = self._copies.get(id(weight), (weight, weight, -1))
+            if copy is weight and parameter is not weight and version != _version(weight):
+                return None  # somebody has changed it
             return _router_products(input, parameter, bias, is_wide=parameter is not weight)
 
     return Caught
@@ -97,9 +99,21 @@ def few_largest(values: Any, count: int) -> Largest:
     return Largest(ordered[..., :count].contiguous(), places[..., :count].contiguous())
 
 
-def _largest(input: Any, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> Any:  # noqa: A002, ARG001 - torch's names
+def _version(tensor: Any) -> int:
+    """How often it was changed where it is, as far as that is known."""
+    return 0 if tensor.is_inference() else int(tensor._version)
+
+
+def _largest(
+    input: Any,  # noqa: A002 - torch's names, here and below
+    k: int,
+    dim: int = -1,
+    largest: bool = True,
+    sorted: bool = True,  # noqa: A002, ARG001
+    **others: Any,
+) -> Any:
     """As ``torch.topk``; ``None`` where that is to do it."""
-    if not largest or dim not in (-1, input.dim() - 1) or input.dim() != _MATRIX:
+    if others or not largest or dim not in (-1, input.dim() - 1) or input.dim() != _MATRIX:
         return None
     recorder = current()
     return few_largest(input, k) if recorder is None else recorder.few_largest(input, k)

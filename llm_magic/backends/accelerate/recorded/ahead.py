@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from operator import attrgetter, is_, methodcaller
+from threading import get_ident
 from typing import Any, NamedTuple
 
 from llm_magic.backends.accelerate.decoding.cpu_attention import leave_room, taken_room
@@ -20,7 +21,6 @@ from llm_magic.backends.accelerate.recorded.bound import Bound
 from llm_magic.backends.accelerate.recorded.chain import Chain, Room, Weighed
 from llm_magic.backends.accelerate.recorded.guard import Guard
 from llm_magic.backends.accelerate.recorded.plan import Words
-from llm_magic.backends.accelerate.recorded.program import Values
 
 
 class Ready(NamedTuple):
@@ -28,26 +28,32 @@ class Ready(NamedTuple):
 
     Attributes
     ----------
-    leaves
-        The arguments that it is for.
+    leaves, versions
+        The arguments that it is for, and how often tensors among them were changed where they are.
     result
         What it returns.
     chain, told
         What the KV cache is to keep.
     before
         What that has had: keys.
+    thread
+        That has computed it.
     """
 
     leaves: Sequence[Any]
+    versions: tuple[int, ...]
     result: Any
     chain: Chain
     told: Told | None
     before: Any
+    thread: int
 
     def is_for(self, leaves: Sequence[Any]) -> bool:
         """Whether a layer is called with just these arguments, and the cache is as it was."""
         is_same = len(leaves) == len(self.leaves) and all(map(is_, leaves, self.leaves))
-        return is_same and (self.told is None or self.told.layer.keys is self.before)
+        if not is_same or tuple(map(_version, leaves)) != self.versions:
+            return False
+        return self.told is None or self.told.layer.keys is self.before
 
     def keep(self) -> Any:
         """Have the KV cache keep it; the result."""
@@ -130,27 +136,42 @@ class Ahead:
         self._list: tuple[list[Words], Any] = [], None
 
     @property
+    def is_current(self) -> bool:
+        """Whether parameters and their numbers are where they were."""
+        return self._attributes.are_as_they_were()
+
+    @property
     def is_as_it_was(self) -> bool:
-        """Whether modules and weights are what they were, and nobody is to see what comes between layers."""
-        return self._guard.is_as_it_was() and self._attributes.are_as_they_were()
+        """Whether modules are what they were, and nobody is to see what comes between layers."""
+        return self._guard.is_as_it_was()
 
     def run(self, leaves: Sequence[Any]) -> list[Ready] | None:
         """What all of them make, of the arguments of the first one; ``None`` where one of them is no case for kernels."""
+        held = [member.bound.values(leaves) for member in self._members]
+        cases = []
+        for member, values in zip(self._members, held, strict=True):  # before anything is another one
+            attention = member.chain.attention
+            case = None if attention is None else attention.case(values)
+            if attention is not None and case is None:
+                return None
+            cases.append(case)
         found: list[Ready] = []
         words: list[Words] = []
-        held: list[Values] = []
-        for member in self._members:
+        versions = list(map(_version, leaves))
+        for member, values, case in zip(self._members, held, cases, strict=True):
             bound, chain = member.bound, member.chain
-            values = bound.values(leaves)
-            told = None if chain.attention is None else chain.attention.told(values)
-            if told is None and chain.attention is not None:
+            if found:
+                leaves = [found[-1].result, *leaves[1:]]
+                bound.take_states(values, leaves)
+                versions[0] = _version(leaves[0])
+            told = None if chain.attention is None or case is None else chain.attention.told(case)
+            if case is not None and told is None:
                 return None
             chain.make(member.weighed, told, values)
             words.append(member.words_for(told))
-            held.append(values)
             result = bound.result(values)
-            found.append(Ready(leaves, result, chain, told, told and told.layer.keys))
-            leaves = [result, *leaves[1:]]
+            before = None if told is None else told.layer.keys
+            found.append(Ready(leaves, tuple(versions), result, chain, told, before, get_ident()))
         room = self._room.take(max(each.size for each in words))
         records = taken_room(max(ready.told.call.room if ready.told else 0 for ready in found))
         for each, ready, values in zip(words, found, held, strict=True):
@@ -178,6 +199,13 @@ def _member(bound: Bound) -> _Member:
     if chain is None or weighed is None:
         raise ValueError("A layer that is more than a chain of kernels is not computed before it is called.")
     return _Member(bound, chain, weighed, {})
+
+
+def _version(leaf: Any) -> int:
+    """How often a tensor was changed where it is; those of inference mode do not know."""
+    import torch
+
+    return leaf._version if isinstance(leaf, torch.Tensor) and not leaf.is_inference() else 0
 
 
 def _plain_kinds() -> tuple[Any, ...]:

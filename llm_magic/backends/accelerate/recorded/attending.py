@@ -35,6 +35,14 @@ from llm_magic.backends.accelerate.recorded.recording import Node, View
 from llm_magic.backends.accelerate.recorded.ways_to_attend import More, ToKeys, ToLatents, Way
 
 
+class Case(NamedTuple):
+    """What a sweep has for attention by kernels: the cache's layer, a mask if there is one, and what the module has."""
+
+    layer: Any
+    mask: Any
+    more: More
+
+
 class Told(NamedTuple):
     """What attention of a sweep is told.
 
@@ -108,11 +116,8 @@ class Attention:
         for step in self._steps:
             step(values)
 
-    def told(self, values: Values) -> Told | None:
-        """What it is told now; ``None`` where it is no case for the kernels.
-
-        What the sweep has is still to be copied, and until then the cache is as it was.
-        """
+    def case(self, values: Values) -> Case | None:
+        """What a sweep has for the kernels; ``None`` where they do not take it. Nothing is another one for it."""
         layer = growing_layer(values[-1][self._cache.number], self._modules[0].layer_idx)
         if layer is None or self._now() is not self._function:
             return None
@@ -121,12 +126,14 @@ class Attention:
         if more is None or not (mask is None or (cpu_products.are_numbers(mask) and mask.is_cpu)):
             return None
         kind = self._kind(layer, mask)
-        if kind is None or not self._fits(kind, layer, mask):
-            return None
-        count, most = self.key.shape[TOKENS], most_rows(layer)
+        return Case(layer, mask, more) if kind is not None and self._fits(kind, layer, mask) else None
+
+    def told(self, case: Case) -> Told | None:
+        """What the kernels are told of it. What the sweep has is still to be copied, and until then the cache is as it was."""
+        layer, count, most = case.layer, self.key.shape[TOKENS], most_rows(case.layer)
         keys, outs = (self._growing.with_room(held, count, most) for held in (layer.keys, layer.values))
-        call = self._way.call(((keys.shape, keys.stride()), (outs.shape, outs.stride())), mask)
-        return None if call is None else Told(call, layer, keys, outs, mask, more)
+        call = self._way.call(((keys.shape, keys.stride()), (outs.shape, outs.stride())), case.mask)
+        return None if call is None else Told(call, layer, keys, outs, case.mask, case.more)
 
     def _kind(self, layer: Any, mask: Any) -> Any:
         """What it depends on, whether a kernel takes what the cache has; ``None``: none does."""

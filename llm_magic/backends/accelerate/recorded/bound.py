@@ -114,6 +114,13 @@ class Bound:
             step(values)
         return self.result(values)
 
+    def take_states(self, values: Values, leaves: Sequence[Any]) -> None:
+        """Have other states than those that `values` were made with, the first of the arguments."""
+        values[-1] = leaves
+        for number, base in self._arguments:
+            if not number:
+                values[base] = leaves[0].contiguous()
+
     def result(self, values: Values) -> Any:
         """What it returns of them."""
         return shown(self._result, values)

@@ -178,7 +178,8 @@ class Chain:
             return
         told = None
         if self.attention is not None:
-            told = self.attention.told(values)
+            case = self.attention.case(values)
+            told = None if case is None else self.attention.told(case)
             if told is None:
                 for step in self._rest:
                     step(values)

@@ -83,7 +83,7 @@ class RecordedLayers:
     def rest(self) -> None:
         """After an answer: let go of what layers have computed for one that was interrupted, and of its KV cache."""
         for layer in self._layers:
-            layer.line.take()
+            layer.line.rest()
 
     def undo(self) -> None:
         """Before blocks move: every layer as it was."""

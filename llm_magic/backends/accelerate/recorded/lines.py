@@ -16,6 +16,8 @@ _FEWEST = 2
 """Layers in one call."""
 _TRIES = 4
 """How often a layer computes others that are called with something else then."""
+_LONG = 64
+"""Sweeps after which that is forgotten."""
 
 
 class _Group(NamedTuple):
@@ -47,7 +49,7 @@ class Line:
         self._follows: set[Any] = set()
         self._groups: dict[Any, _Group | None] = {}
         self._inside: dict[Any, Line] = {}
-        self._tries = _TRIES
+        self._tries, self._well = _TRIES, 0
         self._lock = threading.Lock()
 
     def follow_with(self, line: Line) -> None:
@@ -62,14 +64,22 @@ class Line:
 
     def take(self) -> Ready | None:
         """What was computed before it is called now, for some call; ``None``: nothing was."""
-        ready, self._ready = self._ready, None
+        ready = self._ready
+        if ready is None or ready.thread != threading.get_ident():
+            return None
+        self._ready = None
         return ready
+
+    def rest(self) -> None:
+        """Let go of it."""
+        self._ready = None
 
     def miss(self) -> None:
         """Hear that it was computed for another call."""
         self._follows.clear()
         for key, first in list(self._inside.items()):
             first._disband(key)
+            first._tries -= 1
 
     def run(self, key: Any, bound: Bound, leaves: Sequence[Any]) -> Any:
         """What the layer returns in a sweep of a kind; layers behind it may be computed, too."""
@@ -77,6 +87,7 @@ class Line:
         is_known = before is None or key in self._follows or self._tries <= 0
         if before is not None and not is_known and before._last == (key, *map(id, leaves)):
             self._follows.add(key)
+            (before._inside.get(key) or before)._disband(key)  # there is one more for it
         if following is not None and key in following._follows:
             result = self._run_ahead(key, leaves)
             if result is not None:
@@ -95,12 +106,15 @@ class Line:
             group = self._groups[key]
             if group is None or not group.ahead.is_as_it_was:
                 return None
-            found = group.ahead.run(leaves)
-            if found is None:
+            if not group.ahead.is_current:
                 self._disband(key)
                 return None
+            found = group.ahead.run(leaves)
         finally:
             self._lock.release()
+        if found is None:
+            return None
+        self._have_gone_well()
         for line, ready in zip(group.lines[1:], found[1:], strict=True):
             line._ready = ready
         return found[0].keep()
@@ -115,11 +129,16 @@ class Line:
         return _Group(Ahead([line._module for line in lines], bounds, self._room), lines)
 
     def _disband(self, key: Any) -> None:
-        """Let every layer be computed when it is called, in sweeps of a kind; it may be tried again."""
+        """Let every layer be computed when it is called, in sweeps of a kind, until it is tried again."""
         group = self._groups.pop(key, None)
         for line in group.lines[1:] if group else ():
             line._inside.pop(key, None)
-        self._tries -= 1
+
+    def _have_gone_well(self) -> None:
+        """What has gone wrong for a while was passing."""
+        self._well += 1
+        if self._well % _LONG == 0:
+            self._tries = _TRIES
 
     def _with_those_that_follow(self, key: Any, leaves: Sequence[Any]) -> Iterator[Line]:
         line: Line | None = self

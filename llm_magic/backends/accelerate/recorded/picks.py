@@ -118,9 +118,11 @@ def _pick(node: Node, limits: dict[int, int]) -> Pick | None:
     size, most = source.dtype.itemsize, source.shape[dim]
     if str(numbers.dtype) != "torch.int64" or limits.get(numbers.base, most + 1) > most:
         return None
-    if dim == 0:
+    by_row = str(node.name) != "aten.gather.default"
+    if dim == 0 and (by_row or len(source.shape) == 1):
         return Pick(node, source, numbers, _Sizes(1, prod(numbers.shape), size * prod(source.shape[1:]), 0))
-    if len(source.shape) != _MATRIX or numbers.shape[0] != source.shape[0]:
+    is_of_matrix = len(source.shape) == len(numbers.shape) == _MATRIX and dim == 1 and not by_row
+    if not is_of_matrix or numbers.shape[0] != source.shape[0]:
         return None
     tables, rows = numbers.shape
     return Pick(node, source, numbers, _Sizes(tables, rows, size, size * most))
@@ -131,7 +133,7 @@ def _index(source: View, places: Sequence[Any]) -> tuple[View, Any, int]:
 
 
 _PICKING: dict[str, Any] = {
-    "aten.index_select.default": lambda source, dim, numbers: (source, numbers, dim),
+    "aten.index_select.default": lambda source, dim, numbers: (source, numbers, dim % len(source.shape)),
     "aten.gather.default": lambda source, dim, numbers: (source, numbers, dim % len(source.shape)),
     "aten.index.Tensor": _index,
 }

@@ -40,6 +40,8 @@ class Words:
         Which are a team's address.
     attention
         Those that attention tells itself.
+    kernels
+        That are there as long as these.
     size
         Bytes of the room.
     at
@@ -53,6 +55,7 @@ class Words:
     biases: list[int]
     teams: list[int]
     attention: tuple[int, ...]
+    kernels: list[Any]
     size: int
     at: int = 0
 
@@ -112,6 +115,7 @@ class Plan:
         self._inner_bases: dict[int, int] = {}
         self._size = 0
         self._list: list[tuple[int, int]] = []
+        self._kernels: list[Any] = []
         self._numbers: list[int] = []
         self._outer: dict[int, list[tuple[int, int]]] = {}
         self._inner: list[tuple[int, int]] = []
@@ -126,11 +130,12 @@ class Plan:
         calls = [part for kernel, at in self._list for part in (kernel, start + 8 * (self._first + at))]
         array[:] = [len(self._list), *calls, *self._numbers]
         outer, places = list(self._outer.items()), (self.weights, self.biases, self._teams, self.attention)
-        return Words(array, outer, self._inner, *places, self._size)
+        return Words(array, outer, self._inner, *places, self._kernels, self._size)
 
     def begin(self, kernel: Any, words: Sequence[int]) -> int:
         """Have a kernel come next, with these words: which is its first one."""
         self._list.append((address_of(kernel), len(self._numbers)))
+        self._kernels.append(kernel)
         first = self._first + len(self._numbers)
         self._numbers += words
         return first
