@@ -458,12 +458,11 @@ def test_the_times_of_a_long_sweep_are_those_of_where_it_computes(
 
     times = SweepTimes(placed, lambda _event: None, make_timers=timers)
     counts = []
-    with times.hooked():
-        for prompt in (PROMPT, SHORT):
-            with times.sweep(always=True):
-                logits(placed.model, prompt)
-            counts.append(dict(asked))
-            times.report(0, 0)
+    for prompt in (PROMPT, SHORT):
+        with times.sweep(always=True):
+            logits(placed.model, prompt)
+        counts.append(dict(asked))
+        times.report(0, 0)
     assert counts[0]["cpu"] == 0
     (first, second) = pairwise([{GPU: 0, "cpu": 0}, *counts])
     layers = len(placed.model.model.layers)

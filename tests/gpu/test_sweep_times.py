@@ -43,7 +43,7 @@ def test_waits_and_computations_fit_into_the_sweep(name: str, way: str, folder_o
     for sweep in range(4):
         torch.cuda.synchronize()
         began = time.perf_counter()
-        with times.hooked(), times.sweep(always=True):
+        with times.sweep(always=True):
             found = logits(placed.model)
         torch.cuda.synchronize()
         wall = time.perf_counter() - began
@@ -73,7 +73,7 @@ def test_slow_kernels_count_where_they_run(folder_of: FolderOf) -> None:  # noqa
     handle = placed.model.model.layers[2].mlp.register_forward_pre_hook(
         lambda _module, _inputs: torch.cuda._sleep(SLOW_CYCLES)
     )
-    with times.hooked(), times.sweep(always=True):
+    with times.sweep(always=True):
         logits(placed.model)
     handle.remove()
     torch.cuda.synchronize()
@@ -88,7 +88,7 @@ def test_a_slow_copy_is_waited_for_by_its_block(folder_of: FolderOf) -> None:  #
     logits(placed.model)
     events: list[SweepEvent] = []
     times = SweepTimes(placed, events.append)
-    with times.hooked(), times.sweep(always=True):
+    with times.sweep(always=True):
         logits(placed.model)
     torch.cuda.synchronize()
     times.report(1, 2)
@@ -133,7 +133,7 @@ def test_measured_sweeps_leave_no_events_in_a_graph(folder_of: FolderOf) -> None
     times = SweepTimes(engine._placed, events.append)
     right = logits(resident(folder))
     for _ in range(3):
-        with times.hooked(), times.sweep(always=True):
+        with times.sweep(always=True):
             found = logits(engine.model)
         torch.cuda.synchronize()
         times.report(1, 2)
