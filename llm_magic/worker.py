@@ -8,14 +8,20 @@ be lost there.
 
 from __future__ import annotations
 
+import statistics
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from typing import Generic, TypeVar
 
 from llm_magic.events import PhaseEvent, StopFlag
 from llm_magic.plan import PlannedEvent
 
 Result = TypeVar("Result")
+_SHARE = 0.01  # of the time, what ticks may take of our thread; who sends what they say takes as much
+_MOST_S = 0.25  # between two ticks, whatever they take
+_TICKS_JUDGED = 5
 _ON_ITS_WAY_S = 2.0  # a thread that was created has begun by then, on a busy computer too
 
 
@@ -99,11 +105,16 @@ class Worker(Generic[Result]):
     def ticks(self, interval_s: float = 0.05) -> Iterator[None]:
         """Yield every ``interval_s`` until the job has ended, and once more after that.
 
-        It may be left and begun again: a tick carries nothing that could be lost.
+        Less often where what is done at a tick keeps a processor busy that the job may want. It may be left and
+        begun again: a tick carries nothing that could be lost.
         """
+        spent, wait_s = deque[float](maxlen=_TICKS_JUDGED), interval_s
         # Short waits: on Windows a longer one would not see Ctrl-C.
-        while not self._ended.wait(interval_s):
+        while not self._ended.wait(wait_s):
+            before = time.thread_time()
             yield
+            spent.append(time.thread_time() - before)
+            wait_s = _until_next_s(spent, interval_s)
         yield
 
     def result(self) -> Result:
@@ -120,3 +131,8 @@ class Worker(Generic[Result]):
             error, self._error = self._error, None  # no cycle that would keep the job's frames
             raise error
         return self._result
+
+
+def _until_next_s(spent: Sequence[float], least_s: float) -> float:
+    """How long to wait before a tick, after ticks that took so many seconds each; one of them may be an outlier."""
+    return max(least_s, min(statistics.median(spent) / _SHARE, _MOST_S))

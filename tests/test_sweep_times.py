@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -224,6 +225,10 @@ def test_of_a_sweep_that_ends_early_nothing_is_said(
     assert torch.equal(logits(on_disk.model), expected)
 
 
+def is_watched(placed: PlacedModel) -> bool:
+    return any(block.module._forward_hooks for block in placed.blocks.values())
+
+
 def assert_unwatched(placed: PlacedModel) -> None:
     """No lane tells anything, and no block has a hook of ours."""
     assert all(lane.watch is None for lane in placed.lanes)
@@ -254,6 +259,40 @@ def test_sweeps_are_measured_four_times_a_second_at_most(in_ram: PlacedModel) ->
         clock[0] = 100 + step / 16
         measured.append(said.sweep(always=False) is not None)
     assert measured == [step % 4 == 0 for step in range(20)]
+
+
+def test_measuring_adds_one_percent_at_most(in_ram: PlacedModel) -> None:
+    """Sweeps of 20 ms, and of 30 where they are measured: the next one is due a second later."""
+    clock = [100.0]
+    said = Said(in_ram, clock=lambda: clock[0])
+    measured = []
+
+    def run() -> None:
+        clock[0] += 0.03 if is_watched(in_ram) else 0.02
+        logits(in_ram.model)
+
+    for _ in range(200):
+        began = clock[0]
+        if said.sweep(run, always=False) is not None:
+            measured.append(began)
+    assert len(measured) in (4, 5)
+    gaps = [later - earlier for earlier, later in pairwise(measured[1:])]
+    assert gaps == pytest.approx([1.0] * len(gaps), abs=0.03)
+
+
+def test_a_sweep_that_happens_to_take_long_is_not_the_last_that_is_measured(in_ram: PlacedModel) -> None:
+    clock = [100.0]
+    said = Said(in_ram, clock=lambda: clock[0])
+
+    def run(seconds: float) -> None:
+        clock[0] += seconds
+        logits(in_ram.model)
+
+    said.sweep(always=False)
+    said.sweep(lambda: run(0.3), always=False)
+    assert said.sweep(lambda: run(60), always=False)
+    run(2.0)
+    assert said.sweep(always=False)
 
 
 def test_the_first_sweep_of_an_answer_is_measured_however_soon_it_comes(in_ram: PlacedModel) -> None:

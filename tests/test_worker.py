@@ -6,7 +6,7 @@ import pytest
 
 from llm_magic.events import PhaseEvent
 from llm_magic.plan import PlannedEvent
-from llm_magic.worker import Latest, Worker
+from llm_magic.worker import Latest, Worker, _until_next_s
 from tests.view_states import machine, plan_of, starter
 
 
@@ -38,6 +38,19 @@ def test_ticks_that_were_left_can_be_begun_again_even_after_the_end() -> None:
     assert list(worker.ticks(0.001)) == [None]
     assert list(worker.ticks(0.001)) == [None]
     assert worker.result() == 1
+
+
+@pytest.mark.parametrize(
+    ("spent", "wait_s"),
+    [
+        ([0.0002], 0.05),  # a quick processor, or a clock that does not see so little
+        ([0.001], 0.1),
+        ([0.4, 0.001, 0.001], 0.1),  # the first drawing loads what it draws with
+        ([0.1, 0.1, 0.1], 0.25),
+    ],
+)
+def test_ticks_that_take_long_are_fewer(spent: list[float], wait_s: float) -> None:
+    assert _until_next_s(spent, 0.05) == pytest.approx(wait_s)
 
 
 def test_what_a_job_raises_is_raised_by_result() -> None:

@@ -1,4 +1,4 @@
-"""Where the time of a sweep goes, block by block: measured a few times a second while an answer comes.
+"""Where the time of a sweep goes, block by block: measured now and then while an answer comes.
 
 In all other sweeps there are no hooks on the blocks, which some of them compute together then. A sweep that fails, is interrupted or cannot be told
 apart into blocks is measured in vain: nothing is said of it, and nothing of it reaches the answer.
@@ -22,6 +22,8 @@ from llm_magic.backends.accelerate.placement.stream import Arrival
 from llm_magic.events import Emit, SweepEvent
 
 _LEAST_S = 0.25  # between two sweeps that are measured: nobody reads faster
+_MOST_S = 2.0
+_SHARE = 0.01  # of an answer's time, what measuring may add: layers that are measured are computed one by one
 
 Times = tuple[tuple[float, float, float], ...]
 """For each block, seconds of (wait, copy, compute)."""
@@ -53,6 +55,7 @@ class SweepTimes:
         self._placed, self._emit = placed, emit
         self._clock, self._make_timers = clock, make_timers
         self._began_s = float("-inf")
+        self._rest_s, self._unmeasured_s = _LEAST_S, 0.0
         self._visiting: dict[int, Timer] = {}
         self._measured: Measurement | None = None
 
@@ -65,10 +68,21 @@ class SweepTimes:
         always
             Measure it, however short a time ago the last one was.
         """
-        measurement = self._begin() if always or self._is_due() else None
+        began = self._clock()
+        measurement = self._begin(began) if always or self._is_due(began) else None
         if measurement is None:
             yield
+            self._unmeasured_s = self._clock() - began
             return
+        with self._measuring(measurement):
+            yield
+        self._measured = measurement
+        if self._unmeasured_s and not always:
+            added_s = self._clock() - began - self._unmeasured_s
+            self._rest_s = min(max(_LEAST_S, added_s / _SHARE), _MOST_S)
+
+    @contextmanager
+    def _measuring(self, measurement: Measurement) -> Iterator[None]:
         handles: list[Any] = []
         try:
             for number, block in enumerate(self._placed.plan.layout.blocks):
@@ -84,7 +98,6 @@ class SweepTimes:
             self._placed.watch(None)
             for handle in handles:
                 handle.remove()
-        self._measured = measurement
 
     def report(self, sweeps: int, tokens: int) -> None:
         """Emit the times of the last sweep that was measured, once all of them are known.
@@ -103,11 +116,11 @@ class SweepTimes:
         if times is not None:
             self._emit(SweepEvent(times, sweeps, tokens))
 
-    def _is_due(self) -> bool:
+    def _is_due(self, now: float) -> bool:
         """One that is not known yet comes first."""
-        return self._measured is None and self._clock() - self._began_s >= _LEAST_S
+        return self._measured is None and now - self._began_s >= self._rest_s
 
-    def _begin(self) -> Measurement | None:
+    def _begin(self, now: float) -> Measurement | None:
         blocks = self._placed.plan.placements
         try:
             made = self._make_timers({d for place in blocks for d in (place.compute, place.prefill) if d})
@@ -115,7 +128,7 @@ class SweepTimes:
             made = None
         if made is None:
             return None
-        self._began_s = self._clock()
+        self._began_s = now
         self._measured = None
         self._visiting = {n: made[place.prefill] for n, place in enumerate(blocks) if place.prefill}
         return Measurement([made[place.compute] for place in blocks])
