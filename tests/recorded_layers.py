@@ -93,7 +93,7 @@ class Twins:
 def one_by_one(recorded: RecordedLayers) -> RecordedLayers:
     """Layers that are computed when they are called, not before."""
     for layer in recorded._layers:
-        layer.line._tries = 0
+        layer.line.leave()
     return recorded
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,13 @@ from transformers import DynamicCache  # noqa: E402
 
 from llm_magic.backends.accelerate.decoding import cpu_attention  # noqa: E402
 from llm_magic.backends.accelerate.looked_at import ONLY_LOOKS  # noqa: E402
+from llm_magic.backends.accelerate.placement.cpu_linear import serve_linear  # noqa: E402
 from llm_magic.backends.accelerate.recorded import ahead, chain, lines  # noqa: E402
 from llm_magic.events import SweepEvent, TokenEvent  # noqa: E402
 from llm_magic.model import ModelSpec  # noqa: E402
 from tests.caches import given  # noqa: E402
 from tests.engines import ask, load, request  # noqa: E402
+from tests.test_packing import bitsandbytes_layer  # noqa: E402
 from tests.test_recorded import layers_of, made, recorded, served_mixture, step  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not cpu_attention.is_there(), reason="no kernels for this processor")
@@ -199,6 +203,7 @@ def test_hooks_are_heard(hook: str, place: int, model: Any, plain: Any, calls: C
 
 @pytest.mark.parametrize("place", range(4))
 def test_whoever_is_around_a_layer_is_heard(place: int, model: Any, plain: Any, calls: Calls) -> None:
+    """And once they are gone, layers are ahead again."""
     theirs = Text(plain).go_on(3)
     recorded(model, context=64)
     mine = warm(model, calls)
@@ -215,6 +220,9 @@ def test_whoever_is_around_a_layer_is_heard(place: int, model: Any, plain: Any, 
         layer.forward = usual
         text.go_on(2)
     mine.check(theirs)
+    calls.taken()
+    mine.go_on(2)
+    assert calls.taken() == (2, 0)
 
 
 def test_hooks_that_only_look_come_between(model: Any, plain: Any, calls: Calls) -> None:
@@ -301,6 +309,81 @@ def test_somebody_looks_on_in_the_middle(model: Any, plain: Any, calls: Calls) -
     mine.check(theirs)
 
 
+def new_values(layer: Any) -> None:
+    layer.values = layer.values * 1.25
+
+
+def new_layer(kept: Any, index: int) -> None:
+    kept.layers[index] = copy.deepcopy(kept.layers[index])
+    kept.layers[index].keys = kept.layers[index].keys * 1.25
+
+
+CACHES: dict[str, Callable[[Any, int], Any]] = {
+    "new values": lambda kept, index: new_values(kept.layers[index]),
+    "keys in place": lambda kept, index: kept.layers[index].keys.mul_(1.25),
+    "values in place": lambda kept, index: kept.layers[index].values.mul_(1.25),
+    "another layer": new_layer,
+}
+
+
+@pytest.mark.parametrize("change", CACHES)
+def test_a_cache_that_a_class_changes_between_layers(
+    change: str, model: Any, plain: Any, calls: Calls
+) -> None:
+    theirs = Text(plain).go_on(3)
+    recorded(model, context=64)
+    mine = warm(model, calls)
+    for text in (mine, theirs):
+        with calling(text.model, 2, lambda text=text: CACHES[change](text.kept, 2)):
+            text.go_on(2)
+        text.go_on(2)
+    mine.check(theirs)
+
+
+@contextmanager
+def calling(model: Any, place: int, first: Callable[[], object]) -> Iterator[None]:
+    """A class of layers that does something of its own before one of them."""
+    kind, layer = type(layers_of(model)[place]), layers_of(model)[place]
+    usual = kind.__call__
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self is layer:
+            first()
+        return usual(self, *args, **kwargs)
+
+    kind.__call__ = call
+    try:
+        yield
+    finally:
+        kind.__call__ = usual
+
+
+def test_in_inference_mode_nobody_can_tell_what_changes(model: Any, plain: Any, calls: Calls) -> None:
+    """Tensors do not count changes there, so layers are computed when they are called."""
+    kind = type(layers_of(model)[0])
+    usual = kind.__call__
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        found = usual(self, *args, **kwargs)
+        found += 0.125
+        return found
+
+    recorded(model, context=64)
+    mine = warm(model, calls)
+    theirs = Text(plain).go_on(3)
+    kind.__call__ = call
+    try:
+        with torch.inference_mode():
+            mine.go_on(3)
+            theirs.go_on(3)
+    finally:
+        kind.__call__ = usual
+    mine.go_on(2).check(theirs.go_on(2))
+    calls.taken()
+    mine.go_on(2)
+    assert calls.taken() == (2, 0)
+
+
 @pytest.mark.parametrize("what", ["before", "after", "rotation"])
 def test_numbers_that_change_where_they_are(what: str, model: Any, plain: Any, calls: Calls) -> None:
     """Without a hook: a class that calls its layers so."""
@@ -373,6 +456,111 @@ def test_layers_are_ahead_again_with_other_weights(model: Any, calls: Calls) -> 
         calls.taken()
         mine.go_on(2)
         assert calls.taken() == (2, 0)
+
+
+def moved(linear: Any) -> None:
+    """As ``Module._apply`` does it, and others have the memory then."""
+    before = linear.weight.data
+    linear.weight.data = before.clone()
+    before.fill_(0x77)
+
+
+def test_packed_weights_that_are_elsewhere(model: Any, plain: Any, calls: Calls) -> None:
+    pytest.importorskip("bitsandbytes")
+    for each in (model, plain):
+        for layer in layers_of(each):
+            for name in ("gate_proj", "up_proj"):
+                packed = bitsandbytes_layer(getattr(layer.mlp, name), "nf4").eval()
+                serve_linear(packed)
+                setattr(layer.mlp, name, packed)
+    theirs = Text(plain).go_on(3)
+    recorded(model, context=64)
+    mine = warm(model, calls)
+    for text in (mine, theirs):
+        for layer in layers_of(text.model):
+            moved(layer.mlp.up_proj)
+        text.go_on(4)
+    mine.check(theirs)
+
+
+def test_weights_that_are_elsewhere_in_each_sweep(
+    model: Any, plain: Any, calls: Calls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where slots take turns: the layer itself, and that before it, gather others four times; those behind it do once."""
+    theirs = Text(plain).go_on(3)
+    recorded(model, context=64)
+    mine = warm(model, calls)
+    gathered: list[int] = []
+
+    def gather(modules: Any, *args: Any) -> Any:
+        gathered.append(len(modules))
+        return ahead.Ahead(modules, *args)
+
+    monkeypatch.setattr(lines, "Ahead", gather)
+    for text in (mine, theirs):
+        linear = layers_of(text.model)[1].mlp.up_proj
+        for _ in range(40):
+            linear.weight.data = linear.weight.data.clone()
+            text.go_on()
+    mine.check(theirs)
+    assert len(gathered) <= 10
+    calls.taken()
+    mine.go_on()
+    assert calls.taken() == (1, 2)
+
+
+# ----------------------------------------------------------------------------------------- what passes, and is over
+
+
+def test_what_follows_is_learned_again_after_one_miss(model: Any, plain: Any, calls: Calls) -> None:
+    theirs = Text(plain).go_on(3)
+    recorded(model, context=64)
+    mine = warm(model, calls)
+    for text in (mine, theirs):
+        with calling(text.model, 2, lambda text=text: CACHES["new values"](text.kept, 2)):
+            text.go_on()
+        text.go_on(6)
+    mine.check(theirs)
+    calls.taken()
+    mine.go_on(2)
+    assert calls.taken() == (2, 0)
+
+
+def test_misses_are_forgotten(model: Any, plain: Any, calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lines, "_LONG", 16)
+    theirs = Text(plain).go_on(3)
+    recorded(model, context=64)
+    mine = warm(model, calls)
+    for text in (mine, theirs):
+        with calling(text.model, 1, lambda text=text: CACHES["new values"](text.kept, 1)):
+            text.go_on(12)
+        text.go_on(24)
+    mine.check(theirs)
+    calls.taken()
+    mine.go_on(2)
+    assert calls.taken() == (2, 0)
+
+
+def test_a_hook_that_stays_hinders_its_layer_alone(
+    model: Any, plain: Any, calls: Calls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lines, "_LONG", 8)
+    theirs = Text(plain).go_on(3)
+    recorded(model, context=64)
+    mine = warm(model, calls)
+    handles = [layers_of(text.model)[3].mlp.register_forward_hook(anew) for text in (mine, theirs)]
+    for text in (mine, theirs):
+        text.go_on(12)
+    calls.taken()
+    mine.go_on(2).check(theirs.go_on(2))
+    assert calls.ahead == 2
+    for handle in handles:
+        handle.remove()
+    for text in (mine, theirs):
+        text.go_on(16)
+    calls.taken()
+    mine.go_on(2).check(theirs.go_on(2))
+    assert calls.taken() == (2, 0)
 
 
 class Counting(DynamicCache):

@@ -99,6 +99,23 @@ def test_what_is_picked_in_a_layer(tokens: int) -> None:
     assert twins.programs == 1
 
 
+def test_places_that_are_changed_where_they_are() -> None:
+    """To negative ones, which count from the end: nobody knows below what they are any more."""
+
+    def function(layer: Any, states: Any) -> Any:
+        rows = states.reshape(-1, WIDTH)
+        table = torch.stack([rows[0] * (number + 1) for number in range(6)])
+        places = table[:, :6].float().topk(3, dim=-1)[1]
+        places.sub_(6)
+        return states + table[places[0]].sum(0) / 64
+
+    with torch.no_grad():
+        twins = Twins(Layer(function))
+    for seed in range(3):
+        twins.check(states(1, seed))
+    assert twins.programs == 1
+
+
 def test_kernels_are_there_as_long_as_they_are_planned() -> None:
     """Threads may have compiled one at the same time, of which one alone is remembered."""
     plan = Plan(2, set())

@@ -24,7 +24,7 @@ from llm_magic.backends.accelerate.placement.expert_products import (  # noqa: E
 from llm_magic.backends.accelerate.placement.expert_stores import RamExperts  # noqa: E402
 from llm_magic.backends.accelerate.placement.experts import RoutedExperts, can_route, find_stacks  # noqa: E402
 from llm_magic.backends.accelerate.placement.plain_experts import PlainStack, is_served_experts  # noqa: E402
-from llm_magic.backends.accelerate.placement.plain_routers import is_served_router  # noqa: E402
+from llm_magic.backends.accelerate.placement.plain_routers import is_served_router, serve_plain_router  # noqa: E402
 from llm_magic.backends.accelerate.placement.served_model import serve_plain_modules  # noqa: E402
 from llm_magic.backends.accelerate.placement.stream import HostStreams  # noqa: E402
 from tests.test_packed_experts import WIDTH, _experts, routed_to  # noqa: E402
@@ -236,3 +236,27 @@ def test_linear_layers_and_others_are_no_routers() -> None:
     serve_plain_modules(model)
     names = {type(module).__name__ for module in model.modules() if is_served_router(module)}
     assert names == {"MixtralTopKRouter"}
+
+
+class ScaledRouter(torch.nn.Module):
+    """Multiplies with twice its weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(3))
+        self.weight = torch.nn.Parameter(weight.bfloat16(), requires_grad=False)
+
+    def forward(self, states: Any) -> Any:
+        weight = self.weight.float()
+        weight.mul_(2.0)
+        return torch.nn.functional.linear(states.float(), weight)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_router_that_changes_its_copy_of_a_weight(mode: Any) -> None:
+    """In inference mode nobody could tell that it did."""
+    served, usual = ScaledRouter().eval(), ScaledRouter().eval()
+    serve_plain_router(served)
+    with mode():
+        states = torch.randn(1, 64, generator=torch.Generator().manual_seed(4)).bfloat16()
+        torch.testing.assert_close(served(states), usual(states))

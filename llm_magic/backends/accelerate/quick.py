@@ -63,10 +63,11 @@ class Quick:
         self._why_not = ""
         self._warm_up: WarmUp | None = None
         self._draft: DraftModel | None = None
+        self._draft_layers: RecordedLayers | None = None
         if draft is not None:
             self._draft = DraftModel(draft, _vocabulary(placed.model), _steps_of(draft, context), context)
             if draft.device.type == "cpu" and cpu_products.is_there():
-                RecordedLayers(_layers_of(draft), Recordings(), context)
+                self._draft_layers = RecordedLayers(_layers_of(draft), Recordings(), context)
         self._draft_model, self._draft_name = draft, draft_name
         self._lookup, self._pace = PromptLookup(), Pace(clock=clock)
         self._recorded: RecordedLayers | None = None
@@ -127,8 +128,9 @@ class Quick:
 
     def rest(self) -> None:
         """After an answer, however it ended."""
-        if self._recorded:
-            self._recorded.rest()
+        for recorded in (self._recorded, self._draft_layers):
+            if recorded:
+                recorded.rest()
 
     def tensors(self) -> Iterator[Any]:
         """KV caches at fixed addresses, and the draft model's."""

@@ -74,12 +74,12 @@ def _mode() -> Any:
                 return outputs
             result = function(*args, **more)
             if function in conversions and _is_copy(result, args[0]):
-                self._copies[id(result)] = result, args[0], _version(result)
+                self._copies[id(result)] = result, args[0], result._version
             return result
 
         def _products(self, input: Any, weight: Any, bias: Any = None) -> Any:  # noqa: A002 - torch's name
             copy, parameter, version = self._copies.get(id(weight), (weight, weight, -1))
-            if copy is weight and parameter is not weight and version != _version(weight):
+            if copy is weight and parameter is not weight and version != weight._version:
                 return None  # somebody has changed it
             return _router_products(input, parameter, bias, is_wide=parameter is not weight)
 
@@ -99,11 +99,6 @@ def few_largest(values: Any, count: int) -> Largest:
     return Largest(ordered[..., :count].contiguous(), places[..., :count].contiguous())
 
 
-def _version(tensor: Any) -> int:
-    """How often it was changed where it is, as far as that is known."""
-    return 0 if tensor.is_inference() else int(tensor._version)
-
-
 def _largest(
     input: Any,  # noqa: A002 - torch's names, here and below
     k: int,
@@ -120,10 +115,11 @@ def _largest(
 
 
 def _is_copy(result: Any, of: Any) -> bool:
-    """Whether it is a parameter in float32."""
+    """Whether it is a parameter in float32. Whether one of inference mode is changed nobody could tell."""
     import torch
 
-    return type(of) is torch.nn.Parameter and type(result) is torch.Tensor and result.dtype == torch.float32
+    is_plain = type(of) is torch.nn.Parameter and type(result) is torch.Tensor
+    return is_plain and result.dtype == torch.float32 and not result.is_inference()
 
 
 def _router_products(states: Any, weight: Any, bias: Any, *, is_wide: bool) -> Any:

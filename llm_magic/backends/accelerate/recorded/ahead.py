@@ -4,6 +4,9 @@ Between two kernels of a layer nothing of Python happens; between two layers it 
 than the layers themselves. A model's code gives each layer what the one before it has returned, and else the same as
 that. Where it was seen to do so, the first of some layers has all of them computed. What a layer does to the KV cache
 waits until it is called; if it is called with something else, or not at all, it is as if nothing had been computed.
+
+What code between two layers of a sweep does to modules behind it counts from the next sweep on. What it does to states
+and to the KV cache counts at once; in inference mode nobody could tell, so nothing is computed ahead there.
 """
 
 from __future__ import annotations
@@ -23,6 +26,22 @@ from llm_magic.backends.accelerate.recorded.guard import Guard
 from llm_magic.backends.accelerate.recorded.plan import Words
 
 
+class _Kept(NamedTuple):
+    """What the KV cache has of a layer, and how often that was changed where it is."""
+
+    keys: Any
+    values: Any
+    versions: tuple[int, int]
+
+    @staticmethod
+    def of(layer: Any) -> _Kept:
+        return _Kept(layer.keys, layer.values, (_version(layer.keys), _version(layer.values)))
+
+    def is_in(self, layer: Any) -> bool:
+        keys, outs = layer.keys, layer.values
+        return keys is self.keys and outs is self.values and (_version(keys), _version(outs)) == self.versions
+
+
 class Ready(NamedTuple):
     """What a layer has computed before it was asked.
 
@@ -34,8 +53,8 @@ class Ready(NamedTuple):
         What it returns.
     chain, told
         What the KV cache is to keep.
-    before
-        What that has had: keys.
+    kept
+        What that has had.
     thread
         That has computed it.
     """
@@ -45,7 +64,7 @@ class Ready(NamedTuple):
     result: Any
     chain: Chain
     told: Told | None
-    before: Any
+    kept: _Kept | None
     thread: int
 
     def is_for(self, leaves: Sequence[Any]) -> bool:
@@ -53,7 +72,10 @@ class Ready(NamedTuple):
         is_same = len(leaves) == len(self.leaves) and all(map(is_, leaves, self.leaves))
         if not is_same or tuple(map(_version, leaves)) != self.versions:
             return False
-        return self.told is None or self.told.layer.keys is self.before
+        if self.told is None or self.chain.attention is None:
+            return True
+        layer = self.chain.attention.layer(leaves)
+        return layer is self.told.layer and self.kept is not None and self.kept.is_in(layer)
 
     def keep(self) -> Any:
         """Have the KV cache keep it; the result."""
@@ -64,13 +86,23 @@ class Ready(NamedTuple):
 
 
 class Attributes:
-    """Attributes of modules, and what of them was known when they were looked at; of parameters also what they were."""
+    """Attributes of modules, and what of them was known when they were looked at; of parameters also what they were.
 
-    def __init__(self, places: Sequence[tuple[dict[str, Any], str]]) -> None:
+    Parameters
+    ----------
+    places
+        Where they are held, and their names there.
+    tensors
+        More of them, that parameters are made of.
+    """
+
+    def __init__(self, places: Sequence[tuple[dict[str, Any], str]], tensors: Sequence[Any] = ()) -> None:
         self._held = [held for held, _ in places]
         self._names = [name for _, name in places]
         self._tensors = self._now()
         self._plain = [tensor for tensor in self._tensors if type(tensor) in _plain_kinds()]
+        known = set(map(id, self._plain))
+        self._plain += [tensor for tensor in tensors if id(tensor) not in known]
         self._before = self._looks()
 
     def are_as_they_were(self) -> bool:
@@ -130,23 +162,29 @@ class Ahead:
     def __init__(self, modules: Sequence[Any], bounds: Sequence[Bound], room: Room) -> None:
         self._members, self._room = list(map(_member, bounds)), room
         self._guard = Guard(*modules, sees_own_hooks=True)
-        places = [place for bound in bounds for place in bound.places]
-        places += [(vars(module), name) for module in modules for name in ("forward", "_old_forward")]
-        self._attributes = Attributes(places)
+        packed = [weights for member in self._members for weights in member.weighed.weights]
+        parts = [part for of in packed for part in (of.data, of.scales, of.shifts) if part is not None]
+        self._weights = Attributes([place for bound in bounds for place in bound.places], parts)
+        forwards = [(vars(module), name) for module in modules for name in ("forward", "_old_forward")]
+        self._forwards = Attributes(forwards)
         self._list: tuple[list[Words], Any] = [], None
 
     @property
     def is_current(self) -> bool:
-        """Whether parameters and their numbers are where they were."""
-        return self._attributes.are_as_they_were()
+        """Whether weights and their numbers are where they were."""
+        return self._weights.are_as_they_were()
 
     @property
     def is_as_it_was(self) -> bool:
         """Whether modules are what they were, and nobody is to see what comes between layers."""
-        return self._guard.is_as_it_was()
+        return self._forwards.are_as_they_were() and self._guard.is_as_it_was()
 
     def run(self, leaves: Sequence[Any]) -> list[Ready] | None:
         """What all of them make, of the arguments of the first one; ``None`` where one of them is no case for kernels."""
+        import torch
+
+        if torch.is_inference_mode_enabled():
+            return None
         held = [member.bound.values(leaves) for member in self._members]
         cases = []
         for member, values in zip(self._members, held, strict=True):  # before anything is another one
@@ -170,8 +208,8 @@ class Ahead:
             chain.make(member.weighed, told, values)
             words.append(member.words_for(told))
             result = bound.result(values)
-            before = None if told is None else told.layer.keys
-            found.append(Ready(leaves, tuple(versions), result, chain, told, before, get_ident()))
+            kept = None if told is None else _Kept.of(told.layer)
+            found.append(Ready(leaves, tuple(versions), result, chain, told, kept, get_ident()))
         room = self._room.take(max(each.size for each in words))
         records = taken_room(max(ready.told.call.room if ready.told else 0 for ready in found))
         for each, ready, values in zip(words, found, held, strict=True):

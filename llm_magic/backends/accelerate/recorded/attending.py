@@ -118,7 +118,7 @@ class Attention:
 
     def case(self, values: Values) -> Case | None:
         """What a sweep has for the kernels; ``None`` where they do not take it. Nothing is another one for it."""
-        layer = growing_layer(values[-1][self._cache.number], self._modules[0].layer_idx)
+        layer = self.layer(values[-1])
         if layer is None or self._now() is not self._function:
             return None
         mask = None if self._mask is None else shown(self._mask, values)
@@ -127,6 +127,10 @@ class Attention:
             return None
         kind = self._kind(layer, mask)
         return Case(layer, mask, more) if kind is not None and self._fits(kind, layer, mask) else None
+
+    def layer(self, leaves: Sequence[Any]) -> Any:
+        """Of the cache among a layer's arguments; ``None`` where that is no such one."""
+        return growing_layer(leaves[self._cache.number], self._modules[0].layer_idx)
 
     def told(self, case: Case) -> Told | None:
         """What the kernels are told of it. What the sweep has is still to be copied, and until then the cache is as it was."""

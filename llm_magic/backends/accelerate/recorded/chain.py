@@ -132,7 +132,7 @@ class Weighed(NamedTuple):
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """What words depend on, while this is there."""
+        """What words depend on, while products are there."""
         return *map(id, self.products), *self.have_bias
 
 
@@ -165,7 +165,7 @@ class Chain:
         self.attention = next((member for member in members if isinstance(member, Attention)), None)
         self.linears = [member for member in members if isinstance(member, Linears)]
         self.has_states = any(isinstance(member, StateStep) for member in members)
-        self._kept: dict[tuple[Any, ...], tuple[Weighed, list[Words]]] = {}
+        self._kept: dict[tuple[Any, ...], tuple[list[Products], list[Words]]] = {}
         with preparing():
             in_turn()
 
@@ -184,7 +184,7 @@ class Chain:
                 for step in self._rest:
                     step(values)
                 return
-        kept = self._kept.setdefault((*weighed.key, told and told.key), (weighed, []))[1]
+        kept = self._kept.setdefault((*weighed.key, told and told.key), (weighed.products, []))[1]
         try:
             words = kept.pop()  # nobody else has it then
         except IndexError:

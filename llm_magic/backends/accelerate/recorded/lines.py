@@ -15,14 +15,26 @@ _MOST_BYTES = 256 << 20
 _FEWEST = 2
 """Layers in one call."""
 _TRIES = 4
-"""How often a layer computes others that are called with something else then."""
+"""How often a layer computes others that are called with something else then, or finds their weights elsewhere at once."""
 _LONG = 64
-"""Sweeps after which that is forgotten."""
+"""Sweeps after which that is forgotten, and what else kept layers from being computed before they are called."""
 
 
 class _Group(NamedTuple):
-    ahead: Ahead
+    """Layers in one call; ``ahead`` is ``None`` where there are too few.
+
+    ``is_cut``: there would be more, were all of them as they are at most times. ``since``: its first sweep.
+    """
+
+    ahead: Ahead | None
     lines: list[Line]
+    is_cut: bool
+    since: int
+
+    @property
+    def is_hindered(self) -> bool:
+        """Whether something keeps it from what it can be."""
+        return self.is_cut or (self.ahead is not None and not self.ahead.is_as_it_was)
 
 
 class Line:
@@ -47,9 +59,9 @@ class Line:
         self._ready: Ready | None = None
         self._last: tuple[Any, ...] = ()
         self._follows: set[Any] = set()
-        self._groups: dict[Any, _Group | None] = {}
+        self._groups: dict[Any, _Group] = {}
         self._inside: dict[Any, Line] = {}
-        self._tries, self._well = _TRIES, 0
+        self._tries, self._sweeps = _TRIES, 0
         self._lock = threading.Lock()
 
     def follow_with(self, line: Line) -> None:
@@ -98,15 +110,17 @@ class Line:
 
     def _run_ahead(self, key: Any, leaves: Sequence[Any]) -> Any:
         """What it returns, with those that follow; ``None`` where it is computed alone."""
-        if key in self._inside or self._tries <= 0 or not self._lock.acquire(blocking=False):
+        if key in self._inside:
+            return None
+        self._count()
+        if self._tries <= 0 or not self._lock.acquire(blocking=False):
             return None  # or another thread does
         try:
-            if key not in self._groups:
-                self._groups[key] = self._gathered(key, leaves)
-            group = self._groups[key]
-            if group is None or not group.ahead.is_as_it_was:
+            group = self._groups.get(key) or self._gathered(key, leaves)
+            if group.ahead is None or not group.ahead.is_as_it_was:
                 return None
             if not group.ahead.is_current:
+                self._tries -= self._sweeps <= group.since + 1
                 self._disband(key)
                 return None
             found = group.ahead.run(leaves)
@@ -114,19 +128,24 @@ class Line:
             self._lock.release()
         if found is None:
             return None
-        self._have_gone_well()
         for line, ready in zip(group.lines[1:], found[1:], strict=True):
             line._ready = ready
+        group.lines[-1]._last = key, id(found[-1].result), *map(id, leaves[1:])
         return found[0].keep()
 
-    def _gathered(self, key: Any, leaves: Sequence[Any]) -> _Group | None:
+    def _gathered(self, key: Any, leaves: Sequence[Any]) -> _Group:
         lines = list(self._with_those_that_follow(key, leaves))
-        if len(lines) < _FEWEST:
-            return None
-        bounds = [bound for line in lines if (bound := line._bounds[key])]
-        for line in lines[1:]:
-            line._inside[key] = self
-        return _Group(Ahead([line._module for line in lines], bounds, self._room), lines)
+        behind = lines[-1]._next if lines else self
+        would_be = behind is not None and (behind is self or key in behind._follows)
+        is_cut = would_be and behind is not None and not behind._may_be_ahead()
+        ahead = None
+        if len(lines) >= _FEWEST:
+            bounds = [bound for line in lines if (bound := line._bounds[key])]
+            ahead = Ahead([line._module for line in lines], bounds, self._room)
+            for line in lines[1:]:
+                line._inside[key] = self
+        group = self._groups[key] = _Group(ahead, lines, is_cut, self._sweeps)
+        return group
 
     def _disband(self, key: Any) -> None:
         """Let every layer be computed when it is called, in sweeps of a kind, until it is tried again."""
@@ -134,11 +153,13 @@ class Line:
         for line in group.lines[1:] if group else ():
             line._inside.pop(key, None)
 
-    def _have_gone_well(self) -> None:
-        """What has gone wrong for a while was passing."""
-        self._well += 1
-        if self._well % _LONG == 0:
+    def _count(self) -> None:
+        """What has gone wrong, or was in the way, for a while was passing."""
+        self._sweeps += 1
+        if self._sweeps % _LONG == 0:
             self._tries = _TRIES
+            for key in [key for key, group in list(self._groups.items()) if group.is_hindered]:
+                self._disband(key)
 
     def _with_those_that_follow(self, key: Any, leaves: Sequence[Any]) -> Iterator[Line]:
         line: Line | None = self

@@ -60,6 +60,8 @@ def limits_of(nodes: Sequence[Node]) -> dict[int, int]:
     """By base, below what the places are that operations find."""
     found: dict[int, int] = {}
     for node in nodes:
+        if node.changes is not None:
+            found.pop(node.changes, None)
         if node.name is few_largest:
             found[node.outputs[1].base] = node.args[0].shape[-1]
         elif str(node.name) == "aten.topk.default":
