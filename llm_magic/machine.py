@@ -11,6 +11,9 @@ from typing import Literal
 
 DeviceKind = Literal["gpu", "cpu", "disk", "npu"]
 
+PACKED_KINDS = ("mxfp4", "int8", "float8")
+"""Kinds of packed weights whose speed is measured: codes of 4 bits, and bytes that become numbers in two ways."""
+
 
 @dataclass(frozen=True)
 class Device:
@@ -32,6 +35,8 @@ class Device:
         Seconds that one decoder layer takes for a token beyond the read of its weights. 0 when unknown.
     beside_bytes_per_s
         Of the CPU: how fast it reads while copies to the GPUs run, whose driver takes cores. 0 when unknown.
+    packed
+        Of the CPU: (one of `PACKED_KINDS`, bytes of such weights per second that it multiplies with a token).
     unified
         Whether GPU and CPU share this memory, so that "offloading to RAM" frees nothing.
     measured_on
@@ -62,6 +67,7 @@ class Device:
     flops: float = 0.0
     layer_s: float = 0.0
     beside_bytes_per_s: float = 0.0
+    packed: tuple[tuple[str, float], ...] = ()
     unified: bool = False
     measured_on: str = ""
     other_bytes: int = 0

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from llm_magic.backends.accelerate import devices, layer_time
+from llm_magic.machine import PACKED_KINDS
 
 
 def test_without_measuring_there_are_only_gpus_and_no_speeds():
@@ -29,6 +30,7 @@ def test_measuring_gives_the_cpu_its_speed_and_every_gpu_its_links(monkeypatch):
     assert cpu.read_bytes_per_s > 1e8
     assert cpu.flops > 1e8
     assert cpu.layer_s > 1e-5
+    assert {kind: speed > 1e7 for kind, speed in cpu.packed} == dict.fromkeys(PACKED_KINDS, True)
     assert cpu.measured_on
     assert "bf16" in cpu.method
     assert cpu.capability

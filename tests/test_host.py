@@ -297,6 +297,20 @@ def test_cpu_of_this_computer():
     assert processors.cpu_cores() >= 1
 
 
+def test_last_caches_of_a_cpu_are_counted_once_for_who_shares_them(tmp_path):
+    """Two chiplets, each with a cache of 32 MiB for its two cores."""
+    for cpu in range(4):
+        folder = f"sys/devices/system/cpu/cpu{cpu}/cache"
+        shared = "0-1" if cpu < 2 else "2-3"
+        for index, (level, size, sharers) in enumerate(
+            [("1", "32K", cpu), ("2", "1024K", cpu), ("3", "32768K", shared)]
+        ):
+            text = {"level": level, "size": size, "shared_cpu_list": str(sharers)}
+            tree(tmp_path, {f"{folder}/index{index}/{name}": f"{value}\n" for name, value in text.items()})
+    assert processors.cpu_cache_bytes(tmp_path) == 64 * MIB
+    assert processors.cpu_cache_bytes(tmp_path / "nothing") == 0
+
+
 def test_npus_by_their_drivers(tmp_path):
     for number, driver in enumerate(("intel_vpu", "amdxdna", "brand_new")):
         device = tmp_path / f"sys/class/accel/accel{number}/device"

@@ -9,7 +9,7 @@ import pytest
 from llm_magic.machine import Device, Link, Machine
 from llm_magic.model import ModelLayout
 from llm_magic.plan import Placement, Plan, Workload
-from llm_magic.planning.packed import GUEST_PASSES, kernel_of, share_of
+from llm_magic.planning.packed import GUEST_PASSES, Kernel, kernel_of, share_of
 from llm_magic.planning.planner import make_plan
 from llm_magic.planning.sweep import block_sweep
 from llm_magic.units import GIB
@@ -55,6 +55,23 @@ def test_more_threads_get_through_more_until_ram_gives_no_more() -> None:
     uncounted = share_of(kernel, replace(RAM, threads=0))
     assert one < uncounted <= many
     assert share_of(kernel, replace(RAM, read_bytes_per_s=0)) > 0
+
+
+def test_speeds_that_were_measured_count_before_those_of_the_table() -> None:
+    """Threads of one core: a quarter of what the table has for 4 bits, half of it for 8."""
+    cpu = replace(RAM, threads=2, capability="avx512_bf16", packed=(("mxfp4", 8e9), ("int8", 18e9)))
+    read = cpu.read_bytes_per_s
+    shares = {method: share_of(Kernel(method), cpu) for method in ("mxfp4", "nf4", "int2", "int8", "float8")}
+    assert shares == {
+        "mxfp4": pytest.approx(8e9 / read),
+        "nf4": pytest.approx(9e9 / read),
+        "int2": pytest.approx(1.8e9 / read),
+        "int8": pytest.approx(18e9 / read),
+        "float8": pytest.approx(36e9 / read),
+    }
+    libraries = Kernel("nf4", is_compiled=False)
+    assert share_of(libraries, cpu) == share_of(libraries, replace(cpu, packed=()))
+    assert share_of(Kernel("int8"), replace(cpu, packed=(("int8", 1e12),))) < 1
 
 
 def test_a_plan_says_what_is_missing_where_the_cpu_computes() -> None:

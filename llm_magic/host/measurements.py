@@ -31,7 +31,7 @@ from llm_magic.host.processors import cpu_cores, cpu_name
 from llm_magic.machine import Machine
 
 ROOT = Path("/")
-VERSION = 3
+VERSION = 4
 _MACHINES_KEPT = 16
 _FITS_KEPT = 64
 _VISIBILITY = (

@@ -43,7 +43,13 @@ from llm_magic.machine import Device, Link, Machine
 __all__ = ["Accelerators", "machine_from_json", "machine_to_json", "probe_machine", "read_machine"]
 
 Accelerators = Callable[[bool], tuple[tuple[Device, ...], tuple[Link, ...]]]
-_SPEEDS = {"read_bytes_per_s": "read", "flops": "flops", "layer_s": "", "beside_bytes_per_s": ""}
+_SPEEDS = {
+    "read_bytes_per_s": "read",
+    "flops": "flops",
+    "layer_s": "",
+    "beside_bytes_per_s": "",
+    "packed": "",
+}
 """What is measured of a device, and its mark where it is assumed."""
 
 
@@ -194,6 +200,7 @@ def _cpu(memory: Memory, speed: Device | None) -> Device:
         flops=speed.flops,
         layer_s=speed.layer_s,
         beside_bytes_per_s=speed.beside_bytes_per_s,
+        packed=speed.packed,
         measured_on=speed.measured_on,
         method=speed.method,
         capability=speed.capability,

@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING, Any
 from llm_magic.backends.accelerate.beside import rates_together
 from llm_magic.backends.accelerate.layer_time import layer_overhead_s
 from llm_magic.backends.accelerate.memory_errors import release_memory
+from llm_magic.backends.accelerate.packed_time import packed_speeds
 from llm_magic.backends.accelerate.placement.served_model import serve_plain_modules
 from llm_magic.host.memory import host_memory
-from llm_magic.host.processors import cpu_name
+from llm_magic.host.processors import cpu_cache_bytes, cpu_name
 from llm_magic.host.speed import best_of, thread_words
 from llm_magic.machine import Device, Link
 from llm_magic.units import MIB
@@ -36,6 +37,7 @@ _CPU_BUDGET_S, _GPU_BUDGET_S, _LINK_BUDGET_S, _BESIDE_BUDGET_S = 0.25, 0.1, 0.05
 _COLUMNS = 8192  # of the matrices: as wide as the layers of a model of 30B parameters or more
 _PREFILL_TOKENS = 256
 _TOO_LITTLE_BYTES = 128 * MIB
+_LARGEST_BYTES = 1024 * MIB  # of a matrix
 _MANY_CACHES = 4  # times a cache: what is read is then hardly in it
 
 
@@ -158,7 +160,12 @@ def _measured(torch: Any, device: Device, budget_s: float, *, others: Sequence[D
         read = _or_nothing(lambda: _read_speed(torch, device, budget_s))
         flops = _or_nothing(lambda: _flops(torch, device.id, budget_s))
         finish = _finished(torch, device.id, lambda: None)
-        layer_s = layer_overhead_s(device.id, read, finish, budget_s, are_ahead=not others)
+        reads = (
+            (lambda size: _product_speed(torch, device.id, size, budget_s))
+            if device.id == "cpu"
+            else lambda _: read
+        )
+        layer_s = layer_overhead_s(device.id, reads, finish, budget_s, are_ahead=not others)
     if not (read or flops):
         return device
     threads = f", {thread_words(torch.get_num_threads())}" if device.id == "cpu" else ""
@@ -167,6 +174,7 @@ def _measured(torch: Any, device: Device, budget_s: float, *, others: Sequence[D
         read_bytes_per_s=read,
         flops=flops,
         layer_s=layer_s,
+        packed=packed_speeds(budget_s / 2) if device.id == "cpu" else (),
         measured_on=_today(),
         method=f"bf16 matrix products{threads}",
     )
@@ -190,13 +198,22 @@ def _or_nothing(measure: Callable[[], float]) -> float:
 
 def _read_speed(torch: Any, device: Device, budget_s: float) -> float:
     """Bytes per second of a matrix-vector product; 0 where only its cache could be measured."""
-    size = min(256 * MIB, device.free_bytes // 4)
-    if device.id != "cpu":
-        size = min(1024 * MIB, device.free_bytes // 2)
+    if device.id == "cpu":
+        return _product_speed(torch, "cpu", _cpu_bytes(device), budget_s)
+    size = min(_LARGEST_BYTES, device.free_bytes // 2)
     if size < _MANY_CACHES * _cache_bytes(torch, device.id):
         return 0.0
-    product, count = _product(torch, device.id, size)
-    return count / best_of(_finished(torch, device.id, product), budget_s)
+    return _product_speed(torch, device.id, size, budget_s)
+
+
+def _cpu_bytes(cpu: Device) -> int:
+    """What to read for the speed of the RAM: more than its caches hold, of which a model has next to nothing."""
+    return min(max(256 * MIB, min(2 * cpu_cache_bytes(), _LARGEST_BYTES)), cpu.free_bytes // 4)
+
+
+def _product_speed(torch: Any, device_id: str, size: int, budget_s: float) -> float:
+    product, count = _product(torch, device_id, size)
+    return count / best_of(_finished(torch, device_id, product), budget_s)
 
 
 def _cache_bytes(torch: Any, device_id: str) -> int:
@@ -269,7 +286,7 @@ def _together(torch: Any, cpu: Device, links: tuple[Link, ...]) -> tuple[Device,
         return cpu, links
     try:
         with torch.inference_mode():
-            product, count = _product(torch, "cpu", min(256 * MIB, cpu.free_bytes // 4))
+            product, count = _product(torch, "cpu", _cpu_bytes(cpu))
             read, sent = rates_together(product, count, gpus, _BESIDE_BUDGET_S)
     except RuntimeError:  # out of memory
         return cpu, links

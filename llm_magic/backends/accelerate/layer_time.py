@@ -26,7 +26,7 @@ _OWN_SHARE = 0.9  # of a second that one thread works: less, and others have the
 
 def layer_overhead_s(
     device_id: str,
-    read_bytes_per_s: float,
+    reads: Callable[[int], float],
     finish: Callable[[], object],
     budget_s: float,
     *,
@@ -36,8 +36,9 @@ def layer_overhead_s(
 
     Parameters
     ----------
-    read_bytes_per_s
-        How fast the device reads weights.
+    reads
+        How fast the device reads that many bytes of weights over and over, in bytes per second: a part of what the
+        layers have may lie in a cache. 0: nobody knows.
     finish
         Returns when the device has done what it was given.
     budget_s
@@ -75,10 +76,11 @@ def layer_overhead_s(
             return 0.0
     except Exception:  # whatever is not there: forecasts can do without
         return 0.0
-    if not read_bytes_per_s or seconds > _BUSY_S:
+    if seconds > _BUSY_S:
         return 0.0
-    size: int = sum(parameter.nbytes for parameter in model.model.layers[0].parameters())
-    return max(0.0, seconds - size / read_bytes_per_s)
+    size: int = sum(parameter.nbytes for parameter in model.model.layers.parameters())
+    speed = reads(size)
+    return max(0.0, seconds - size / LAYERS / speed) if speed else 0.0
 
 
 def _narrow_model(device_id: str) -> Any:
