@@ -33,6 +33,9 @@ class Device:
         Dense bf16 operations per second, for the prefill forecast. 0 when unknown.
     layer_s
         Seconds that one decoder layer takes for a token beyond the read of its weights. 0 when unknown.
+    state_s
+        Of the CPU: seconds that one decoder layer takes in a prompt for each number of a token's state beyond its
+        matrix products: norms, rotations, activations, attention. 0 when unknown.
     beside_bytes_per_s
         Of the CPU: how fast it reads while copies to the GPUs run, whose driver takes cores. 0 when unknown.
     packed
@@ -68,6 +71,7 @@ class Device:
     layer_s: float = 0.0
     beside_bytes_per_s: float = 0.0
     packed: tuple[tuple[str, float], ...] = ()
+    state_s: float = 0.0
     unified: bool = False
     measured_on: str = ""
     other_bytes: int = 0

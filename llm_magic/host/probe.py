@@ -47,6 +47,7 @@ _SPEEDS = {
     "read_bytes_per_s": "read",
     "flops": "flops",
     "layer_s": "",
+    "state_s": "",
     "beside_bytes_per_s": "",
     "packed": "",
 }
@@ -201,6 +202,7 @@ def _cpu(memory: Memory, speed: Device | None) -> Device:
         layer_s=speed.layer_s,
         beside_bytes_per_s=speed.beside_bytes_per_s,
         packed=speed.packed,
+        state_s=speed.state_s,
         measured_on=speed.measured_on,
         method=speed.method,
         capability=speed.capability,

@@ -82,7 +82,8 @@ class Sweep:
     of which ``routed`` are known to be needed only when the block runs; ``staged``: GPU -> bytes of them that are
     copied to or from pinned buffers in RAM on the way; ``layers``: device -> layers;
     ``splits``: device -> layers of which it computes the experts alone; ``experts``: device -> those that a GPU's host
-    launches one after the other, of which one that comes alone counts several times; ``flops``: device -> operations.
+    launches one after the other, of which one that comes alone counts several times; ``flops``: device -> operations;
+    ``states``: device -> numbers of the tokens' states that go through layers.
     """
 
     reads: Counter[str] = field(default_factory=Counter)
@@ -97,6 +98,7 @@ class Sweep:
     splits: Counter[str] = field(default_factory=Counter)
     experts: Counter[str] = field(default_factory=Counter)
     flops: Counter[str] = field(default_factory=Counter)
+    states: Counter[str] = field(default_factory=Counter)
 
     def add(self, other: Sweep, times: int = 1) -> None:
         """Count another one in, some times; negative: take it out."""
@@ -176,6 +178,7 @@ def block_sweep(
     if device != "cpu" and tokens > 1:
         part.experts[device] = _launched_experts(layout, workload, place, tokens=tokens)
     part.flops[device] = _flops(block, layout, tokens, cached) * workload.batch
+    part.states[device] = is_layer * tokens * workload.batch * layout.hidden_size
     if source != device:
         part.moves[source, device] = _moved_bytes(block, layout, workload, tokens)
         part.routed[source, device] = _routed_bytes(block, workload, tokens)
@@ -326,10 +329,10 @@ def _reading(device: str, sweep: Sweep, engine: Engine) -> Leg:
 
 
 def _multiplying(device: str, sweep: Sweep, engine: Engine) -> Leg:
-    """The matrix products of a prefill."""
-    name = "cpu_prefill" if device == "cpu" else "gpu_prefill"
-    speed = engine.machine.device(device).flops * getattr(engine.constants, name)
-    return Leg(f"matrix products on {device}", sweep.flops[device] / speed, name)
+    """The matrix products of a prefill, and on a CPU what layers make of states beside them, one after the other."""
+    name, its = "cpu_prefill" if device == "cpu" else "gpu_prefill", engine.machine.device(device)
+    spent = sweep.flops[device] / its.flops + sweep.states[device] * its.state_s
+    return Leg(f"matrix products on {device}", spent / getattr(engine.constants, name), name)
 
 
 def _launching(device: str, sweep: Sweep, engine: Engine, *, is_prefill: bool) -> Leg:

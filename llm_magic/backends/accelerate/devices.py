@@ -19,7 +19,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from llm_magic.backends.accelerate.beside import rates_together
-from llm_magic.backends.accelerate.layer_time import layer_overhead_s
+from llm_magic.backends.accelerate.layer_time import layer_times
 from llm_magic.backends.accelerate.memory_errors import release_memory
 from llm_magic.backends.accelerate.packed_time import packed_speeds
 from llm_magic.backends.accelerate.placement.served_model import serve_plain_modules
@@ -156,25 +156,24 @@ def _measured(torch: Any, device: Device, budget_s: float, *, others: Sequence[D
     """
     if device.free_bytes < _TOO_LITTLE_BYTES:
         return device
-    with torch.inference_mode():
+    is_cpu = device.id == "cpu"
+    with torch.no_grad():
         read = _or_nothing(lambda: _read_speed(torch, device, budget_s))
         flops = _or_nothing(lambda: _flops(torch, device.id, budget_s))
         finish = _finished(torch, device.id, lambda: None)
-        reads = (
-            (lambda size: _product_speed(torch, device.id, size, budget_s))
-            if device.id == "cpu"
-            else lambda _: read
-        )
-        layer_s = layer_overhead_s(device.id, reads, finish, budget_s, are_ahead=not others)
+        again = (lambda size: _product_speed(torch, "cpu", size, budget_s)) if is_cpu else (lambda _: read)
+        took = layer_times(device.id, again, flops, finish, budget_s, are_ahead=not others)
+        packed = packed_speeds(budget_s / 2) if is_cpu else ()
     if not (read or flops):
         return device
-    threads = f", {thread_words(torch.get_num_threads())}" if device.id == "cpu" else ""
+    threads = f", {thread_words(torch.get_num_threads())}" if is_cpu else ""
     return replace(
         device,
         read_bytes_per_s=read,
         flops=flops,
-        layer_s=layer_s,
-        packed=packed_speeds(budget_s / 2) if device.id == "cpu" else (),
+        layer_s=took.layer_s,
+        state_s=took.state_s,
+        packed=packed,
         measured_on=_today(),
         method=f"bf16 matrix products{threads}",
     )

@@ -1,4 +1,4 @@
-"""What a decoder layer takes beyond the read of its weights: Python, launches, threads that wait for each other.
+"""What a decoder layer takes beyond the read of its weights, and in a prompt beyond its products: Python, launches, norms.
 
 It is measured with layers of transformers, on the device: narrow ones, in which that is most of the time.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from llm_magic.backends.accelerate.decoding.attention import use_on_cpu, without_plans
 from llm_magic.backends.accelerate.decoding.cache_argument import cache_name
@@ -16,29 +16,53 @@ from llm_magic.backends.accelerate.placement.served_model import serve_plain_mod
 from llm_magic.host.speed import median_of
 
 LAYERS = 20
-WIDTH = 576  # 7 MB a layer in bf16, 142 MB together: more than most caches of a processor hold
-_PROMPT, _CONTEXT = 32, 1024  # tokens
+WIDTH = 576  # 7 MB a layer in bf16, 142 MB together: more than a core's own caches hold
+_INNER = WIDTH * 8 // 3
+_KV_WIDTH = WIDTH // 3
+_FIRST, _CONTEXT = 32, 1024  # tokens
+_PROMPT, _PROMPT_LAYERS = (
+    512,
+    5,
+)  # tokens, for which products are as quick as for more; and layers that read them
 _UNLIKE_THE_REST = 3  # sweeps: they compile kernels, and find out which layers follow which
 _TOO_LONG = 8  # times the budget, for a first sweep: the device is busy with something else
 _BUSY_S = 10e-3  # so is one that takes longer for a layer
 _OWN_SHARE = 0.9  # of a second that one thread works: less, and others have the processor
 
 
-def layer_overhead_s(
+class LayerTimes(NamedTuple):
+    """What was measured; 0 where it cannot be now.
+
+    Attributes
+    ----------
+    layer_s
+        Seconds of a layer for one token, less those of reading it.
+    state_s
+        Seconds of a layer of the CPU for each number of a token's state in a prompt, less those of matrix products.
+    """
+
+    layer_s: float = 0.0
+    state_s: float = 0.0
+
+
+def layer_times(
     device_id: str,
     reads: Callable[[int], float],
+    flops: float,
     finish: Callable[[], object],
     budget_s: float,
     *,
     are_ahead: bool = False,
-) -> float:
-    """Seconds of one layer for one token, less those of reading it; 0 when it cannot be measured now.
+) -> LayerTimes:
+    """Measure layers. Whatever is not there, forecasts can do without.
 
     Parameters
     ----------
     reads
         How fast the device reads that many bytes of weights over and over, in bytes per second: a part of what the
         layers have may lie in a cache. 0: nobody knows.
+    flops
+        Operations per second of matrix products, as in a prompt.
     finish
         Returns when the device has done what it was given.
     budget_s
@@ -46,41 +70,75 @@ def layer_overhead_s(
     are_ahead
         Whether layers of the CPU may be computed before they are called.
     """
-    import torch
-
     try:
-        model = _narrow_model(device_id)
-        name, cache, ids = (
-            cache_name(model),
-            _new_cache(model),
-            torch.zeros(1, _PROMPT, dtype=torch.long, device=device_id),
-        )
+        layers = _Layers(device_id, finish)
+        if layers.seconds_of_first() > _TOO_LONG * budget_s:
+            return LayerTimes()
+        state_s = layers.state_s(flops, budget_s) if device_id == "cpu" and flops else 0.0
+        return LayerTimes(layers.layer_s(reads, budget_s, are_ahead=are_ahead), state_s)
+    except Exception:
+        return LayerTimes()
 
-        def sweep(tokens: Any) -> None:
-            with without_plans():
-                model(tokens, use_cache=True, **{name: cache})
-            finish()
 
+class _Layers:
+    """A model of narrow layers, and a text for it."""
+
+    def __init__(self, device_id: str, finish: Callable[[], object]) -> None:
+        self._model = _narrow_model(device_id)
+        self._cache_name = cache_name(self._model)
+        self._device_id, self._finish = device_id, finish
+        self._cache = self._new_cache()
+
+    def seconds_of_first(self) -> float:
+        """Of a short prompt."""
         began = time.perf_counter()
-        sweep(ids)
-        if time.perf_counter() - began > _TOO_LONG * budget_s:
-            return 0.0
-        if device_id == "cpu" and cpu_products.is_there():
-            _record(model, are_ahead=are_ahead)
+        self._sweep(_FIRST)
+        return time.perf_counter() - began
+
+    def state_s(self, flops: float, budget_s: float) -> float:
+        """See `LayerTimes`."""
+
+        def prompt() -> None:
+            self._cache = self._new_cache()
+            self._sweep(_PROMPT)
+
+        config, text = self._model.config, self._cache
+        config.num_hidden_layers = _PROMPT_LAYERS
+        try:
+            seconds = median_of(prompt, budget_s / 2) / _PROMPT_LAYERS
+        finally:
+            config.num_hidden_layers, self._cache = LAYERS, text
+        weights = WIDTH * (2 * (WIDTH + _KV_WIDTH) + 3 * _INNER)
+        return max(0.0, seconds - 2 * weights * _PROMPT / flops) / (_PROMPT * WIDTH)
+
+    def layer_s(self, reads: Callable[[int], float], budget_s: float, *, are_ahead: bool) -> float:
+        """See `LayerTimes`."""
+        is_cpu = self._device_id == "cpu"
+        if is_cpu and cpu_products.is_there():
+            _record(self._model, are_ahead=are_ahead)
         for _ in range(_UNLIKE_THE_REST):
-            sweep(ids[:, :1])
+            self._sweep(1)
         began, worked = time.perf_counter(), time.process_time()
-        seconds = median_of(lambda: sweep(ids[:, :1]), budget_s) / LAYERS
+        seconds = median_of(lambda: self._sweep(1), budget_s) / LAYERS
         worked, took = time.process_time() - worked, time.perf_counter() - began
-        if device_id == "cpu" and worked < _OWN_SHARE * took:
+        if seconds > _BUSY_S or (is_cpu and worked < _OWN_SHARE * took):
             return 0.0
-    except Exception:  # whatever is not there: forecasts can do without
-        return 0.0
-    if seconds > _BUSY_S:
-        return 0.0
-    size: int = sum(parameter.nbytes for parameter in model.model.layers.parameters())
-    speed = reads(size)
-    return max(0.0, seconds - size / LAYERS / speed) if speed else 0.0
+        size: int = sum(parameter.nbytes for parameter in self._model.model.layers.parameters())
+        speed = reads(size)
+        return max(0.0, seconds - size / LAYERS / speed) if speed else 0.0
+
+    def _sweep(self, tokens: int) -> None:
+        import torch
+
+        ids = torch.zeros(1, tokens, dtype=torch.long, device=self._device_id)
+        with without_plans():
+            self._model(ids, use_cache=True, logits_to_keep=1, **{self._cache_name: self._cache})
+        self._finish()
+
+    def _new_cache(self) -> Any:
+        from transformers import DynamicCache
+
+        return DynamicCache(config=self._model.config)
 
 
 def _narrow_model(device_id: str) -> Any:
@@ -90,7 +148,7 @@ def _narrow_model(device_id: str) -> Any:
 
     config = LlamaConfig(
         hidden_size=WIDTH,
-        intermediate_size=WIDTH * 8 // 3,
+        intermediate_size=_INNER,
         num_hidden_layers=LAYERS,
         num_attention_heads=WIDTH // 64,
         num_key_value_heads=WIDTH // 192,
@@ -112,9 +170,3 @@ def _record(model: Any, *, are_ahead: bool) -> None:
 
     layers = {str(number): layer for number, layer in enumerate(model.model.layers)}
     RecordedLayers(layers, Recordings(), _CONTEXT, are_ahead=are_ahead)
-
-
-def _new_cache(model: Any) -> Any:
-    from transformers import DynamicCache
-
-    return DynamicCache(config=model.config)
