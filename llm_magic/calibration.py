@@ -52,7 +52,7 @@ def kept_constants(layout: ModelLayout, machine: Machine) -> Constants:
 
     Without a fit, and on a machine that a file describes, what its devices tell.
     """
-    measured, key = Constants.of(machine), _key(layout)
+    measured, key = Constants.of(machine, layout), _key(layout)
     if machine.described:
         return measured
     return Constants.from_json(load_fit(*here(), key, lambda other: _is_alike(key, other)), measured)
@@ -91,7 +91,7 @@ def calibrate(name: str, engine: Engine, measured: Callable[[], Machine], progre
     was = replace(engine.plan, workload=workload)
     now = replace(was, machine=machine)
     constants = fit(now, speed, kept_constants(now.layout, machine))
-    keep_constants(now.layout, constants, Constants.of(machine))
+    keep_constants(now.layout, constants, Constants.of(machine, now.layout))
     found = tuple(_compared(speed, _forecast(was, old), _forecast(now, constants)))
     plan = replace(now, workload=engine.plan.workload)
     engine.apply(replace(plan, forecast=_forecast(plan, constants)), progress)  # nothing moves

@@ -33,6 +33,8 @@ class Device:
         Dense bf16 operations per second, for the prefill forecast. 0 when unknown.
     layer_s
         Seconds that one decoder layer takes for a token beyond the read of its weights. 0 when unknown.
+    ahead_s
+        The same of the CPU where layers that follow one another are one call. 0 when they are not, or nobody knows.
     state_s
         Of the CPU: seconds that one decoder layer takes in a prompt for each number of a token's state beyond its
         matrix products: norms, rotations, activations, attention. 0 when unknown.
@@ -71,6 +73,7 @@ class Device:
     layer_s: float = 0.0
     beside_bytes_per_s: float = 0.0
     packed: tuple[tuple[str, float], ...] = ()
+    ahead_s: float = 0.0
     state_s: float = 0.0
     unified: bool = False
     measured_on: str = ""

@@ -148,7 +148,7 @@ def test_so_many_bytes_at_a_time(model: Any, calls: Calls, monkeypatch: pytest.M
     theirs = Text(model).go_on(5)
     size = sum(parameter.nbytes for parameter in layers_of(model)[0].parameters() if parameter.dim() > 1)
     for most, expected in ((2 * size, (2, 0)), (3 * size, (1, 1)), (size - 1, (0, 4))):
-        monkeypatch.setattr(lines, "_MOST_BYTES", most)
+        monkeypatch.setattr(lines, "AHEAD_BYTES", most)
         held = recorded(model)
         mine = Text(model).go_on(4)
         calls.taken()

@@ -9,7 +9,8 @@ import pytest
 
 from llm_magic.calibration import calibrate, keep_constants, kept_constants
 from llm_magic.events import SweepSpeed
-from llm_magic.machine import Machine
+from llm_magic.machine import Device, Machine
+from llm_magic.model import ModelLayout
 from llm_magic.plan import Plan, Workload
 from llm_magic.planning.constants import Constants
 from llm_magic.planning.planner import make_plan
@@ -66,6 +67,40 @@ def test_layers_that_take_longer_are_forecast_to() -> None:
 
     assert decode_s(2e-3) - decode_s(1e-3) == pytest.approx(32 * 1e-3)
     assert decode_s(0.0) == decode_s(Constants().cpu_layer_s)
+
+
+def test_layers_that_are_one_call_take_less_where_they_are_alike() -> None:
+    """Of 436 MB each there are none, of 54 MB four: the first of them waits for Python."""
+    cpu = replace(HERE.device("cpu"), layer_s=1e-3, ahead_s=0.2e-3, state_s=2e-8)
+    large, small = llama8b(), starter()
+
+    def layer_s(layout: ModelLayout | None, device: Device = cpu) -> float:
+        machine = replace(HERE, devices=tuple(device if d.id == "cpu" else d for d in HERE.devices))
+        return Constants.of(machine, layout).cpu_layer_s
+
+    assert layer_s(None) == layer_s(large) == 1e-3
+    together = len(small.layers)  # of 7 MB
+    assert layer_s(small) == pytest.approx(0.2e-3 + 0.8e-3 / together)
+    assert layer_s(replace(small, details={**small.details, "keeps_states": True})) == 1e-3
+    assert layer_s(small, replace(cpu, ahead_s=0.0)) == 1e-3
+    first, *rest = small.blocks[1:]
+    windowed = replace(first, cache=replace(first.cache, window=64))
+    assert layer_s(replace(small, blocks=(small.blocks[0], windowed, *rest))) == 1e-3
+
+
+def test_what_prompts_take_beside_products_is_forecast() -> None:
+    cpu = next(planner for planner in POLICIES if planner.name == "cpu")
+
+    def prefill_s(state_s: float) -> float:
+        devices = tuple(replace(d, state_s=state_s) if d.id == "cpu" else d for d in HERE.devices)
+        machine = replace(HERE, devices=devices)
+        constants = Constants.of(machine)
+        plan = make_plan(
+            llama8b(), machine, Workload(1024, 1, 512), placement=cpu, policy="cpu", constants=constants
+        )
+        return 512 / plan.forecast.prefill_tps
+
+    assert prefill_s(4e-7) - prefill_s(2e-7) == pytest.approx(32 * 512 * 4096 * 2e-7 / 0.95, rel=1e-3)
 
 
 def both_at_work(machine: Machine) -> Machine:

@@ -30,12 +30,18 @@ def test_measuring_gives_the_cpu_its_speed_and_every_gpu_its_links(monkeypatch):
     assert cpu.read_bytes_per_s > 1e8
     assert cpu.flops > 1e8
     assert cpu.layer_s > 1e-5
+    assert 0 < cpu.state_s < 1e-5
+    assert (cpu.ahead_s > 0) == (not gpus_of(found))
     assert {kind: speed > 1e7 for kind, speed in cpu.packed} == dict.fromkeys(PACKED_KINDS, True)
     assert cpu.measured_on
     assert "bf16" in cpu.method
     assert cpu.capability
-    gpus = [device.id for device in found if device.kind == "gpu" and not device.unified]
+    gpus = [device.id for device in gpus_of(found) if not device.unified]
     assert {("cpu", gpu) for gpu in gpus} <= {(link.source, link.target) for link in links}
+
+
+def gpus_of(found):
+    return [device for device in found if device.kind == "gpu"]
 
 
 @pytest.mark.parametrize(("limit", "value"), [("_TOO_LONG", 0.0), ("_BUSY_S", 0.0), ("_OWN_SHARE", 1000.0)])

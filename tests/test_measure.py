@@ -73,6 +73,19 @@ def test_a_quick_model_is_measured_in_full(measured) -> None:
     assert [model.sizes.count(size) for size in (1, 4, 8, 16)] == [2 + 24, 4, 4, 4]
 
 
+def test_a_prompt_in_which_python_looks_for_garbage_does_not_count(measured) -> None:
+    model = Model(0.1, lambda size: 0.02 * size)
+    usual = model.answer
+
+    def answer(clock: Clock, probe: Probe) -> None:
+        model.prompt_s = 0.3 if probe._proposed == 0 else 0.1
+        usual(clock, probe)
+
+    model.answer = answer
+    speed, _ = measured(model)
+    assert speed.prefill_s == pytest.approx(0.1)
+
+
 def test_what_takes_minutes_is_done_once(measured) -> None:
     model = Model(60.0, lambda _size: 45.0)
     speed, _ = measured(model)
@@ -84,8 +97,8 @@ def test_a_prompt_that_would_take_long_is_shorter() -> None:
     plan = make_plan(
         llama8b(), h100(), Workload(1024, 1, 512), placement={"": "cpu"}, policy="cpu", constants=Constants()
     )
-    assert timed_prompt_tokens(with_prefill(plan, 20.0)) == 80  # 4 s of it
-    assert timed_prompt_tokens(with_prefill(plan, 0.0)) == timed_prompt_tokens(with_prefill(plan, 1e4)) == 512
+    assert timed_prompt_tokens(with_prefill(plan, 20.0)) == 77  # 4 s of it, but no multiple of 16
+    assert timed_prompt_tokens(with_prefill(plan, 0.0)) == timed_prompt_tokens(with_prefill(plan, 1e4)) == 509
 
 
 def with_prefill(plan, tps: float):

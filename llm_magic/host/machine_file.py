@@ -7,7 +7,7 @@ as one. ``examples/machines`` has some. The smallest::
 
 A device has ``id`` (``cuda:0``, ``mps``, ``xpu:0``, ``npu:0``, ``cpu``, ``disk``), ``name``, ``total``,
 ``free``, ``other`` (held by other programs), ``read`` (``"1008 GB/s"``), ``flops`` (``"165 TFLOPS"``), ``layer_s``,
-``beside`` (read while copies to GPUs run), ``packed`` (``{"mxfp4": "13 GB/s"}``, also of int8 and float8), ``state_s``,
+``ahead_s``, ``beside`` (read while copies to GPUs run), ``packed`` (``{"mxfp4": "13 GB/s"}``, also of int8 and float8), ``state_s``,
 ``unified``, ``measured_on``, ``method``, ``capability``, ``threads`` (of a CPU)
 and ``assumed``. A link has ``from``, ``to``, ``bandwidth``, ``beside`` (while the CPU reads), ``name``, ``measured_on`` and ``assumed``;
 its ends may be all of a family, ``cuda:*``. Sizes and speeds are texts with a unit, or plain numbers in
@@ -50,7 +50,7 @@ PCIE4_X16_BYTES_PER_S = 25e9
 GPU_RESERVE_BYTES = GIB // 2
 MACHINE_KEYS = ("name", "devices", "links")
 DEVICE_KEYS = (
-    "id", "name", "total", "free", "other", "read", "flops", "layer_s", "beside", "packed", "state_s", "unified",
+    "id", "name", "total", "free", "other", "read", "flops", "layer_s", "ahead_s", "beside", "packed", "state_s", "unified",
     "measured_on", "method", "capability", "threads", "assumed",
 )  # fmt: skip
 LINK_KEYS = ("from", "to", "bandwidth", "beside", "name", "measured_on", "assumed")
@@ -258,6 +258,7 @@ def _device(
         layer_s=_seconds(entry, "layer_s", device_id),
         beside_bytes_per_s=_bandwidth(entry, "beside", device_id),
         packed=_packed(entry, device_id),
+        ahead_s=_seconds(entry, "ahead_s", device_id),
         state_s=_seconds(entry, "state_s", device_id),
         unified=unified,
         measured_on=_date(entry, device_id),
@@ -357,6 +358,7 @@ def _device_to_json(device: Device) -> dict[str, Any]:
         "flops": device.flops,
         "layer_s": device.layer_s,
         "beside": device.beside_bytes_per_s and _speed_text(device.beside_bytes_per_s),
+        "ahead_s": device.ahead_s,
         "state_s": device.state_s,
         "packed": {kind: _speed_text(speed) for kind, speed in device.packed},
         "measured_on": device.measured_on,

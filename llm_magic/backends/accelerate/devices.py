@@ -163,7 +163,7 @@ def _measured(torch: Any, device: Device, budget_s: float, *, others: Sequence[D
         finish = _finished(torch, device.id, lambda: None)
         again = (lambda size: _product_speed(torch, "cpu", size, budget_s)) if is_cpu else (lambda _: read)
         took = layer_times(device.id, again, flops, finish, budget_s, are_ahead=not others)
-        packed = packed_speeds(budget_s / 2) if is_cpu else ()
+        packed = packed_speeds(_cpu_bytes(device), budget_s / 2) if is_cpu else ()
     if not (read or flops):
         return device
     threads = f", {thread_words(torch.get_num_threads())}" if is_cpu else ""
@@ -172,6 +172,7 @@ def _measured(torch: Any, device: Device, budget_s: float, *, others: Sequence[D
         read_bytes_per_s=read,
         flops=flops,
         layer_s=took.layer_s,
+        ahead_s=took.ahead_s,
         state_s=took.state_s,
         packed=packed,
         measured_on=_today(),

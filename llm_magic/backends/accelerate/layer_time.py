@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llm_magic.backends.accelerate.decoding.attention import use_on_cpu, without_plans
 from llm_magic.backends.accelerate.decoding.cache_argument import cache_name
@@ -15,15 +15,16 @@ from llm_magic.backends.accelerate.placement import cpu_products
 from llm_magic.backends.accelerate.placement.served_model import serve_plain_modules
 from llm_magic.host.speed import median_of
 
+if TYPE_CHECKING:
+    from llm_magic.backends.accelerate.recorded.layers import RecordedLayers
+
 LAYERS = 20
 WIDTH = 576  # 7 MB a layer in bf16, 142 MB together: more than a core's own caches hold
 _INNER = WIDTH * 8 // 3
 _KV_WIDTH = WIDTH // 3
 _FIRST, _CONTEXT = 32, 1024  # tokens
-_PROMPT, _PROMPT_LAYERS = (
-    512,
-    5,
-)  # tokens, for which products are as quick as for more; and layers that read them
+_PROMPT = 509  # tokens: for about so many products are as quick as for more, but for no round number, which prompts have seldom
+_PROMPT_LAYERS = 5  # that read them
 _UNLIKE_THE_REST = 3  # sweeps: they compile kernels, and find out which layers follow which
 _TOO_LONG = 8  # times the budget, for a first sweep: the device is busy with something else
 _BUSY_S = 10e-3  # so is one that takes longer for a layer
@@ -37,11 +38,14 @@ class LayerTimes(NamedTuple):
     ----------
     layer_s
         Seconds of a layer for one token, less those of reading it.
+    ahead_s
+        The same where layers of the CPU are computed before they are called.
     state_s
         Seconds of a layer of the CPU for each number of a token's state in a prompt, less those of matrix products.
     """
 
     layer_s: float = 0.0
+    ahead_s: float = 0.0
     state_s: float = 0.0
 
 
@@ -68,14 +72,16 @@ def layer_times(
     budget_s
         How long to repeat it.
     are_ahead
-        Whether layers of the CPU may be computed before they are called.
+        Whether layers of the CPU may be that.
     """
     try:
         layers = _Layers(device_id, finish)
         if layers.seconds_of_first() > _TOO_LONG * budget_s:
             return LayerTimes()
         state_s = layers.state_s(flops, budget_s) if device_id == "cpu" and flops else 0.0
-        return LayerTimes(layers.layer_s(reads, budget_s, are_ahead=are_ahead), state_s)
+        layer_s = layers.layer_s(reads, budget_s, are_ahead=False)
+        ahead_s = layers.layer_s(reads, budget_s, are_ahead=True) if are_ahead and layer_s else 0.0
+        return LayerTimes(layer_s, ahead_s, state_s)
     except Exception:
         return LayerTimes()
 
@@ -114,13 +120,14 @@ class _Layers:
     def layer_s(self, reads: Callable[[int], float], budget_s: float, *, are_ahead: bool) -> float:
         """See `LayerTimes`."""
         is_cpu = self._device_id == "cpu"
-        if is_cpu and cpu_products.is_there():
-            _record(self._model, are_ahead=are_ahead)
+        recorded = _recorded(self._model, are_ahead=are_ahead) if is_cpu and cpu_products.is_there() else None
         for _ in range(_UNLIKE_THE_REST):
             self._sweep(1)
         began, worked = time.perf_counter(), time.process_time()
-        seconds = median_of(lambda: self._sweep(1), budget_s) / LAYERS
+        seconds = median_of(lambda: self._sweep(1), budget_s / 2) / LAYERS
         worked, took = time.process_time() - worked, time.perf_counter() - began
+        if recorded is not None:
+            recorded.undo()
         if seconds > _BUSY_S or (is_cpu and worked < _OWN_SHARE * took):
             return 0.0
         size: int = sum(parameter.nbytes for parameter in self._model.model.layers.parameters())
@@ -164,9 +171,9 @@ def _narrow_model(device_id: str) -> Any:
     return model
 
 
-def _record(model: Any, *, are_ahead: bool) -> None:
+def _recorded(model: Any, *, are_ahead: bool) -> RecordedLayers:
     from llm_magic.backends.accelerate.recorded.layers import RecordedLayers
     from llm_magic.backends.accelerate.recorded.recordings import Recordings
 
     layers = {str(number): layer for number, layer in enumerate(model.model.layers)}
-    RecordedLayers(layers, Recordings(), _CONTEXT, are_ahead=are_ahead)
+    return RecordedLayers(layers, Recordings(), _CONTEXT, are_ahead=are_ahead)

@@ -8,44 +8,44 @@ from llm_magic.backends.accelerate.placement import cpu_products
 from llm_magic.backends.accelerate.placement.cpu_products import PackedWeights
 from llm_magic.host.speed import best_of
 from llm_magic.machine import PACKED_KINDS
-from llm_magic.units import MIB
 
 _COLUMNS, _GROUP = 4096, 32
-_BYTES = (
-    128 * MIB
-)  # more than a core's own caches; what all cores share does not matter where numbers take longer
 
 
-def packed_speeds(budget_s: float) -> tuple[tuple[str, float], ...]:
+def packed_speeds(size: int, budget_s: float) -> tuple[tuple[str, float], ...]:
     """(kind, packed bytes per second) of each of `PACKED_KINDS`; of none where there are no kernels, or no room.
 
     Parameters
     ----------
+    size
+        Bytes of the matrix: more than caches hold.
     budget_s
         How long to repeat one of them.
     """
     try:
         return (
-            tuple((kind, _speed(kind, budget_s)) for kind in PACKED_KINDS) if cpu_products.is_there() else ()
+            tuple((kind, _speed(kind, size, budget_s)) for kind in PACKED_KINDS)
+            if cpu_products.is_there()
+            else ()
         )
     except (RuntimeError, MemoryError):
         return ()
 
 
-def _speed(kind: str, budget_s: float) -> float:
+def _speed(kind: str, size: int, budget_s: float) -> float:
     import torch
 
-    weights, token = _ones(kind), torch.ones(1, _COLUMNS, dtype=torch.bfloat16)
+    weights, token = _ones(kind, size), torch.ones(1, _COLUMNS, dtype=torch.bfloat16)
     count = weights.data.nbytes + weights.scales.nbytes
     return float(count / best_of(lambda: cpu_products.multiplied(token, weights), budget_s))
 
 
-def _ones(kind: str) -> PackedWeights:
+def _ones(kind: str, size: int) -> PackedWeights:
     """A matrix whose weights are all the same."""
     import torch
 
     columns = _COLUMNS // 2 if kind == "mxfp4" else _COLUMNS
-    rows = _BYTES // columns
+    rows = size // columns
     data: Any = torch.ones(rows, columns, dtype=torch.uint8)
     if kind == "mxfp4":
         exponents = torch.full((rows, _COLUMNS // _GROUP), 127, dtype=torch.uint8)

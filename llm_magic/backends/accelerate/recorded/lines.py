@@ -9,9 +9,8 @@ from typing import Any, NamedTuple
 from llm_magic.backends.accelerate.recorded.ahead import Ahead, Ready
 from llm_magic.backends.accelerate.recorded.bound import Bound
 from llm_magic.backends.accelerate.recorded.chain import Room
+from llm_magic.planning.constants import AHEAD_BYTES
 
-_MOST_BYTES = 256 << 20
-"""Weights that are read in one call: for some hundredths of a second, in which nobody can interrupt."""
 _FEWEST = 2
 """Layers in one call."""
 _TRIES = 4
@@ -172,7 +171,7 @@ class Line:
             if weighed is None:
                 return
             size += weighed.bytes
-            if line is not self and (size > _MOST_BYTES or key not in line._follows):
+            if line is not self and (size > AHEAD_BYTES or key not in line._follows):
                 return
             yield line
             line = line._next
