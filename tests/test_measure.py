@@ -54,7 +54,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Callable[[Model], tuple[SweepSp
 @pytest.mark.parametrize("seconds", [0.05, 0.4, 1.2, 2.0, 3.3, 5.0, 8.0, 12.0])
 def test_sweeps_that_all_take_the_same_are_timed_in_less_than_half_a_minute(seconds, measured) -> None:
     speed, took = measured(Model(seconds, lambda _size: seconds))
-    assert took < 25
+    assert took < max(22, 2.1 * seconds)  # a prompt and a sweep, at the least
     assert (speed.prefill_s, speed.decode_s) == pytest.approx((seconds, seconds))
     assert all(found == pytest.approx(seconds) for found in speed.verify_s.values())
 
@@ -62,7 +62,7 @@ def test_sweeps_that_all_take_the_same_are_timed_in_less_than_half_a_minute(seco
 @pytest.mark.parametrize("seconds", [0.05, 0.3, 0.7, 1.5])
 def test_so_are_those_in_which_every_token_takes_time(seconds, measured) -> None:
     speed, took = measured(Model(4.0, lambda size: seconds * size))
-    assert took < 25
+    assert took < 22
     assert speed.decode_s == pytest.approx(seconds)
 
 

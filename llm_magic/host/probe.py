@@ -1,6 +1,6 @@
 """The computer at hand as a `Machine`: what it has, what is free now, and how fast bytes move in it.
 
-Forecasts need numbers, so the first call on a computer measures for two or three seconds (after
+Forecasts need numbers, so the first call on a computer measures for some six seconds (after
 torch and transformers are imported); later calls find the speeds in ``machine.json`` of the cache folder and only
 look up what is free, without torch where the driver or the system tells it. What could not be
 measured, beside a model that leaves no room for one, is as it was measured before; else it is assumed, as

@@ -4,7 +4,7 @@ Speeds are measured with the operations that a model uses. Reading is a bf16 mat
 the work of decoding; operations are a bf16 matrix product over 256 tokens, the work of prefill;
 links are copies through pinned memory; layers of transformers show what a layer takes beside that. The CPU's reads
 and the links are measured at once, too.
-All of it takes about a second for the CPU and less for a GPU, whose first use loads the driver's
+All of it takes some five seconds for the CPU and less for a GPU, whose first use loads the driver's
 libraries besides; importing transformers takes some more, if it was not yet.
 """
 

@@ -79,8 +79,9 @@ def layer_times(
         if layers.seconds_of_first() > _TOO_LONG * budget_s:
             return LayerTimes()
         state_s = layers.state_s(flops, budget_s) if device_id == "cpu" and flops else 0.0
-        layer_s = layers.layer_s(reads, budget_s, are_ahead=False)
-        ahead_s = layers.layer_s(reads, budget_s, are_ahead=True) if are_ahead and layer_s else 0.0
+        speed = reads(layers.bytes)
+        layer_s = layers.layer_s(speed, budget_s, are_ahead=False)
+        ahead_s = layers.layer_s(speed, budget_s, are_ahead=True) if are_ahead and layer_s else 0.0
         return LayerTimes(layer_s, ahead_s, state_s)
     except Exception:
         return LayerTimes()
@@ -117,8 +118,13 @@ class _Layers:
         weights = WIDTH * (2 * (WIDTH + _KV_WIDTH) + 3 * _INNER)
         return max(0.0, seconds - 2 * weights * _PROMPT / flops) / (_PROMPT * WIDTH)
 
-    def layer_s(self, reads: Callable[[int], float], budget_s: float, *, are_ahead: bool) -> float:
-        """See `LayerTimes`."""
+    @property
+    def bytes(self) -> int:
+        """Of the weights of all layers."""
+        return sum(parameter.nbytes for parameter in self._model.model.layers.parameters())
+
+    def layer_s(self, speed: float, budget_s: float, *, are_ahead: bool) -> float:
+        """See `LayerTimes`; ``speed`` is that of reading, and 0 where nobody knows it."""
         is_cpu = self._device_id == "cpu"
         recorded = _recorded(self._model, are_ahead=are_ahead) if is_cpu and cpu_products.is_there() else None
         for _ in range(_UNLIKE_THE_REST):
@@ -130,9 +136,7 @@ class _Layers:
             recorded.undo()
         if seconds > _BUSY_S or (is_cpu and worked < _OWN_SHARE * took):
             return 0.0
-        size: int = sum(parameter.nbytes for parameter in self._model.model.layers.parameters())
-        speed = reads(size)
-        return max(0.0, seconds - size / LAYERS / speed) if speed else 0.0
+        return max(0.0, seconds - self.bytes / LAYERS / speed) if speed else 0.0
 
     def _sweep(self, tokens: int) -> None:
         import torch

@@ -15,7 +15,7 @@ from llm_magic.plan import Plan
 _SWEEPS = 24  # of one token, at most
 _VERIFIED = (4, 8, 16)
 _VERIFYING_SWEEPS = 4
-_BUDGET_S = 20.0  # for all of it, so that the machine's own measurement leaves half a minute for both
+_BUDGET_S = 17.0  # for all of it, so that the machine's own measurement leaves half a minute for both
 _SIZE_S = 6.0  # for the sweeps of each size
 _PROMPT_S = 4.0
 _ROUND, _LESS = 16, 3

@@ -22,35 +22,34 @@ def packed_speeds(size: int, budget_s: float) -> tuple[tuple[str, float], ...]:
     budget_s
         How long to repeat one of them.
     """
+    import torch
+
+    if not cpu_products.is_there():
+        return ()
     try:
-        return (
-            tuple((kind, _speed(kind, size, budget_s)) for kind in PACKED_KINDS)
-            if cpu_products.is_there()
-            else ()
-        )
+        ones = torch.ones(size // _COLUMNS, _COLUMNS, dtype=torch.uint8)
+        return tuple((kind, _speed(_weights(kind, ones), budget_s)) for kind in PACKED_KINDS)
     except (RuntimeError, MemoryError):
         return ()
 
 
-def _speed(kind: str, size: int, budget_s: float) -> float:
+def _speed(weights: PackedWeights, budget_s: float) -> float:
     import torch
 
-    weights, token = _ones(kind, size), torch.ones(1, _COLUMNS, dtype=torch.bfloat16)
+    token = torch.ones(1, _COLUMNS, dtype=torch.bfloat16)
     count = weights.data.nbytes + weights.scales.nbytes
     return float(count / best_of(lambda: cpu_products.multiplied(token, weights), budget_s))
 
 
-def _ones(kind: str, size: int) -> PackedWeights:
-    """A matrix whose weights are all the same."""
+def _weights(kind: str, ones: Any) -> PackedWeights:
+    """A matrix of a kind with such bytes ``[rows, 4096]``; twice as many rows where a weight takes half of one."""
     import torch
 
-    columns = _COLUMNS // 2 if kind == "mxfp4" else _COLUMNS
-    rows = size // columns
-    data: Any = torch.ones(rows, columns, dtype=torch.uint8)
+    rows = len(ones)
     if kind == "mxfp4":
-        exponents = torch.full((rows, _COLUMNS // _GROUP), 127, dtype=torch.uint8)
-        return PackedWeights(kind, data, exponents, None, rows, _COLUMNS, _GROUP)
+        exponents = torch.full((2 * rows, _COLUMNS // _GROUP), 127, dtype=torch.uint8)
+        return PackedWeights(kind, ones.view(2 * rows, -1), exponents, None, 2 * rows, _COLUMNS, _GROUP)
     if kind == "int8":
-        return PackedWeights(kind, data.view(torch.int8), torch.ones(rows), None, rows, _COLUMNS)
+        return PackedWeights(kind, ones.view(torch.int8), torch.ones(rows), None, rows, _COLUMNS)
     scales = torch.ones(rows, 1, dtype=torch.bfloat16)
-    return PackedWeights(kind, data.view(torch.float8_e4m3fn), scales, None, rows, _COLUMNS)
+    return PackedWeights(kind, ones.view(torch.float8_e4m3fn), scales, None, rows, _COLUMNS)
