@@ -16,7 +16,7 @@ from llm_magic.planning.constants import Constants
 from llm_magic.planning.planner import make_plan
 from llm_magic.planning.policies import POLICIES
 from tests.fake_backend import FakeEngine
-from tests.layouts import h100, llama8b, packed, qwen32b, starter
+from tests.layouts import h100, llama8b, moe30b, packed, qwen32b, starter
 
 LEARNED = Constants(cpu_layer_s=0.7e-3)
 HERE = replace(h100(), described=False)
@@ -101,6 +101,16 @@ def test_what_prompts_take_beside_products_is_forecast() -> None:
         return 512 / plan.forecast.prefill_tps
 
     assert prefill_s(4e-7) - prefill_s(2e-7) == pytest.approx(32 * 512 * 4096 * 2e-7 / 0.95, rel=1e-3)
+
+
+def test_packed_weights_and_experts_read_prompts_more_slowly() -> None:
+    cpu = replace(HERE.device("cpu"), state_s=2e-8)
+    machine = replace(HERE, devices=tuple(cpu if d.id == "cpu" else d for d in HERE.devices))
+    plain, four_bits, experts = (
+        Constants.of(machine, layout).cpu_prefill for layout in (llama8b(), packed(llama8b()), moe30b())
+    )
+    assert plain > four_bits > experts == Constants().cpu_prefill
+    assert Constants.of(HERE, llama8b()) == Constants()
 
 
 def both_at_work(machine: Machine) -> Machine:

@@ -17,14 +17,11 @@ from llm_magic.units import MIB
 AHEAD_BYTES = 256 * MIB
 """Weights of layers that the CPU computes in one call: for some hundredths of a second, in which nobody can interrupt."""
 
-_OF_LAYERS = 0.9
-"""Of the speed at which one large matrix is read, what those of layers are. Measured (Xeon with AMX, 31 GB/s): 26 to 28 GB/s
-with matrices of 32 MB, with the rest of a layer between them.
-"""
+_WITH_STATES, _PACKED = 0.95, 0.6
+"""Of the speed of products and of the rest of a prompt together; the second where weights are unpacked for it.
 
-_WITH_STATES = 0.95
-"""Of the speed of products and of the rest of a prompt together. Measured (Xeon with AMX, Llama layers of 576 to 4,096, 512
-to 2,048 tokens): 0.9 to 1.05.
+Measured (Xeon with AMX): 0.9 to 1.05 with Llama layers of 576 to 4,096 and 512 to 2,048 tokens, 0.53 to 0.7 of the products
+alone with packed weights. Experts, with few tokens for each, reach a third of it and less: nothing is known of them.
 """
 
 
@@ -121,8 +118,10 @@ def _of_cpu(constants: Constants, cpu: Device, layout: ModelLayout | None) -> Co
     if cpu.layer_s:
         layer_s = cpu.layer_s if layout is None else _layer_s(cpu, layout)
         constants = constants.changed("cpu_layer_s", layer_s)
-    if cpu.state_s:
-        constants = constants.changed("cpu_prefill", _WITH_STATES).changed("cpu_share", _OF_LAYERS)
+    has_experts = layout is not None and any(block.experts for block in layout.layers)
+    if cpu.state_s and not has_experts:
+        is_packed = layout is not None and bool(layout.quantization)
+        constants = constants.changed("cpu_prefill", _PACKED if is_packed else _WITH_STATES)
     return constants
 
 

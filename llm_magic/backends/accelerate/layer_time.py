@@ -13,7 +13,7 @@ from llm_magic.backends.accelerate.decoding.attention import use_on_cpu, without
 from llm_magic.backends.accelerate.decoding.cache_argument import cache_name
 from llm_magic.backends.accelerate.placement import cpu_products
 from llm_magic.backends.accelerate.placement.served_model import serve_plain_modules
-from llm_magic.host.speed import median_of
+from llm_magic.host.speed import best_of, median_of
 
 if TYPE_CHECKING:
     from llm_magic.backends.accelerate.recorded.layers import RecordedLayers
@@ -29,6 +29,8 @@ _UNLIKE_THE_REST = 3  # sweeps: they compile kernels, and find out which layers 
 _TOO_LONG = 8  # times the budget, for a first sweep: the device is busy with something else
 _BUSY_S = 10e-3  # so is one that takes longer for a layer
 _OWN_SHARE = 0.9  # of a second that one thread works: less, and others have the processor
+_PROMPTS = 3  # at the least, for which there must be time
+_ALL_THREADS = 0.6  # of a second of all threads, in prompts, which keep them at work
 
 
 class LayerTimes(NamedTuple):
@@ -76,9 +78,11 @@ def layer_times(
     """
     try:
         layers = _Layers(device_id, finish)
-        if layers.seconds_of_first() > _TOO_LONG * budget_s:
+        layers.read_first()
+        if layers.first_s > _TOO_LONG * budget_s:
             return LayerTimes()
         state_s = layers.state_s(flops, budget_s) if device_id == "cpu" and flops else 0.0
+        are_ahead = are_ahead and cpu_products.is_there()
         speed = reads(layers.bytes)
         layer_s = layers.layer_s(speed, budget_s, are_ahead=False)
         ahead_s = layers.layer_s(speed, budget_s, are_ahead=True) if are_ahead and layer_s else 0.0
@@ -95,15 +99,18 @@ class _Layers:
         self._cache_name = cache_name(self._model)
         self._device_id, self._finish = device_id, finish
         self._cache = self._new_cache()
+        self.first_s = 0.0
 
-    def seconds_of_first(self) -> float:
-        """Of a short prompt."""
+    def read_first(self) -> None:
+        """A short prompt."""
         began = time.perf_counter()
         self._sweep(_FIRST)
-        return time.perf_counter() - began
+        self.first_s = time.perf_counter() - began
 
     def state_s(self, flops: float, budget_s: float) -> float:
-        """See `LayerTimes`."""
+        """See `LayerTimes`; 0 also where prompts take long, or other programs have a part of the processor."""
+        if self.first_s * _PROMPT * _PROMPT_LAYERS > _TOO_LONG * budget_s * _FIRST * LAYERS / _PROMPTS:
+            return 0.0
 
         def prompt() -> None:
             self._cache = self._new_cache()
@@ -111,10 +118,11 @@ class _Layers:
 
         config, text = self._model.config, self._cache
         config.num_hidden_layers = _PROMPT_LAYERS
-        try:
-            seconds = median_of(prompt, budget_s / 2) / _PROMPT_LAYERS
-        finally:
-            config.num_hidden_layers, self._cache = LAYERS, text
+        with _Worked() as worked:
+            seconds = best_of(prompt, budget_s) / _PROMPT_LAYERS
+        config.num_hidden_layers, self._cache = LAYERS, text
+        if worked.threads < _ALL_THREADS * _threads():
+            return 0.0
         weights = WIDTH * (2 * (WIDTH + _KV_WIDTH) + 3 * _INNER)
         return max(0.0, seconds - 2 * weights * _PROMPT / flops) / (_PROMPT * WIDTH)
 
@@ -129,12 +137,11 @@ class _Layers:
         recorded = _recorded(self._model, are_ahead=are_ahead) if is_cpu and cpu_products.is_there() else None
         for _ in range(_UNLIKE_THE_REST):
             self._sweep(1)
-        began, worked = time.perf_counter(), time.process_time()
-        seconds = median_of(lambda: self._sweep(1), budget_s / 2) / LAYERS
-        worked, took = time.process_time() - worked, time.perf_counter() - began
+        with _Worked() as worked:
+            seconds = median_of(lambda: self._sweep(1), budget_s / 2) / LAYERS
         if recorded is not None:
             recorded.undo()
-        if seconds > _BUSY_S or (is_cpu and worked < _OWN_SHARE * took):
+        if seconds > _BUSY_S or (is_cpu and worked.threads < _OWN_SHARE):
             return 0.0
         return max(0.0, seconds - self.bytes / LAYERS / speed) if speed else 0.0
 
@@ -150,6 +157,26 @@ class _Layers:
         from transformers import DynamicCache
 
         return DynamicCache(config=self._model.config)
+
+
+class _Worked:
+    """How many threads of this process were at work meanwhile, on average."""
+
+    threads = 0.0
+
+    def __enter__(self) -> _Worked:
+        self._began, self._before = time.perf_counter(), time.process_time()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        took = time.perf_counter() - self._began
+        self.threads = (time.process_time() - self._before) / took if took > 0 else 0.0
+
+
+def _threads() -> int:
+    import torch
+
+    return torch.get_num_threads()
 
 
 def _narrow_model(device_id: str) -> Any:
