@@ -65,7 +65,7 @@ def test_speeds_that_were_measured_count_before_those_of_the_table() -> None:
     assert shares == {
         "mxfp4": pytest.approx(8e9 / read),
         "nf4": pytest.approx(9e9 / read),
-        "int2": pytest.approx(1.8e9 / read),
+        "int2": pytest.approx(7.2e9 / read),  # by the table: two threads
         "int8": pytest.approx(18e9 / read),
         "float8": pytest.approx(36e9 / read),
     }

@@ -46,11 +46,15 @@ BY_LIBRARIES: dict[str, Speeds] = {
 """The same where there are no compiled kernels: weights become numbers first, for every token."""
 _BY_A_THREAD = 13e9
 """Bytes per second that a thread of that Xeon reads; a CPU whose threads nobody counted has so many."""
-_LIKE = {"int8": "int8", "quanto-int8": "int8", "float8": "float8", "fp8": "float8"}
-"""Whose speed tells that of others, where it was measured; the rest is as mxfp4, in the proportion of the table.
+_LIKE = {
+    **dict.fromkeys(("nf4", "fp4", "mxfp4", "int4"), "mxfp4"),
+    **dict.fromkeys(("int8", "quanto-int8"), "int8"),
+    **dict.fromkeys(("float8", "fp8"), "float8"),
+}
+"""Whose speed tells that of others, where it was measured, in the proportion of the table. The rest takes arithmetic.
 
-Two threads of one core (Xeon with AMX): nf4 13.0, fp4 13.6, mxfp4 10.8, int4 12.7, int2 2.6, int8 19.0 and float8 16.1
-GB/s where they read 19 to 21, which is 0.34 to 0.36 of two threads' of the table with 4 and 2 bits.
+Two threads of one core (Xeon with AMX): nf4 and fp4 23, mxfp4 17, int4 13, int8 27 and float8 21 GB/s where they read
+28 in 16 bits, of which the table has more than there is; int2 7.5, which is two of the table's threads.
 """
 _OF_READ = 0.9
 """Of what a CPU reads in 16 bits, what it reaches with packed weights at most."""
@@ -163,7 +167,7 @@ def _share_of_cpu(name: str, table: Mapping[str, Speeds], cpu: Device) -> float:
     by_a_thread = table[name][column]
     if not read:
         return by_a_thread / _BY_A_THREAD
-    measured, like = dict(cpu.packed), _LIKE.get(name, "mxfp4")
+    measured, like = dict(cpu.packed), _LIKE.get(name, "")
     if table is ON_CPU and measured.get(like):
         speed = by_a_thread / table[like][column] * measured[like]
     else:
