@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llm_magic.host.processors import powershell, run
+from llm_magic.host.system_files import text_of
 from llm_magic.units import GIB, MIB
 
 ROOT = Path("/")
@@ -115,7 +116,7 @@ def _drives(block: Path) -> Iterator[Path]:
 
 
 def _drive_name(block: Path) -> str:
-    name, model = block.name, _text(block / "device/model")
+    name, model = block.name, text_of(block / "device/model")
     if name.startswith("zram"):
         return "RAM disk (zram)"
     if name.startswith(("vd", "xvd")) or re.search("virtual|qemu|vbox", model, re.IGNORECASE):
@@ -124,7 +125,7 @@ def _drive_name(block: Path) -> str:
         return "NVMe SSD"
     if name.startswith("mmcblk"):
         return "SD card or eMMC"
-    return {"0": "SSD", "1": "HDD"}.get(_text(block / "queue/rotational"), "Disk")
+    return {"0": "SSD", "1": "HDD"}.get(text_of(block / "queue/rotational"), "Disk")
 
 
 def _slowest_first(name: str) -> tuple[int, str]:
@@ -135,7 +136,7 @@ def _slowest_first(name: str) -> tuple[int, str]:
 def _mount_of(path: str, number: str, root: Path) -> tuple[str, str]:
     """Filesystem and source of the mount with this device number, the one nearest to ``path``."""
     found = ("", "", "")
-    for line in _text(root / "proc/self/mountinfo").splitlines():
+    for line in text_of(root / "proc/self/mountinfo").splitlines():
         before, _, after = line.partition(" - ")
         fields, described = before.split(), after.split()
         if len(fields) < 5 or len(described) < 2 or fields[2] != number:
@@ -317,10 +318,3 @@ def _read_at(descriptor: int, view: memoryview, offset: int) -> int:
     if hasattr(os, "preadv"):
         return os.preadv(descriptor, [view], offset)
     return len(os.pread(descriptor, len(view), offset))
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace").strip()
-    except OSError:
-        return ""

@@ -28,6 +28,7 @@ from llm_magic.folders import cache_folder, make_private
 from llm_magic.host import nvml
 from llm_magic.host.machine_file import machine_from_json, machine_to_json
 from llm_magic.host.processors import cpu_cores, cpu_name
+from llm_magic.host.system_files import text_of
 from llm_magic.machine import Machine
 
 ROOT = Path("/")
@@ -178,9 +179,9 @@ def _without_disks(machine: Machine) -> Machine:
 def _linux_gpus(root: Path) -> list[str]:
     """Display and compute cards as the kernel and the NVIDIA driver list them."""
     cards = sorted((root / "sys/class/drm").glob("card[0-9]*/device"))
-    found = [f"{_text(card / 'vendor')}:{_text(card / 'device')}" for card in cards]
+    found = [f"{text_of(card / 'vendor')}:{text_of(card / 'device')}" for card in cards]
     nvidia = sorted((root / "proc/driver/nvidia/gpus").glob("*/information"))
-    lines = [line for path in nvidia for line in _text(path).splitlines()]
+    lines = [line for path in nvidia for line in text_of(path).splitlines()]
     return found + [line for line in lines if line.startswith(("Model", "GPU UUID"))]
 
 
@@ -188,11 +189,4 @@ def _version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return ""
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace").strip()
-    except OSError:
         return ""

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import psutil
 
+from llm_magic.host.system_files import text_of
+
 ROOT = Path("/")
 _COMMAND_TIMEOUT_S = 20
 _NPU_DRIVERS = {
@@ -50,7 +52,7 @@ def cpu_cache_bytes(root: Path = ROOT) -> int:
     """All last-level caches of the CPU together, also those that a virtual machine shares; 0 where Linux does not say."""
     caches = dict[tuple[int, str], int]()
     for folder in (root / "sys/devices/system/cpu").glob("cpu[0-9]*/cache/index[0-9]*"):
-        level, size, sharers = (_text(folder / name) for name in ("level", "size", "shared_cpu_list"))
+        level, size, sharers = (text_of(folder / name) for name in ("level", "size", "shared_cpu_list"))
         if level.isdecimal() and size.removesuffix("K").isdecimal():
             caches[int(level), sharers] = int(size.removesuffix("K")) << 10
     last = max((level for level, _ in caches), default=0)
@@ -105,13 +107,6 @@ def _npu_name(device: Path) -> str:
     except OSError:
         driver = ""
     return _NPU_DRIVERS.get(driver, f"NPU ({driver})" if driver else "NPU")
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace").strip()
-    except OSError:
-        return ""
 
 
 def _linux_cpu_name(root: Path) -> str:
