@@ -19,6 +19,7 @@ def forget_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         "_dot_reader",
         "_quick_dtype",
         "few_plain_tokens",
+        "few_routed_tokens",
     )
     for name in names:
         monkeypatch.setattr(cpu_products, name, cache(getattr(cpu_products, name).__wrapped__))

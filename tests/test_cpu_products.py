@@ -21,10 +21,12 @@ from llm_magic.backends.accelerate.placement import cpu_products, four_bits, int
 from llm_magic.backends.accelerate.placement.cpu_linear import is_linear, serve_linear  # noqa: E402
 from llm_magic.backends.accelerate.placement.cpu_products import (  # noqa: E402
     PackedWeights,
+    few_routed_tokens,
     few_tokens,
     multiplied,
     multiplied_each,
     multiplied_plain,
+    multiplied_router,
     prepared,
 )
 from llm_magic.backends.accelerate.placement.packing import packed_weights  # noqa: E402
@@ -342,6 +344,26 @@ def test_plain_matrices(dtype: str, columns: int) -> None:
         some = tokens(count, columns, dtype)
         found = multiplied_plain(some, weights.data)
         assert are_close(found, some.double() @ weights.data.double().T, dtype)
+
+
+@pytest.mark.usefixtures("_vectors")
+@pytest.mark.parametrize("columns", [64, 80, 320])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_matrices_of_routers_with_tokens_of_32_bits(dtype: str, columns: int) -> None:
+    weights = plain(dtype, (37, columns)).data
+    for count in range(1, few_routed_tokens(weights.dtype) + 1):
+        some = tokens(count, columns, "float32")
+        found = multiplied_router(some, weights, is_wide=dtype != "float32")
+        assert are_close(found, some.double() @ weights.double().T, "float32")
+
+
+def test_tokens_of_16_bits_with_matrices_of_32_are_torchs() -> None:
+    weights = plain("float32", (37, 64))
+    for dtype in ("bfloat16", "float16"):
+        some = tokens(1, 64, dtype)
+        assert multiplied_router(some, weights.data, is_wide=False) is None
+        assert multiplied_plain(some, weights.data) is None
+        assert prepared(weights.layout, (37,), dtype, 1) is None
 
 
 def plain(dtype: str, shape: tuple[int, int]) -> PackedWeights:

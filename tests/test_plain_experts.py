@@ -55,7 +55,7 @@ def arguments(tokens: int, dtype: Any = torch.bfloat16) -> tuple[Any, Any, Any]:
 def watched(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The products that kernels are asked for from now on."""
     asked: list[Any] = []
-    for name in ("multiplied_plain", "multiplied_each_plain"):
+    for name in ("multiplied_plain", "multiplied_each_plain", "multiplied_router"):
         usual = getattr(cpu_products, name)
 
         def spy(*args: Any, usual: Any = usual, **options: Any) -> Any:
@@ -197,26 +197,38 @@ def mixture(name: str = "qwen3_moe") -> Any:
         return made_model(name).requires_grad_(False)
 
 
+def router_of_any(model: Any) -> Any:
+    names = ("router", "gate")  # of gpt-oss, and of the others
+    return next(module for path, module in model.named_modules() if path.rpartition(".")[2] in names)
+
+
 def router_of(model: Any) -> Any:
     return next(module for module in model.modules() if is_served_router(module))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "glm4_moe"])
 @pytest.mark.parametrize("tokens", [1, 3, 16, 40])
-def test_routers_multiply_by_kernels(tokens: int, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of gpt-oss add a bias, those of GLM multiply in float32."""
+def test_routers_multiply_by_kernels(
+    tokens: int, name: str, dtype: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of gpt-oss add a bias, those of GLM multiply in float32, and have their weights in that as well since 5.24."""
     model = mixture(name)
+    of_model = router_of_any(model)
+    of_model.to(dtype)
     serve_plain_modules(model)
     router = router_of(model)
+    assert router is of_model
     usual = next(kind for kind in type(router).__mro__[1:])
     asked = watched(monkeypatch)
-    states = torch.randn(tokens, router.weight.shape[1]).bfloat16()
+    is_wide = name == "glm4_moe"  # takes states in 16 bits, whatever its weight is in
+    states = torch.randn(tokens, router.weight.shape[1]).to(torch.bfloat16 if is_wide else dtype)
     with torch.no_grad():
         mine, theirs = router(states), usual.forward(router, states)
-    if name == "glm4_moe":
+    if is_wide:
         assert mine[0].dtype == torch.float32
         assert float((mine[0] - theirs[0]).abs().max()) < 1e-5, "not rounded to 16 bits"
-    assert bool(asked) == (tokens <= cpu_products.few_plain_tokens(torch.bfloat16))
+    assert bool(asked) == (tokens <= cpu_products.few_routed_tokens(dtype))
     for found, expected in zip(mine[:2], theirs[:2], strict=True):
         torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
 

@@ -725,10 +725,13 @@ def test_other_experts(llama: Any) -> None:
     assert equal(mine, answers(other))
 
 
-def served_mixture(name: str = "qwen3_moe", **own: Any) -> Any:
-    """Whose experts and router compute by kernels."""
+def served_mixture(name: str = "qwen3_moe", routers: Any = None, **own: Any) -> Any:
+    """Whose experts and router compute by kernels; the routers in a dtype of their own."""
     model = made(name, **own)
     model.requires_grad_(False)
+    for path, module in model.named_modules():
+        if routers is not None and path.endswith(".gate"):
+            module.weight.data = module.weight.to(routers)
     serve_plain_modules(model)
     return model
 
@@ -779,17 +782,18 @@ def test_experts_are_kernels_in_a_row_with_what_is_between_them() -> None:
     assert operations_of(held) == set(), "numbers of experts are known to be some"
 
 
+@pytest.mark.parametrize("kind", ["bfloat16", "float32"])
 @pytest.mark.parametrize("name", ["glm4_moe", "deepseek_v3"])
-def test_one_group_of_experts_hides_none(name: str) -> None:
-    """Routers in float32: the mask of groups is left out, and a weight in 16 bits is read as it is."""
-    model = served_mixture(name)
+def test_one_group_of_experts_hides_none(name: str, kind: str) -> None:
+    """Routers of states in float32: the mask of groups is left out, and a weight is read as it is."""
+    model = served_mixture(name, getattr(torch, kind))
     theirs = answers(model)
     held = recorded(model)
     assert equal(answers(model), theirs)
     assert operations_of(held) == set()
     routers = [member for member in members_of(held, alone=False) if isinstance(member, Router)]
     assert routers
-    assert {(router.dtype, router.weights()[0].kind) for router in routers} == {(torch.float32, "bfloat16")}
+    assert {(router.dtype, router.weights()[0].kind) for router in routers} == {(torch.float32, kind)}
     assert any(isinstance(member, Pick) for member in members_of(held, alone=False)), "their weights"
 
 

@@ -230,13 +230,13 @@ class Integers(_Bytes):
 
 
 @dataclass(frozen=True)
-class Halves(Reader):
-    """Numbers of 16 bits, which need no scale.
+class Plain(Reader):
+    """Numbers of 16 or 32 bits, which need no scale.
 
     Attributes
     ----------
     dtype
-        ``"bfloat16"`` or ``"float16"``.
+        ``"bfloat16"``, ``"float16"``, or ``"float32"``, with which tokens are in float32, too.
     """
 
     dtype: str
@@ -245,9 +245,13 @@ class Halves(Reader):
     def columns(self) -> list[list[int]]:
         return [list(range(start, start + self.floats)) for start in range(0, self.weights, self.floats)]
 
+    @property
+    def takes_tokens_as_they_are(self) -> bool:
+        return self.dtype == "float32"
+
     def numbers(self, _module: ir.Module, builder: ir.IRBuilder, packed: Any, _part: Any) -> list[Any]:
-        halves = builder.bitcast(packed, vector(stored_kind(self.dtype), self.weights))
-        parts = (shuffled(builder, halves, halves, places) for places in self.columns)
+        some = builder.bitcast(packed, vector(stored_kind(self.dtype), self.weights))
+        parts = (shuffled(builder, some, some, places) for places in self.columns)
         return [as_floats(builder, part, self.dtype) for part in parts]
 
 
@@ -426,11 +430,12 @@ def fractions(bits: int, group: int, columns: int) -> Reader | None:
     return None
 
 
-def halves(dtype: str, columns: int) -> Reader | None:
-    """What reads numbers of 16 bits, as `codes`."""
+def plain(dtype: str, columns: int) -> Reader | None:
+    """What reads numbers of 16 or 32 bits, as `codes`."""
+    size = 4 if dtype == "float32" else 2
     for width, _ in _widths():
-        if columns % (width // 2) == 0 and columns % 16 == 0:
-            return Halves(width, width // 2, 0, dtype, has_scale=False)
+        if columns % (width // size) == 0 and columns % 16 == 0:
+            return Plain(width, width // size, 0, dtype, has_scale=False)
     return None
 
 

@@ -116,7 +116,7 @@ def kernels_between(layout: Layout, sizes: Sizes, dtype: str) -> BetweenKernels 
         cpu_products.prepared_each(layout, rows, dtype, heads * tokens, values // rows) if is_quick else None
     )
     numbers = _numbers(heads, (own + values) // rows, own // rows, tokens)
-    is_packed = layout.kind not in (*cpu_products.PLAIN, "float32")
+    is_packed = layout.kind not in cpu_products.PLAIN
     return BetweenKernels(layout, sizes, sums, _OF_PACKED if is_packed else _OF_NUMBERS, products, numbers)
 
 

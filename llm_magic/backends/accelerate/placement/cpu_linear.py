@@ -39,7 +39,7 @@ def served_weights(layer: Any, dtype: Any) -> PackedWeights | None:
 
 
 def plain_matrix(weight: Any, dtype: Any) -> PackedWeights | None:
-    """A parameter of 16 bits ``[out, in]`` as kernels take it, if they do."""
+    """A parameter ``[out, in]`` of plain numbers as kernels take it, if they do."""
     name = str(weight.dtype).removeprefix("torch.")
     is_taken = name in cpu_products.PLAIN and weight.dtype == dtype and weight.is_contiguous()
     return PackedWeights(name, weight, None, None, *weight.shape) if is_taken else None

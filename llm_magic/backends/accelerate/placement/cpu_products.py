@@ -23,16 +23,16 @@ from llm_magic.backends.accelerate.kernels.words import ADDRESSES, HEAD_WORDS, T
 from llm_magic.backends.accelerate.looked_at import is_looked_at
 from llm_magic.backends.accelerate.preparation import preparing
 
-PLAIN = ("bfloat16", "float16")
-"""Kinds of weights that are not packed."""
+PLAIN = ("bfloat16", "float16", "float32")
+"""Kinds of weights that are not packed. Of 32 bits kernels read routers alone: torch is quick with the others."""
 
 MXFP4_NUMBERS = tuple(
     sign * size for sign in (1.0, -1.0) for size in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 )
 """What floats of 4 bits (E2M1) are, by their bits."""
 
-_BITS = {"nf4": 4, "fp4": 4, "mxfp4": 4, "int4": 4, "int2": 2, "int8": 8, "float8": 8}
-"""Of a weight of packed kinds, without its share of a scale."""
+_BITS = {"nf4": 4, "fp4": 4, "mxfp4": 4, "int4": 4, "int2": 2, "int8": 8, "float8": 8, "float32": 32}
+"""Of a weight, without its share of a scale; 16 where it is not here."""
 _CODED = ("nf4", "fp4", "mxfp4")
 """Kinds whose 4 bits are places in a table."""
 _STARTS_LOW = ("mxfp4",)
@@ -58,6 +58,8 @@ of RAM with up to 8 tokens, where torch was at half of it, and quicker with 16. 
 at once. avx512fp16 there: 0.4 to 0.6 of torch's time with 2 to 8, 0.9 with 24. Not measured: tiles of float16, taken for
 the same as those of bfloat16; ARM's instructions, whose products stay torch's.
 """
+_FEW_WIDE = 8
+"""And with a router's matrix of 32 bits."""
 _UNPACKED_WEIGHTS = 1 << 22
 """That are numbers at a time, while many tokens are multiplied with them: they stay in the caches."""
 _THE_ONLY = ctypes.c_int64(0)
@@ -73,8 +75,8 @@ class PackedWeights:
     Attributes
     ----------
     kind
-        ``"nf4"``, ``"fp4"``, ``"mxfp4"``, ``"int8"``, ``"float8"``, ``"int4"`` or ``"int2"``; ``"bfloat16"`` and
-        ``"float16"`` are not packed at all.
+        ``"nf4"``, ``"fp4"``, ``"mxfp4"``, ``"int8"``, ``"float8"``, ``"int4"`` or ``"int2"``; those of `PLAIN` are not
+        packed at all.
     data, scales, shifts
         Contiguous tensors on the CPU; shifts of integers of 4 and 2 bits alone, scales of all that is packed. Scales of
         ``"mxfp4"`` are exponents of 2 in uint8, more by 127 than is meant.
@@ -155,18 +157,28 @@ def few_plain_tokens(dtype: Any) -> int:
 
     It depends on the processor alone, so that answers repeat.
     """
-    if _name(dtype) not in PLAIN or not is_there():
+    if _name(dtype) not in _FEW_PLAIN or not is_there():
         return 0
     if multiplies_slowly(dtype):
         return few_tokens(dtype)
     return next((count for needed, count in _FEW_PLAIN[_name(dtype)] if needed in _instructions()), 0)
 
 
+@cache
+def few_routed_tokens(dtype: Any) -> int:
+    """As `few_plain_tokens`, of a router's matrix, which may be of 32 bits as well."""
+    import torch
+
+    if dtype == torch.float32:
+        return _FEW_WIDE if is_there() else 0
+    return few_plain_tokens(dtype)
+
+
 def most_by_bytes(kind: str, dtype: Any) -> int:
     """Up to how many tokens of a dtype are multiplied with the bytes of weights of a kind."""
     import torch
 
-    return few_plain_tokens(getattr(torch, kind)) if kind in PLAIN else few_tokens(dtype)
+    return few_routed_tokens(getattr(torch, kind)) if kind in PLAIN else few_tokens(dtype)
 
 
 def multiplied(tokens: Any, weights: PackedWeights) -> Any:
@@ -179,27 +191,32 @@ def multiplied(tokens: Any, weights: PackedWeights) -> Any:
     return None if result is None else result.view(*tokens.shape[:-1], weights.rows)
 
 
-def multiplied_plain(tokens: Any, matrix: Any, *, is_wide: bool = False) -> Any:
-    """Tokens times a parameter of 16 bits ``[out, in]``, in the same dtype, or in float32 where they are wide; as `multiplied`."""
-    import torch
-
+def multiplied_plain(tokens: Any, matrix: Any) -> Any:
+    """Tokens times a parameter ``[out, in]`` of 16 bits, in the same dtype; as `multiplied`."""
     dtype = matrix.dtype
-    if (
-        tokens.dtype != (torch.float32 if is_wide else dtype)
-        or not _are_plain(matrix, _MATRIX)
-        or not _may_be_read(tokens, matrix)
-    ):
+    if tokens.dtype != dtype or not _may_be_multiplied(tokens, matrix):
         return None
     rows, columns = matrix.shape
-    if tokens.shape[-1] != columns:
-        return None
     if tokens.numel() <= few_plain_tokens(dtype) * columns:
         return _by_bytes(tokens, _plain(dtype, columns), rows, (matrix.data_ptr(), 0, 0))
-    if is_wide or not multiplies_slowly(dtype):
+    if not multiplies_slowly(dtype):
         return None
     weights = PackedWeights(_name(dtype), matrix, None, None, rows, columns)
     result = _by_numbers(tokens.reshape(-1, columns).contiguous(), weights)
     return None if result is None else result.view(*tokens.shape[:-1], rows)
+
+
+def multiplied_router(tokens: Any, matrix: Any, *, is_wide: bool) -> Any:
+    """Few tokens times a router's parameter ``[out, in]``, in its dtype, or in float32 where they are wide; as `multiplied`."""
+    import torch
+
+    dtype = torch.float32 if is_wide else matrix.dtype
+    if tokens.dtype != dtype or not _may_be_multiplied(tokens, matrix):
+        return None
+    rows, columns = matrix.shape
+    if tokens.numel() > few_routed_tokens(matrix.dtype) * columns:
+        return None
+    return _by_bytes(tokens, _plain(matrix.dtype, columns), rows, (matrix.data_ptr(), 0, 0))
 
 
 def multiplied_each(tokens: Any, weights: PackedWeights, matrices: Any) -> Any:
@@ -232,6 +249,12 @@ def plain_stack(stack: Any) -> PackedWeights | None:
 
 _MATRIX, _STACK = 2, 3
 """Their dimensions."""
+
+
+def _may_be_multiplied(tokens: Any, matrix: Any) -> bool:
+    """Whether tokens fit a plain matrix, and both may be read."""
+    is_such = _are_plain(matrix, _MATRIX) and tokens.shape[-1] == matrix.shape[-1]
+    return is_such and _may_be_read(tokens, matrix)
 
 
 def _are_plain(weights: Any, dimensions: int) -> bool:
@@ -377,7 +400,7 @@ def _prepared(
 @cache
 def summed_rows(layout: Layout, dtype: str) -> Callable[[Any], None] | None:
     """The kernel of `kernels.row_sums` for numbers of a dtype and matrices that lie so; ``None`` where there is none."""
-    is_plain = layout.kind in (*PLAIN, "float32")
+    is_plain = layout.kind in PLAIN
     if _readers() is None or not are_read(dtype) or (is_plain and layout.kind != dtype):
         return None
     from llm_magic.backends.accelerate.kernels.row_sums import packed_row_sums, row_sums
@@ -551,6 +574,8 @@ def _order(layout: Layout, dtype: str) -> Any:
 
 def _reader_of(layout: Layout, dtype: str, together: int) -> Any:
     """What reads weights to multiply them with so many tokens; with none, to unpack them."""
+    if layout.kind == "float32" != dtype:
+        return None
     if together and dtype == "bfloat16":
         reader = _dot_reader(layout)
         if reader is not None:
@@ -584,7 +609,7 @@ def _reader(layout: Layout, *, is_exact: bool) -> Any:
             _table(layout.kind), layout.group, layout.columns, is_exact=is_exact, starts_low=starts_low
         )
     if layout.kind in PLAIN:
-        return readers.halves(layout.kind, layout.columns)
+        return readers.plain(layout.kind, layout.columns)
     if layout.kind in ("int4", "int2"):
         return readers.fractions(int(layout.kind[-1]), layout.group, layout.columns)
     if layout.kind == "int8":

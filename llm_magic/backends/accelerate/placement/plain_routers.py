@@ -1,4 +1,4 @@
-"""Routers of experts in 16 bits: the product with their weight is no module, and slow in torch for a few tokens.
+"""Routers of experts: the product with their weight is no module, and slow in torch for a few tokens.
 
 So it is caught on its way to torch. Recorded layers multiply in the same way: which experts a token gets does not depend
 on how its layer runs.
@@ -21,7 +21,7 @@ def serve_plain_router(module: Any) -> None:
     """Let a module beside experts multiply by our kernels on the CPU, where it has a weight for that."""
     weight = module._parameters.get("weight")
     is_matrix = weight is not None and weight.dim() == _MATRIX
-    if is_matrix and served_by(module) is None and cpu_products.few_plain_tokens(weight.dtype):
+    if is_matrix and served_by(module) is None and cpu_products.few_routed_tokens(weight.dtype):
         serve(module, _router_by_kernels)
 
 
@@ -39,7 +39,7 @@ def _router_by_kernels(module: Any, *args: Any, **options: Any) -> Any:
     if current() is None and is_looked_at():
         return None
     states = next((each for each in (*args, *options.values()) if isinstance(each, torch.Tensor)), None)
-    if states is None or states.numel() > cpu_products.few_plain_tokens(weight.dtype) * weight.shape[-1]:
+    if states is None or states.numel() > cpu_products.few_routed_tokens(weight.dtype) * weight.shape[-1]:
         return None
     with _caught():
         return usual_class_of(module).forward(module, *args, **options)
@@ -131,5 +131,5 @@ def _router_products(states: Any, weight: Any, bias: Any, *, is_wide: bool) -> A
 
     if bias is not None and (bias.dtype != states.dtype or (bias.requires_grad and torch.is_grad_enabled())):
         return None
-    products = cpu_products.multiplied_plain(states, weight, is_wide=is_wide)
+    products = cpu_products.multiplied_router(states, weight, is_wide=is_wide)
     return products if products is None or bias is None else products.add_(bias)

@@ -159,7 +159,7 @@ class Linears:
 
 
 class Router(Linears):
-    """The product of tokens with a router's weight, which is no linear layer: of 16 bits, the tokens may be in float32."""
+    """The product of tokens with a router's weight, which is no linear layer: the tokens may be in float32 where it is of 16 bits."""
 
     def __init__(self, node: Node, module: Any) -> None:
         super().__init__(node.args[0], node.outputs, [module])
