@@ -177,7 +177,7 @@ def test_a_file_is_held_against_a_table_part_by_part(tiny_model: TinyModel, monk
     placed.apply(placed_plan(folder, everywhere("read")))
     monkeypatch.undo()
     assert max(sizes) == 1000
-    assert placed._folder is None  # all of it is in the model's own files
+    assert placed._homes._folder is None  # all of it is in the model's own files
     placed.close()
 
 

@@ -284,7 +284,7 @@ def test_an_interrupt_at_any_line_while_keys_and_values_come_along(
     folder = tiny_model("llama")
     model = stock(folder)
     placed = load_placed(folder, placed_plan(folder, layers_to("visiting")), streams)
-    (lane,) = placed._cache_lanes.values()
+    (lane,) = placed._attachments._cache_lanes.values()
     if is_ahead:
         lane.let_go_ahead(0)
 

@@ -171,7 +171,7 @@ def test_waits_for_experts_count_where_they_are_routed_to(tiny_model: TinyModel)
     """A tick for the block's own wait, and one for each expert that is not in the cache yet."""
     folder = tiny_model("qwen3-moe")
     placed = load_placed(folder, placed_plan(folder, layers_to("read")))
-    said, (lane,) = Said(placed, make_timers=ticking), placed._expert_lanes.values()
+    said, (lane,) = Said(placed, make_timers=ticking), placed._attachments._expert_lanes.values()
     missed = []
     for _ in range(3):
         before = lane.cache.misses

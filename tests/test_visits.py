@@ -61,7 +61,7 @@ def fetched(placed: PlacedModel) -> int:
 
 
 def visitors(placed: PlacedModel) -> list[VisitingHook]:
-    return list(placed._visiting_hooks.values())
+    return list(placed._attachments._visiting_hooks.values())
 
 
 @contextmanager
@@ -160,7 +160,7 @@ def test_routed_experts_come_along(tiny_model: TinyModel, streams: Streams) -> N
     folder = tiny_model("qwen3-moe")
     model = stock(folder, experts_implementation="eager")
     placed = load_placed(folder, placed_plan(folder, layers_to("visiting")), streams)
-    (experts,) = placed._expert_lanes.values()
+    (experts,) = placed._attachments._expert_lanes.values()
     for prompt, comes in ((SHORT, False), (PROMPT, True), (SHORT, False)):
         before = experts.cache.hits + experts.cache.misses
         assert torch.equal(logits(placed.model, prompt), logits(model, prompt))

@@ -12,6 +12,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.gpu
 
+from llm_magic.backends.accelerate.placement.attachments import Attachments  # noqa: E402
 from llm_magic.backends.accelerate.placement.placed import PlacedModel  # noqa: E402
 from tests import tiny  # noqa: E402
 from tests.caches import cache_of, given  # noqa: E402
@@ -51,7 +52,7 @@ def in_pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 def placed_model(folder: Path, way: str, streams: Any = None, *, is_ahead: bool = True) -> PlacedModel:
     placed = load_placed(folder, placed_plan(folder, WAYS[way]), streams or late())
     in_turn(placed.model)
-    (lane,) = placed._cache_lanes.values()
+    (lane,) = placed._attachments._cache_lanes.values()
     if is_ahead:
         lane.let_go_ahead(0)
     return placed
@@ -112,9 +113,9 @@ def test_buffers_that_the_system_does_not_pin(
     placed = load_placed(folder, None, late(from_pinned=False))
     with monkeypatch.context() as patch:
         patch.setattr(torch.cuda.cudart(), "cudaHostRegister", refuse)
-        patch.setattr(PlacedModel, "_in_the_way", lambda _placed: [])
+        patch.setattr(Attachments, "_in_the_way", lambda _attachments: [])
         placed.apply(placed_plan(folder, WAYS["streamed and visiting"]))
-    (lane,) = placed._cache_lanes.values()
+    (lane,) = placed._attachments._cache_lanes.values()
     assert lane.refused_bytes == refused * 3000
     assert_same(read(placed.model), right)
     placed.close()

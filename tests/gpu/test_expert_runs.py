@@ -65,7 +65,7 @@ def logits(engine: Any, count: int = 150) -> Any:
 
 
 def runs_of(engine: Any) -> ExpertRuns:
-    runs = engine._placed._expert_lanes[DEVICE].runs
+    runs = engine._placed._attachments._expert_lanes[DEVICE].runs
     assert isinstance(runs, ExpertRuns)
     return runs
 
@@ -114,7 +114,7 @@ def test_few_tokens_and_few_experts_come_one_by_one(engine_of: Callable[..., Any
     engine = engine_of(layers(STREAMED))
     logits(engine, 16)
     assert runs_of(engine).lane.fetched == 0
-    assert engine._placed._expert_lanes[DEVICE].cache.misses > 0
+    assert engine._placed._attachments._expert_lanes[DEVICE].cache.misses > 0
 
 
 def test_few_copies(engine_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,7 +134,7 @@ def test_few_copies(engine_of: Callable[..., Any], monkeypatch: pytest.MonkeyPat
 
 def test_memory_is_counted(engine_of: Callable[..., Any]) -> None:
     engine = engine_of(layers(VISITING_SPLIT))
-    held = engine._placed._expert_lanes[DEVICE]
+    held = engine._placed._attachments._expert_lanes[DEVICE]
     assert held.device_bytes >= runs_of(engine).bytes + 2 * held.cache.slot_bytes
     assert held.device_bytes <= engine.plan.use(DEVICE).slots
 

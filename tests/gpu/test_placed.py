@@ -298,7 +298,7 @@ def test_a_quota_of_pinned_memory_is_for_staging_first(
 ) -> None:
     """Then for blocks; and some is left for CUDA itself."""
     spare = 20_000
-    monkeypatch.setattr("llm_magic.backends.accelerate.placement.placed._SPARE_PINNED_BYTES", spare)
+    monkeypatch.setattr("llm_magic.backends.accelerate.placement.attachments._SPARE_PINNED_BYTES", spare)
     monkeypatch.setattr("llm_magic.planning.costs._CACHE_PIECE_BYTES", 4096)
     where = (ON_GPU | HYBRID)[way]
     model = resident(longer(name))

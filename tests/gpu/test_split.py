@@ -151,7 +151,7 @@ def expected(folder_of: Callable[[str], Path]) -> Callable[..., list[str]]:
 
 
 def experts_of(engine: Any) -> list[CpuExperts]:
-    return [each for some in engine._placed._cpu_experts.values() for each in some]
+    return [each for some in engine._placed._attachments._cpu_experts.values() for each in some]
 
 
 def work_of(engine: Any) -> Iterator[list[int]]:
@@ -249,7 +249,7 @@ def test_the_gpu_computes_them_in_prompts(engine_of: Callable[..., Any]) -> None
     calls = next(work_of(engine))
     ask(engine, request(PROMPT * 3, max_new_tokens=4))
     assert set(calls) == {1}
-    cache = engine._placed._expert_lanes[DEVICE].cache
+    cache = engine._placed._attachments._expert_lanes[DEVICE].cache
     assert cache.misses > 0
     fetched = cache.misses
     ask(engine, request("a", max_new_tokens=4, chat="short"))  # fewer tokens than a long sweep has
@@ -553,7 +553,7 @@ def test_experts_that_come_for_prompts_leave_room_for_long_ones(engine_of: Calla
     """Those that come for every token have what is spare, and no prompt counts on it."""
     split = engine_of(layers(VISITING_SPLIT))
     use = split.plan.use(DEVICE)
-    assert split._placed._expert_lanes[DEVICE].device_bytes <= use.slots
+    assert split._placed._attachments._expert_lanes[DEVICE].device_bytes <= use.slots
     assert split._placed.beyond_plan() == {DEVICE: 0}
     few = engine_of(
         layers(VISITING_SPLIT), "quanto-int8", "mixtral"

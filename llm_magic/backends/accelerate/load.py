@@ -20,6 +20,7 @@ from llm_magic.backends.accelerate.memory_errors import (
     release_memory,
 )
 from llm_magic.backends.accelerate.packed_load import PackedLoad
+from llm_magic.backends.accelerate.placement.device_map import accelerate_device_map
 from llm_magic.backends.accelerate.placement.extents import Extent
 from llm_magic.backends.accelerate.placement.hooks import weights_loader
 from llm_magic.backends.accelerate.placement.offload_folder import (
@@ -27,7 +28,7 @@ from llm_magic.backends.accelerate.placement.offload_folder import (
     check_tensor_names,
     disk_error,
 )
-from llm_magic.backends.accelerate.placement.placed import Fill, PlacedModel, accelerate_device_map
+from llm_magic.backends.accelerate.placement.placed import Fill, PlacedModel
 from llm_magic.backends.accelerate.placement.quantize import refuse_devices
 from llm_magic.backends.accelerate.placement.served_model import serve_plain_modules
 from llm_magic.backends.accelerate.quiet import bars_into, quiet
