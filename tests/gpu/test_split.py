@@ -14,8 +14,8 @@ import pytest
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.gpu
 
-from llm_magic.backends.accelerate.decoding.capture import Graphs  # noqa: E402
 from llm_magic.backends.accelerate.decoding.captured_layers import CapturedLayers  # noqa: E402
+from llm_magic.backends.accelerate.decoding.cuda_graphs import Graphs  # noqa: E402
 from llm_magic.backends.accelerate.placement.cpu_experts import CpuExperts  # noqa: E402
 from llm_magic.backends.accelerate.placement.placed import PlacedModel  # noqa: E402
 from llm_magic.backends.accelerate.repair import blocks_to_move  # noqa: E402

@@ -16,8 +16,9 @@ from llm_magic.backends.accelerate.decoding.capturable import (
     model_reason,
     why_not,
 )
-from llm_magic.backends.accelerate.decoding.capture import CapturedSteps, CudaGraphs
+from llm_magic.backends.accelerate.decoding.capture import CapturedSteps
 from llm_magic.backends.accelerate.decoding.captured_layers import CapturedLayers
+from llm_magic.backends.accelerate.decoding.cuda_graphs import CudaGraphs
 from llm_magic.backends.accelerate.decoding.kv_cache import can_take_back
 from llm_magic.backends.accelerate.decoding.pace import Pace
 from llm_magic.backends.accelerate.decoding.proposers import DraftModel, PromptLookup

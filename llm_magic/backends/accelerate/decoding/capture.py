@@ -1,37 +1,32 @@
 """Decode steps that are recorded once and then replayed, without Python between their kernels.
 
 A sweep of a large model is a thousand small kernels, and for one token launching them takes longer than
-running them. So a sweep over fixed addresses (see `static_cache`) is captured as a CUDA graph the first
-time it is needed: its first run is an ordinary one, whose result counts, and every later one is a single
-launch, copies of streamed blocks included. There is one graph for each number of sequences, of tokens and
-of visible tokens; tokens are rounded up to a few sizes, and what is too much is masked.
+running them. So a sweep over fixed addresses (see `static_cache` and `static_inputs`) is captured as a CUDA
+graph (see `cuda_graphs`) the first time it is needed: its first run is an ordinary one, whose result counts,
+and every later one is a single launch, copies of streamed blocks included. There is one graph for each number
+of sequences, of tokens and of visible tokens; tokens are rounded up to a few sizes, and what is too much is
+masked.
 
 Whatever cannot be captured runs as it is over the same cache, and the step says why.
 """
 
 from __future__ import annotations
 
-import gc
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from llm_magic.backends.accelerate.decoding import attention
 from llm_magic.backends.accelerate.decoding.cache_argument import cache_name
 from llm_magic.backends.accelerate.decoding.capturable import attention_of, kinds_of, windows_of
+from llm_magic.backends.accelerate.decoding.cuda_graphs import what_ended
 from llm_magic.backends.accelerate.decoding.host_numbers import written_by_kernels
 from llm_magic.backends.accelerate.decoding.running import below_its_hook, running
-from llm_magic.backends.accelerate.decoding.static_cache import SWEEP_TOKENS, StaticCache, places_of, round_up
+from llm_magic.backends.accelerate.decoding.static_cache import SWEEP_TOKENS, StaticCache, round_up
+from llm_magic.backends.accelerate.decoding.static_inputs import Inputs, Shape
 from llm_magic.backends.accelerate.decoding.warmup import COMPILING, WarmUp, short
 from llm_magic.backends.accelerate.memory_errors import TokensLostError, is_out_of_memory
-from llm_magic.backends.accelerate.placement.cpu_experts import (
-    HostWork,
-    before_recording,
-    host_work_taken_by,
-)
-from llm_magic.backends.accelerate.preparation import preparing
 
 _FIRST_VISIBLE = 512
 _FIRST_CAPACITY = 2048  # a usual chat's: its graphs need not be captured again after two turns
@@ -39,9 +34,6 @@ MOST_FORGOTTEN = 4
 """Times an answer that graphs go for others: to capture them anew and anew would be slower than fewer blocks."""
 FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError)
 """What a capture may end with, after which sweeps run as they are."""
-_AFTERMATH = "due to a previous error during capture"  # CUDA says it when a capture ends that failed before
-_idle_streams: dict[int, list[Any]] = {}
-"""Of recorders that are no more: GPU -> streams for the next ones."""
 
 
 class Recorder(Protocol):
@@ -78,102 +70,12 @@ class Lookup(Protocol):
         """Around that sweep."""
 
 
-class Shape(NamedTuple):
-    """What tells one graph from another: ``visible`` is how much of the cache it attends to."""
-
-    batch: int
-    tokens: int
-    visible: int
-
-
 @dataclass(frozen=True)
 class Recorded:
     """A captured sweep, and whether its layers were compiled ones."""
 
     replay: Callable[[], object]
     compiled: bool
-
-
-class Inputs:
-    """What a sweep reads, at fixed addresses.
-
-    Attributes
-    ----------
-    device
-        Where they are.
-    ids
-        int64 ``[batch, tokens]``, for each such shape.
-    length, count
-        int64 ``[]``: tokens in the cache before the sweep, and tokens of the sweep that are real.
-    kept
-        bool ``[batch, capacity]``: whether a place of the cache may be seen at all (padding may not).
-    padding
-        int64 ``[batch]``: places of each row that hold padding.
-    """
-
-    def __init__(self, batch: int, capacity: int, device: Any) -> None:
-        import torch
-
-        self.device = device
-        self.ids: dict[tuple[int, int], Any] = {}
-        self.length = torch.zeros((), dtype=torch.int64, device=device)
-        self.count = torch.ones((), dtype=torch.int64, device=device)
-        self.kept = torch.ones((batch, capacity), dtype=torch.bool, device=device)
-        self.padding = torch.zeros(batch, dtype=torch.int64, device=device)
-
-    def pad(self, attention_mask: Any) -> None:
-        """Hide the padding of a new answer's prompt."""
-        self.kept.fill_(True)
-        self.padding.zero_()
-        if attention_mask is not None:
-            rows, width = attention_mask.shape
-            real = attention_mask.to(self.kept.dtype)
-            self.kept[:rows, :width].copy_(real)
-            self.padding[:rows].copy_(width - real.sum(-1))
-
-    def fill(self, shape: Shape, ids: Any, cache_length: int) -> None:
-        """Set the next sweep's tokens; the rest of a rounded sweep is token 0."""
-        import torch
-
-        key = (shape.batch, shape.tokens)
-        if key not in self.ids:
-            self.ids[key] = torch.zeros(key, dtype=torch.int64, device=self.device)
-        self.ids[key][:, : ids.shape[1]].copy_(ids)
-        self.ids[key][:, ids.shape[1] :].zero_()
-        self.length.fill_(cache_length)
-        self.count.fill_(ids.shape[1])
-
-    def slots(self, shape: Shape) -> Any:
-        """Where the sweep writes: int64 ``[tokens]``."""
-        import torch
-
-        return torch.arange(shape.tokens, device=self.device) + self.length
-
-    def positions(self, shape: Shape, slots: Any) -> Any:
-        """Position of every token in its own sequence; those that are not real repeat the last.
-
-        A model with learned positions has none behind the end of its context.
-        """
-        last = self.length + self.count - 1
-        return (slots.minimum(last)[None] - self.padding[: shape.batch, None]).clamp_min(0)
-
-    def mask(self, shape: Shape, slots: Any) -> Any:
-        """Whether a token (third) may see a place (fourth): bool ``[batch, 1, tokens, visible]``."""
-        import torch
-
-        places = torch.arange(shape.visible, device=self.device)
-        before = places[None, :] <= slots[:, None]
-        return before[None, None] & self.kept[: shape.batch, None, None, : shape.visible]
-
-    def window_mask(self, shape: Shape, slots: Any, window: int) -> Any:
-        """As ``mask``, for layers that see a window and hold tokens around a ring (see `static_cache`)."""
-        import torch
-
-        ring = places_of(window, self.kept.shape[1])
-        places = torch.arange(min(shape.visible, ring), device=self.device)
-        held = slots[-1] - (slots[-1] - places) % ring  # the token that lies there once the sweep has written
-        is_seen = (held <= slots[:, None]) & (held > slots[:, None] - window) & (held >= 0)
-        return is_seen[None, None] & self.kept[: shape.batch, None, None].index_select(3, held.clamp_min(0))
 
 
 class CapturedSteps:
@@ -679,243 +581,6 @@ def _captured_sweep(lane: Lane) -> Iterator[None]:
             lane.end_captured_sweep()
         raise
     lane.end_captured_sweep()
-
-
-class Graphs:
-    """What one sweep was recorded to: a graph, or several with work of the host between them.
-
-    To `torch.cuda.graph` it is like one graph. Called, it runs all of it once more.
-
-    Parameters
-    ----------
-    device
-        The GPU.
-    """
-
-    def __init__(self, device: Any) -> None:
-        self._device = device
-        self._is_open = False
-        self._ended = 0
-        self._graphs: list[Any] = []
-        self._works: list[HostWork] = []
-        self._options: tuple[tuple[Any, ...], dict[str, Any]] = (), {}
-
-    def capture_begin(self, *pool: Any, **options: Any) -> None:
-        """Begin the first graph, or the next one."""
-        import torch
-
-        self._options = pool, options
-        self._graphs.append(torch.cuda.CUDAGraph())
-        self._graphs[-1].capture_begin(*pool, **options)
-        self._is_open = True
-
-    def capture_end(self) -> None:
-        """End the graph that was begun last, unless it has ended: an error may come between two."""
-        if self._is_open:
-            self._is_open = False
-            self._graphs[-1].capture_end()
-            self._ended += 1
-
-    def give_up(self) -> list[Any]:
-        """After a capture that failed: let all graphs go but those that have not ended, which are returned."""
-        left = [graph for graph in self._graphs[self._ended :] if not _has_ended(graph)]
-        self._graphs.clear()
-        self._works.clear()
-        return left
-
-    def interrupt(self, work: HostWork) -> None:
-        """While a graph is captured: have the host do this between what came before and what comes next."""
-        self.capture_end()
-        self._works.append(work)
-        pool, options = self._options
-        self.capture_begin(*pool, **options)
-
-    @property
-    def has_host_work(self) -> bool:
-        """Whether a replay may fail between two of its graphs."""
-        return bool(self._works)
-
-    def __call__(self) -> None:
-        import torch
-
-        with torch.cuda.device(self._device):
-            for graph, work in zip(self._graphs, self._works, strict=False):
-                graph.replay()
-                torch.cuda.current_stream().synchronize()
-                work()
-            self._graphs[-1].replay()
-
-
-def what_ended(error: BaseException) -> BaseException:
-    """What a capture was ended by, where torch says no more than that it could not go on after that."""
-    first = error.__context__
-    return first if first is not None and _AFTERMATH in str(error) else error
-
-
-def _has_ended(graph: Any) -> bool:
-    """Whether its capture has, although there was no memory to make it executable."""
-    try:
-        graph.pool()
-    except RuntimeError:
-        return False
-    return True
-
-
-class CudaGraphs:
-    """Captures on one GPU; all graphs share one pool of memory, since only one runs at a time.
-
-    Parameters
-    ----------
-    device
-        ``torch.device("cuda", 0)``.
-    frees_memory
-        Whether to collect what is free before each capture: that takes longer than a small one.
-    """
-
-    def __init__(self, device: Any, *, frees_memory: bool = True) -> None:
-        import torch
-
-        self._device, self._frees_memory = device, frees_memory
-        cuda: Any = torch.cuda
-        with cuda.device(device):
-            # torch keeps a workspace for matrix products on each stream that had one, 32 MiB on an H100.
-            idle = _idle_streams.setdefault(self._index, [])
-            self._stream = idle.pop() if idle else cuda.Stream()
-        weakref.finalize(self, idle.append, self._stream).atexit = False
-        self._pool: Any = None
-        self._alive: weakref.WeakSet[Any] = weakref.WeakSet()
-        self._failed: list[Any] = []
-
-    def record(self, sweep: Callable[[], None]) -> Callable[[], object]:
-        """Run once on a stream of its own, then capture; the work of the host comes between the graphs.
-
-        Raises
-        ------
-        RuntimeError
-            When something in the sweep cannot be captured: a kernel that waits for the host, for one.
-        """
-        import torch
-
-        with torch.cuda.device(self._device):
-            current = torch.cuda.current_stream()
-            self._stream.wait_stream(current)
-            try:
-                with torch.cuda.stream(self._stream), before_recording():
-                    sweep()
-            finally:  # what a sweep that failed has started still writes to the cache, and reads slots
-                current.wait_stream(self._stream)
-            with preparing():
-                graph = self._captured(sweep, current)
-        self._alive.add(graph)
-        return graph
-
-    def _captured(self, sweep: Callable[[], object], current: Any) -> Graphs:
-        """The graph; while one is captured torch gives no free memory to it, so without any it is tried twice."""
-        import torch
-
-        for frees_memory in dict.fromkeys((self._frees_memory, True)):
-            graph = Graphs(self._device)
-            if not self._alive or self._pool is None:  # the pool went with the last graph
-                self._pool = torch.cuda.graph_pool_handle()
-            try:
-                with host_work_taken_by(graph.interrupt):
-                    self._capture(graph, sweep, current, frees_memory=frees_memory)
-            except BaseException as error:
-                self._clean_up(graph, current)
-                if "CUDA error: out of memory" in str(error) and frees_memory:  # the driver names no GPU
-                    raise torch.OutOfMemoryError(f"{error} on GPU {self._index}") from error
-                if frees_memory or not is_out_of_memory(error):
-                    raise
-            else:
-                break
-        return graph
-
-    @property
-    def _index(self) -> int:
-        import torch
-
-        return self._device.index if self._device.index is not None else torch.cuda.current_device()
-
-    def _capture(
-        self, graph: Any, sweep: Callable[[], object], current: Any, *, frees_memory: bool = True
-    ) -> None:
-        import torch
-
-        # What other threads allocate meanwhile (a compilation, a widget) must not end the capture.
-        mode: Any = "thread_local"
-        capture = torch.cuda.graph if frees_memory else _capturing
-        # A capture that fails leaves its own stream behind as the current one: the outer context ends that.
-        with (
-            torch.cuda.stream(current),
-            _without_garbage(),
-            _own_workspaces(),
-            capture(graph, pool=self._pool, stream=self._stream, capture_error_mode=mode),
-        ):
-            sweep()
-
-    def _clean_up(self, graph: Graphs, current: Any) -> None:
-        """After a capture that failed.
-
-        torch up to 2.11 leaves it open in its allocator, which then gives no memory back to anybody, and
-        in its random generators, which refuse to draw until another capture has ended well.
-        """
-        import torch
-
-        self._failed += graph.give_up()  # the allocator knows it by its address
-        library: Any = torch._C
-        with suppress(RuntimeError):
-            library._cuda_endAllocateToPool(self._index, self._pool)
-        self._pool = torch.cuda.graph_pool_handle()
-        with suppress(RuntimeError):
-            self._capture(torch.cuda.CUDAGraph(), lambda: torch.zeros(1, device=self._device), current)
-        self._pool = None
-
-
-@contextmanager
-def _without_garbage() -> Iterator[None]:
-    """While it lasts, nothing is collected: to unpin memory or to let a graph go would end a capture.
-
-    torch collects nothing before a capture from 2.9 on.
-    """
-    is_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if is_on:
-            gc.enable()
-
-
-@contextmanager
-def _own_workspaces() -> Iterator[None]:
-    """Around a capture: workspaces for its matrix products come from the graphs' own pool, and go back there.
-
-    torch has one for each stream, made before the capture, whose address would become part of the graph. 2.13 and
-    2.14 give that back with any graph that was captured on the stream, though others go on using it
-    (pytorch/pytorch#193402). What belongs to the pool stays as long as they do, and only one of them runs at a time.
-    """
-    import torch
-
-    library: Any = torch._C
-    clear = getattr(library, "_cuda_clearCublasWorkspaces", lambda: None)
-    clear()
-    try:
-        yield
-    finally:
-        clear()
-
-
-@contextmanager
-def _capturing(graph: Any, *, pool: Any, stream: Any, capture_error_mode: Any) -> Iterator[None]:
-    """``torch.cuda.graph`` without what it does first: it waits for the device, and gives free memory back."""
-    import torch
-
-    with torch.cuda.stream(stream):
-        graph.capture_begin(pool=pool, capture_error_mode=capture_error_mode)
-        try:
-            yield
-        finally:
-            graph.capture_end()
 
 
 def _rounded(tokens: int) -> int:

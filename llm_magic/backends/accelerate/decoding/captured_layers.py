@@ -19,19 +19,13 @@ from typing import Any
 
 from llm_magic.backends.accelerate.decoding.cache_argument import cache_name
 from llm_magic.backends.accelerate.decoding.capturable import kinds_of
-from llm_magic.backends.accelerate.decoding.capture import (
-    FAILURES,
-    MOST_FORGOTTEN,
-    CapturedSteps,
-    Inputs,
-    Recorder,
-    Shape,
-    what_ended,
-)
+from llm_magic.backends.accelerate.decoding.capture import FAILURES, MOST_FORGOTTEN, CapturedSteps, Recorder
+from llm_magic.backends.accelerate.decoding.cuda_graphs import what_ended
 from llm_magic.backends.accelerate.decoding.host_numbers import written_by_kernels
 from llm_magic.backends.accelerate.decoding.rollback import Rollback
 from llm_magic.backends.accelerate.decoding.running import below_its_hook, running
 from llm_magic.backends.accelerate.decoding.static_cache import SWEEP_TOKENS, StaticCache
+from llm_magic.backends.accelerate.decoding.static_inputs import Inputs, Shape
 from llm_magic.backends.accelerate.decoding.warmup import COMPILING, WarmUp, short
 from llm_magic.backends.accelerate.memory_errors import TokensLostError, is_out_of_memory
 from llm_magic.backends.accelerate.placement.hooks import StreamHook

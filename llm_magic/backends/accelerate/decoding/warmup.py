@@ -26,8 +26,8 @@ from llm_magic.backends.accelerate.process_wide import ProcessWide
 from llm_magic.harmless.paths import without_paths
 
 if TYPE_CHECKING:
-    from llm_magic.backends.accelerate.decoding.capture import Shape
     from llm_magic.backends.accelerate.decoding.static_cache import StaticCache
+    from llm_magic.backends.accelerate.decoding.static_inputs import Shape
     from llm_magic.plan import Plan
 
 COMPILING = threading.Lock()
