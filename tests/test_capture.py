@@ -542,6 +542,24 @@ def test_memory_that_runs_out_while_capturing_is_told_and_capturing_tried_again(
     assert step.status == "captured decode"
 
 
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("CUDA error: out of memory")]
+)
+def test_without_room_for_fixed_addresses_sweeps_are_eager(usual: Any, error: Exception) -> None:
+    tested = usual
+    step = step_of(tested)
+
+    def take(*_args: Any) -> None:
+        raise error
+
+    step._static.take = take  # type: ignore[method-assign]
+    cache = prefilled(tested, prompts())
+    step.prepare(32)
+    assert step.step(cache, 1, 1) is None
+    assert step.status == "eager decode: no memory for a cache at fixed addresses"
+    assert cache.get_seq_length() == prompts().shape[1] - 1
+
+
 def test_nothing_is_captured_while_something_is_compiled(usual: Any) -> None:
     """The compiler synchronizes the device, which ends a capture."""
     tested, tapes, ids = usual, Tapes(), prompts()

@@ -283,8 +283,6 @@ class CapturedSteps:
 
     def _take_over(self, cache: Any, batch: int) -> bool:
         """Move the tokens of ``cache`` to fixed addresses; ``False`` when there is no memory for them."""
-        import torch
-
         capacity, written = self._capacity(self._room), int(cache.get_seq_length())
         try:
             if self._inputs is None or not self._static.has_room(batch, capacity):
@@ -292,7 +290,9 @@ class CapturedSteps:
                 self._inputs = self._new_inputs(*self._static.size_for(batch, capacity))
             self._inputs.pad(self._attention_mask)
             self._static.take(cache, batch, capacity)
-        except torch.OutOfMemoryError:
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
             self._forget_graphs()
             self._has_room = False
             return False
