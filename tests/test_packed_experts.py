@@ -268,6 +268,13 @@ def test_numbers_of_experts_may_be_of_32_bits(tokens: int) -> None:
     assert torch.equal(module(states, chosen.int(), shares), module(states, chosen, shares))
 
 
+@pytest.fixture
+def _no_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A torch that could not use a GPU: others ask for one."""
+    monkeypatch.setattr(torch.version, "cuda", None)
+
+
+@pytest.mark.usefixtures("_no_cuda")
 def test_their_order_follows_the_device() -> None:
     """Where there is no such kernel as quanto's for CPUs, its integers stay as they are then."""
     module = packed(_experts("gated").bfloat16(), "int4")
@@ -294,6 +301,7 @@ def test_only_some_methods_have_orders(method: str) -> None:
     assert BlockTensors(module).has_order == (method == "int4")
 
 
+@pytest.mark.usefixtures("_no_cuda")
 def test_a_layer_and_its_experts_change_their_order_apart() -> None:
     """Each is a part of its own, and knows which parameters are its."""
     model = Model(_experts("gated").bfloat16().to("meta"), torch.nn.Linear(WIDTH, INSIDE, bias=False))

@@ -48,8 +48,10 @@ _PACKAGES = {"bitsandbytes": "bitsandbytes>=0.50", "optimum.quanto": "optimum-qu
 _NOISE = {
     "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
     "bitsandbytes.autograd._functions": "MatMul8bitLt: inputs will be cast",
+    "torch.utils.cpp_extension": "No CUDA runtime is found",
 }
-"""Warnings about what a user cannot change, by their logger; the second comes with every layer."""
+"""Warnings about what a user cannot change, by their logger; the second comes with every layer, the third with quanto where
+torch could use a GPU, and there is none but CUDA's compiler."""
 
 BLOCK = 64
 """Weights that share one scale in bitsandbytes' 4-bit formats."""
