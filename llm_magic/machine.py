@@ -11,8 +11,8 @@ from typing import Literal
 
 DeviceKind = Literal["gpu", "cpu", "disk", "npu"]
 
-PACKED_KINDS = ("mxfp4", "int8", "float8")
-"""Kinds of packed weights whose speed is measured: codes of 4 bits, and bytes that become numbers in two ways."""
+PACKED_KINDS = ("mxfp4", "int4", "int8", "float8")
+"""Kinds of packed weights whose speed is measured: codes of 4 bits, integers of them, and bytes that become numbers in two ways."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,8 @@ class Device:
         Of the CPU: how fast it reads while copies to the GPUs run, whose driver takes cores. 0 when unknown.
     packed
         Of the CPU: (one of `PACKED_KINDS`, bytes of such weights per second that it multiplies with a token).
+    unpacked
+        Of the CPU: the same of those that it makes numbers of, as it does once in a prompt.
     unified
         Whether GPU and CPU share this memory, so that "offloading to RAM" frees nothing.
     measured_on
@@ -73,6 +75,7 @@ class Device:
     layer_s: float = 0.0
     beside_bytes_per_s: float = 0.0
     packed: tuple[tuple[str, float], ...] = ()
+    unpacked: tuple[tuple[str, float], ...] = ()
     ahead_s: float = 0.0
     state_s: float = 0.0
     unified: bool = False

@@ -103,6 +103,27 @@ def test_what_prompts_take_beside_products_is_forecast() -> None:
     assert prefill_s(4e-7) - prefill_s(2e-7) == pytest.approx(32 * 512 * 4096 * 2e-7 / 0.95, rel=1e-3)
 
 
+def test_numbers_of_packed_weights_are_a_part_of_prompts() -> None:
+    """A second for each of the layers' 3.4 GB and some in 4 bits, at 1 GB/s."""
+    cpu = {f"model.layers.{i}": "cpu" for i in range(32)}
+    cpu |= dict.fromkeys(("model.embed_tokens", "model.norm", "lm_head"), "cpu")
+    layout = packed(llama8b())
+
+    def prefill_s(unpacked: tuple[tuple[str, float], ...]) -> float:
+        here = replace(HERE.device("cpu"), state_s=2e-8, unpacked=unpacked)
+        machine = replace(HERE, devices=tuple(here if d.id == "cpu" else d for d in HERE.devices))
+        constants = Constants.of(machine, layout)
+        assert (constants.cpu_prefill == Constants.of(machine, llama8b()).cpu_prefill) == bool(unpacked)
+        workload = Workload(1024, 1, 512)
+        plan = make_plan(layout, machine, workload, placement=cpu, policy="cpu", constants=constants)
+        return 512 / plan.forecast.prefill_tps
+
+    packed_bytes = sum(block.bytes for block in layout.layers)
+    slow, quick = prefill_s((("mxfp4", 1e9),)), prefill_s((("mxfp4", 2e9),))
+    assert slow - quick == pytest.approx(packed_bytes * 0.5e-9 / 0.95, rel=1e-2)
+    assert prefill_s(()) > 0
+
+
 def test_packed_weights_and_experts_read_prompts_more_slowly() -> None:
     cpu = replace(HERE.device("cpu"), state_s=2e-8)
     machine = replace(HERE, devices=tuple(cpu if d.id == "cpu" else d for d in HERE.devices))

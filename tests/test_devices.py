@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from llm_magic.backends.accelerate import devices, layer_time
+from llm_magic.backends.accelerate import devices, layer_time, packed_time
 from llm_magic.backends.accelerate.placement import cpu_products
 from llm_magic.machine import PACKED_KINDS
 
@@ -23,7 +23,7 @@ def test_without_measuring_there_are_only_gpus_and_no_speeds():
 
 
 def test_measuring_gives_the_cpu_its_speed_and_every_gpu_its_links(monkeypatch):
-    for limit in ("_TOO_LONG", "_BUSY_S"):  # other tests may keep the machine busy
+    for limit in ("_TOO_LONG", "_BUSY_S", "_PROMPTS_S"):  # other tests may keep the machine busy
         monkeypatch.setattr(layer_time, limit, float("inf"))
     for share in ("_OWN_SHARE", "_ALL_THREADS"):
         monkeypatch.setattr(layer_time, share, 0.0)
@@ -32,12 +32,11 @@ def test_measuring_gives_the_cpu_its_speed_and_every_gpu_its_links(monkeypatch):
     assert cpu.read_bytes_per_s > 1e8
     assert cpu.flops > 1e8
     assert cpu.layer_s > 1e-5
-    assert 0 <= cpu.state_s < 1e-5
-    assert cpu.ahead_s >= 0
-    if gpus_of(found) or not cpu_products.is_there():
-        assert cpu.ahead_s == 0
+    assert 0 < cpu.state_s < 1e-5
+    assert (cpu.ahead_s > 0) == (cpu_products.is_there() and not gpus_of(found))
     kinds = PACKED_KINDS if cpu_products.is_there() else ()
-    assert {kind: speed > 1e7 for kind, speed in cpu.packed} == dict.fromkeys(kinds, True)
+    for speeds in (cpu.packed, cpu.unpacked):
+        assert {kind: 1e7 < speed < 1e13 for kind, speed in speeds} == dict.fromkeys(kinds, True)
     assert cpu.measured_on
     assert "bf16" in cpu.method
     assert cpu.capability
@@ -56,10 +55,52 @@ def test_a_busy_device_gives_no_speed_of_layers(limit, value, monkeypatch):
     assert [device.layer_s for device in found if device.id == "cpu"] == [0.0]
 
 
-def test_a_busy_processor_gives_no_speed_of_prompts(monkeypatch):
-    monkeypatch.setattr(layer_time, "_ALL_THREADS", 1000.0)
-    found, _ = devices.accelerators(True)
-    assert [device.state_s for device in found if device.id == "cpu"] == [0.0]
+@pytest.mark.parametrize(
+    ("limits", "is_known"),
+    [({}, True), ({"_ALL_THREADS": 1000.0}, False), ({"_PROMPTS_S": 0.0}, False)],
+    ids=["idle", "busy", "slow"],
+)
+def test_a_busy_processor_or_a_slow_one_gives_no_speed_of_prompts(limits, is_known, monkeypatch):
+    for limit, value in ({"_ALL_THREADS": 0.0, "_PROMPTS_S": float("inf")} | limits).items():
+        monkeypatch.setattr(layer_time, limit, value)
+    assert (prompts(1e15) > 0) == is_known
+
+
+def test_prompts_that_are_no_slower_than_their_products_are_known_to_be_so(monkeypatch):
+    monkeypatch.setattr(layer_time, "_ALL_THREADS", 0.0)
+    assert 0 < prompts(1e3) < 1e-11
+
+
+def prompts(flops):
+    """What prompts take beside products at a speed of these."""
+    import torch
+
+    with torch.no_grad():
+        return layer_time._Layers("cpu", lambda: None).state_s(flops, 0.01)
+
+
+@pytest.mark.skipif(not cpu_products.is_there(), reason="no kernels for this processor")
+@pytest.mark.parametrize("name", ["multiplied", "unpack"])
+def test_a_kind_without_a_kernel_has_no_speed(name, monkeypatch):
+    usual = getattr(cpu_products, name)
+
+    def without(*args):
+        kinds = [each.kind for each in args if isinstance(each, cpu_products.PackedWeights)]
+        return None if kinds == ["int8"] else usual(*args)
+
+    monkeypatch.setattr(cpu_products, name, without)
+    products, numbers = packed_time.packed_speeds(32 << 20, 0.001)
+    known, lacking = (numbers, products) if name == "multiplied" else (products, numbers)
+    assert [kind for kind, _ in known] == list(PACKED_KINDS)
+    assert [kind for kind, _ in lacking] == [kind for kind in PACKED_KINDS if kind != "int8"]
+
+
+def test_whatever_goes_wrong_gives_no_speed_of_packed_weights(monkeypatch):
+    def fail(*_):
+        raise OSError
+
+    monkeypatch.setattr(packed_time, "_weights", fail)
+    assert packed_time.packed_speeds(32 << 20, 0.001) == ((), ())
 
 
 @pytest.mark.parametrize(("again", "expected"), [(3e11, 3e11), (1e11, 2e11), (0.0, 2e11)])

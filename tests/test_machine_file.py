@@ -61,7 +61,7 @@ def test_what_is_said_is_not_assumed():
     gpu = {
         "id": "cuda:0", "name": "Card", "total": "24GiB", "free": 23 * GIB, "other": "1GiB",
         "read": "1008 GB/s", "flops": "165 TFLOPS", "layer_s": 0.0004, "beside": "7 GB/s",
-        "packed": {"int8": "9 GB/s", "mxfp4": 5e9}, "ahead_s": 0.0003, "state_s": 2e-8,
+        "packed": {"int8": "9 GB/s", "mxfp4": 5e9}, "unpacked": {"int4": 2e9}, "ahead_s": 0.0003, "state_s": 2e-8,
         "measured_on": "2026-11-22", "capability": "8.9", "threads": 3,
     }  # fmt: skip
     link = {"from": "cpu", "to": "cuda:0", "bandwidth": 12e9, "beside": 9e9, "name": "PCIe 3 x16"}
@@ -77,6 +77,7 @@ def test_what_is_said_is_not_assumed():
         0.0004,
         7e9,
         (("int8", 9e9), ("mxfp4", 5e9)),
+        (("int4", 2e9),),
         0.0003,
         2e-8,
         measured_on="2026-11-22",
@@ -207,6 +208,7 @@ BAD = {
     "flops": ({"devices": [{**CPU, "flops": "fast"}]}, "flops of cpu"),
     "layer_s": ({"devices": [{**CPU, "layer_s": "1 ms"}]}, "layer_s of cpu"),
     "packed": ({"devices": [{**CPU, "packed": {"int8": "quick"}}]}, "int8 of packed of cpu"),
+    "unpacked": ({"devices": [{**CPU, "unpacked": {"int8": "quick"}}]}, "int8 of unpacked of cpu"),
     "packed kind": ({"devices": [{**CPU, "packed": {"int9": 1e9}}]}, "packed of cpu has an unknown key"),
     "layer_s too long": ({"devices": [{**CPU, "layer_s": 2}]}, "layer_s of cpu"),
     "flops list": ({"devices": [{**CPU, "flops": [1]}]}, "flops of cpu"),

@@ -59,12 +59,16 @@ def test_more_threads_get_through_more_until_ram_gives_no_more() -> None:
 
 def test_speeds_that_were_measured_count_before_those_of_the_table() -> None:
     """Threads of one core: a quarter of what the table has for 4 bits, half of it for 8."""
-    cpu = replace(RAM, threads=2, capability="avx512_bf16", packed=(("mxfp4", 8e9), ("int8", 18e9)))
+    measured = ("mxfp4", 8e9), ("int4", 5e9), ("int8", 18e9)
+    cpu = replace(RAM, threads=2, capability="avx512_bf16", packed=measured)
     read = cpu.read_bytes_per_s
-    shares = {method: share_of(Kernel(method), cpu) for method in ("mxfp4", "nf4", "int2", "int8", "float8")}
+    shares = {
+        method: share_of(Kernel(method), cpu) for method in ("mxfp4", "nf4", "int4", "int2", "int8", "float8")
+    }
     assert shares == {
         "mxfp4": pytest.approx(8e9 / read),
         "nf4": pytest.approx(9e9 / read),
+        "int4": pytest.approx(5e9 / read),
         "int2": pytest.approx(7.2e9 / read),  # by the table: two threads
         "int8": pytest.approx(18e9 / read),
         "float8": pytest.approx(36e9 / read),

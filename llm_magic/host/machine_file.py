@@ -7,7 +7,7 @@ as one. ``examples/machines`` has some. The smallest::
 
 A device has ``id`` (``cuda:0``, ``mps``, ``xpu:0``, ``npu:0``, ``cpu``, ``disk``), ``name``, ``total``,
 ``free``, ``other`` (held by other programs), ``read`` (``"1008 GB/s"``), ``flops`` (``"165 TFLOPS"``), ``layer_s``,
-``ahead_s``, ``beside`` (read while copies to GPUs run), ``packed`` (``{"mxfp4": "13 GB/s"}``, also of int8 and float8), ``state_s``,
+``ahead_s``, ``beside`` (read while copies to GPUs run), ``packed`` (``{"mxfp4": "13 GB/s"}``, also of int4, int8 and float8), ``unpacked`` (the same), ``state_s``,
 ``unified``, ``measured_on``, ``method``, ``capability``, ``threads`` (of a CPU)
 and ``assumed``. A link has ``from``, ``to``, ``bandwidth``, ``beside`` (while the CPU reads), ``name``, ``measured_on`` and ``assumed``;
 its ends may be all of a family, ``cuda:*``. Sizes and speeds are texts with a unit, or plain numbers in
@@ -50,8 +50,8 @@ PCIE4_X16_BYTES_PER_S = 25e9
 GPU_RESERVE_BYTES = GIB // 2
 MACHINE_KEYS = ("name", "devices", "links")
 DEVICE_KEYS = (
-    "id", "name", "total", "free", "other", "read", "flops", "layer_s", "ahead_s", "beside", "packed", "state_s", "unified",
-    "measured_on", "method", "capability", "threads", "assumed",
+    "id", "name", "total", "free", "other", "read", "flops", "layer_s", "ahead_s", "beside", "packed", "unpacked", "state_s",
+    "unified", "measured_on", "method", "capability", "threads", "assumed",
 )  # fmt: skip
 LINK_KEYS = ("from", "to", "bandwidth", "beside", "name", "measured_on", "assumed")
 
@@ -257,7 +257,8 @@ def _device(
         flops=_flops(entry, device_id),
         layer_s=_seconds(entry, "layer_s", device_id),
         beside_bytes_per_s=_bandwidth(entry, "beside", device_id),
-        packed=_packed(entry, device_id),
+        packed=_packed(entry, "packed", device_id),
+        unpacked=_packed(entry, "unpacked", device_id),
         ahead_s=_seconds(entry, "ahead_s", device_id),
         state_s=_seconds(entry, "state_s", device_id),
         unified=unified,
@@ -361,6 +362,7 @@ def _device_to_json(device: Device) -> dict[str, Any]:
         "ahead_s": device.ahead_s,
         "state_s": device.state_s,
         "packed": {kind: _speed_text(speed) for kind, speed in device.packed},
+        "unpacked": {kind: _speed_text(speed) for kind, speed in device.unpacked},
         "measured_on": device.measured_on,
         "method": device.method,
         "capability": device.capability,
@@ -494,9 +496,10 @@ def _bandwidth(entry: Mapping[str, Any], key: str, where: str) -> float:
     return float(speed)
 
 
-def _packed(entry: Mapping[str, Any], device_id: str) -> tuple[tuple[str, float], ...]:
-    speeds = _object(entry.get("packed", {}), PACKED_KINDS, f"packed of {device_id}")
-    return tuple((kind, _bandwidth(speeds, kind, f"packed of {device_id}")) for kind in speeds)
+def _packed(entry: Mapping[str, Any], key: str, device_id: str) -> tuple[tuple[str, float], ...]:
+    where = f"{key} of {device_id}"
+    speeds = _object(entry.get(key, {}), PACKED_KINDS, where)
+    return tuple((kind, _bandwidth(speeds, kind, where)) for kind in speeds)
 
 
 def _parse_bandwidth(text: str) -> float:

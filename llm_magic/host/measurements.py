@@ -32,7 +32,7 @@ from llm_magic.host.system_files import text_of
 from llm_magic.machine import Machine
 
 ROOT = Path("/")
-VERSION = 4
+VERSION = 5
 _MACHINES_KEPT = 16
 _FITS_KEPT = 64
 _VISIBILITY = (
@@ -65,10 +65,10 @@ def here() -> tuple[Path, str]:
 
 
 def fingerprint(gpu_uuids: tuple[str, ...] = (), root: Path = ROOT) -> str:
-    """Changes with the CPU, the RAM, the GPUs, which of them are visible, and the versions of torch and transformers."""
+    """Changes with the CPU, the RAM, the GPUs, which of them are visible, and the versions of torch, transformers and llvmlite."""
     parts = [platform.system(), platform.machine(), cpu_name(root), str(cpu_cores())]
     parts += [str(round(psutil.virtual_memory().total / 2**30)), _version("torch"), _version("transformers")]
-    parts += [*sorted(gpu_uuids), *_linux_gpus(root)]
+    parts += [_version("llvmlite"), *sorted(gpu_uuids), *_linux_gpus(root)]
     parts += [f"{name}={os.environ.get(name, '')}" for name in _VISIBILITY]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 

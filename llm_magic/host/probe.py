@@ -51,6 +51,7 @@ _SPEEDS = {
     "state_s": "",
     "beside_bytes_per_s": "",
     "packed": "",
+    "unpacked": "",
 }
 """What is measured of a device, and its mark where it is assumed."""
 
@@ -203,6 +204,7 @@ def _cpu(memory: Memory, speed: Device | None) -> Device:
         layer_s=speed.layer_s,
         beside_bytes_per_s=speed.beside_bytes_per_s,
         packed=speed.packed,
+        unpacked=speed.unpacked,
         ahead_s=speed.ahead_s,
         state_s=speed.state_s,
         measured_on=speed.measured_on,

@@ -12,13 +12,15 @@ from typing import Any
 
 from llm_magic.machine import Device, Machine
 from llm_magic.model import ModelLayout
+from llm_magic.planning.packed import kernel_of, numbers_per_s
 from llm_magic.units import MIB
 
 AHEAD_BYTES = 256 * MIB
 """Weights of layers that the CPU computes in one call: for some hundredths of a second, in which nobody can interrupt."""
 
 _WITH_STATES, _PACKED = 0.95, 0.6
-"""Of the speed of products and of the rest of a prompt together; the second where weights are unpacked for it.
+"""Of the speed of products and of the rest of a prompt together; the second where weights are unpacked for it, and nobody
+knows how fast.
 
 Measured (Xeon with AMX): 0.9 to 1.05 with Llama layers of 576 to 4,096 and 512 to 2,048 tokens, 0.53 to 0.7 of the products
 alone with packed weights. Experts, with few tokens for each, reach a third of it and less: nothing is known of them.
@@ -120,17 +122,17 @@ def _of_cpu(constants: Constants, cpu: Device, layout: ModelLayout | None) -> Co
         constants = constants.changed("cpu_layer_s", layer_s)
     has_experts = layout is not None and any(block.experts for block in layout.layers)
     if cpu.state_s and not has_experts:
-        is_packed = layout is not None and bool(layout.quantization)
-        constants = constants.changed("cpu_prefill", _PACKED if is_packed else _WITH_STATES)
+        is_known = layout is None or not layout.quantization or numbers_per_s(kernel_of(layout), cpu)
+        constants = constants.changed("cpu_prefill", _WITH_STATES if is_known else _PACKED)
     return constants
 
 
 def _layer_s(cpu: Device, layout: ModelLayout) -> float:
     """A layer's overhead where some that follow one another are one call, of which the first one waits for Python.
 
-    That is not for layers with recurrent states, or with masks of several kinds.
+    That is not for layers with recurrent states, or with masks of several kinds; and kernels make that call.
     """
-    one_by_one = layout.details.get("keeps_states") or layout.details.get("eager")
+    one_by_one = any(layout.details.get(why) for why in ("keeps_states", "eager", "no_cpu_kernels"))
     if not cpu.ahead_s or one_by_one or len({block.cache.window for block in layout.layers}) > 1:
         return cpu.layer_s
     largest = max((block.bytes_per_token for block in layout.layers), default=0)

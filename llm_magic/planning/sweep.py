@@ -21,7 +21,14 @@ from llm_magic.model import Block, ModelLayout
 from llm_magic.plan import Placement, Workload
 from llm_magic.planning.constants import Constants
 from llm_magic.planning.costs import can_prefill_in_parts, dtype_bytes, streamed_bytes
-from llm_magic.planning.packed import EXPERTS_IN_RUNS_BYTES, GUEST_PASSES, Kernel, kernel_of, share_of
+from llm_magic.planning.packed import (
+    EXPERTS_IN_RUNS_BYTES,
+    GUEST_PASSES,
+    Kernel,
+    kernel_of,
+    numbers_per_s,
+    share_of,
+)
 from llm_magic.units import format_bandwidth
 
 RECORDED_SHARE = 0.15
@@ -329,9 +336,11 @@ def _reading(device: str, sweep: Sweep, engine: Engine) -> Leg:
 
 
 def _multiplying(device: str, sweep: Sweep, engine: Engine) -> Leg:
-    """The matrix products of a prefill, and on a CPU what layers make of states beside them, one after the other."""
+    """The matrix products of a prefill; on a CPU also numbers of packed weights, and what layers make of states beside them."""
     name, its = "cpu_prefill" if device == "cpu" else "gpu_prefill", engine.machine.device(device)
     spent = sweep.flops[device] / its.flops + sweep.states[device] * its.state_s
+    if numbers := numbers_per_s(engine.kernel, its):
+        spent += sweep.packed[device] / numbers
     return Leg(f"matrix products on {device}", spent / getattr(engine.constants, name), name)
 
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from llm_magic.backends.accelerate.beside import rates_together
 from llm_magic.backends.accelerate.layer_time import layer_times
 from llm_magic.backends.accelerate.memory_errors import release_memory
-from llm_magic.backends.accelerate.packed_time import packed_speeds
+from llm_magic.backends.accelerate.packed_time import PackedSpeeds, packed_speeds
 from llm_magic.backends.accelerate.placement.served_model import serve_plain_modules
 from llm_magic.host.memory import host_memory
 from llm_magic.host.processors import cpu_cache_bytes, cpu_name
@@ -164,7 +164,7 @@ def _measured(torch: Any, device: Device, budget_s: float, *, others: Sequence[D
         finish = _finished(torch, device.id, lambda: None)
         again = (lambda size: _product_speed(torch, "cpu", size, budget_s)) if is_cpu else (lambda _: read)
         took = layer_times(device.id, again, flops, finish, budget_s, are_ahead=not others)
-        packed = packed_speeds(_cpu_bytes(device), budget_s / 2) if is_cpu else ()
+        packed = packed_speeds(_cpu_bytes(device), budget_s / 2) if is_cpu else PackedSpeeds()
     if not (read or flops):
         return device
     threads = f", {thread_words(torch.get_num_threads())}" if is_cpu else ""
@@ -175,7 +175,8 @@ def _measured(torch: Any, device: Device, budget_s: float, *, others: Sequence[D
         layer_s=took.layer_s,
         ahead_s=took.ahead_s,
         state_s=took.state_s,
-        packed=packed,
+        packed=packed.products,
+        unpacked=packed.numbers,
         measured_on=_today(),
         method=f"bf16 matrix products{threads}",
     )

@@ -27,10 +27,12 @@ _PROMPT = 509  # tokens: for about so many products are as quick as for more, bu
 _PROMPT_LAYERS = 5  # that read them
 _UNLIKE_THE_REST = 3  # sweeps: they compile kernels, and find out which layers follow which
 _TOO_LONG = 8  # times the budget, for a first sweep: the device is busy with something else
+_PROMPTS_S = 4.0  # for all prompts that are timed, at most
 _BUSY_S = 10e-3  # so is one that takes longer for a layer
 _OWN_SHARE = 0.9  # of a second that one thread works: less, and others have the processor
-_PROMPTS = 3  # at the least, for which there must be time
+_PROMPTS = 3  # that are, at the least
 _ALL_THREADS = 0.6  # of a second of all threads, in prompts, which keep them at work
+_LEAST_STATE_S = 1e-12  # where products were slower a moment before than they are in the prompt: next to nothing, but known
 
 
 class LayerTimes(NamedTuple):
@@ -78,8 +80,7 @@ def layer_times(
     """
     try:
         layers = _Layers(device_id, finish)
-        layers.read_first()
-        if layers.first_s > _TOO_LONG * budget_s:
+        if layers.short_prompt_s() > _TOO_LONG * budget_s:
             return LayerTimes()
         state_s = layers.state_s(flops, budget_s) if device_id == "cpu" and flops else 0.0
         are_ahead = are_ahead and cpu_products.is_there()
@@ -99,17 +100,19 @@ class _Layers:
         self._cache_name = cache_name(self._model)
         self._device_id, self._finish = device_id, finish
         self._cache = self._new_cache()
-        self.first_s = 0.0
 
-    def read_first(self) -> None:
-        """A short prompt."""
+    def short_prompt_s(self) -> float:
+        """Seconds of some tokens."""
         began = time.perf_counter()
         self._sweep(_FIRST)
-        self.first_s = time.perf_counter() - began
+        return time.perf_counter() - began
 
     def state_s(self, flops: float, budget_s: float) -> float:
         """See `LayerTimes`; 0 also where prompts take long, or other programs have a part of the processor."""
-        if self.first_s * _PROMPT * _PROMPT_LAYERS > _TOO_LONG * budget_s * _FIRST * LAYERS / _PROMPTS:
+        layer_s = self.short_prompt_s() / (
+            _FIRST * LAYERS
+        )  # not of the first one, for which all is made ready
+        if layer_s * _PROMPT * _PROMPT_LAYERS * _PROMPTS > _PROMPTS_S:
             return 0.0
 
         def prompt() -> None:
@@ -124,7 +127,7 @@ class _Layers:
         if worked.threads < _ALL_THREADS * _threads():
             return 0.0
         weights = WIDTH * (2 * (WIDTH + _KV_WIDTH) + 3 * _INNER)
-        return max(0.0, seconds - 2 * weights * _PROMPT / flops) / (_PROMPT * WIDTH)
+        return max(_LEAST_STATE_S, (seconds - 2 * weights * _PROMPT / flops) / (_PROMPT * WIDTH))
 
     @property
     def bytes(self) -> int:

@@ -473,6 +473,14 @@ def _by_numbers(tokens: Any, weights: PackedWeights) -> Any:
     return results
 
 
+def unpack(weights: PackedWeights, dtype: Any) -> bool:
+    """Make numbers of all packed weights as products with tokens of a dtype do, some at a time; whether a kernel does."""
+    import torch
+
+    inputs = torch.empty(0, weights.columns, dtype=dtype, device="cpu")
+    return _by_numbers(inputs, weights) is not None
+
+
 def numbers_of(weights: PackedWeights, dtype: Any) -> Any:
     """All numbers of packed weights, ``[out, in]``; ``None`` where no kernel unpacks them."""
     import torch
