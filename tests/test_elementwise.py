@@ -14,8 +14,8 @@ from torch.nn import functional  # noqa: E402
 
 from llm_magic.backends.accelerate.kernels.elementwise import merged  # noqa: E402
 from llm_magic.backends.accelerate.recorded.bound import Bound  # noqa: E402
+from llm_magic.backends.accelerate.recorded.noting.recorder import record  # noqa: E402
 from llm_magic.backends.accelerate.recorded.program import CompiledRegion, Program  # noqa: E402
-from llm_magic.backends.accelerate.recorded.recorder import record  # noqa: E402
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHORT = DTYPES[1:]

@@ -28,12 +28,13 @@ from llm_magic.backends.accelerate.placement.layer_cache import find_cache  # no
 from llm_magic.backends.accelerate.placement.plain_routers import few_largest  # noqa: E402
 from llm_magic.backends.accelerate.placement.served_model import serve_plain_modules  # noqa: E402
 from llm_magic.backends.accelerate.recorded import chain  # noqa: E402
-from llm_magic.backends.accelerate.recorded import recorder as module_of_recorder  # noqa: E402
 from llm_magic.backends.accelerate.recorded.attending import Attention  # noqa: E402
 from llm_magic.backends.accelerate.recorded.chain import Chain, Room  # noqa: E402
 from llm_magic.backends.accelerate.recorded.current import current  # noqa: E402
 from llm_magic.backends.accelerate.recorded.layers import RecordedLayers  # noqa: E402
 from llm_magic.backends.accelerate.recorded.linears import Experts, Linears, Router  # noqa: E402
+from llm_magic.backends.accelerate.recorded.noting.known_tensors import KnownTensors  # noqa: E402
+from llm_magic.backends.accelerate.recorded.noting.recorder import Recorder  # noqa: E402
 from llm_magic.backends.accelerate.recorded.picks import Pick  # noqa: E402
 from llm_magic.backends.accelerate.recorded.recordings import Recordings  # noqa: E402
 from tests.caches import given  # noqa: E402
@@ -627,7 +628,7 @@ def test_layers_are_recorded_once_for_all_moves(llama: Any, expected: list[Any],
     held = recorded(llama, recordings)
     assert equal(answers(llama), expected)
     held.undo()
-    monkeypatch.setattr(module_of_recorder.Recorder, "record", None)
+    monkeypatch.setattr(Recorder, "record", None)
     for _ in range(2):
         held = recorded(llama, recordings)
         assert equal(answers(llama), expected)
@@ -986,7 +987,7 @@ def test_an_error_at_any_operation_of_a_recording(
     at: int, error: type[BaseException], llama: Any, expected: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every part is as it was, and the next answer is right."""
-    usual, count = module_of_recorder.Recorder._shown, 0
+    usual, count = KnownTensors.shown, 0
 
     def shown(self: Any, value: Any) -> Any:
         nonlocal count
@@ -997,7 +998,7 @@ def test_an_error_at_any_operation_of_a_recording(
 
     held = recorded(llama)
     before = [dict(vars(part)) for part in llama.modules()]
-    monkeypatch.setattr(module_of_recorder.Recorder, "_shown", shown)
+    monkeypatch.setattr(KnownTensors, "shown", shown)
     if issubclass(error, Exception):
         assert equal(answers(llama), expected)
     else:

@@ -10,7 +10,7 @@ from typing import Any
 from llm_magic.backends.accelerate.looked_at import ONLY_LOOKS
 from llm_magic.backends.accelerate.placement.packed_stack import PackedStack
 from llm_magic.backends.accelerate.placement.served_class import usual_class_of
-from llm_magic.backends.accelerate.recorded.recorder import can_open, leaves_of
+from llm_magic.backends.accelerate.recorded.noting.whole_modules import can_open, leaves_of
 
 
 class Over:

@@ -27,11 +27,8 @@ from llm_magic.backends.accelerate.recorded.bound import Bound
 from llm_magic.backends.accelerate.recorded.chain import Room
 from llm_magic.backends.accelerate.recorded.guard import Guard, Over
 from llm_magic.backends.accelerate.recorded.lines import Line
-from llm_magic.backends.accelerate.recorded.recorder import (
-    Outputs,
-    flat,
-    leaves_of,
-)
+from llm_magic.backends.accelerate.recorded.noting.arguments import flat
+from llm_magic.backends.accelerate.recorded.noting.whole_modules import Outputs, leaves_of
 from llm_magic.backends.accelerate.recorded.recordings import Call, Recordings
 
 MOST_TOKENS = 16

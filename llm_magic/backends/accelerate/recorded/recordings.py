@@ -9,8 +9,9 @@ from typing import Any
 
 from llm_magic.backends.accelerate.placement.served_class import usual_class_of
 from llm_magic.backends.accelerate.preparation import preparing
+from llm_magic.backends.accelerate.recorded.noting.recorder import record, record_once
+from llm_magic.backends.accelerate.recorded.noting.whole_modules import Outputs, can_open
 from llm_magic.backends.accelerate.recorded.program import Program
-from llm_magic.backends.accelerate.recorded.recorder import Outputs, can_open, record, record_once
 from llm_magic.backends.accelerate.recorded.recording import Recording
 
 Call = tuple[Sequence[Any], Mapping[str, Any]]

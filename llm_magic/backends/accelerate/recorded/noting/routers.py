@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import ChainMap
 from typing import Any
 
 from llm_magic.backends.accelerate.placement.plain_routers import is_served_router
@@ -9,15 +10,16 @@ from llm_magic.backends.accelerate.recorded.recording import View
 
 
 class RouterMatrices:
-    """Weights of a layer, and copies of them in float32, in which many routers multiply."""
+    """Weights of a layer, and copies of them in float32, in which many routers multiply.
 
-    def __init__(self, layer: Any) -> None:
-        self._layer = layer
-        self._owners: dict[int, tuple[str, str, View]] = {}
+    Parameters
+    ----------
+    weights
+        As in `KnownTensors`: it grows as the layer's code uses them.
+    """
 
-    def know(self, path: str, name: str, view: View) -> None:
-        """Of a weight by the path of its module, and its name."""
-        self._owners[view.base] = path, name, view
+    def __init__(self, layer: Any, weights: dict[int, tuple[str, str, View]]) -> None:
+        self._layer, self._owners = layer, ChainMap({}, weights)
 
     def learn(self, function: Any, args: tuple[Any, ...], outputs: tuple[View, ...]) -> None:
         """What an operation has made; ``args`` have views for tensors."""
@@ -25,7 +27,7 @@ class RouterMatrices:
             return
         path, name, whole = self._owners.get(args[0].base, ("", "", None))
         if args[0] == whole and str(outputs[0].dtype) == "torch.float32":
-            self.know(path, name, outputs[0])
+            self._owners[outputs[0].base] = path, name, outputs[0]
 
     def router_of(self, function: Any, shown: tuple[tuple[Any, ...], Any]) -> tuple[Any, int] | None:
         """The module whose router makes a product, and how many experts it has; ``None``: it is something else."""
