@@ -75,7 +75,7 @@ def test_in_other_dtypes(name: str, dtype: Any) -> None:
     held = recorded(model)
     for mine, right in zip(answers(model, TOKENS), theirs, strict=True):
         torch.testing.assert_close(
-            mine, right, atol=float(right.abs().max()) * 30 * torch.finfo(dtype).eps, rtol=0
+            mine, right, atol=float(right.abs().max()) * 100 * torch.finfo(dtype).eps, rtol=0
         )
     assert len(steps_of(held)) == 2 * len(mixers_of(model))
 

@@ -618,7 +618,16 @@ def keys(module: Any, x: Any, kept: Any) -> Any:
     return kept.update(module.up(x)[:, None], x[:, None], module.layer_idx)[0]
 
 
+def length_or_else(module: Any, x: Any, kept: Any) -> Any:
+    try:
+        count = kept.get_seq_length()
+    except Exception:
+        count = 0
+    return module.up(x) * count
+
+
 ASKS: dict[str, Forward] = {
+    "length, or else": length_or_else,
     "length": lambda module, x, kept: module.up(x) * kept.get_seq_length(),
     "length of keys": lambda module, x, kept: module.up(x) * keys(module, x, kept).shape[2],
     "many keys": lambda module, x, kept: module.up(x) * (-1 if keys(module, x, kept).shape[2] > 40 else 1),

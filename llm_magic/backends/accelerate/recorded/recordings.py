@@ -9,6 +9,7 @@ from typing import Any
 
 from llm_magic.backends.accelerate.placement.served_class import usual_class_of
 from llm_magic.backends.accelerate.preparation import preparing
+from llm_magic.backends.accelerate.recorded.noting.as_it_was import CannotRecordError
 from llm_magic.backends.accelerate.recorded.noting.recorder import record, record_once
 from llm_magic.backends.accelerate.recorded.noting.whole_modules import Outputs, can_open
 from llm_magic.backends.accelerate.recorded.program import Program
@@ -74,7 +75,7 @@ class Recordings:
         program, way = self._rehearsed[key]
         try:
             recording, _ = record_once(layer, usual, call, way.whole, opens_experts=way.opens_experts)
-        except Exception as error:
+        except (Exception, CannotRecordError) as error:
             _LOG.debug("not recorded as another: %s: %s", type(layer).__name__, error)
             return None
         return program if recording == program.recording else None
@@ -108,7 +109,10 @@ class Recordings:
             if program is None:
                 program = self._programs[recording] = Program(recording)
             return program if program.rehearse(layer, rehearsal) else None
-        except Exception as error:  # a layer's code may do anything, and it runs as it is without this
+        except (
+            Exception,
+            CannotRecordError,
+        ) as error:  # a layer's code may do anything, and it runs as it is without this
             _LOG.debug("not recorded: %s: %s", type(layer).__name__, error)
             return None
 

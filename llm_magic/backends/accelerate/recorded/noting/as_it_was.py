@@ -8,14 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from llm_magic.errors import LLMMagicError
 
+class CannotRecordError(BaseException):
+    """The layer is not one that can be recorded.
 
-class CannotRecordError(LLMMagicError):
-    """The layer is not one that can be recorded."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message, "")
+    It is no ``Exception``, all of which a layer's code may catch to go on with something else.
+    """
 
 
 @contextmanager
