@@ -131,6 +131,8 @@ def test_packed_weights_and_experts_read_prompts_more_slowly() -> None:
         Constants.of(machine, layout).cpu_prefill for layout in (llama8b(), packed(llama8b()), moe30b())
     )
     assert plain > four_bits > experts == Constants().cpu_prefill
+    recurrent = replace(llama8b(), details=llama8b().details | {"keeps_states": True})
+    assert plain > Constants.of(machine, recurrent).cpu_prefill > experts
     assert Constants.of(HERE, llama8b()) == Constants()
 
 

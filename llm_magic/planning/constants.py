@@ -18,12 +18,13 @@ from llm_magic.units import MIB
 AHEAD_BYTES = 256 * MIB
 """Weights of layers that the CPU computes in one call: for some hundredths of a second, in which nobody can interrupt."""
 
-_WITH_STATES, _PACKED = 0.95, 0.6
-"""Of the speed of products and of the rest of a prompt together; the second where weights are unpacked for it, and nobody
-knows how fast.
+_WITH_STATES, _PACKED, _RECURRENT = 0.95, 0.6, 0.6
+"""Of the speed of products and of the rest of a prompt together.
 
-Measured (Xeon with AMX): 0.9 to 1.05 with Llama layers of 576 to 4,096 and 512 to 2,048 tokens, 0.53 to 0.7 of the products
-alone with packed weights. Experts, with few tokens for each, reach a third of it and less: nothing is known of them.
+The second where weights are unpacked for it, and nobody knows how fast; the last of layers with recurrent states. Measured
+(Xeon with AMX): 0.9 to 1.05 with Llama layers of 576 to 4,096 and 512 to 2,048 tokens, 0.53 to 0.7 of the products alone with
+packed weights, 0.53 to 0.61 with layers of Qwen3.5; Gemma 3's, with twice as many norms, reach 0.6. Experts, with few tokens
+for each, reach a third and less: nothing is known of them.
 """
 
 
@@ -122,9 +123,17 @@ def _of_cpu(constants: Constants, cpu: Device, layout: ModelLayout | None) -> Co
         constants = constants.changed("cpu_layer_s", layer_s)
     has_experts = layout is not None and any(block.experts for block in layout.layers)
     if cpu.state_s and not has_experts:
-        is_known = layout is None or not layout.quantization or numbers_per_s(kernel_of(layout), cpu)
-        constants = constants.changed("cpu_prefill", _WITH_STATES if is_known else _PACKED)
+        constants = constants.changed("cpu_prefill", _prefill(cpu, layout))
     return constants
+
+
+def _prefill(cpu: Device, layout: ModelLayout | None) -> float:
+    if layout is None:
+        return _WITH_STATES
+    if layout.details.get("keeps_states"):
+        return _RECURRENT
+    is_known = not layout.quantization or numbers_per_s(kernel_of(layout), cpu)
+    return _WITH_STATES if is_known else _PACKED
 
 
 def _layer_s(cpu: Device, layout: ModelLayout) -> float:
