@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.clock import drop_pages, weight_files
-from llm_magic.backends.accelerate.placement.extents import Extent, FileImage, file_image
-from llm_magic.backends.accelerate.placement.reader import THREADS, FileReader, page_buffer
+from llm_magic.backends.accelerate.files.extents import Extent, FileImage, file_image
+from llm_magic.backends.accelerate.files.reader import THREADS, FileReader, page_buffer
 from llm_magic.units import GIB, MIB
 
 _BLOCK = 64 * MIB

@@ -33,9 +33,9 @@ import torch
 
 from benchmarks.ceilings import sweep
 from benchmarks.clock import drop_pages
-from llm_magic.backends.accelerate.placement.extents import Extent, FileImage, file_image
-from llm_magic.backends.accelerate.placement.mapped import MappedFiles
-from llm_magic.backends.accelerate.placement.reader import THREADS, FileReader, choose_direct, page_buffer
+from llm_magic.backends.accelerate.files.extents import Extent, FileImage, file_image
+from llm_magic.backends.accelerate.files.mapped import MappedFiles
+from llm_magic.backends.accelerate.files.reader import THREADS, FileReader, choose_direct, page_buffer
 from llm_magic.units import MIB, format_bandwidth, format_bytes, parse_bytes
 
 CAN_DROP = hasattr(os, "posix_fadvise")

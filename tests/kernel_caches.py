@@ -6,7 +6,7 @@ from functools import cache
 
 import pytest
 
-from llm_magic.backends.accelerate.placement import cpu_products
+from llm_magic.backends.accelerate.kernels import cpu_products
 
 
 def forget_kernels(monkeypatch: pytest.MonkeyPatch) -> None:

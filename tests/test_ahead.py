@@ -18,8 +18,8 @@ from transformers import DynamicCache  # noqa: E402
 
 from llm_magic.backends.accelerate.decoding import cpu_attention  # noqa: E402
 from llm_magic.backends.accelerate.looked_at import ONLY_LOOKS  # noqa: E402
-from llm_magic.backends.accelerate.placement.cpu_linear import serve_linear  # noqa: E402
 from llm_magic.backends.accelerate.recorded import ahead, chain, lines  # noqa: E402
+from llm_magic.backends.accelerate.served.cpu_linear import serve_linear  # noqa: E402
 from llm_magic.events import SweepEvent, TokenEvent  # noqa: E402
 from llm_magic.model import ModelSpec  # noqa: E402
 from tests.caches import given  # noqa: E402

@@ -17,10 +17,10 @@ from transformers.models.gpt_oss import modeling_gpt_oss  # noqa: E402
 from transformers.models.llama import modeling_llama  # noqa: E402
 
 from llm_magic.backends.accelerate.decoding import cpu_attention  # noqa: E402
-from llm_magic.backends.accelerate.placement.cpu_linear import serve_linear  # noqa: E402
-from llm_magic.backends.accelerate.placement.layer_cache import GrowingTensors  # noqa: E402
+from llm_magic.backends.accelerate.layer_cache import GrowingTensors  # noqa: E402
 from llm_magic.backends.accelerate.recorded.attending import Attention  # noqa: E402
 from llm_magic.backends.accelerate.recorded.chain import Chain, Room  # noqa: E402
+from llm_magic.backends.accelerate.served.cpu_linear import serve_linear  # noqa: E402
 from llm_magic.events import Message, Request, Sampling  # noqa: E402
 from tests import tiny  # noqa: E402
 from tests.caches import given  # noqa: E402

@@ -10,8 +10,8 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from llm_magic.backends.accelerate.layer_cache import GrowingTensors
 from llm_magic.backends.accelerate.placement.cache_lane import CacheLane
-from llm_magic.backends.accelerate.placement.layer_cache import GrowingTensors
 from llm_magic.backends.accelerate.placement.pieces import Ring, pieces
 from tests.fake_streams import HurriedStreams
 from tests.placements import GPU

@@ -20,8 +20,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # noqa: E402
 from llm_magic.backends.accelerate.decoding import attention, cpu_attention, step_by_step  # noqa: E402
 from llm_magic.backends.accelerate.decoding.cpu_attention import attended  # noqa: E402
 from llm_magic.backends.accelerate.decoding.joined import FEW_TOKENS  # noqa: E402
-from llm_magic.backends.accelerate.kernels import compiler, numbers  # noqa: E402
-from llm_magic.backends.accelerate.placement import cpu_products  # noqa: E402
+from llm_magic.backends.accelerate.kernels import (  # noqa: E402
+    compiler,
+    cpu_products,
+    numbers,
+)
 from llm_magic.backends.accelerate.source.capped_scores import (  # noqa: E402
     are_caps_forgotten,
     have_scores_capped,

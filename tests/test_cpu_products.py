@@ -16,10 +16,12 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("llvmlite")
 
-from llm_magic.backends.accelerate.kernels import compiler, numbers  # noqa: E402
-from llm_magic.backends.accelerate.placement import cpu_products, four_bits, int4_orders  # noqa: E402
-from llm_magic.backends.accelerate.placement.cpu_linear import is_linear, serve_linear  # noqa: E402
-from llm_magic.backends.accelerate.placement.cpu_products import (  # noqa: E402
+from llm_magic.backends.accelerate.kernels import (  # noqa: E402
+    compiler,
+    cpu_products,
+    numbers,
+)
+from llm_magic.backends.accelerate.kernels.cpu_products import (  # noqa: E402
     PackedWeights,
     few_routed_tokens,
     few_tokens,
@@ -29,9 +31,11 @@ from llm_magic.backends.accelerate.placement.cpu_products import (  # noqa: E402
     multiplied_router,
     prepared,
 )
-from llm_magic.backends.accelerate.placement.packing import packed_weights  # noqa: E402
-from llm_magic.backends.accelerate.placement.quantize import import_library  # noqa: E402
-from llm_magic.backends.accelerate.placement.served_model import serve_plain_modules  # noqa: E402
+from llm_magic.backends.accelerate.packed import four_bits, int4_orders  # noqa: E402
+from llm_magic.backends.accelerate.packed.packing import packed_weights  # noqa: E402
+from llm_magic.backends.accelerate.quantizing.quantize import import_library  # noqa: E402
+from llm_magic.backends.accelerate.served.cpu_linear import is_linear, serve_linear  # noqa: E402
+from llm_magic.backends.accelerate.served_model import serve_plain_modules  # noqa: E402
 from tests.kernel_caches import forget_kernels  # noqa: E402
 from tests.packed import without_extension  # noqa: E402
 from tests.test_packing import METHODS, bind, forward, inputs, network_of, parameters, parts, template  # noqa: E402

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from llm_magic.backends.accelerate import devices, layer_time, packed_time
-from llm_magic.backends.accelerate.placement import cpu_products
+from llm_magic.backends.accelerate.kernels import cpu_products
 from llm_magic.machine import PACKED_KINDS
 
 

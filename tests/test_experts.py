@@ -14,6 +14,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from llm_magic.backends.accelerate.experts.stacks import Stack, can_route, find_stacks
+from llm_magic.backends.accelerate.files.extents import Extent, file_extents
+from llm_magic.backends.accelerate.files.reader import FileReader, page_buffer
 from llm_magic.backends.accelerate.placement.blocks import BlockTensors, FileStore, RamStore, write_block
 from llm_magic.backends.accelerate.placement.expert_cache import ExpertCache, ExpertLayer
 from llm_magic.backends.accelerate.placement.expert_lanes import DeviceExperts, ExpertTraveller
@@ -23,15 +26,7 @@ from llm_magic.backends.accelerate.placement.expert_stores import (
     RamExperts,
     expert_images,
 )
-from llm_magic.backends.accelerate.placement.experts import (
-    RoutedExperts,
-    Stack,
-    advise_routed,
-    can_route,
-    find_stacks,
-)
-from llm_magic.backends.accelerate.placement.extents import Extent, file_extents
-from llm_magic.backends.accelerate.placement.reader import FileReader, page_buffer
+from llm_magic.backends.accelerate.placement.routed_experts import RoutedExperts, advise_routed
 from llm_magic.backends.accelerate.placement.stream import DONE, HostStreams, Staging
 from llm_magic.units import MIB
 from tests.caches import cache_of, given

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from llm_magic.backends.accelerate.placement import four_bits
-from llm_magic.backends.accelerate.placement.quantize import import_library
+from llm_magic.backends.accelerate.packed import four_bits
+from llm_magic.backends.accelerate.quantizing.quantize import import_library
 
 KINDS = ("nf4", "fp4")
 functional: Any = import_library("bitsandbytes").functional

@@ -400,7 +400,7 @@ def test_all_others_that_transformers_knows_are_taken() -> None:
     from transformers import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-    from llm_magic.backends.accelerate.source.architecture import auto_class
+    from llm_magic.backends.accelerate.architecture import auto_class
 
     # transformers 5.17 makes no such configuration without saying of what.
     parts = {"vision-encoder-decoder": {"encoder": {"model_type": "vit"}, "decoder": {"model_type": "gpt2"}}}

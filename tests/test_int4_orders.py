@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from llm_magic.backends.accelerate.placement import int4_orders
-from llm_magic.backends.accelerate.placement.int4_orders import integers, is_for_cuda, reordered
+from llm_magic.backends.accelerate.packed import int4_orders
+from llm_magic.backends.accelerate.packed.int4_orders import integers, is_for_cuda, reordered
 
 SIZES = [(16, 32), (48, 256), (64, 128), (80, 128), (208, 96)]
 """Rows and columns; CPUs take 64 or 32 rows together, and what is left in pairs."""
@@ -48,7 +48,7 @@ def test_each_order_comes_from_the_other(
 
 OTHER_CPU = """
 import torch
-from llm_magic.backends.accelerate.placement.int4_orders import integers
+from llm_magic.backends.accelerate.packed.int4_orders import integers
 for rows, columns in ((48, 256), (80, 128), (208, 96)):
     plain = torch.randint(0, 16, (rows, columns), dtype=torch.uint8)
     packed = torch._convert_weight_to_int4pack_for_cpu(plain.int(), 2)

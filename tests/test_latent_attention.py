@@ -18,8 +18,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # noqa: E402
 
 from llm_magic.backends.accelerate.decoding import attention, cpu_attention, static_cache  # noqa: E402
 from llm_magic.backends.accelerate.decoding.joined import FEW_TOKENS  # noqa: E402
-from llm_magic.backends.accelerate.placement import cpu_products, latent_attention  # noqa: E402
-from llm_magic.backends.accelerate.placement.served_model import serve_plain_modules  # noqa: E402
+from llm_magic.backends.accelerate.kernels import cpu_products  # noqa: E402
+from llm_magic.backends.accelerate.served import latent_attention  # noqa: E402
+from llm_magic.backends.accelerate.served_model import serve_plain_modules  # noqa: E402
 from llm_magic.model import ModelSpec  # noqa: E402
 from tests import families, tiny  # noqa: E402
 from tests.caches import given  # noqa: E402

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from llm_magic.backends.accelerate.placement.packed_stack import PackedStack
-from llm_magic.backends.accelerate.placement.packing import parameters, template
-from llm_magic.backends.accelerate.placement.quantize import pack_block, prepare
+from llm_magic.backends.accelerate.packed.packed_stack import PackedStack
+from llm_magic.backends.accelerate.packed.packing import parameters, template
+from llm_magic.backends.accelerate.quantizing.quantize import pack_block, prepare
 from llm_magic.backends.accelerate.source.layout import build_skeleton, draft_spec, read_layout, with_draft
 from llm_magic.backends.accelerate.source.sources import resolve
 from llm_magic.errors import OptionError, SourceError

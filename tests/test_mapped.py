@@ -16,9 +16,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llm_magic.backends.accelerate.placement import mapped as mapped_module
-from llm_magic.backends.accelerate.placement.extents import Extent, StoredTensor, file_extents
-from llm_magic.backends.accelerate.placement.mapped import MappedFiles
+from llm_magic.backends.accelerate.files import mapped as mapped_module
+from llm_magic.backends.accelerate.files.extents import Extent, StoredTensor, file_extents
+from llm_magic.backends.accelerate.files.mapped import MappedFiles
 from llm_magic.errors import EngineError
 from llm_magic.units import MIB
 

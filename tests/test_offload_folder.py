@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from llm_magic.backends.accelerate.placement.offload_folder import (
+from llm_magic.backends.accelerate.files.offload_folder import (
     OffloadFolder,
     check_tensor_names,
     disk_error,
@@ -140,7 +140,7 @@ def test_what_a_killed_process_left_is_removed_and_what_lives_is_not(tmp_path: P
     """The folders look two minutes old, as they would; a younger one may not be locked yet."""
     script = (
         "import os, sys, time\n"
-        "from llm_magic.backends.accelerate.placement.offload_folder import OffloadFolder\n"
+        "from llm_magic.backends.accelerate.files.offload_folder import OffloadFolder\n"
         "folder = OffloadFolder(sys.argv[1])\n"
         "(folder.path / 'weights').write_bytes(b'1')\n"
         "os.utime(folder.path, (time.time() - 120,) * 2)\n"

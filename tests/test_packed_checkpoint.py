@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llm_magic.backends.accelerate.placement import quantize
-from llm_magic.backends.accelerate.placement.packed_stack import PackedStack
-from llm_magic.backends.accelerate.placement.prepacked import PackedByBitsAndBytes
+from llm_magic.backends.accelerate.packed.packed_stack import PackedStack
+from llm_magic.backends.accelerate.packed.prepacked import PackedByBitsAndBytes
+from llm_magic.backends.accelerate.quantizing import quantize
 from llm_magic.backends.accelerate.source.layout import read_layout
 from llm_magic.backends.accelerate.source.packed_checkpoint import find_packed
 from llm_magic.backends.accelerate.source.sources import resolve

@@ -8,14 +8,16 @@ from typing import Any
 import pytest
 import torch
 
-from llm_magic.backends.accelerate.placement import expert_products, packed_experts, packed_stack, packing
+from llm_magic.backends.accelerate.experts import expert_products, packed_experts
+from llm_magic.backends.accelerate.experts.stacks import find_stacks
+from llm_magic.backends.accelerate.packed import packed_stack, packing
+from llm_magic.backends.accelerate.packed.packed_stack import PackedStack
 from llm_magic.backends.accelerate.placement.blocks import BlockTensors
 from llm_magic.backends.accelerate.placement.expert_cache import ExpertCache
 from llm_magic.backends.accelerate.placement.expert_stores import RamExperts
-from llm_magic.backends.accelerate.placement.experts import RoutedExperts, find_stacks
-from llm_magic.backends.accelerate.placement.packed_stack import PackedStack
-from llm_magic.backends.accelerate.placement.quantize import METHODS, import_library, pack_block, prepare
+from llm_magic.backends.accelerate.placement.routed_experts import RoutedExperts
 from llm_magic.backends.accelerate.placement.stream import HostStreams
+from llm_magic.backends.accelerate.quantizing.quantize import METHODS, import_library, pack_block, prepare
 
 EXPERTS, WIDTH, INSIDE = 8, 256, 256  # wide enough for every kernel
 TOKENS = (1, 2, 5, 40)

@@ -13,7 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llm_magic.backends.accelerate.placement import packed_head, packing
+from llm_magic.backends.accelerate.packed import packing
+from llm_magic.backends.accelerate.quantizing import packed_head
 from llm_magic.errors import OptionError
 from llm_magic.model import ModelSpec
 from llm_magic.planning.planner import make_plan
@@ -187,7 +188,7 @@ def test_a_head_that_is_packed_already_stays(tmp_path: Path, monkeypatch: pytest
 
 
 def test_a_head_that_its_model_reads_as_numbers_stays(tied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from llm_magic.backends.accelerate.placement import quantize
+    from llm_magic.backends.accelerate.quantizing import quantize
 
     monkeypatch.setattr(quantize, "reads_head", lambda _model, path: path == "lm_head")
     with pytest.raises(OptionError, match="looks at its head's weight"):

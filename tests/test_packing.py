@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from llm_magic.backends.accelerate.placement import packing
-from llm_magic.backends.accelerate.placement.packing import (
+from llm_magic.backends.accelerate.packed import packing
+from llm_magic.backends.accelerate.packed.packing import (
     Template,
     arrange,
     bind,
@@ -18,7 +18,7 @@ from llm_magic.backends.accelerate.placement.packing import (
     parts,
     template,
 )
-from llm_magic.backends.accelerate.placement.quantize import import_library
+from llm_magic.backends.accelerate.quantizing.quantize import import_library
 from tests.packed import extension_was_loaded, without_extension
 
 FOUR_BIT = ["nf4", "fp4", "nf4-nested", "nf4-words"]

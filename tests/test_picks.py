@@ -10,10 +10,10 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("llvmlite")
 
+from llm_magic.backends.accelerate.experts.plain_routers import few_largest  # noqa: E402
+from llm_magic.backends.accelerate.kernels import cpu_products  # noqa: E402
 from llm_magic.backends.accelerate.kernels.largest import MOST, largest  # noqa: E402
 from llm_magic.backends.accelerate.kernels.rows import picked_rows  # noqa: E402
-from llm_magic.backends.accelerate.placement import cpu_products  # noqa: E402
-from llm_magic.backends.accelerate.placement.plain_routers import few_largest  # noqa: E402
 from llm_magic.backends.accelerate.recorded.plan import Plan  # noqa: E402
 from tests.recorded_layers import WIDTH, Layer, Twins, states  # noqa: E402
 

@@ -13,20 +13,22 @@ pytest.importorskip("llvmlite")
 
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
-from llm_magic.backends.accelerate.placement import cpu_products, plain_experts  # noqa: E402
-from llm_magic.backends.accelerate.placement.expert_cache import ExpertCache  # noqa: E402
-from llm_magic.backends.accelerate.placement.expert_products import (  # noqa: E402
+from llm_magic.backends.accelerate.experts import plain_experts  # noqa: E402
+from llm_magic.backends.accelerate.experts.expert_products import (  # noqa: E402
     are_few_for_a_cpu,
     one_by_one,
     side_by_side,
     weighted,
 )
+from llm_magic.backends.accelerate.experts.plain_experts import PlainStack, is_served_experts  # noqa: E402
+from llm_magic.backends.accelerate.experts.plain_routers import is_served_router, serve_plain_router  # noqa: E402
+from llm_magic.backends.accelerate.experts.stacks import can_route, find_stacks  # noqa: E402
+from llm_magic.backends.accelerate.kernels import cpu_products  # noqa: E402
+from llm_magic.backends.accelerate.placement.expert_cache import ExpertCache  # noqa: E402
 from llm_magic.backends.accelerate.placement.expert_stores import RamExperts  # noqa: E402
-from llm_magic.backends.accelerate.placement.experts import RoutedExperts, can_route, find_stacks  # noqa: E402
-from llm_magic.backends.accelerate.placement.plain_experts import PlainStack, is_served_experts  # noqa: E402
-from llm_magic.backends.accelerate.placement.plain_routers import is_served_router, serve_plain_router  # noqa: E402
-from llm_magic.backends.accelerate.placement.served_model import serve_plain_modules  # noqa: E402
+from llm_magic.backends.accelerate.placement.routed_experts import RoutedExperts  # noqa: E402
 from llm_magic.backends.accelerate.placement.stream import HostStreams  # noqa: E402
+from llm_magic.backends.accelerate.served_model import serve_plain_modules  # noqa: E402
 from tests.test_packed_experts import WIDTH, _experts, routed_to  # noqa: E402
 
 pytestmark = pytest.mark.skipif(

@@ -16,15 +16,17 @@ import torch
 from safetensors.torch import load_file
 from transformers import core_model_loading
 
-from llm_magic.backends.accelerate.placement import experts, prepacked_groups, quantize
-from llm_magic.backends.accelerate.placement.packed_stack import PackedStack
-from llm_magic.backends.accelerate.placement.prepacked_groups import (
+from llm_magic.backends.accelerate.experts import stacks
+from llm_magic.backends.accelerate.packed import prepacked_groups
+from llm_magic.backends.accelerate.packed.packed_stack import PackedStack
+from llm_magic.backends.accelerate.packed.prepacked_groups import (
     Groups,
     Reader,
     read_awq,
     read_compressed,
     read_gptq,
 )
+from llm_magic.backends.accelerate.quantizing import quantize
 from llm_magic.backends.accelerate.source.layout import build_skeleton, load_config
 from llm_magic.backends.accelerate.source.packed_checkpoint import find_packed
 from llm_magic.backends.accelerate.source.packed_formats import find_format
@@ -538,7 +540,7 @@ def test_columns_in_an_order_of_which_nobody_said(layers: str, tmp_path: Path) -
 
 def test_experts_that_are_computed_as_a_stack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are numbers again, all of them."""
-    monkeypatch.setattr(experts, "can_route", lambda _module: False)
+    monkeypatch.setattr(stacks, "can_route", lambda _module: False)
     folder = save_gptq(tmp_path / "model", tiny.save_mixture, **WIDE_EXPERTS)
     plain = plain_of(folder)
     engine = load(folder, "ram")

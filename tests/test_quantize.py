@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from llm_magic.backends.accelerate.placement import cpu_products
-from llm_magic.backends.accelerate.placement.packing import parameters, parts, template
-from llm_magic.backends.accelerate.placement.quantize import (
+from llm_magic.backends.accelerate.kernels import cpu_products
+from llm_magic.backends.accelerate.packed.packing import parameters, parts, template
+from llm_magic.backends.accelerate.quantizing.quantize import (
     METHODS,
     find_method,
     import_library,
@@ -199,7 +199,7 @@ def test_other_architectures_compute_what_their_packed_weights_say(
 
 
 def unpacked_weight(module: Any) -> Any:
-    from llm_magic.backends.accelerate.placement.packing import arrange
+    from llm_magic.backends.accelerate.packed.packing import arrange
 
     functional = import_library("bitsandbytes").functional
     if type(module).__name__ == "QLinear":
@@ -380,7 +380,7 @@ def get_kernel(*_args, **_options):
 """
 IMPORTS = """
 import sys
-from llm_magic.backends.accelerate.placement.quantize import import_library
+from llm_magic.backends.accelerate.quantizing.quantize import import_library
 for name in ("bitsandbytes", "optimum.quanto"):
     import_library(name)
 assert "kernels" not in sys.modules

@@ -23,10 +23,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from llm_magic.backends.accelerate.placement import reader as reader_module
-from llm_magic.backends.accelerate.placement.extents import PAGE, Extent, file_extents, file_image
-from llm_magic.backends.accelerate.placement.open_file import OpenFile
-from llm_magic.backends.accelerate.placement.reader import FileReader, choose_direct, page_buffer
+from llm_magic.backends.accelerate.files import reader as reader_module
+from llm_magic.backends.accelerate.files.extents import PAGE, Extent, file_extents, file_image
+from llm_magic.backends.accelerate.files.open_file import OpenFile
+from llm_magic.backends.accelerate.files.reader import FileReader, choose_direct, page_buffer
 from llm_magic.errors import EngineError, SourceError
 from llm_magic.units import KIB, MIB
 

@@ -21,22 +21,22 @@ from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache  # noqa: E402
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # noqa: E402
 
+from llm_magic.backends.accelerate.current import current  # noqa: E402
 from llm_magic.backends.accelerate.decoding import attention, step_by_step  # noqa: E402
 from llm_magic.backends.accelerate.decoding.cache_argument import cache_name_of_generate  # noqa: E402
-from llm_magic.backends.accelerate.placement.cpu_products import few_plain_tokens  # noqa: E402
-from llm_magic.backends.accelerate.placement.layer_cache import find_cache  # noqa: E402
-from llm_magic.backends.accelerate.placement.plain_routers import few_largest  # noqa: E402
-from llm_magic.backends.accelerate.placement.served_model import serve_plain_modules  # noqa: E402
+from llm_magic.backends.accelerate.experts.plain_routers import few_largest  # noqa: E402
+from llm_magic.backends.accelerate.kernels.cpu_products import few_plain_tokens  # noqa: E402
+from llm_magic.backends.accelerate.layer_cache import find_cache  # noqa: E402
 from llm_magic.backends.accelerate.recorded import chain  # noqa: E402
 from llm_magic.backends.accelerate.recorded.attending import Attention  # noqa: E402
 from llm_magic.backends.accelerate.recorded.chain import Chain, Room  # noqa: E402
-from llm_magic.backends.accelerate.recorded.current import current  # noqa: E402
 from llm_magic.backends.accelerate.recorded.layers import RecordedLayers  # noqa: E402
 from llm_magic.backends.accelerate.recorded.linears import Experts, Linears, Router  # noqa: E402
 from llm_magic.backends.accelerate.recorded.noting.known_tensors import KnownTensors  # noqa: E402
 from llm_magic.backends.accelerate.recorded.noting.recorder import Recorder  # noqa: E402
 from llm_magic.backends.accelerate.recorded.picks import Pick  # noqa: E402
 from llm_magic.backends.accelerate.recorded.recordings import Recordings  # noqa: E402
+from llm_magic.backends.accelerate.served_model import serve_plain_modules  # noqa: E402
 from tests.caches import given  # noqa: E402
 from tests.families import _EXPERTS, _GROUPED, _LATENT, _WIDTHS, FAMILIES  # noqa: E402
 from tests.recorded_layers import one_by_one, programs  # noqa: E402

@@ -9,10 +9,10 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("llvmlite")
 
-from llm_magic.backends.accelerate.placement.cpu_linear import serve_linear  # noqa: E402
 from llm_magic.backends.accelerate.recorded import linears  # noqa: E402
 from llm_magic.backends.accelerate.recorded.linears import Linears  # noqa: E402
 from llm_magic.backends.accelerate.recorded.recording import View  # noqa: E402
+from llm_magic.backends.accelerate.served.cpu_linear import serve_linear  # noqa: E402
 from tests.test_cpu_products import bound  # noqa: E402
 from tests.test_packing import METHODS, WIDTH, inputs, network_of  # noqa: E402
 

@@ -13,10 +13,11 @@ pytest.importorskip("llvmlite")
 
 from transformers import DynamicCache  # noqa: E402
 
-from llm_magic.backends.accelerate.placement import cpu_products, step_kernels  # noqa: E402
-from llm_magic.backends.accelerate.placement.layer_cache import state_in  # noqa: E402
+from llm_magic.backends.accelerate.kernels import cpu_products  # noqa: E402
+from llm_magic.backends.accelerate.layer_cache import state_in  # noqa: E402
 from llm_magic.backends.accelerate.recorded.attending import Attention  # noqa: E402
 from llm_magic.backends.accelerate.recorded.states import StateStep  # noqa: E402
+from llm_magic.backends.accelerate.served import step_kernels  # noqa: E402
 from tests.caches import given  # noqa: E402
 from tests.test_recorded import answers, equal, kinds_of_parts, layers_of, made, members_of, recorded, step  # noqa: E402
 from tests.test_recurrent_steps import SIZES, mixers_of, to_mixer  # noqa: E402

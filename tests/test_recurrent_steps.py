@@ -17,8 +17,9 @@ from transformers.models.kimi_linear import modeling_kimi_linear as theirs_of_ki
 from transformers.models.mamba2 import modeling_mamba2 as theirs_of_mamba  # noqa: E402
 from transformers.models.qwen3_5 import modeling_qwen3_5 as theirs  # noqa: E402
 
-from llm_magic.backends.accelerate.placement import cpu_products, recurrent_steps, step_kernels  # noqa: E402
-from llm_magic.backends.accelerate.placement.recurrent_steps import (  # noqa: E402
+from llm_magic.backends.accelerate.kernels import cpu_products  # noqa: E402
+from llm_magic.backends.accelerate.served import recurrent_steps, step_kernels  # noqa: E402
+from llm_magic.backends.accelerate.served.recurrent_steps import (  # noqa: E402
     has_recurrent_steps,
     serve_recurrent_steps,
 )
@@ -457,9 +458,7 @@ def answers(model: Any, ids: Any) -> Any:
 def model_of(name: str, *, is_served: bool, monkeypatch: pytest.MonkeyPatch) -> Any:
     with monkeypatch.context() as patch:
         if not is_served:
-            patch.setattr(
-                "llm_magic.backends.accelerate.placement.served_model.serve_recurrent_steps", lambda _m: None
-            )
+            patch.setattr("llm_magic.backends.accelerate.served_model.serve_recurrent_steps", lambda _m: None)
         model = made(name, torch.float32, **SIZES.get(name, {}))
     return model.requires_grad_(False)
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llm_magic.backends.accelerate.placement import cpu_products, saving
+from llm_magic.backends.accelerate.kernels import cpu_products
+from llm_magic.backends.accelerate.quantizing import saving
 from llm_magic.errors import OptionError
 from llm_magic.model import ModelSpec
 from tests import tiny

@@ -17,12 +17,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llm_magic.backends.accelerate.placement import packing, quantize, scaled_floats
-from llm_magic.backends.accelerate.placement.cpu_products import MXFP4_NUMBERS
-from llm_magic.backends.accelerate.placement.packed_stack import PackedStack
-from llm_magic.backends.accelerate.placement.prepacked_stacks import PackedStacks
-from llm_magic.backends.accelerate.placement.quantize import is_packed
-from llm_magic.backends.accelerate.placement.scaled_floats import Form, ScaledFloats, ScaledLinear, product
+from llm_magic.backends.accelerate.kernels.cpu_products import MXFP4_NUMBERS
+from llm_magic.backends.accelerate.packed import packing, scaled_floats
+from llm_magic.backends.accelerate.packed.packed_stack import PackedStack
+from llm_magic.backends.accelerate.packed.prepacked_stacks import PackedStacks
+from llm_magic.backends.accelerate.packed.scaled_floats import Form, ScaledFloats, ScaledLinear, product
+from llm_magic.backends.accelerate.quantizing import quantize
+from llm_magic.backends.accelerate.quantizing.quantize import is_packed
 from llm_magic.errors import EngineError, OptionError, PlanError, SourceError
 from llm_magic.machine import Device
 from llm_magic.model import ModelSpec
@@ -340,7 +341,7 @@ def test_without_kernels_torch_computes(folder: Path, monkeypatch: pytest.Monkey
         text = ask(engine, PROMPT).text
     finally:
         engine.close()
-    monkeypatch.setattr("llm_magic.backends.accelerate.placement.cpu_products._kernel", lambda *_args: None)
+    monkeypatch.setattr("llm_magic.backends.accelerate.kernels.cpu_products._kernel", lambda *_args: None)
     engine = load(folder, "ram")
     try:
         assert ask(engine, PROMPT).text == text
@@ -414,7 +415,7 @@ def test_plain_weights_are_what_they_are(tiny_model: Callable[[str], Path]) -> N
 
 
 def test_a_device_that_has_no_such_floats_is_refused() -> None:
-    from llm_magic.backends.accelerate.placement.quantize import refuse_devices
+    from llm_magic.backends.accelerate.quantizing.quantize import refuse_devices
 
     with pytest.raises(PlanError, match="fp8 weights cannot be computed on mps"):
         refuse_devices("fp8", {"cpu", "mps"})

@@ -16,13 +16,19 @@ import torch.autograd.forward_ad as forward_ad  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS  # noqa: E402
 
-from llm_magic.backends.accelerate.kernels import compiler, numbers, row_blocks  # noqa: E402
-from llm_magic.backends.accelerate.placement import cpu_products, int4_orders, plain_experts  # noqa: E402
-from llm_magic.backends.accelerate.placement.expert_products import (  # noqa: E402
+from llm_magic.backends.accelerate.experts import plain_experts  # noqa: E402
+from llm_magic.backends.accelerate.experts.expert_products import (  # noqa: E402
     one_by_one,
     weighted,
 )
-from llm_magic.backends.accelerate.placement.served_model import serve_plain_modules  # noqa: E402
+from llm_magic.backends.accelerate.kernels import (  # noqa: E402
+    compiler,
+    cpu_products,
+    numbers,
+    row_blocks,
+)
+from llm_magic.backends.accelerate.packed import int4_orders  # noqa: E402
+from llm_magic.backends.accelerate.served_model import serve_plain_modules  # noqa: E402
 from tests.test_packed_experts import EXPERTS, WIDTH, _experts, packed  # noqa: E402
 from tests.test_plain_experts import arguments, router_of, served, stacks_of  # noqa: E402
 from tests.test_plain_experts import made as made_experts  # noqa: E402

@@ -15,8 +15,12 @@ import pytest
 torch = pytest.importorskip("torch")
 llvm = pytest.importorskip("llvmlite.binding")
 
-from llm_magic.backends.accelerate.kernels import openmp, shares, team  # noqa: E402
-from llm_magic.backends.accelerate.placement import cpu_products  # noqa: E402
+from llm_magic.backends.accelerate.kernels import (  # noqa: E402
+    cpu_products,
+    openmp,
+    shares,
+    team,
+)
 from tests.kernel_caches import forget_kernels  # noqa: E402
 from tests.test_cpu_products import packed, tokens  # noqa: E402
 

@@ -16,14 +16,14 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from llm_magic.backends.accelerate.decoding.sweep_times import SweepTimes
-from llm_magic.backends.accelerate.placement.blocks import BlockTensors
-from llm_magic.backends.accelerate.placement.cache_lane import CacheLane, Stay
-from llm_magic.backends.accelerate.placement.layer_cache import (
+from llm_magic.backends.accelerate.layer_cache import (
     find_cache,
     find_layers,
     layer_indices,
     take_along,
 )
+from llm_magic.backends.accelerate.placement.blocks import BlockTensors
+from llm_magic.backends.accelerate.placement.cache_lane import CacheLane, Stay
 from llm_magic.backends.accelerate.placement.placed import PlacedModel
 from llm_magic.backends.accelerate.placement.visits import VisitingHook
 from tests import tiny

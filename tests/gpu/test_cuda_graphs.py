@@ -11,9 +11,9 @@ torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.gpu
 
 from llm_magic.backends.accelerate.decoding.cuda_graphs import CudaGraphs  # noqa: E402
+from llm_magic.backends.accelerate.files.reader import page_buffer  # noqa: E402
 from llm_magic.backends.accelerate.placement import cpu_experts  # noqa: E402
 from llm_magic.backends.accelerate.placement.blocks import pin  # noqa: E402
-from llm_magic.backends.accelerate.placement.reader import page_buffer  # noqa: E402
 from tests.gpu.conftest import IS_SIMULATED  # noqa: E402
 
 DEVICE = "cuda:0"

@@ -13,7 +13,8 @@ pytest.importorskip("bitsandbytes")
 pytest.importorskip("optimum.quanto")
 pytestmark = pytest.mark.gpu
 
-from llm_magic.backends.accelerate.placement import expert_runs, packed_stack  # noqa: E402
+from llm_magic.backends.accelerate.packed import packed_stack  # noqa: E402
+from llm_magic.backends.accelerate.placement import expert_runs  # noqa: E402
 from llm_magic.backends.accelerate.placement.expert_runs import ExpertRuns  # noqa: E402
 from llm_magic.backends.accelerate.placement.stream import AcceleratorStreams, Lane  # noqa: E402
 from llm_magic.model import ModelSpec  # noqa: E402

@@ -16,12 +16,13 @@ pytestmark = pytest.mark.gpu
 
 from safetensors.torch import save_file  # noqa: E402
 
+from llm_magic.backends.accelerate.experts.stacks import find_stacks  # noqa: E402
+from llm_magic.backends.accelerate.files.extents import file_extents  # noqa: E402
+from llm_magic.backends.accelerate.files.reader import FileReader, page_buffer  # noqa: E402
 from llm_magic.backends.accelerate.placement.blocks import pin, unpin  # noqa: E402
 from llm_magic.backends.accelerate.placement.expert_cache import ExpertCache  # noqa: E402
 from llm_magic.backends.accelerate.placement.expert_stores import FileExperts, RamExperts, expert_images  # noqa: E402
-from llm_magic.backends.accelerate.placement.experts import RoutedExperts, find_stacks  # noqa: E402
-from llm_magic.backends.accelerate.placement.extents import file_extents  # noqa: E402
-from llm_magic.backends.accelerate.placement.reader import FileReader, page_buffer  # noqa: E402
+from llm_magic.backends.accelerate.placement.routed_experts import RoutedExperts  # noqa: E402
 from llm_magic.backends.accelerate.placement.stream import AcceleratorStreams, Staging  # noqa: E402
 
 LAYERS, EXPERTS = 4, 16

@@ -13,7 +13,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.gpu
 
-from llm_magic.backends.accelerate.placement import latent_attention  # noqa: E402
+from llm_magic.backends.accelerate.served import latent_attention  # noqa: E402
 from tests.engines import BACKEND, ask, plan_for, request  # noqa: E402
 from tests.families import FAMILIES, save  # noqa: E402
 from tests.gpu.test_placed import HYBRID, ON_GPU  # noqa: E402

@@ -14,7 +14,7 @@ pytest.importorskip("optimum.quanto")
 pytestmark = pytest.mark.gpu
 
 from llm_magic.backends.accelerate.decoding.static_cache import SWEEP_TOKENS  # noqa: E402
-from llm_magic.backends.accelerate.placement import packed_stack  # noqa: E402
+from llm_magic.backends.accelerate.packed import packed_stack  # noqa: E402
 from llm_magic.machine import Device  # noqa: E402
 from llm_magic.model import ModelSpec  # noqa: E402
 from llm_magic.plan import Placement  # noqa: E402

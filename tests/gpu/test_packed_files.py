@@ -15,8 +15,8 @@ pytestmark = pytest.mark.gpu
 
 from safetensors.torch import load_file  # noqa: E402
 
-from llm_magic.backends.accelerate.placement import packing  # noqa: E402
-from llm_magic.backends.accelerate.placement.scaled_floats import Form, ScaledFloats, product  # noqa: E402
+from llm_magic.backends.accelerate.packed import packing  # noqa: E402
+from llm_magic.backends.accelerate.packed.scaled_floats import Form, ScaledFloats, product  # noqa: E402
 from llm_magic.model import ModelSpec  # noqa: E402
 from tests import tiny  # noqa: E402
 from tests.engines import BACKEND, ask, request  # noqa: E402

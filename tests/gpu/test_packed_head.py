@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("bitsandbytes")
 pytestmark = pytest.mark.gpu
 
-from llm_magic.backends.accelerate.placement import packed_head  # noqa: E402
+from llm_magic.backends.accelerate.quantizing import packed_head  # noqa: E402
 from llm_magic.model import ModelSpec  # noqa: E402
 from tests import tiny  # noqa: E402
 from tests.engines import BACKEND, ask, request  # noqa: E402

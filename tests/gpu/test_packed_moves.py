@@ -13,7 +13,7 @@ pytest.importorskip("bitsandbytes")
 pytest.importorskip("optimum.quanto")
 pytestmark = pytest.mark.gpu
 
-from llm_magic.backends.accelerate.placement import int4_orders, packing  # noqa: E402
+from llm_magic.backends.accelerate.packed import int4_orders, packing  # noqa: E402
 from llm_magic.errors import EngineError  # noqa: E402
 from llm_magic.machine import Device  # noqa: E402
 from llm_magic.model import ModelSpec  # noqa: E402

@@ -18,14 +18,14 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 from transformers import LlamaConfig  # noqa: E402
 
-from llm_magic.backends.accelerate.placement.packing import (  # noqa: E402
+from llm_magic.backends.accelerate.packed.packing import (  # noqa: E402
     arrange,
     bind,
     parameters,
     parts,
     template,
 )
-from llm_magic.backends.accelerate.placement.quantize import METHODS, pack_block, packed_bytes, prepare  # noqa: E402
+from llm_magic.backends.accelerate.quantizing.quantize import METHODS, pack_block, packed_bytes, prepare  # noqa: E402
 from llm_magic.backends.accelerate.source.layout import build_skeleton  # noqa: E402
 
 DEVICE = "cuda:0"

@@ -18,9 +18,9 @@ import pytest
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.gpu
 
+from llm_magic.backends.accelerate.files.reader import page_buffer  # noqa: E402
 from llm_magic.backends.accelerate.placement.blocks import RamStore, pin, unpin  # noqa: E402
 from llm_magic.backends.accelerate.placement.placed import PlacedModel  # noqa: E402
-from llm_magic.backends.accelerate.placement.reader import page_buffer  # noqa: E402
 from llm_magic.backends.accelerate.placement.stream import AcceleratorStreams  # noqa: E402
 from tests import tiny  # noqa: E402
 from tests.caches import cache_of, given  # noqa: E402

@@ -9,8 +9,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from llm_magic.backends.accelerate.files.reader import page_buffer  # noqa: E402
 from llm_magic.backends.accelerate.placement.blocks import pin  # noqa: E402
-from llm_magic.backends.accelerate.placement.reader import page_buffer  # noqa: E402
 from tests.gpu.conftest import IS_SIMULATED  # noqa: E402
 from tests.simulated_cuda import driver_bytes, fail_allocation_in, races, set_total_memory  # noqa: E402
 

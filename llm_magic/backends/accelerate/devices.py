@@ -22,7 +22,7 @@ from llm_magic.backends.accelerate.beside import rates_together
 from llm_magic.backends.accelerate.layer_time import layer_times
 from llm_magic.backends.accelerate.memory_errors import release_memory
 from llm_magic.backends.accelerate.packed_time import PackedSpeeds, packed_speeds
-from llm_magic.backends.accelerate.placement.served_model import serve_plain_modules
+from llm_magic.backends.accelerate.served_model import serve_plain_modules
 from llm_magic.host.memory import host_memory
 from llm_magic.host.processors import cpu_cache_bytes, cpu_name
 from llm_magic.host.speed import best_of, thread_words

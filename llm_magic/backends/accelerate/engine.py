@@ -17,6 +17,7 @@ from llm_magic.backends.accelerate.decoding.sweep_times import SweepTimes
 from llm_magic.backends.accelerate.decoding.warmup import without_compilation_seen
 from llm_magic.backends.accelerate.first_tokens import generate_some
 from llm_magic.backends.accelerate.generate import Steps, run_generate, watched_blocks
+from llm_magic.backends.accelerate.layer_cache import layer_indices
 from llm_magic.backends.accelerate.load import LoadedWeights
 from llm_magic.backends.accelerate.measure import Clock, Probe, sweep_speed, timed_prompt_tokens
 from llm_magic.backends.accelerate.memory_errors import (
@@ -26,7 +27,6 @@ from llm_magic.backends.accelerate.memory_errors import (
     release_memory,
 )
 from llm_magic.backends.accelerate.placement.adapters import fingerprint
-from llm_magic.backends.accelerate.placement.layer_cache import layer_indices
 from llm_magic.backends.accelerate.prompt.prompts import TokenizedPrompt, lasting, tokenize
 from llm_magic.backends.accelerate.quick import Quick
 from llm_magic.backends.accelerate.quiet import quiet

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llm_magic.backends.accelerate.decoding.attention import use_on_cpu, without_plans
 from llm_magic.backends.accelerate.decoding.cache_argument import cache_name
-from llm_magic.backends.accelerate.placement import cpu_products
-from llm_magic.backends.accelerate.placement.served_model import serve_plain_modules
+from llm_magic.backends.accelerate.kernels import cpu_products
+from llm_magic.backends.accelerate.served_model import serve_plain_modules
 from llm_magic.host.speed import best_of, median_of
 
 if TYPE_CHECKING:

@@ -13,6 +13,12 @@ from typing import TYPE_CHECKING, Any
 from llm_magic.backends.accelerate.decoding.proposers import require_same_vocabulary
 from llm_magic.backends.accelerate.default_dtype import default_dtype_kept
 from llm_magic.backends.accelerate.default_streams import on_default_streams
+from llm_magic.backends.accelerate.files.extents import Extent
+from llm_magic.backends.accelerate.files.offload_folder import (
+    OffloadFolder,
+    check_tensor_names,
+    disk_error,
+)
 from llm_magic.backends.accelerate.left_in_files import left_in_files
 from llm_magic.backends.accelerate.memory_errors import (
     is_out_of_memory,
@@ -21,17 +27,11 @@ from llm_magic.backends.accelerate.memory_errors import (
 )
 from llm_magic.backends.accelerate.packed_load import PackedLoad
 from llm_magic.backends.accelerate.placement.device_map import accelerate_device_map
-from llm_magic.backends.accelerate.placement.extents import Extent
 from llm_magic.backends.accelerate.placement.hooks import weights_loader
-from llm_magic.backends.accelerate.placement.offload_folder import (
-    OffloadFolder,
-    check_tensor_names,
-    disk_error,
-)
 from llm_magic.backends.accelerate.placement.placed import Fill, PlacedModel
-from llm_magic.backends.accelerate.placement.quantize import refuse_devices
-from llm_magic.backends.accelerate.placement.served_model import serve_plain_modules
+from llm_magic.backends.accelerate.quantizing.quantize import refuse_devices
 from llm_magic.backends.accelerate.quiet import bars_into, quiet
+from llm_magic.backends.accelerate.served_model import serve_plain_modules
 from llm_magic.backends.accelerate.source.large_files import large_files_opened
 from llm_magic.backends.accelerate.source.ties import not_shared, refuse_untied
 from llm_magic.errors import EngineError, LLMMagicError, PlanError, SourceError
@@ -188,7 +188,7 @@ def _read_draft(files: ModelFiles, plan: Plan, progress: Progress) -> Any:
     """The draft model, whole where the model computes first."""
     import torch
 
-    from llm_magic.backends.accelerate.source.architecture import auto_class
+    from llm_magic.backends.accelerate.architecture import auto_class
     from llm_magic.backends.accelerate.source.layout import draft_config
 
     config = draft_config(files)
@@ -235,7 +235,7 @@ def _read_model(
     """The model, what packs its weights where it is to be packed, and what it has of the files all the same."""
     import torch
 
-    from llm_magic.backends.accelerate.source.architecture import auto_class
+    from llm_magic.backends.accelerate.architecture import auto_class
     from llm_magic.backends.accelerate.source.layout import load_config
 
     config = load_config(files)

@@ -14,16 +14,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from llm_magic.backends.accelerate.files.extents import Extent
 from llm_magic.backends.accelerate.memory_errors import trim
-from llm_magic.backends.accelerate.placement import packing
+from llm_magic.backends.accelerate.packed import packing
+from llm_magic.backends.accelerate.packed.packed_stack import PackedStack
+from llm_magic.backends.accelerate.packed.prepacked_stacks import PackedStacks
 from llm_magic.backends.accelerate.placement.blocks import raw
-from llm_magic.backends.accelerate.placement.extents import Extent
 from llm_magic.backends.accelerate.placement.hooks import strip, weights_loader
-from llm_magic.backends.accelerate.placement.packed_head import untie_head
-from llm_magic.backends.accelerate.placement.packed_stack import PackedStack
 from llm_magic.backends.accelerate.placement.placed import Fill
-from llm_magic.backends.accelerate.placement.prepacked_stacks import PackedStacks
-from llm_magic.backends.accelerate.placement.quantize import (
+from llm_magic.backends.accelerate.quantizing.packed_head import untie_head
+from llm_magic.backends.accelerate.quantizing.quantize import (
     Choice,
     leave_stack,
     pack_block,

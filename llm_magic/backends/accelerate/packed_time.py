@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from llm_magic.backends.accelerate.placement import cpu_products, int4_orders
-from llm_magic.backends.accelerate.placement.cpu_products import PackedWeights
+from llm_magic.backends.accelerate.kernels import cpu_products
+from llm_magic.backends.accelerate.kernels.cpu_products import PackedWeights
+from llm_magic.backends.accelerate.packed import int4_orders
 from llm_magic.host.speed import best_of
 from llm_magic.machine import PACKED_KINDS
 from llm_magic.units import MIB

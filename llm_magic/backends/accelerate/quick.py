@@ -25,8 +25,8 @@ from llm_magic.backends.accelerate.decoding.proposers import DraftModel, PromptL
 from llm_magic.backends.accelerate.decoding.speculate import Speculation
 from llm_magic.backends.accelerate.decoding.static_cache import SWEEP_TOKENS
 from llm_magic.backends.accelerate.decoding.warmup import COMPILING, WarmUp, regional, resident_layers
+from llm_magic.backends.accelerate.kernels import cpu_products
 from llm_magic.backends.accelerate.memory_errors import free_bytes
-from llm_magic.backends.accelerate.placement import cpu_products
 from llm_magic.backends.accelerate.placement.placed import PlacedModel
 from llm_magic.backends.accelerate.preparation import clock
 from llm_magic.backends.accelerate.recorded.layers import RecordedLayers

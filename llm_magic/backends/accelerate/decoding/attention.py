@@ -14,11 +14,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from llm_magic.backends.accelerate.current import current
 from llm_magic.backends.accelerate.decoding import cpu_attention
 from llm_magic.backends.accelerate.decoding.joined import FEW_TOKENS
-from llm_magic.backends.accelerate.placement import latent_attention
 from llm_magic.backends.accelerate.process_wide import ProcessWide
-from llm_magic.backends.accelerate.recorded.current import current
+from llm_magic.backends.accelerate.served import latent_attention
 
 LONG = 2048
 """Places of a cache from which on it is attended to in parts."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from llm_magic.backends.accelerate.architecture import decoder_of
 from llm_magic.backends.accelerate.decoding.cache_argument import cache_name
 from llm_magic.backends.accelerate.decoding.layer_kinds import has_state, is_plain, is_windowed, with_tokens
-from llm_magic.backends.accelerate.placement.experts import are_packed
-from llm_magic.backends.accelerate.source.architecture import decoder_of
+from llm_magic.backends.accelerate.experts.stacks import are_packed
 
 if TYPE_CHECKING:
     from llm_magic.backends.accelerate.decoding.capture import Lane

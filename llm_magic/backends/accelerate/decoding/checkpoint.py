@@ -13,7 +13,7 @@ from typing import Any
 
 from llm_magic.backends.accelerate.decoding.fixed_state import FixedState
 from llm_magic.backends.accelerate.decoding.layer_kinds import has_state, is_plain, is_windowed
-from llm_magic.backends.accelerate.placement.layer_cache import layer_tensors, take_along
+from llm_magic.backends.accelerate.layer_cache import layer_tensors, take_along
 
 
 class Checkpoint:

@@ -15,9 +15,9 @@ from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 from llm_magic.backends.accelerate.decoding.joined import FEW_TOKENS
+from llm_magic.backends.accelerate.kernels import cpu_products
 from llm_magic.backends.accelerate.kernels.team import team
 from llm_magic.backends.accelerate.looked_at import is_looked_at
-from llm_magic.backends.accelerate.placement import cpu_products
 from llm_magic.backends.accelerate.preparation import preparing
 
 _SMALLEST_PART, _LARGEST_PART, _FEW_PARTS = 64, 1024, 32

@@ -10,7 +10,7 @@ import copy
 from collections.abc import Iterator
 from typing import Any
 
-from llm_magic.backends.accelerate.placement.layer_cache import layer_tensors
+from llm_magic.backends.accelerate.layer_cache import layer_tensors
 
 
 class FixedState:

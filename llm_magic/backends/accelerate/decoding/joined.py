@@ -15,7 +15,7 @@ from types import MethodType
 from typing import Any
 
 from llm_magic.backends.accelerate.memory_errors import is_out_of_memory
-from llm_magic.backends.accelerate.placement.cpu_linear import is_linear
+from llm_magic.backends.accelerate.served.cpu_linear import is_linear
 
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 FEW_TOKENS = 16

@@ -22,8 +22,8 @@ from llm_magic.backends.accelerate.decoding.layer_kinds import (
     with_tokens,
 )
 from llm_magic.backends.accelerate.decoding.rollback import Rollback
+from llm_magic.backends.accelerate.layer_cache import layer_tensors, take_along
 from llm_magic.backends.accelerate.memory_errors import is_out_of_memory
-from llm_magic.backends.accelerate.placement.layer_cache import layer_tensors, take_along
 
 _ONE_BY_ONE = ("cpmant", "reformer", "xlm")
 """Model types whose passes behind the first are right for one token alone.

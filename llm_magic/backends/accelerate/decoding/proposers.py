@@ -11,8 +11,8 @@ from llm_magic.backends.accelerate.decoding.kv_cache import crop
 from llm_magic.backends.accelerate.decoding.rollback import Rollback
 from llm_magic.backends.accelerate.decoding.sampling import drawn_ahead
 from llm_magic.backends.accelerate.decoding.speculate import Proposal
+from llm_magic.backends.accelerate.layer_cache import layer_tensors
 from llm_magic.backends.accelerate.memory_errors import TokensLostError, is_out_of_memory
-from llm_magic.backends.accelerate.placement.layer_cache import layer_tensors
 from llm_magic.errors import OptionError
 
 if TYPE_CHECKING:

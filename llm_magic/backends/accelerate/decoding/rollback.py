@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from llm_magic.backends.accelerate.decoding.layer_kinds import empty, has_state, is_plain, with_tokens
-from llm_magic.backends.accelerate.placement.layer_cache import without_first
+from llm_magic.backends.accelerate.layer_cache import without_first
 
 
 class Rollback:

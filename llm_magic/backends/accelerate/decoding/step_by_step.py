@@ -17,10 +17,10 @@ from functools import cache, wraps
 from types import SimpleNamespace
 from typing import Any
 
+from llm_magic.backends.accelerate.current import current
 from llm_magic.backends.accelerate.decoding import cpu_attention
 from llm_magic.backends.accelerate.decoding.capturable import attention_of
 from llm_magic.backends.accelerate.decoding.joined import FEW_TOKENS
-from llm_magic.backends.accelerate.recorded.current import current
 from llm_magic.planning.costs import SCORES_BYTES
 
 _NAME = "eager_attention_forward"

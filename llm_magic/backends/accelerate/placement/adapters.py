@@ -73,7 +73,7 @@ def _refuse_for_packed_experts(model: Any, before: set[str]) -> None:
     EngineError
         When that was so.
     """
-    from llm_magic.backends.accelerate.placement.packed_stack import PackedStack
+    from llm_magic.backends.accelerate.packed.packed_stack import PackedStack
 
     stacks = [f".{name}" for name, module in model.named_modules() if isinstance(module, PackedStack)]
     for name, config in _configs(model).items():
@@ -93,7 +93,7 @@ def _refuse_for_floats(model: Any, before: set[str]) -> None:
     EngineError
         When it is a DoRA on any of them.
     """
-    from llm_magic.backends.accelerate.placement.scaled_floats import ScaledLinear
+    from llm_magic.backends.accelerate.packed.scaled_floats import ScaledLinear
 
     for module in model.modules():
         if isinstance(getattr(module, "base_layer", None), ScaledLinear):
@@ -135,7 +135,7 @@ def _forward_of(module: Any) -> Any:
 
 def _apart() -> tuple[type, ...]:
     from llm_magic.backends.accelerate.placement.cpu_experts import CpuExperts
-    from llm_magic.backends.accelerate.placement.experts import RoutedExperts
+    from llm_magic.backends.accelerate.placement.routed_experts import RoutedExperts
 
     return CpuExperts, RoutedExperts
 

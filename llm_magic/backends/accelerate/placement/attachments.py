@@ -10,20 +10,21 @@ from collections.abc import Callable, Collection, Mapping, MutableMapping, Seque
 from functools import cached_property
 from typing import Any
 
+from llm_magic.backends.accelerate.experts.stacks import find_stacks
+from llm_magic.backends.accelerate.layer_cache import layer_indices
 from llm_magic.backends.accelerate.placement import adapters, hooks
 from llm_magic.backends.accelerate.placement.blocks import FileStore, RamStore, StoredWeights
 from llm_magic.backends.accelerate.placement.cache_lane import CacheLane
 from llm_magic.backends.accelerate.placement.cpu_experts import CpuExperts, Rows
 from llm_magic.backends.accelerate.placement.device_map import running_first
 from llm_magic.backends.accelerate.placement.expert_lanes import DeviceExperts, ExpertTraveller
-from llm_magic.backends.accelerate.placement.experts import advise_routed, find_stacks
 from llm_magic.backends.accelerate.placement.homes import Homes
 from llm_magic.backends.accelerate.placement.lanes import DeviceLane, Traveller, make_streams
-from llm_magic.backends.accelerate.placement.layer_cache import layer_indices
 from llm_magic.backends.accelerate.placement.lookups import Tables
 from llm_magic.backends.accelerate.placement.model_device import models_in, show_device
 from llm_magic.backends.accelerate.placement.placed_block import PlacedBlock, PlacedBlocks
 from llm_magic.backends.accelerate.placement.read_rows import ShownRow, read_rows
+from llm_magic.backends.accelerate.placement.routed_experts import advise_routed
 from llm_magic.backends.accelerate.placement.stream import Watch
 from llm_magic.backends.accelerate.placement.visits import Route, SweepHook, VisitingHook, Visits
 from llm_magic.plan import Plan

@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from llm_magic.backends.accelerate.placement import packing
-from llm_magic.backends.accelerate.placement.extents import Extent, FileImage, file_image
-from llm_magic.backends.accelerate.placement.reader import FileReader, page_buffer
+from llm_magic.backends.accelerate.files.extents import Extent, FileImage, file_image
+from llm_magic.backends.accelerate.files.reader import FileReader, page_buffer
+from llm_magic.backends.accelerate.packed import packing
 from llm_magic.units import MIB
 
 ALIGNMENT = 256

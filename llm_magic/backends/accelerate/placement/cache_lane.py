@@ -25,8 +25,8 @@ from functools import partial
 from itertools import takewhile
 from typing import Any
 
-from llm_magic.backends.accelerate.placement.blocks import pin, unpin
-from llm_magic.backends.accelerate.placement.layer_cache import (
+from llm_magic.backends.accelerate.files.reader import page_buffer
+from llm_magic.backends.accelerate.layer_cache import (
     GrowingTensors,
     Name,
     find_layers,
@@ -37,9 +37,9 @@ from llm_magic.backends.accelerate.placement.layer_cache import (
     take_along,
     tokens_seen,
 )
+from llm_magic.backends.accelerate.placement.blocks import pin, unpin
 from llm_magic.backends.accelerate.placement.moments import Trip
 from llm_magic.backends.accelerate.placement.pieces import Pairs, Ring, pieces
-from llm_magic.backends.accelerate.placement.reader import page_buffer
 from llm_magic.backends.accelerate.placement.stream import Mark, Streams, Watch
 from llm_magic.backends.accelerate.placement.uninterrupted import uninterrupted
 from llm_magic.planning.costs import CACHE_PIECES, CACHES_GOING_BACK

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from llm_magic.backends.accelerate.placement.extents import Extent, file_extents
+from llm_magic.backends.accelerate.files.extents import Extent, file_extents
 
 
 class Checkpoint:

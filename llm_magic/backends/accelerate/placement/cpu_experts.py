@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from llm_magic.backends.accelerate.files.reader import page_buffer
 from llm_magic.backends.accelerate.placement.blocks import pin
-from llm_magic.backends.accelerate.placement.reader import page_buffer
 from llm_magic.backends.accelerate.placement.visits import Visits
 
 HostWork = Callable[[], None]

@@ -19,6 +19,9 @@ from functools import cached_property
 from itertools import pairwise, takewhile
 from typing import Any
 
+from llm_magic.backends.accelerate.experts.stacks import Stack, find_stacks
+from llm_magic.backends.accelerate.files.extents import FileImage
+from llm_magic.backends.accelerate.files.reader import FileReader, page_buffer
 from llm_magic.backends.accelerate.placement.blocks import BlockTensors, FileStore, RamStore, pin, unpin
 from llm_magic.backends.accelerate.placement.expert_cache import ExpertCache
 from llm_magic.backends.accelerate.placement.expert_runs import ExpertRuns, InRam
@@ -26,14 +29,11 @@ from llm_magic.backends.accelerate.placement.expert_stores import (
     ExpertStore,
     FileExperts,
     RamExperts,
-    Stack,
     expert_images,
     flat_bytes,
 )
-from llm_magic.backends.accelerate.placement.experts import RoutedExperts, Visitor, find_stacks
-from llm_magic.backends.accelerate.placement.extents import FileImage
 from llm_magic.backends.accelerate.placement.lanes import make_streams, slot_memory
-from llm_magic.backends.accelerate.placement.reader import FileReader, page_buffer
+from llm_magic.backends.accelerate.placement.routed_experts import RoutedExperts, Visitor
 from llm_magic.backends.accelerate.placement.stream import Staging, Streams, Watch
 
 LEAST_SLOTS = 2

@@ -12,9 +12,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llm_magic.backends.accelerate.placement.expert_stores import Copied, Stack
+from llm_magic.backends.accelerate.experts.stacks import Stack
+from llm_magic.backends.accelerate.packed.packed_stack import PackedStack
+from llm_magic.backends.accelerate.placement.expert_stores import Copied
 from llm_magic.backends.accelerate.placement.lanes import slot_memory
-from llm_magic.backends.accelerate.placement.packed_stack import PackedStack
 from llm_magic.backends.accelerate.placement.stream import Lane, Streams
 from llm_magic.planning.packed import EXPERTS_IN_RUNS_BYTES
 

@@ -13,49 +13,15 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
-from llm_magic.backends.accelerate.placement.extents import Extent, FileImage, file_image
+from llm_magic.backends.accelerate.experts.stacks import Stack
+from llm_magic.backends.accelerate.files.extents import Extent, FileImage, file_image
 from llm_magic.backends.accelerate.placement.stream import Arrival, Mark, ReadSource, Source, StagedSource
 
 if TYPE_CHECKING:
-    from llm_magic.backends.accelerate.placement.reader import FileReader
+    from llm_magic.backends.accelerate.files.reader import FileReader
     from llm_magic.backends.accelerate.placement.stream import Staging, Streams
 
 _ALIGNMENT = 256  # what device kernels load fastest
-
-
-@dataclass(frozen=True)
-class Stack:
-    """One parameter that holds an entry for each expert of a layer.
-
-    Attributes
-    ----------
-    module_name
-        The module of the experts, relative to the block (``"mlp.experts"``).
-    parameter_name
-        Its parameter (``"gate_up_proj"``).
-    experts
-        Number of entries.
-    bytes_per_expert
-        Size of one of them.
-    dtype, shape
-        torch dtype and shape of the whole stack.
-    """
-
-    module_name: str
-    parameter_name: str
-    experts: int
-    bytes_per_expert: int
-    dtype: Any
-    shape: tuple[int, ...]
-
-    @property
-    def name(self) -> str:
-        """The parameter, relative to the block (``"mlp.experts.gate_up_proj"``)."""
-        return f"{self.module_name}.{self.parameter_name}" if self.module_name else self.parameter_name
-
-    def view(self, memory: Any, at: int) -> Any:
-        """The entry of one expert whose bytes begin at ``at`` in ``memory`` (uint8)."""
-        return memory[at : at + self.bytes_per_expert].view(self.dtype).view(self.shape[1:])
 
 
 class ExpertStore(Protocol):

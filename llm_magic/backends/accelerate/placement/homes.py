@@ -11,6 +11,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from llm_magic.backends.accelerate.files.extents import Extent
+from llm_magic.backends.accelerate.files.mapped import MappedFiles
+from llm_magic.backends.accelerate.files.offload_folder import OffloadFolder
+from llm_magic.backends.accelerate.files.open_file import OpenFile
+from llm_magic.backends.accelerate.files.reader import FileReader, choose_direct
 from llm_magic.backends.accelerate.placement.blocks import (
     BlockTensors,
     FileStore,
@@ -21,12 +26,7 @@ from llm_magic.backends.accelerate.placement.blocks import (
     write_block,
 )
 from llm_magic.backends.accelerate.placement.checkpoint import Checkpoint
-from llm_magic.backends.accelerate.placement.extents import Extent
-from llm_magic.backends.accelerate.placement.mapped import MappedFiles
-from llm_magic.backends.accelerate.placement.offload_folder import OffloadFolder
-from llm_magic.backends.accelerate.placement.open_file import OpenFile
 from llm_magic.backends.accelerate.placement.placed_block import PlacedBlock, PlacedBlocks, kind_of
-from llm_magic.backends.accelerate.placement.reader import FileReader, choose_direct
 from llm_magic.errors import EngineError
 from llm_magic.plan import Placement
 

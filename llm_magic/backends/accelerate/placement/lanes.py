@@ -16,6 +16,8 @@ from functools import partial
 from itertools import takewhile
 from typing import Any
 
+from llm_magic.backends.accelerate.files.extents import FileImage
+from llm_magic.backends.accelerate.files.reader import page_buffer
 from llm_magic.backends.accelerate.placement.blocks import (
     Binding,
     BlockTensors,
@@ -24,8 +26,6 @@ from llm_magic.backends.accelerate.placement.blocks import (
     pin,
     unpin,
 )
-from llm_magic.backends.accelerate.placement.extents import FileImage
-from llm_magic.backends.accelerate.placement.reader import page_buffer
 from llm_magic.backends.accelerate.placement.stream import (
     AcceleratorStreams,
     HostStreams,

@@ -15,20 +15,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from llm_magic.backends.accelerate.placement import adapters, hooks, saving
+from llm_magic.backends.accelerate.experts.stacks import find_stacks
+from llm_magic.backends.accelerate.files.extents import Extent
+from llm_magic.backends.accelerate.files.offload_folder import OffloadFolder, disk_error
+from llm_magic.backends.accelerate.placement import adapters, hooks
 from llm_magic.backends.accelerate.placement.attachments import Attachments
 from llm_magic.backends.accelerate.placement.blocks import BlockTensors
 from llm_magic.backends.accelerate.placement.checkpoint import Checkpoint
 from llm_magic.backends.accelerate.placement.device_map import accelerate_device_map
-from llm_magic.backends.accelerate.placement.experts import find_stacks
-from llm_magic.backends.accelerate.placement.extents import Extent
 from llm_magic.backends.accelerate.placement.homes import Homes
 from llm_magic.backends.accelerate.placement.lookups import Tables
-from llm_magic.backends.accelerate.placement.offload_folder import OffloadFolder, disk_error
 from llm_magic.backends.accelerate.placement.placed_block import PlacedBlock, PlacedBlocks
 from llm_magic.backends.accelerate.placement.stream import Watch
 from llm_magic.backends.accelerate.placement.uninterrupted import uninterrupted
 from llm_magic.backends.accelerate.placement.visits import Visits
+from llm_magic.backends.accelerate.quantizing import saving
 from llm_magic.errors import PlanError
 from llm_magic.plan import Placement, Plan
 from llm_magic.planning.costs import slots_for

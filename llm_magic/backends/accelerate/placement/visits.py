@@ -16,11 +16,11 @@ from typing import Any
 from accelerate.hooks import AlignDevicesHook
 from accelerate.utils import send_to_device
 
+from llm_magic.backends.accelerate.layer_cache import find_cache, find_layers, layer_indices
+from llm_magic.backends.accelerate.packed.packing import bind
 from llm_magic.backends.accelerate.placement.blocks import Binding, BlockTensors
 from llm_magic.backends.accelerate.placement.cache_lane import CacheLane
 from llm_magic.backends.accelerate.placement.hooks import InputHook
-from llm_magic.backends.accelerate.placement.layer_cache import find_cache, find_layers, layer_indices
-from llm_magic.backends.accelerate.placement.packing import bind
 from llm_magic.backends.accelerate.placement.stream import Lane
 from llm_magic.backends.accelerate.placement.uninterrupted import uninterrupted
 

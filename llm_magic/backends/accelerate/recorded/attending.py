@@ -8,15 +8,9 @@ from typing import Any, NamedTuple
 from llm_magic.backends.accelerate.decoding import attention as by_sdpa
 from llm_magic.backends.accelerate.decoding import step_by_step
 from llm_magic.backends.accelerate.decoding.cpu_attention import Call
+from llm_magic.backends.accelerate.kernels import cpu_products
 from llm_magic.backends.accelerate.kernels.in_turn import address_of
-from llm_magic.backends.accelerate.placement import cpu_products
-from llm_magic.backends.accelerate.placement.latent_attention import (
-    TAKES_LATENTS,
-    are_latents,
-    expanded,
-    hands_on,
-)
-from llm_magic.backends.accelerate.placement.layer_cache import GrowingTensors, find_cache
+from llm_magic.backends.accelerate.layer_cache import GrowingTensors, find_cache
 from llm_magic.backends.accelerate.recorded.kept_tokens import (
     TOKENS,
     add_copy,
@@ -33,6 +27,12 @@ from llm_magic.backends.accelerate.recorded.plan import Plan
 from llm_magic.backends.accelerate.recorded.program import Values, as_noted, shown
 from llm_magic.backends.accelerate.recorded.recording import Node, View
 from llm_magic.backends.accelerate.recorded.ways_to_attend import More, ToKeys, ToLatents, Way
+from llm_magic.backends.accelerate.served.latent_attention import (
+    TAKES_LATENTS,
+    are_latents,
+    expanded,
+    hands_on,
+)
 
 
 class Case(NamedTuple):

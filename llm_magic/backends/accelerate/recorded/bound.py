@@ -7,7 +7,7 @@ from math import prod
 from typing import Any
 
 from llm_magic.backends.accelerate.kernels.torch_threads import FEW_NUMBERS, one_thread
-from llm_magic.backends.accelerate.placement.layer_cache import GrowingTensors
+from llm_magic.backends.accelerate.layer_cache import GrowingTensors
 from llm_magic.backends.accelerate.recorded.attending import attention, attention_step
 from llm_magic.backends.accelerate.recorded.chain import Chain, Room, chained
 from llm_magic.backends.accelerate.recorded.kept_tokens import cache_step

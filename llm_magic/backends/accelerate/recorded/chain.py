@@ -13,6 +13,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 from llm_magic.backends.accelerate.decoding.cpu_attention import leave_room, taken_room
+from llm_magic.backends.accelerate.kernels.cpu_products import PackedWeights, Products
 from llm_magic.backends.accelerate.kernels.in_turn import in_turn
 from llm_magic.backends.accelerate.kernels.steps import Loop, Operand
 from llm_magic.backends.accelerate.kernels.words import (
@@ -24,7 +25,6 @@ from llm_magic.backends.accelerate.kernels.words import (
     TEAM,
     TOKENS,
 )
-from llm_magic.backends.accelerate.placement.cpu_products import PackedWeights, Products
 from llm_magic.backends.accelerate.preparation import preparing
 from llm_magic.backends.accelerate.recorded.attending import Attention, Told
 from llm_magic.backends.accelerate.recorded.linears import Linears

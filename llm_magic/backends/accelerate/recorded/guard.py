@@ -8,9 +8,9 @@ from operator import attrgetter, contains, itemgetter
 from typing import Any
 
 from llm_magic.backends.accelerate.looked_at import ONLY_LOOKS
-from llm_magic.backends.accelerate.placement.packed_stack import PackedStack
-from llm_magic.backends.accelerate.placement.served_class import usual_class_of
+from llm_magic.backends.accelerate.packed.packed_stack import PackedStack
 from llm_magic.backends.accelerate.recorded.noting.whole_modules import can_open, leaves_of
+from llm_magic.backends.accelerate.served.served_class import usual_class_of
 
 
 class Over:

@@ -7,7 +7,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 from llm_magic.backends.accelerate.kernels.words import SOURCE, TARGET, TO_TARGET
-from llm_magic.backends.accelerate.placement.layer_cache import GrowingTensors
+from llm_magic.backends.accelerate.layer_cache import GrowingTensors
 from llm_magic.backends.accelerate.recorded.plan import Plan
 from llm_magic.backends.accelerate.recorded.program import Values, shown
 from llm_magic.backends.accelerate.recorded.recording import Node, View

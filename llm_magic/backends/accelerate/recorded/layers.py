@@ -16,13 +16,13 @@ from typing import Any
 
 from llm_magic.backends.accelerate.decoding.layer_kinds import with_tokens
 from llm_magic.backends.accelerate.decoding.running import below_its_hook, running
-from llm_magic.backends.accelerate.looked_at import is_looked_at
-from llm_magic.backends.accelerate.placement.layer_cache import (
+from llm_magic.backends.accelerate.layer_cache import (
     GrowingTensors,
     find_cache,
     layer_indices,
     tokens_seen,
 )
+from llm_magic.backends.accelerate.looked_at import is_looked_at
 from llm_magic.backends.accelerate.recorded.bound import Bound
 from llm_magic.backends.accelerate.recorded.chain import Room
 from llm_magic.backends.accelerate.recorded.guard import Guard, Over

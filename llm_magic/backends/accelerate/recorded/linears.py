@@ -11,13 +11,13 @@ from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
+from llm_magic.backends.accelerate.experts.plain_experts import PlainStack
+from llm_magic.backends.accelerate.kernels import cpu_products
+from llm_magic.backends.accelerate.kernels.cpu_products import PackedWeights, Products, address
 from llm_magic.backends.accelerate.kernels.torch_threads import FEW_NUMBERS, one_thread
-from llm_magic.backends.accelerate.placement import cpu_products
-from llm_magic.backends.accelerate.placement.cpu_linear import plain_matrix, served_weights
-from llm_magic.backends.accelerate.placement.cpu_products import PackedWeights, Products, address
-from llm_magic.backends.accelerate.placement.plain_experts import PlainStack
 from llm_magic.backends.accelerate.recorded.program import Values, as_noted, shown
 from llm_magic.backends.accelerate.recorded.recording import Node, View
+from llm_magic.backends.accelerate.served.cpu_linear import plain_matrix, served_weights
 
 _MOST_KEPT = 16
 """Weights of a module that are known: as many as a lane may have slots, and some."""

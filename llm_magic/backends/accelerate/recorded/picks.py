@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from math import prod
 from typing import Any, NamedTuple
 
+from llm_magic.backends.accelerate.experts.plain_routers import few_largest
+from llm_magic.backends.accelerate.kernels.cpu_products import are_read
 from llm_magic.backends.accelerate.kernels.words import LARGEST, PICKED
-from llm_magic.backends.accelerate.placement.cpu_products import are_read
-from llm_magic.backends.accelerate.placement.plain_routers import few_largest
 from llm_magic.backends.accelerate.recorded.lowering import row_major
 from llm_magic.backends.accelerate.recorded.plan import Plan
 from llm_magic.backends.accelerate.recorded.program import Values, call

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from llm_magic.backends.accelerate.kernels.cpu_products import PackedWeights, address
 from llm_magic.backends.accelerate.kernels.in_turn import address_of
 from llm_magic.backends.accelerate.kernels.team import team
 from llm_magic.backends.accelerate.kernels.words import DATA, SCALES, SHIFTS
-from llm_magic.backends.accelerate.placement.cpu_products import PackedWeights, address
 from llm_magic.backends.accelerate.recorded.program import Values
 from llm_magic.backends.accelerate.recorded.recording import View
 

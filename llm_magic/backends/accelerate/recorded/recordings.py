@@ -7,13 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llm_magic.backends.accelerate.placement.served_class import usual_class_of
 from llm_magic.backends.accelerate.preparation import preparing
 from llm_magic.backends.accelerate.recorded.noting.as_it_was import CannotRecordError
 from llm_magic.backends.accelerate.recorded.noting.recorder import record, record_once
 from llm_magic.backends.accelerate.recorded.noting.whole_modules import Outputs, can_open
 from llm_magic.backends.accelerate.recorded.program import Program
 from llm_magic.backends.accelerate.recorded.recording import Recording
+from llm_magic.backends.accelerate.served.served_class import usual_class_of
 
 Call = tuple[Sequence[Any], Mapping[str, Any]]
 """``args`` and ``kwargs``."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from llm_magic.backends.accelerate.placement.layer_cache import state_in
-from llm_magic.backends.accelerate.placement.step_kernels import StateKernel
+from llm_magic.backends.accelerate.layer_cache import state_in
 from llm_magic.backends.accelerate.recorded.program import Values, shown
 from llm_magic.backends.accelerate.recorded.recording import Node, State, View
+from llm_magic.backends.accelerate.served.step_kernels import StateKernel
 
 
 class StateStep:

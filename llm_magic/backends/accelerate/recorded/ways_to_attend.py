@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from llm_magic.backends.accelerate.decoding.attention import call_to_latents
 from llm_magic.backends.accelerate.decoding.cpu_attention import OUT, QUERY, WORDS, Call, Lies
+from llm_magic.backends.accelerate.kernels import cpu_products
 from llm_magic.backends.accelerate.kernels.words import (
     ADDRESSES,
     ARRANGED,
@@ -20,12 +21,11 @@ from llm_magic.backends.accelerate.kernels.words import (
     TEAM,
     TOKENS,
 )
-from llm_magic.backends.accelerate.placement import cpu_products
-from llm_magic.backends.accelerate.placement.between_latents import BetweenKernels
-from llm_magic.backends.accelerate.placement.latent_attention import heads_of
 from llm_magic.backends.accelerate.recorded.lowering import row_major
 from llm_magic.backends.accelerate.recorded.plan import Plan
 from llm_magic.backends.accelerate.recorded.recording import View
+from llm_magic.backends.accelerate.served.between_latents import BetweenKernels
+from llm_magic.backends.accelerate.served.latent_attention import heads_of
 
 _TOKENS = 2  # dimension of queries
 

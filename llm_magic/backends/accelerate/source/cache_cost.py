@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from llm_magic.backends.accelerate.placement.latent_attention import keeps_expanded
+from llm_magic.backends.accelerate.served.latent_attention import keeps_expanded
 from llm_magic.backends.accelerate.source.config_values import of_layer
 from llm_magic.model import CacheCost
 

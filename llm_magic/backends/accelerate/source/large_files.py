@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from llm_magic.backends.accelerate.placement.extents import StoredTensor, file_extents
+from llm_magic.backends.accelerate.files.extents import StoredTensor, file_extents
 from llm_magic.headers import read_safetensors_header
 
 

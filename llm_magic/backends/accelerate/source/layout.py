@@ -11,6 +11,13 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from llm_magic.backends.accelerate.architecture import (
+    auto_class,
+    beside_the_text,
+    decoder_of,
+    output_embeddings,
+    path_of_head,
+)
 from llm_magic.backends.accelerate.decoding import step_by_step
 from llm_magic.backends.accelerate.decoding.capturable import (
     has_plain_cache,
@@ -19,11 +26,11 @@ from llm_magic.backends.accelerate.decoding.capturable import (
 )
 from llm_magic.backends.accelerate.decoding.kv_cache import can_take_back
 from llm_magic.backends.accelerate.default_dtype import default_dtype_kept
-from llm_magic.backends.accelerate.placement import cpu_products
-from llm_magic.backends.accelerate.placement.experts import find_stacks
-from llm_magic.backends.accelerate.placement.packed_head import untie_head
-from llm_magic.backends.accelerate.placement.prepacked import FOUR_BIT_PARTS
-from llm_magic.backends.accelerate.placement.quantize import (
+from llm_magic.backends.accelerate.experts.stacks import find_stacks
+from llm_magic.backends.accelerate.kernels import cpu_products
+from llm_magic.backends.accelerate.packed.prepacked import FOUR_BIT_PARTS
+from llm_magic.backends.accelerate.quantizing.packed_head import untie_head
+from llm_magic.backends.accelerate.quantizing.quantize import (
     Choice,
     Method,
     find_method,
@@ -34,13 +41,6 @@ from llm_magic.backends.accelerate.placement.quantize import (
     reads_head,
 )
 from llm_magic.backends.accelerate.source import gguf_model, hub
-from llm_magic.backends.accelerate.source.architecture import (
-    auto_class,
-    beside_the_text,
-    decoder_of,
-    output_embeddings,
-    path_of_head,
-)
 from llm_magic.backends.accelerate.source.cache_cost import cache_costs
 from llm_magic.backends.accelerate.source.capped_scores import have_scores_capped
 from llm_magic.backends.accelerate.source.config_values import values

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from llm_magic.backends.accelerate.placement.prepacked_groups import (
+from llm_magic.backends.accelerate.packed.prepacked_groups import (
     WORDS,
     Reader,
     read_awq,
@@ -20,7 +20,7 @@ from llm_magic.backends.accelerate.placement.prepacked_groups import (
     read_fp8,
     read_gptq,
 )
-from llm_magic.backends.accelerate.placement.prepacked_stacks import BLOCKS, MXFP4_GROUP, SCALES
+from llm_magic.backends.accelerate.packed.prepacked_stacks import BLOCKS, MXFP4_GROUP, SCALES
 
 _AUTO_ROUND = {
     "auto": ("gptq", "gptq"),

@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from llm_magic.backends.accelerate.placement.prepacked import PackedByBitsAndBytes, Prepacked
-from llm_magic.backends.accelerate.placement.prepacked_groups import PackedInGroups
-from llm_magic.backends.accelerate.placement.prepacked_stacks import PackedStacks
-from llm_magic.backends.accelerate.placement.quantize import BLOCK, Choice, method_of
-from llm_magic.backends.accelerate.source.architecture import path_of_head
+from llm_magic.backends.accelerate.architecture import path_of_head
+from llm_magic.backends.accelerate.packed.prepacked import PackedByBitsAndBytes, Prepacked
+from llm_magic.backends.accelerate.packed.prepacked_groups import PackedInGroups
+from llm_magic.backends.accelerate.packed.prepacked_stacks import PackedStacks
+from llm_magic.backends.accelerate.quantizing.quantize import BLOCK, Choice, method_of
 from llm_magic.backends.accelerate.source.packed_checkpoint import PackedCheckpoint
 from llm_magic.errors import SourceError
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from llm_magic.backends.accelerate.placement import latent_attention
-from llm_magic.backends.accelerate.placement.plain_routers import few_largest
+from llm_magic.backends.accelerate.experts.plain_routers import few_largest
 from llm_magic.backends.accelerate.recorded.noting.as_it_was import CannotRecordError
 from llm_magic.backends.accelerate.recorded.noting.dispatch import unseen
 from llm_magic.backends.accelerate.recorded.noting.known_numbers import KnownNumbers
 from llm_magic.backends.accelerate.recorded.noting.known_tensors import KnownTensors
 from llm_magic.backends.accelerate.recorded.noting.noted_states import NotedStates
 from llm_magic.backends.accelerate.recorded.noting.notes import Notes
+from llm_magic.backends.accelerate.served import latent_attention
 
 
 class NotedParts:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from llm_magic.backends.accelerate.placement.layer_cache import state_in
+from llm_magic.backends.accelerate.layer_cache import state_in
 from llm_magic.backends.accelerate.recorded.noting.as_it_was import CannotRecordError
 from llm_magic.backends.accelerate.recorded.noting.dispatch import unseen
 from llm_magic.backends.accelerate.recorded.noting.known_tensors import KnownTensors

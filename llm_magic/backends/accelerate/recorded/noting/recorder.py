@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from llm_magic.backends.accelerate.recorded.current import recording_by
+from llm_magic.backends.accelerate.current import recording_by
 from llm_magic.backends.accelerate.recorded.noting.arguments import unflattened
 from llm_magic.backends.accelerate.recorded.noting.as_it_was import CannotRecordError, as_it_was
 from llm_magic.backends.accelerate.recorded.noting.caches import Caches

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import ChainMap
 from typing import Any
 
-from llm_magic.backends.accelerate.placement.plain_routers import is_served_router
+from llm_magic.backends.accelerate.experts.plain_routers import is_served_router
 from llm_magic.backends.accelerate.recorded.recording import View
 
 

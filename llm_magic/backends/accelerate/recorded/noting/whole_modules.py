@@ -7,15 +7,15 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from llm_magic.backends.accelerate.current import NotesParts, current
 from llm_magic.backends.accelerate.decoding.running import running
-from llm_magic.backends.accelerate.placement.cpu_linear import is_served_linear
-from llm_magic.backends.accelerate.placement.experts import find_stacks
-from llm_magic.backends.accelerate.placement.packed_experts import computes_packed
-from llm_magic.backends.accelerate.placement.plain_experts import is_served_experts
-from llm_magic.backends.accelerate.recorded.current import NotesParts, current
+from llm_magic.backends.accelerate.experts.packed_experts import computes_packed
+from llm_magic.backends.accelerate.experts.plain_experts import is_served_experts
+from llm_magic.backends.accelerate.experts.stacks import find_stacks
 from llm_magic.backends.accelerate.recorded.noting.as_it_was import CannotRecordError
 from llm_magic.backends.accelerate.recorded.noting.dispatch import unseen
 from llm_magic.backends.accelerate.recorded.noting.notes import Notes
+from llm_magic.backends.accelerate.served.cpu_linear import is_served_linear
 
 
 @dataclass(frozen=True)

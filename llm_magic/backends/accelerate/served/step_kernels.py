@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
+from llm_magic.backends.accelerate.current import current
+from llm_magic.backends.accelerate.kernels.cpu_products import address
 from llm_magic.backends.accelerate.kernels.team import team
-from llm_magic.backends.accelerate.placement.cpu_products import address
 from llm_magic.backends.accelerate.preparation import preparing
-from llm_magic.backends.accelerate.recorded.current import current
 
 _CHANNELS_AT_A_TIME = 16
 """Of the kernel for convolutions, which is imported when it is needed."""

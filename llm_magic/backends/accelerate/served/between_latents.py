@@ -8,10 +8,9 @@ from functools import lru_cache
 from math import gcd
 from typing import Any, NamedTuple
 
-from llm_magic.backends.accelerate.kernels import words
+from llm_magic.backends.accelerate.kernels import cpu_products, words
+from llm_magic.backends.accelerate.kernels.cpu_products import Layout, Products
 from llm_magic.backends.accelerate.kernels.words import HEAD_WORDS
-from llm_magic.backends.accelerate.placement import cpu_products
-from llm_magic.backends.accelerate.placement.cpu_products import Layout, Products
 
 _OF_A_SHARE = 1 << 16
 """Weights of a share at least: some microseconds, for which it is worth to have another thread take it."""

@@ -17,7 +17,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from llm_magic.backends.accelerate.placement.extents import PAGE
+from llm_magic.backends.accelerate.files.extents import PAGE
 from llm_magic.errors import EngineError
 from llm_magic.folders import display_path
 

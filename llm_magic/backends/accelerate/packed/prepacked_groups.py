@@ -34,7 +34,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from llm_magic.backends.accelerate.placement.prepacked import Prepacked, Tensor, damaged
+from llm_magic.backends.accelerate.packed.prepacked import Prepacked, Tensor, damaged
 from llm_magic.errors import SourceError
 
 _AT_A_TIME = 1 << 22

@@ -18,8 +18,8 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llm_magic.backends.accelerate.placement.extents import Extent, Span, file_image
-from llm_magic.backends.accelerate.placement.open_file import LOAD_AGAIN, OpenFile
+from llm_magic.backends.accelerate.files.extents import Extent, Span, file_image
+from llm_magic.backends.accelerate.files.open_file import LOAD_AGAIN, OpenFile
 from llm_magic.errors import EngineError
 from llm_magic.units import KIB, MIB
 

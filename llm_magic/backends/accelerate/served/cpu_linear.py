@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from llm_magic.backends.accelerate.placement import cpu_products
-from llm_magic.backends.accelerate.placement.cpu_products import PackedWeights
-from llm_magic.backends.accelerate.placement.packing import packed_weights
-from llm_magic.backends.accelerate.placement.served_class import serve, served_by, served_class
+from llm_magic.backends.accelerate.kernels import cpu_products
+from llm_magic.backends.accelerate.kernels.cpu_products import PackedWeights
+from llm_magic.backends.accelerate.packed.packing import packed_weights
+from llm_magic.backends.accelerate.served.served_class import serve, served_by, served_class
 
 
 def serve_linear(layer: Any) -> None:

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llm_magic.backends.accelerate.placement.extents import PAGE, Extent, FileImage, Span, file_image, pages
-from llm_magic.backends.accelerate.placement.open_file import LOAD_AGAIN, OpenFile
+from llm_magic.backends.accelerate.files.extents import PAGE, Extent, FileImage, Span, file_image, pages
+from llm_magic.backends.accelerate.files.open_file import LOAD_AGAIN, OpenFile
 from llm_magic.errors import EngineError
 from llm_magic.units import MIB
 

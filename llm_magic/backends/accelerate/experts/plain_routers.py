@@ -9,10 +9,10 @@ from __future__ import annotations
 from functools import cache
 from typing import Any, NamedTuple
 
+from llm_magic.backends.accelerate.current import current
+from llm_magic.backends.accelerate.kernels import cpu_products
 from llm_magic.backends.accelerate.looked_at import is_looked_at
-from llm_magic.backends.accelerate.placement import cpu_products
-from llm_magic.backends.accelerate.placement.served_class import serve, served_by, usual_class_of
-from llm_magic.backends.accelerate.recorded.current import current
+from llm_magic.backends.accelerate.served.served_class import serve, served_by, usual_class_of
 
 _MATRIX = 2  # dimensions
 

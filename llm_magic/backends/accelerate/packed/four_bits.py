@@ -12,8 +12,8 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+from llm_magic.backends.accelerate.kernels import cpu_products
 from llm_magic.backends.accelerate.kernels.team import team
-from llm_magic.backends.accelerate.placement import cpu_products
 
 _BINS = 1 << 12  # of the table between -1 and 1; the bounds are further apart
 _OF_A_SHARE = 1 << 14  # weights, at least

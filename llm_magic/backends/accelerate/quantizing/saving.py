@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakMethod, ref
 
-from llm_magic.backends.accelerate.placement.packed_stack import PackedStack
-from llm_magic.backends.accelerate.placement.prepacked import STATE
-from llm_magic.backends.accelerate.placement.quantize import BLOCK, is_packed
+from llm_magic.backends.accelerate.packed.packed_stack import PackedStack
+from llm_magic.backends.accelerate.packed.prepacked import STATE
+from llm_magic.backends.accelerate.quantizing.quantize import BLOCK, is_packed
 from llm_magic.errors import OptionError
 from llm_magic.options import PUBLISHED
 from llm_magic.units import GIB

@@ -15,17 +15,17 @@ from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
+from llm_magic.backends.accelerate.current import current
+from llm_magic.backends.accelerate.kernels import cpu_products
 from llm_magic.backends.accelerate.looked_at import is_looked_at
-from llm_magic.backends.accelerate.placement import cpu_products
-from llm_magic.backends.accelerate.placement.served_class import serve, served_by, usual_class_of
-from llm_magic.backends.accelerate.placement.step_kernels import (
+from llm_magic.backends.accelerate.served.served_class import serve, served_by, usual_class_of
+from llm_magic.backends.accelerate.served.step_kernels import (
     by_the_rule,
     by_the_rule_in_turn,
     convolved,
     scanned_in_turn,
     updated_states,
 )
-from llm_magic.backends.accelerate.recorded.current import current
 
 _ASKED = {
     "torch_recurrent_gated_delta_rule": by_the_rule,

@@ -18,8 +18,8 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, Protocol, runtime_checkable
 
-from llm_magic.backends.accelerate.placement import int4_orders
-from llm_magic.backends.accelerate.placement.cpu_products import PackedWeights
+from llm_magic.backends.accelerate.kernels.cpu_products import PackedWeights
+from llm_magic.backends.accelerate.packed import int4_orders
 from llm_magic.planning.packed import INT4_GROUPS
 
 Parts = dict[str, Any]
@@ -385,7 +385,7 @@ def _parameter(data: Any) -> Any:
 
 def scaled_floats() -> Any:
     """The module of that name, whose classes are torch's."""
-    from llm_magic.backends.accelerate.placement import scaled_floats
+    from llm_magic.backends.accelerate.packed import scaled_floats
 
     return scaled_floats
 

@@ -22,11 +22,8 @@ from typing import Any
 from weakref import ref
 
 from llm_magic.backends.accelerate.default_dtype import default_dtype_kept
-from llm_magic.backends.accelerate.placement import four_bits
-from llm_magic.backends.accelerate.placement.cpu_linear import serve_linear
-from llm_magic.backends.accelerate.placement.latent_attention import MATRIX, may_attend_to_latents
-from llm_magic.backends.accelerate.placement.packed_head import serve_head
-from llm_magic.backends.accelerate.placement.packing import (
+from llm_magic.backends.accelerate.packed import four_bits
+from llm_magic.backends.accelerate.packed.packing import (
     Parts,
     arrange,
     arrange_one,
@@ -37,10 +34,13 @@ from llm_magic.backends.accelerate.placement.packing import (
     scaled_floats,
     template,
 )
-from llm_magic.backends.accelerate.placement.prepacked import PackedByBitsAndBytes, Prepacked, damaged
-from llm_magic.backends.accelerate.placement.prepacked_groups import Groups, PackedInGroups
-from llm_magic.backends.accelerate.placement.prepacked_stacks import MXFP4_GROUP, PackedStacks
+from llm_magic.backends.accelerate.packed.prepacked import PackedByBitsAndBytes, Prepacked, damaged
+from llm_magic.backends.accelerate.packed.prepacked_groups import Groups, PackedInGroups
+from llm_magic.backends.accelerate.packed.prepacked_stacks import MXFP4_GROUP, PackedStacks
+from llm_magic.backends.accelerate.quantizing.packed_head import serve_head
 from llm_magic.backends.accelerate.quiet import quiet
+from llm_magic.backends.accelerate.served.cpu_linear import serve_linear
+from llm_magic.backends.accelerate.served.latent_attention import MATRIX, may_attend_to_latents
 from llm_magic.errors import OptionError, PlanError, SourceError
 from llm_magic.options import AS_NUMBERS
 
@@ -423,8 +423,8 @@ def _replace_experts(
     """Let modules with stacks of experts hold packed ones; the names of the stacks."""
     from transformers.quantizers.quantizers_utils import should_convert_module
 
-    from llm_magic.backends.accelerate.placement.experts import can_route
-    from llm_magic.backends.accelerate.placement.packed_experts import replace_stacks
+    from llm_magic.backends.accelerate.experts.packed_experts import replace_stacks
+    from llm_magic.backends.accelerate.experts.stacks import can_route
 
     def linear(inputs: int, outputs: int) -> Any:
         return _packed_linear(method, dtype, inputs, outputs, group)

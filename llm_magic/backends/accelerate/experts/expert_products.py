@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
-from llm_magic.backends.accelerate.recorded.current import current
+from llm_magic.backends.accelerate.current import current
 
 Product = Callable[[Any, Any], Any]
 """What a matrix, as a stack gives it, makes of tokens ``[n, in]``."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from llm_magic.backends.accelerate.placement import cpu_products
-from llm_magic.backends.accelerate.placement.cpu_linear import serve_linear
-from llm_magic.backends.accelerate.placement.plain_experts import is_module_of_experts, serve_plain_experts
-from llm_magic.backends.accelerate.placement.plain_routers import serve_plain_router
-from llm_magic.backends.accelerate.placement.recurrent_steps import serve_recurrent_steps
+from llm_magic.backends.accelerate.experts.plain_experts import is_module_of_experts, serve_plain_experts
+from llm_magic.backends.accelerate.experts.plain_routers import serve_plain_router
+from llm_magic.backends.accelerate.kernels import cpu_products
+from llm_magic.backends.accelerate.served.cpu_linear import serve_linear
+from llm_magic.backends.accelerate.served.recurrent_steps import serve_recurrent_steps
 
 
 def serve_plain_modules(model: Any) -> None:

@@ -14,8 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from llm_magic.backends.accelerate.placement.extents import Extent, StoredTensor
-from llm_magic.backends.accelerate.placement.prepacked import Prepacked, damaged
+from llm_magic.backends.accelerate.files.extents import Extent, StoredTensor
+from llm_magic.backends.accelerate.packed.prepacked import Prepacked, damaged
 
 BLOCKS, SCALES = "_blocks", "_scales"
 """What follows the name of a stack."""
@@ -73,7 +73,7 @@ class PackedStacks(Prepacked):
         return blocks.to(device).flatten(1), scales.to(device)
 
     def numbers(self, device: Any, index: int = 0) -> Any:
-        from llm_magic.backends.accelerate.placement.scaled_floats import Form
+        from llm_magic.backends.accelerate.packed.scaled_floats import Form
 
         data, scales = self.parts(index, device)
         form = Form("mxfp4", len(data), 2 * data.shape[1], MXFP4_GROUP)

@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
-from llm_magic.backends.accelerate.placement import cpu_products, packing
-from llm_magic.backends.accelerate.placement.cpu_products import PackedWeights
+from llm_magic.backends.accelerate.kernels import cpu_products
+from llm_magic.backends.accelerate.kernels.cpu_products import PackedWeights
+from llm_magic.backends.accelerate.packed import packing
 from llm_magic.planning.packed import UNPACKED_EXPERTS_BYTES
 from llm_magic.units import MIB
 

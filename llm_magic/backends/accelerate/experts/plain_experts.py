@@ -9,18 +9,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from llm_magic.backends.accelerate.looked_at import is_looked_at
-from llm_magic.backends.accelerate.placement import cpu_products
-from llm_magic.backends.accelerate.placement.cpu_products import PackedWeights
-from llm_magic.backends.accelerate.placement.expert_products import (
+from llm_magic.backends.accelerate.current import current
+from llm_magic.backends.accelerate.experts.expert_products import (
     are_few_for_a_cpu,
     one_by_one,
     side_by_side,
     stack_names,
     weighted,
 )
-from llm_magic.backends.accelerate.placement.served_class import serve, served_by
-from llm_magic.backends.accelerate.recorded.current import current
+from llm_magic.backends.accelerate.kernels import cpu_products
+from llm_magic.backends.accelerate.kernels.cpu_products import PackedWeights
+from llm_magic.backends.accelerate.looked_at import is_looked_at
+from llm_magic.backends.accelerate.served.served_class import serve, served_by
 
 
 def is_module_of_experts(module: Any) -> bool:

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from llm_magic.backends.accelerate.placement import cpu_products
-from llm_magic.backends.accelerate.placement.expert_products import (
+from llm_magic.backends.accelerate.experts.expert_products import (
     are_few_for_a_cpu,
     biased,
     in_order,
@@ -24,7 +23,8 @@ from llm_magic.backends.accelerate.placement.expert_products import (
     stack_names,
     weighted,
 )
-from llm_magic.backends.accelerate.placement.packed_stack import FEW_TOKENS, PackedMatrix, PackedStack
+from llm_magic.backends.accelerate.kernels import cpu_products
+from llm_magic.backends.accelerate.packed.packed_stack import FEW_TOKENS, PackedMatrix, PackedStack
 
 IMPLEMENTATION = "llm_magic_packed"
 """Name of `packed_experts` among transformers' implementations of experts."""

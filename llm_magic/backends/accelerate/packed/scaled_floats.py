@@ -23,9 +23,9 @@ from typing import Any
 
 import torch
 
+from llm_magic.backends.accelerate.kernels.cpu_products import MXFP4_NUMBERS
 from llm_magic.backends.accelerate.looked_at import is_looked_at
-from llm_magic.backends.accelerate.placement.cpu_products import MXFP4_NUMBERS
-from llm_magic.backends.accelerate.placement.prepacked_stacks import MXFP4_GROUP
+from llm_magic.backends.accelerate.packed.prepacked_stacks import MXFP4_GROUP
 from llm_magic.units import MIB
 
 _AT_A_TIME = 64 * MIB

@@ -15,12 +15,12 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
+from llm_magic.backends.accelerate.kernels import cpu_products
+from llm_magic.backends.accelerate.kernels.cpu_products import PackedWeights
 from llm_magic.backends.accelerate.kernels.team import team
 from llm_magic.backends.accelerate.looked_at import is_looked_at
-from llm_magic.backends.accelerate.placement import cpu_products
-from llm_magic.backends.accelerate.placement.between_latents import BetweenKernels, Sizes, kernels_between
-from llm_magic.backends.accelerate.placement.cpu_linear import is_linear, served_weights
-from llm_magic.backends.accelerate.placement.cpu_products import PackedWeights
+from llm_magic.backends.accelerate.served.between_latents import BetweenKernels, Sizes, kernels_between
+from llm_magic.backends.accelerate.served.cpu_linear import is_linear, served_weights
 
 TAKES_LATENTS = "takes_latents"
 """What an attention function has that is called with latents, and the other part of all keys, for keys and values."""

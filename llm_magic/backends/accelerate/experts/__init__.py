@@ -1,0 +1,1 @@
+"""Experts of mixtures, and the routers that choose them: what computes them on the CPU."""

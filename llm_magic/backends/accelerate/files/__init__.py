@@ -1,0 +1,1 @@
+"""Files of weights: parts of them, read, mapped, or written."""

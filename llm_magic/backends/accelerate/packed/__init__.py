@@ -1,0 +1,1 @@
+"""Packed weights, as libraries and checkpoints have them: their bytes, kinds and orders."""
