@@ -65,8 +65,9 @@ def _of_products(weights: PackedWeights, bytes_of_all: Any, budget_s: float) -> 
     import torch
 
     token = torch.ones(1, _COLUMNS, dtype=torch.bfloat16)
+    some = bytes_of_all.view(weights.data.dtype)
     matrices = [
-        replace(weights, data=some.view_as(weights.data)) for some in bytes_of_all.view(weights.data.dtype)
+        replace(weights, data=each.view_as(weights.data), scales=weights.scales.clone()) for each in some
     ]
     if cpu_products.multiplied(token, weights) is None:
         return 0.0
