@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from llm_magic.backends.accelerate.source.layout import load_config
+from llm_magic.backends.accelerate.source.skeleton import load_config
 from llm_magic.backends.accelerate.source.sources import resolve
 from llm_magic.errors import SourceError
 from llm_magic.model import ModelLayout, ModelSpec

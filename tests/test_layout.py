@@ -18,7 +18,9 @@ import pytest
 from llm_magic.backends.accelerate.packed.packed_stack import PackedStack
 from llm_magic.backends.accelerate.packed.packing import parameters, template
 from llm_magic.backends.accelerate.quantizing.quantize import pack_block, prepare
-from llm_magic.backends.accelerate.source.layout import build_skeleton, draft_spec, read_layout, with_draft
+from llm_magic.backends.accelerate.source.draft import draft_spec, with_draft
+from llm_magic.backends.accelerate.source.layout import read_layout
+from llm_magic.backends.accelerate.source.skeleton import build_skeleton
 from llm_magic.backends.accelerate.source.sources import resolve
 from llm_magic.errors import OptionError, SourceError
 from llm_magic.events import PhaseEvent

@@ -27,10 +27,10 @@ from llm_magic.backends.accelerate.packed.prepacked_groups import (
     read_gptq,
 )
 from llm_magic.backends.accelerate.quantizing import quantize
-from llm_magic.backends.accelerate.source.layout import build_skeleton, load_config
 from llm_magic.backends.accelerate.source.packed_checkpoint import find_packed
 from llm_magic.backends.accelerate.source.packed_formats import find_format
 from llm_magic.backends.accelerate.source.packed_model import PackedModel
+from llm_magic.backends.accelerate.source.skeleton import build_skeleton, load_config
 from llm_magic.backends.accelerate.source.sources import resolve
 from llm_magic.errors import OptionError, SourceError
 from llm_magic.model import ModelSpec

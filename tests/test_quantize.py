@@ -24,7 +24,7 @@ from llm_magic.backends.accelerate.quantizing.quantize import (
     refuse_devices,
 )
 from llm_magic.backends.accelerate.quiet import quiet
-from llm_magic.backends.accelerate.source.layout import build_skeleton, load_config
+from llm_magic.backends.accelerate.source.skeleton import build_skeleton, load_config
 from llm_magic.backends.accelerate.source.sources import resolve
 from llm_magic.errors import OptionError, PlanError
 from llm_magic.model import ModelSpec

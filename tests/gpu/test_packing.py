@@ -26,7 +26,7 @@ from llm_magic.backends.accelerate.packed.packing import (  # noqa: E402
     template,
 )
 from llm_magic.backends.accelerate.quantizing.quantize import METHODS, pack_block, packed_bytes, prepare  # noqa: E402
-from llm_magic.backends.accelerate.source.layout import build_skeleton  # noqa: E402
+from llm_magic.backends.accelerate.source.skeleton import build_skeleton  # noqa: E402
 
 DEVICE = "cuda:0"
 DTYPES = ["bfloat16", "float16"]

@@ -51,7 +51,8 @@ class TransformersBackend:
         files = resolve(spec, progress)
         progress(PhaseEvent("importing"))
         import_torch_calmly()
-        from llm_magic.backends.accelerate.source.layout import read_layout, with_draft
+        from llm_magic.backends.accelerate.source.draft import with_draft
+        from llm_magic.backends.accelerate.source.layout import read_layout
 
         return with_draft(read_layout(spec, files), spec, progress)
 

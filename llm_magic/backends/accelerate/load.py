@@ -175,7 +175,7 @@ def _find_draft(spec: ModelSpec, tokenizer: Any, progress: Progress) -> ModelFil
     """The files of the draft model, if there is one, once it is known that it can propose tokens."""
     if not spec.draft:
         return None
-    from llm_magic.backends.accelerate.source.layout import draft_spec
+    from llm_magic.backends.accelerate.source.draft import draft_spec
     from llm_magic.backends.accelerate.source.sources import fetch_weights, resolve
 
     small = draft_spec(spec)
@@ -189,7 +189,7 @@ def _read_draft(files: ModelFiles, plan: Plan, progress: Progress) -> Any:
     import torch
 
     from llm_magic.backends.accelerate.architecture import auto_class
-    from llm_magic.backends.accelerate.source.layout import draft_config
+    from llm_magic.backends.accelerate.source.draft import draft_config
 
     config = draft_config(files)
     unpacks = {"config": config} if getattr(config, "quantization_config", None) else {}
@@ -236,7 +236,7 @@ def _read_model(
     import torch
 
     from llm_magic.backends.accelerate.architecture import auto_class
-    from llm_magic.backends.accelerate.source.layout import load_config
+    from llm_magic.backends.accelerate.source.skeleton import load_config
 
     config = load_config(files)
     packed = PackedLoad(config, files, plan, folder.path, progress) if _is_packed(plan) and folder else None

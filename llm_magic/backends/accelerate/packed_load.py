@@ -30,9 +30,9 @@ from llm_magic.backends.accelerate.quantizing.quantize import (
     pack_stack,
     prepare,
 )
-from llm_magic.backends.accelerate.source.layout import build_skeleton
 from llm_magic.backends.accelerate.source.packed_checkpoint import find_packed
 from llm_magic.backends.accelerate.source.packed_model import PackedModel, choice_for
+from llm_magic.backends.accelerate.source.skeleton import build_skeleton
 from llm_magic.backends.accelerate.source.sources import ModelFiles
 from llm_magic.events import PhaseEvent, PhaseName, Progress
 from llm_magic.plan import Placement, Plan

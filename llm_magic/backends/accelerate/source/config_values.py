@@ -22,3 +22,17 @@ def values(config: Any, name: str) -> list[Any]:
         return [getattr(config, name, None)]
     except RuntimeError:  # layers differ
         return [getattr(layer, name, None) for layer in config.per_layer_config]
+
+
+def whole_number(config: Any, *names: str) -> int:
+    """The first of these settings that is a whole number, the largest where layers differ; 0 when none is."""
+    for part in (config.get_text_config(decoder=True), config):
+        for name in names:
+            found = [each for value in values(part, name) for each in _items(value) if type(each) is int]
+            if found and max(found) > 0:
+                return max(found)
+    return 0
+
+
+def _items(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]

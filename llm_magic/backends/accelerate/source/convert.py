@@ -91,7 +91,7 @@ def convert_gguf(gguf: Path, progress: Progress) -> Path:
 def _save_model(gguf: Path, header: GgufHeader, folder: Path, progress: Progress) -> None:
     import torch
 
-    from llm_magic.backends.accelerate.source.layout import build_skeleton
+    from llm_magic.backends.accelerate.source.skeleton import build_skeleton
 
     dtype = getattr(torch, gguf_model.gguf_dtype(header))
     config = gguf_model.gguf_config(gguf, header)
