@@ -1,11 +1,10 @@
-"""The one mutable object: loaded models, chats, defaults, past answers, and the lock around them."""
+"""The one mutable object: loaded models, chats, defaults, past answers, and the jobs that change them."""
 
 from __future__ import annotations
 
 import os
 import re
 import shlex
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -19,19 +18,17 @@ from llm_magic.asking import Ending, build_request, follow, make_footprint, syst
 from llm_magic.calibration import Calibration, calibrate, kept_constants
 from llm_magic.chat import Chat, Chats, check_chat_name
 from llm_magic.errors import (
-    CancelledError,
     EngineError,
     LLMMagicError,
     OptionError,
     PlanError,
     SessionError,
-    interrupts_in_a_line,
-    shown_in_a_line,
 )
-from llm_magic.events import Message, PhaseEvent, Progress, RenderedPrompt, Request, StopFlag
+from llm_magic.events import Message, PhaseEvent, Progress, RenderedPrompt, Request
 from llm_magic.folders import cache_folder, make_private
 from llm_magic.hookspecs import Backend, Engine, FindsAccelerators, Planner
 from llm_magic.host.probe import probe_machine, read_machine
+from llm_magic.jobs import Jobs
 from llm_magic.machine import Device, Link, Machine
 from llm_magic.memory import FreeMemory
 from llm_magic.model import ModelLayout, ModelSpec
@@ -48,8 +45,7 @@ from llm_magic.plugins import Plugins, pick
 from llm_magic.result import Footprint, Generation, Turn
 from llm_magic.screen import AnswerView, MakeProgress, QuietAnswer, Screen, SilentScreen
 from llm_magic.settings import Settings
-from llm_magic.units import format_seconds
-from llm_magic.worker import Cancelled, Latest, Worker
+from llm_magic.worker import Cancelled, Worker
 
 Result = TypeVar("Result")
 DEFAULTS = AskOptions()
@@ -123,8 +119,7 @@ class Session:
         self.chats = Chats()
         self.log: list[Generation] = []
         self.aliases: dict[str, str] = {}
-        self._lock = threading.Lock()
-        self._stop: Callable[[], None] | None = None
+        self._jobs = Jobs()
 
     # Models
 
@@ -233,11 +228,11 @@ class Session:
             self.current = name
             return same
         backend = self.plugins.backend_for(spec)
-        loaded = self._on_worker(
+        loaded = self._jobs.run(
             f"Loading {name}",
             lambda progress: self._load(backend, origin, name, progress),
+            view or self.screen.progress,
             undo=lambda model: model.engine.close(),
-            view=view,
         )
         if same:
             self.unload(name)
@@ -255,7 +250,7 @@ class Session:
             When nothing is loaded, or the model is busy.
         """
         model = self.model(name)
-        with self._exclusive():
+        with self._jobs.exclusive():
             before = FreeMemory.now(self._accelerators)
             del self.models[model.name]
             torch_module = model.engine.model
@@ -299,11 +294,11 @@ class Session:
                     progress,
                 )
 
-        return self._on_worker("Measuring", job)
+        return self.run("Measuring", job)
 
     def run(self, title: str, job: Callable[[Progress], Result]) -> Result:
         """Run a job that reports progress (a download, a measurement), showing it; interruptible."""
-        return self._on_worker(title, job)
+        return self._jobs.run(title, job, self.screen.progress)
 
     def close(self) -> None:
         """Unload everything."""
@@ -433,7 +428,7 @@ class Session:
         view = view or self.screen.answer(output_format, model.name, model.plan)
         view = view if options.stream else QuietAnswer(view)
         worker = Worker(
-            lambda stop: generate_clean(model.engine.generate, request, answer, stop), self._lock.release
+            lambda stop: generate_clean(model.engine.generate, request, answer, stop), self._jobs.end
         )
         answer.stop = worker.stop
 
@@ -441,17 +436,17 @@ class Session:
             view.update(answer)
             self.plugins.notify(self, answer)
 
-        self._acquire()
-        before = model.plan
-        self._stop = stop = answer.stop
+        self._jobs.begin()
+        before, stop = model.plan, answer.stop
+        self._jobs.stops_by(stop)
         with self._answering(chat, make_current=not options.chat):
             ending = follow(worker, answer, show, model.name)
             if model.plan is not before:  # memory ran out, and blocks moved
                 model.history.append(before)
                 model.last = None
-            self._forget_stop(stop)
+            self._jobs.forget(stop)
             if not worker.has_started:
-                self._lock.release()
+                self._jobs.end()
             generation = self._generation(model, answer, ending, request, output_format)
             if chat is not None:
                 self._add_turn(generation, chat, request)
@@ -477,10 +472,7 @@ class Session:
 
         For another thread than the one that waits: a button, an event loop.
         """
-        stop = self._stop
-        if stop is not None:
-            stop()
-        return stop is not None
+        return self._jobs.stop()
 
     def render(self, text: str, options: AskOptions = DEFAULTS) -> RenderedPrompt:
         """The final prompt that ``ask`` would send, without running the model."""
@@ -590,11 +582,11 @@ class Session:
             with _in_words("The blocks could not be moved", "Everything is where it was; %llm map shows it."):
                 return carry_out(model.name, model.engine, plan, progress)
 
-        moved = self._on_worker(
+        moved = self._jobs.run(
             f"Moving blocks of {model.name}",
             job,
+            view or self.screen.progress,
             undo=lambda _: model.engine.apply(before, lambda _: None),
-            view=view,
         )
         if moved.count:
             model.last = None  # measured where the blocks are no more
@@ -619,74 +611,6 @@ class Session:
             engine.close()
             raise
         return LoadedModel(name, origin, engine, time.perf_counter() - started)
-
-    @contextmanager
-    def _exclusive(self) -> Iterator[None]:
-        self._acquire()
-        try:
-            yield
-        finally:
-            self._lock.release()
-
-    def _on_worker(
-        self,
-        title: str,
-        job: Callable[[Progress], Result],
-        undo: Callable[[Result], object] = lambda _: None,
-        view: MakeProgress | None = None,
-    ) -> Result:
-        """Run a job, showing its progress; ``undo`` gets what it made when an interrupt came too late."""
-        started = time.perf_counter()
-        latest, ending = Latest(), "stopped after"
-
-        def run(stop: StopFlag) -> Result:
-            made = job(_stoppable(latest.put, stop))
-            if stop.is_set():
-                undo(made)
-                raise Cancelled
-            return made
-
-        worker = Worker(run, self._lock.release)
-        self._acquire()
-        stop, shown = worker.stop, None
-        try:
-            shown = (view or self.screen.progress)(title, stop)
-            self._stop = stop
-            worker.start()
-            for _ in worker.ticks():
-                shown.update(latest.take())
-            result = worker.result()
-            ending = "done in"
-        except Cancelled:
-            raise CancelledError(
-                f"{title} was cancelled; everything is as it was before.", "Run it again when you want it."
-            ) from None
-        except KeyboardInterrupt as interrupt:
-            shown_in_a_line(interrupt, f"{title} was interrupted; everything is as it was before.")
-            worker.stop()
-            if worker.has_started:
-                again = f"{title} was interrupted again while it was taken back; %llm shows what is there."
-                with interrupts_in_a_line(again), suppress(Exception):
-                    undo(worker.result())
-            raise
-        finally:
-            self._forget_stop(stop)
-            if not worker.has_started:
-                self._lock.release()
-            if shown is not None:
-                shown.close(f"{title}: {ending} {format_seconds(time.perf_counter() - started)}")
-        return result
-
-    def _forget_stop(self, stop: Callable[[], None]) -> None:
-        """Another job may have begun: the worker gave the lock back before we came here."""
-        if self._stop is stop:
-            self._stop = None
-
-    def _acquire(self) -> None:
-        if not self._lock.acquire(blocking=False):
-            raise SessionError(
-                "A model is still at work.", "Wait for it, interrupt it (■ or Ctrl-C), or end it: llm.stop()."
-            )
 
     def _chat(self, options: AskOptions) -> Chat | None:
         wanted = options.chat or options.new or options.continue_last
@@ -749,15 +673,6 @@ def _in_words(what: str, next_step: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise EngineError(f"{what}: {type(error).__name__}: {error}", next_step) from error
-
-
-def _stoppable(emit: Progress, stop: StopFlag) -> Progress:
-    def progress(event: PhaseEvent) -> None:
-        if stop.is_set():
-            raise Cancelled
-        emit(event)
-
-    return progress
 
 
 def _with_longest_context(planned: Callable[[int], Plan], wanted: int) -> Plan:

@@ -600,7 +600,7 @@ def test_a_second_interrupt_waits_no_longer_and_keeps_the_text(session, backend)
     with pytest.raises(SessionError, match="still at work"):
         session.ask("too early")
     go.set()
-    while session._lock.locked():  # the block ends by itself
+    while session._jobs._lock.locked():  # the block ends by itself
         pass
     backend.enqueue("next")
     assert session.ask("again") == "next"
