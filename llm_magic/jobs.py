@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from typing import TypeVar
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, TypeVar
 
 from llm_magic.errors import CancelledError, SessionError, interrupts_in_a_line, shown_in_a_line
 from llm_magic.events import PhaseEvent, Progress, StopFlag
@@ -18,53 +18,60 @@ Result = TypeVar("Result")
 
 
 class Jobs:
-    """The lock that a job holds from ``begin`` to ``end``, and what stops it."""
+    """Who is at work, from ``begin`` to ``end``: a worker, or something that cannot be stopped.
+
+    Begin in the ``try`` whose ``finally`` ends it: an interrupt may come at any moment between them, and after
+    it only who began is known.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._stop: Callable[[], None] | None = None
+        self._owner: object = None
 
-    def begin(self) -> None:
-        """Take the lock.
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is at work."""
+        return self._owner is None
+
+    def begin(self, owner: object) -> None:
+        """Let ``owner`` be at work; whatever comes afterwards, ``end`` takes it back.
 
         Raises
         ------
         SessionError
             When something is at work.
         """
-        if not self._lock.acquire(blocking=False):
-            raise SessionError(
-                "A model is still at work.", "Wait for it, interrupt it (■ or Ctrl-C), or end it: llm.stop()."
-            )
+        with self._lock:
+            if self._owner is not None:
+                raise SessionError(
+                    "A model is still at work.",
+                    "Wait for it, interrupt it (■ or Ctrl-C), or end it: llm.stop().",
+                )
+            self._owner = owner
 
-    def end(self) -> None:
-        """Give the lock back; on any thread."""
-        self._lock.release()
+    def end(self, owner: object) -> None:
+        """It is at work no more, if it was; on any thread."""
+        with self._lock:
+            if self._owner is owner:
+                self._owner = None
 
-    @contextmanager
-    def exclusive(self) -> Iterator[None]:
-        """Around what nothing may be at work beside; raises as ``begin`` does."""
-        self.begin()
-        try:
-            yield
-        finally:
-            self.end()
+    def worker(self, job: Callable[[StopFlag], Result]) -> Worker[Result]:
+        """One that ends on its own thread, when the job is over."""
+        made: Worker[Result] = Worker(job, lambda: self.end(made))
+        return made
 
-    def stops_by(self, stop: Callable[[], None]) -> None:
-        """From now on ``stop`` ends what is at work."""
-        self._stop = stop
-
-    def forget(self, stop: Callable[[], None]) -> None:
-        """Another job may have begun: the worker gave the lock back before we came here."""
-        if self._stop is stop:
-            self._stop = None
+    def end_unless_started(self, worker: Worker[Any]) -> None:
+        """A worker is at work no more, if it has not started; else it ends by itself."""
+        if not worker.has_started:
+            self.end(worker)
 
     def stop(self) -> bool:
         """End what is at work, softly; False when nothing is."""
-        stop = self._stop
-        if stop is not None:
-            stop()
-        return stop is not None
+        worker = self._owner
+        if isinstance(worker, Worker):
+            worker.stop()
+            return True
+        return False
 
     def run(
         self,
@@ -94,12 +101,10 @@ class Jobs:
                 raise Cancelled
             return made
 
-        worker = Worker(run, self.end)
-        self.begin()
-        stop, shown = worker.stop, None
+        worker, shown = self.worker(run), None
         try:
-            shown = view(title, stop)
-            self.stops_by(stop)
+            self.begin(worker)
+            shown = view(title, worker.stop)
             worker.start()
             for _ in worker.ticks():
                 shown.update(latest.take())
@@ -118,9 +123,7 @@ class Jobs:
                     undo(worker.result())
             raise
         finally:
-            self.forget(stop)
-            if not worker.has_started:
-                self.end()
+            self.end_unless_started(worker)
             if shown is not None:
                 shown.close(f"{title}: {ending} {format_seconds(time.perf_counter() - started)}")
         return result

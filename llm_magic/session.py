@@ -45,7 +45,7 @@ from llm_magic.plugins import Plugins, pick
 from llm_magic.result import Footprint, Generation, Turn
 from llm_magic.screen import AnswerView, MakeProgress, QuietAnswer, Screen, SilentScreen
 from llm_magic.settings import Settings
-from llm_magic.worker import Cancelled, Worker
+from llm_magic.worker import Cancelled
 
 Result = TypeVar("Result")
 DEFAULTS = AskOptions()
@@ -250,7 +250,9 @@ class Session:
             When nothing is loaded, or the model is busy.
         """
         model = self.model(name)
-        with self._jobs.exclusive():
+        owner = object()
+        try:
+            self._jobs.begin(owner)
             before = FreeMemory.now(self._accelerators)
             del self.models[model.name]
             torch_module = model.engine.model
@@ -259,6 +261,11 @@ class Session:
             del torch_module
             model.engine.close()
             freed = FreeMemory.now(self._accelerators).gained_since(before)
+        finally:
+            try:
+                self._jobs.end(owner)
+            finally:  # no worker ends it, if an interrupt comes just there
+                self._jobs.end(owner)
         if self.current == model.name:
             self.current = next(reversed(self.models), "")
         unloaded = Unloaded(model.name, freed, held_by)
@@ -427,31 +434,28 @@ class Session:
         answer = Answer(beginning, model.name)
         view = view or self.screen.answer(output_format, model.name, model.plan)
         view = view if options.stream else QuietAnswer(view)
-        worker = Worker(
-            lambda stop: generate_clean(model.engine.generate, request, answer, stop), self._jobs.end
-        )
+        worker = self._jobs.worker(lambda stop: generate_clean(model.engine.generate, request, answer, stop))
         answer.stop = worker.stop
 
         def show(answer: Answer) -> None:
             view.update(answer)
             self.plugins.notify(self, answer)
 
-        self._jobs.begin()
-        before, stop = model.plan, answer.stop
-        self._jobs.stops_by(stop)
-        with self._answering(chat, make_current=not options.chat):
-            ending = follow(worker, answer, show, model.name)
-            if model.plan is not before:  # memory ran out, and blocks moved
-                model.history.append(before)
-                model.last = None
-            self._jobs.forget(stop)
-            if not worker.has_started:
-                self._jobs.end()
-            generation = self._generation(model, answer, ending, request, output_format)
-            if chat is not None:
-                self._add_turn(generation, chat, request)
-            generation = generation.with_continuation(self.continued_by(generation))
-            self._keep(generation)
+        before = model.plan
+        try:
+            self._jobs.begin(worker)
+            with self._answering(chat, make_current=not options.chat):
+                ending = follow(worker, answer, show, model.name)
+                if model.plan is not before:  # memory ran out, and blocks moved
+                    model.history.append(before)
+                    model.last = None
+                generation = self._generation(model, answer, ending, request, output_format)
+                if chat is not None:
+                    self._add_turn(generation, chat, request)
+                generation = generation.with_continuation(self.continued_by(generation))
+                self._keep(generation)
+        finally:
+            self._jobs.end_unless_started(worker)
         view.close(generation)
         if ending.error is not None:
             raise ending.error

@@ -402,7 +402,7 @@ def test_a_second_interrupt_while_blocks_go_back_is_told_in_a_line(
 
     class TooLate(Interrupted):
         def update(self, _) -> None:
-            if not session._jobs._lock.locked():  # the blocks have moved
+            if session._jobs.is_idle:  # the blocks have moved
                 engine.while_moving = stuck
                 raise KeyboardInterrupt
 

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
-import linecache
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pytest
@@ -26,6 +22,7 @@ from llm_magic.errors import EngineError
 from tests import tiny
 from tests.caches import cache_of, given
 from tests.fake_streams import HurriedStreams
+from tests.interrupting import Interrupting
 from tests.placements import (
     HOMES,
     LONG,
@@ -42,7 +39,6 @@ Streams = Callable[[str], Any]
 TRAVELLING = ("streamed", "read to a GPU", "read", "kept for a GPU")
 VISITING = ("visiting", "kept, visiting")
 SHORT = PROMPT[:, : LONG - 1]
-OURS = os.path.join("llm_magic", "backends", "accelerate", "")
 
 
 class Fault(Exception):
@@ -207,48 +203,6 @@ def test_a_staged_read_that_does_not_start_gives_its_buffer_back(error: type[Bas
 # ----------------------------------------------------------------------------------------- interrupts
 
 
-class Interrupting:
-    """Sends Ctrl-C when the main thread comes to the n-th place in code of ours.
-
-    A place is a line or the beginning of a function. Python itself lets no signal in at the end of a
-    ``with`` block, between its last instruction and the call of ``__exit__``, so neither do we.
-    """
-
-    def __init__(self, at: int, files: tuple[str, ...]) -> None:
-        self.places = 0
-        self._at, self._files = at, files
-
-    def __enter__(self) -> Interrupting:
-        self._usual = sys.gettrace()
-        sys.settrace(self._enter)
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        sys.settrace(self._usual)
-
-    def _enter(self, frame: FrameType, _event: str, _what: Any) -> Any:
-        if frame.f_code.co_flags & inspect.CO_GENERATOR:
-            return None  # one that is dropped is entered once more, and nobody hears what it raises
-        if self._is_ours(frame) or (frame.f_back is not None and self._is_ours(frame.f_back)):
-            self._count()
-        return self._line if self._is_ours(frame) else None
-
-    def _is_ours(self, frame: FrameType) -> bool:
-        name = frame.f_code.co_filename
-        return OURS in name and name.endswith(self._files)
-
-    def _line(self, frame: FrameType, event: str, _what: Any) -> Any:
-        code = linecache.getline(frame.f_code.co_filename, frame.f_lineno).lstrip()
-        if event == "line" and not code.startswith("with "):
-            self._count()
-        return self._line
-
-    def _count(self) -> None:
-        self.places += 1
-        if self.places == self._at:
-            signal.raise_signal(signal.SIGINT)
-
-
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 @pytest.mark.parametrize("home", [*TRAVELLING, *VISITING])
 def test_an_interrupt_at_any_line_of_a_sweep(home: str, tiny_model: TinyModel, streams: Streams) -> None:
@@ -325,7 +279,17 @@ def test_an_interrupt_at_any_line_of_a_move(target: str, tiny_model: TinyModel, 
     folder = tiny_model("llama-tied")
     expected = logits(stock(folder))
     placed = load_placed(folder, None, streams)
-    files = ("placed.py", "blocks.py", "hooks.py", "lanes.py", "stream.py", "checkpoint.py")
+    files = (
+        "placed.py",
+        "attachments.py",
+        "homes.py",
+        "placed_block.py",
+        "blocks.py",
+        "hooks.py",
+        "lanes.py",
+        "stream.py",
+        "checkpoint.py",
+    )
     there, back = placed_plan(folder, lambda _n, _l: HOMES[target]), placed.plan
     with Interrupting(0, files) as counted:
         placed.apply(there)

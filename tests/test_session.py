@@ -4,7 +4,9 @@ import os
 import threading
 from _thread import interrupt_main
 from argparse import Namespace
+from contextlib import suppress
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from llm_magic.session import Session
 from llm_magic.views.commands import command_of
 from llm_magic.views.llama_cpp import llama_cpp_options
 from tests.fake_backend import MIB, FakeBackend, FakeEngine, plugins_with
+from tests.interrupting import Interrupting
 
 FAKE = ModelSpec("fake:a")
 
@@ -600,10 +603,38 @@ def test_a_second_interrupt_waits_no_longer_and_keeps_the_text(session, backend)
     with pytest.raises(SessionError, match="still at work"):
         session.ask("too early")
     go.set()
-    while session._jobs._lock.locked():  # the block ends by itself
+    while not session._jobs.is_idle:  # the block ends by itself
         pass
     backend.enqueue("next")
     assert session.ask("again") == "next"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+@pytest.mark.parametrize("what", ["ask", "apply", "unload"])
+def test_an_interrupt_at_any_line_leaves_nothing_at_work(what, session, backend) -> None:
+    files = tuple(os.path.join("llm_magic", name) for name in ("session.py", "jobs.py"))
+
+    def run() -> None:
+        if what == "ask":
+            session.ask("go", AskOptions(history=False), View())
+        elif what == "apply":
+            session.apply("cpu")
+        else:
+            session.unload("other")
+
+    for place in count(1):
+        backend.replies.clear()
+        backend.enqueue("one")
+        if what == "unload" and "other" not in session.models:
+            session.load(FAKE, LoadOptions(), "other")
+        interrupting = Interrupting(place, files)
+        with suppress(KeyboardInterrupt), interrupting:
+            run()
+        while not session._jobs.is_idle:  # what has begun ends by itself
+            pass
+        if interrupting.places < place:
+            break
+    assert place > 10
 
 
 def test_a_soft_stop_returns_the_partial_answer(session, backend) -> None:

@@ -216,7 +216,7 @@ def test_a_team_of_as_many_threads_as_torch_computes_with(monkeypatch: pytest.Mo
 OF_A_PROCESS = """
 import os, sys, torch
 from llm_magic.backends.accelerate.kernels import team
-from llm_magic.backends.accelerate.placement import cpu_products
+from llm_magic.backends.accelerate.kernels import cpu_products
 torch.set_num_threads(3)
 cpu_products._OF_A_SHARE = 1
 from tests.test_cpu_products import packed, tokens
