@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from llm_magic.backends.accelerate.quantizing.quantize import import_library
+from llm_magic.backends.accelerate.quantizing.libraries import import_library
 from tests import tiny
 
 _LINEAR = re.compile(r"(q|k|v|o|gate|up|down)_proj\.weight$")

@@ -32,8 +32,8 @@ from llm_magic.backends.accelerate.kernels.cpu_products import (  # noqa: E402
     prepared,
 )
 from llm_magic.backends.accelerate.packed import four_bits, int4_orders  # noqa: E402
-from llm_magic.backends.accelerate.packed.packing import packed_weights  # noqa: E402
-from llm_magic.backends.accelerate.quantizing.quantize import import_library  # noqa: E402
+from llm_magic.backends.accelerate.packed.weights import packed_weights  # noqa: E402
+from llm_magic.backends.accelerate.quantizing.libraries import import_library  # noqa: E402
 from llm_magic.backends.accelerate.served.cpu_linear import is_linear, serve_linear  # noqa: E402
 from llm_magic.backends.accelerate.served_model import serve_plain_modules  # noqa: E402
 from tests.kernel_caches import forget_kernels  # noqa: E402

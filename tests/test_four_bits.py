@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from llm_magic.backends.accelerate.packed import four_bits
-from llm_magic.backends.accelerate.quantizing.quantize import import_library
+from llm_magic.backends.accelerate.quantizing.libraries import import_library
 
 KINDS = ("nf4", "fp4")
 functional: Any = import_library("bitsandbytes").functional

@@ -17,7 +17,8 @@ import pytest
 
 from llm_magic.backends.accelerate.packed.packed_stack import PackedStack
 from llm_magic.backends.accelerate.packed.packing import parameters, template
-from llm_magic.backends.accelerate.quantizing.quantize import pack_block, prepare
+from llm_magic.backends.accelerate.quantizing.pack import pack_block
+from llm_magic.backends.accelerate.quantizing.prepare import prepare
 from llm_magic.backends.accelerate.source.draft import draft_spec, with_draft
 from llm_magic.backends.accelerate.source.layout import read_layout
 from llm_magic.backends.accelerate.source.skeleton import build_skeleton

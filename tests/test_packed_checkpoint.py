@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 from llm_magic.backends.accelerate.packed.packed_stack import PackedStack
 from llm_magic.backends.accelerate.packed.prepacked import PackedByBitsAndBytes
-from llm_magic.backends.accelerate.quantizing import quantize
+from llm_magic.backends.accelerate.quantizing import libraries
+from llm_magic.backends.accelerate.quantizing.pack import pack_block
 from llm_magic.backends.accelerate.source.layout import read_layout
 from llm_magic.backends.accelerate.source.packed_checkpoint import find_packed
 from llm_magic.backends.accelerate.source.sources import resolve
@@ -178,7 +179,7 @@ def test_a_layer_that_stays_plain_takes_what_was_packed(tmp_path: Path) -> None:
         "nf4", [[name]], load_file(folder / "model.safetensors").__getitem__, torch.float32, 64
     )
     plain = torch.nn.ModuleDict({"up": torch.nn.Linear(128, 256, bias=False, device="meta")})
-    quantize.pack_block(plain, {"up.weight": packed}, "cpu")
+    pack_block(plain, {"up.weight": packed}, "cpu")
     assert plain["up"].weight.shape == (256, 128)
     assert torch.equal(plain["up"].weight, packed.numbers("cpu"))
 
@@ -196,7 +197,7 @@ def test_they_are_not_packed_again(tmp_path: Path) -> None:
 
 def test_without_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = save_bitsandbytes(tmp_path / "model", "int8", **WIDE)
-    monkeypatch.setattr(quantize, "_installed", lambda library: library != "bitsandbytes")
+    monkeypatch.setattr(libraries, "installed", lambda library: library != "bitsandbytes")
     with pytest.raises(OptionError, match="bitsandbytes, which is not installed") as caught:
         BACKEND.layout(ModelSpec(str(folder)), silent)
     assert "pip install" in caught.value.next_step
@@ -273,7 +274,7 @@ def test_pickled_ones_are_refused(tmp_path: Path) -> None:
 
 def test_numbers_of_rows_that_are_no_whole_blocks() -> None:
     """As a Mamba's time steps, which it reads without a call."""
-    functional = quantize.import_library("bitsandbytes").functional
+    functional = libraries.import_library("bitsandbytes").functional
     torch.manual_seed(0)
     weight = torch.randn(64, 48)
     data, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")

@@ -12,12 +12,16 @@ from llm_magic.backends.accelerate.experts import expert_products, packed_expert
 from llm_magic.backends.accelerate.experts.stacks import find_stacks
 from llm_magic.backends.accelerate.packed import packed_stack, packing
 from llm_magic.backends.accelerate.packed.packed_stack import PackedStack
+from llm_magic.backends.accelerate.packed.weights import multiplied
 from llm_magic.backends.accelerate.placement.blocks import BlockTensors
 from llm_magic.backends.accelerate.placement.expert_cache import ExpertCache
 from llm_magic.backends.accelerate.placement.expert_stores import RamExperts
 from llm_magic.backends.accelerate.placement.routed_experts import RoutedExperts
 from llm_magic.backends.accelerate.placement.stream import HostStreams
-from llm_magic.backends.accelerate.quantizing.quantize import METHODS, import_library, pack_block, prepare
+from llm_magic.backends.accelerate.quantizing.libraries import import_library
+from llm_magic.backends.accelerate.quantizing.methods import METHODS
+from llm_magic.backends.accelerate.quantizing.pack import pack_block
+from llm_magic.backends.accelerate.quantizing.prepare import prepare
 
 EXPERTS, WIDTH, INSIDE = 8, 256, 256  # wide enough for every kernel
 TOKENS = (1, 2, 5, 40)
@@ -253,7 +257,7 @@ def test_numbers_are_what_the_kernels_multiply_with(method: str) -> None:
         first, second = packing.template(linear, "weight").unpacked(stacks, torch.bfloat16)
         assert torch.equal(first, second)
         tokens = torch.randn(3, WIDTH, dtype=torch.bfloat16)
-        assert are_alike(tokens @ first.T, packing.multiplied(tokens, linear.weight))
+        assert are_alike(tokens @ first.T, multiplied(tokens, linear.weight))
 
 
 def test_experts_without_tokens_are_not_unpacked() -> None:

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llm_magic.backends.accelerate.packed import packing
+from llm_magic.backends.accelerate.packed.weights import numbers
 from llm_magic.backends.accelerate.quantizing import packed_head
 from llm_magic.errors import OptionError
 from llm_magic.model import ModelSpec
@@ -62,7 +63,7 @@ def numbers_of(head: Any) -> Any:
     found = packing.parts(head, "weight")
     if "SCB" in found:
         return found[""].float() * found["SCB"].view(-1, 1) / 127
-    return packing._numbers(head.weight).float()
+    return numbers(head.weight).float()
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -188,9 +189,9 @@ def test_a_head_that_is_packed_already_stays(tmp_path: Path, monkeypatch: pytest
 
 
 def test_a_head_that_its_model_reads_as_numbers_stays(tied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from llm_magic.backends.accelerate.quantizing import quantize
+    from llm_magic.backends.accelerate.quantizing import prepare
 
-    monkeypatch.setattr(quantize, "reads_head", lambda _model, path: path == "lm_head")
+    monkeypatch.setattr(prepare, "reads_head", lambda _model, path: path == "lm_head")
     with pytest.raises(OptionError, match="looks at its head's weight"):
         plan_for(tied, "ram", spec=ModelSpec(str(tied), quantize="nf4", quantize_head="int8"))
 

@@ -9,7 +9,7 @@ import pytest
 from llm_magic.machine import Device, Link, Machine
 from llm_magic.model import ModelLayout
 from llm_magic.plan import Placement, Plan, Workload
-from llm_magic.planning.packed import GUEST_PASSES, Kernel, kernel_of, share_of
+from llm_magic.planning.packed import GUEST_PASSES, Kernel, kernel_of, numbers_per_s, share_of
 from llm_magic.planning.planner import make_plan
 from llm_magic.planning.sweep import block_sweep
 from llm_magic.units import GIB
@@ -73,6 +73,10 @@ def test_speeds_that_were_measured_count_before_those_of_the_table() -> None:
         "int8": pytest.approx(18e9 / read),
         "float8": pytest.approx(36e9 / read),
     }
+    before = replace(cpu, packed=measured[:1])
+    assert share_of(Kernel("int4"), before) == share_of(Kernel("nf4"), before), (
+        "as long as nobody measured it"
+    )
     libraries = Kernel("nf4", is_compiled=False)
     assert share_of(libraries, cpu) == share_of(libraries, replace(cpu, packed=()))
     assert share_of(Kernel("int8"), replace(cpu, packed=(("int8", 1e12),))) < 1
@@ -152,3 +156,11 @@ def test_integers_in_the_order_of_a_cpu_cost_a_gpu_that_they_visit() -> None:
     for each, passes in ((layout, GUEST_PASSES), (replace(layout, dtype="float16"), 0)):
         there, usual = (block_sweep(each, Workload(1024), p, tokens=512) for p in (visiting, streamed))
         assert there.copied["cuda:0"] - usual.copied["cuda:0"] == passes * there.packed["cuda:0"]
+
+
+@pytest.mark.parametrize("name", ["mxfp4", "mxfp4 unpacked", "nf4", "quanto-int8", "quanto-int8 unpacked"])
+def test_a_cpu_makes_numbers_of_what_a_gpu_has_no_kernel_for_as_well(name: str) -> None:
+    cpu = replace(RAM, unpacked=(("mxfp4", 5e9), ("int8", 5e9)))
+    assert numbers_per_s(Kernel(name), cpu) == 5e9
+    for other in (Kernel("int4 unpacked"), Kernel("int2"), Kernel(name, is_compiled=False), Kernel()):
+        assert numbers_per_s(other, cpu) == 0

@@ -9,16 +9,10 @@ from typing import Any
 
 import pytest
 
-from llm_magic.backends.accelerate.packed import packing
-from llm_magic.backends.accelerate.packed.packing import (
-    Template,
-    arrange,
-    bind,
-    parameters,
-    parts,
-    template,
-)
-from llm_magic.backends.accelerate.quantizing.quantize import import_library
+from llm_magic.backends.accelerate.packed import tinygemm
+from llm_magic.backends.accelerate.packed.packing import arrange, parameters, parts, template
+from llm_magic.backends.accelerate.packed.templates import Template, bind
+from llm_magic.backends.accelerate.quantizing.libraries import import_library
 from tests.packed import extension_was_loaded, without_extension
 
 FOUR_BIT = ["nf4", "fp4", "nf4-nested", "nf4-words"]
@@ -328,7 +322,7 @@ def test_a_large_int4_weight_is_packed_in_parts(monkeypatch: pytest.MonkeyPatch)
         layer.weight = torch.nn.Parameter(made, requires_grad=False)
         return torch.nn.Sequential(layer)
 
-    monkeypatch.setattr(packing, "_AT_A_TIME", 64 * WIDTH)
+    monkeypatch.setattr(tinygemm, "_AT_A_TIME", 64 * WIDTH)
     in_parts = packed(optimized=False)
     arrange(in_parts, "cpu", fresh=True)
     assert same(taken_apart(packed(optimized=True))[1], taken_apart(in_parts)[1])
@@ -368,7 +362,7 @@ def test_a_template_can_be_made_of_an_empty_parameter(method: str) -> None:
 def test_a_large_weight_is_put_into_order_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     whole, in_parts = network_of("nf4"), network_of("nf4")
     arrange(whole, "cpu")
-    monkeypatch.setattr(packing, "_AT_A_TIME", 40 * 128)
+    monkeypatch.setattr(tinygemm, "_AT_A_TIME", 40 * 128)
     arrange(in_parts, "cpu")
     assert same(taken_apart(whole)[1], taken_apart(in_parts)[1])
     arrange(in_parts, "cuda")

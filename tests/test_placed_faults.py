@@ -210,7 +210,7 @@ def test_an_interrupt_at_any_line_of_a_sweep(home: str, tiny_model: TinyModel, s
     model = stock(folder)
     expected, short = logits(model), logits(model, SHORT)
     placed = load_placed(folder, placed_plan(folder, layers_to(home)), streams)
-    files = ("stream.py", "hooks.py", "lanes.py", "blocks.py", "reader.py", "packing.py", "visits.py")
+    files = ("stream.py", "hooks.py", "lanes.py", "blocks.py", "reader.py", "templates.py", "visits.py")
     files += ("cache_lane.py",)
     with Interrupting(0, files) as counted:
         logits(placed.model)

@@ -26,7 +26,9 @@ from llm_magic.backends.accelerate.packed.prepacked_groups import (
     read_compressed,
     read_gptq,
 )
-from llm_magic.backends.accelerate.quantizing import quantize
+from llm_magic.backends.accelerate.quantizing import libraries
+from llm_magic.backends.accelerate.quantizing.library_layers import is_packed
+from llm_magic.backends.accelerate.quantizing.prepare import prepare
 from llm_magic.backends.accelerate.source.packed_checkpoint import find_packed
 from llm_magic.backends.accelerate.source.packed_formats import find_format
 from llm_magic.backends.accelerate.source.packed_model import PackedModel
@@ -133,10 +135,6 @@ def numbers(weight: Any) -> Any:
     if hasattr(weight, "form"):
         return weight.form.numbers(weight.entries, weight.scales, torch.float32)
     return weight.data * (weight.SCB / 127).unsqueeze(-1) if hasattr(weight, "SCB") else weight.dequantize()
-
-
-def is_packed(module: Any) -> bool:
-    return quantize.is_packed(module)
 
 
 # --------------------------------------------------------------------------------- as they are in the files
@@ -272,7 +270,7 @@ def test_integers_for_torchs_kernel_are_not_packed_by_quanto_first(
 ) -> None:
     """Only to be unpacked again: that was half of the time of a load."""
     folder = save_gptq(tmp_path / "model", **WIDE)
-    quantize.import_library("optimum.quanto")
+    libraries.import_library("optimum.quanto")
     monkeypatch.setattr("optimum.quanto.tensor.packed.PackedTensor.pack", None)
     spec, plan = plan_for(folder, "half", spec=ModelSpec(str(folder), dtype="bfloat16"))
     engine = BACKEND.load(spec, plan, silent)
@@ -676,7 +674,7 @@ def test_scales_of_activations_are_not_ignored(tmp_path: Path) -> None:
 
 def test_without_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = save_awq(tmp_path / "model", **WIDE)
-    monkeypatch.setattr(quantize, "_installed", lambda library: library != "optimum.quanto")
+    monkeypatch.setattr(libraries, "installed", lambda library: library != "optimum.quanto")
     with pytest.raises(OptionError, match="optimum-quanto, which is not installed") as caught:
         BACKEND.layout(ModelSpec(str(folder)), silent)
     assert "pip install" in caught.value.next_step
@@ -686,7 +684,7 @@ def test_rows_of_8_bits_by_quanto_where_bitsandbytes_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = save_compressed(tmp_path / "model", "pack-quantized", facts=ROWS, **WIDE)
-    monkeypatch.setattr(quantize, "_installed", lambda library: library != "bitsandbytes")
+    monkeypatch.setattr(libraries, "installed", lambda library: library != "bitsandbytes")
     engine = load(folder, "ram")
     try:
         assert engine.plan.layout.quantization == "quanto-int8"
@@ -852,7 +850,7 @@ def test_layers_that_stay_are_one_pattern(tmp_path: Path) -> None:
     assert packed is not None
     choice = PackedModel(packed, model).choice("int4")
     assert len(choice.stays or ()) == 1
-    quantize.prepare(model, "int4", torch.float32, choice)
+    prepare(model, "int4", torch.float32, choice)
     layer = model.model.layers[3]
     assert not is_packed(layer.self_attn.q_proj)
     assert is_packed(layer.mlp.up_proj)

@@ -14,15 +14,11 @@ import pytest
 
 from llm_magic.backends.accelerate.kernels import cpu_products
 from llm_magic.backends.accelerate.packed.packing import parameters, parts, template
-from llm_magic.backends.accelerate.quantizing.quantize import (
-    METHODS,
-    find_method,
-    import_library,
-    pack_block,
-    packed_bytes,
-    prepare,
-    refuse_devices,
-)
+from llm_magic.backends.accelerate.quantizing.libraries import import_library
+from llm_magic.backends.accelerate.quantizing.methods import METHODS, find_method, refuse_devices
+from llm_magic.backends.accelerate.quantizing.pack import pack_block
+from llm_magic.backends.accelerate.quantizing.prepare import prepare
+from llm_magic.backends.accelerate.quantizing.sizes import packed_bytes
 from llm_magic.backends.accelerate.quiet import quiet
 from llm_magic.backends.accelerate.source.skeleton import build_skeleton, load_config
 from llm_magic.backends.accelerate.source.sources import resolve
@@ -380,7 +376,7 @@ def get_kernel(*_args, **_options):
 """
 IMPORTS = """
 import sys
-from llm_magic.backends.accelerate.quantizing.quantize import import_library
+from llm_magic.backends.accelerate.quantizing.libraries import import_library
 for name in ("bitsandbytes", "optimum.quanto"):
     import_library(name)
 assert "kernels" not in sys.modules

@@ -760,6 +760,18 @@ def test_experts_are_looked_into_where_only_their_products_are_kernels(name: str
     assert "experts" in kinds_of_parts(held)
 
 
+def test_linear_layers_of_32_bits_are_torchs() -> None:
+    """As where nothing is recorded: only routers of such are multiplied by kernels."""
+    model = served_mixture("glm4_moe").float()
+    theirs = answers(model)
+    held = recorded(model)
+    for mine, right in zip(answers(model), theirs, strict=True):
+        torch.testing.assert_close(mine, right, rtol=1e-4, atol=1e-5)
+    parts = [member for member in members_of(held) if hasattr(member, "weights")]
+    taken = [part for part in parts if any(of is not None for of in part.weights() or ())]
+    assert {type(member) for member in taken} <= {Router}
+
+
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
 def test_routers_multiply_as_in_their_modules(name: str) -> None:
     """Those of gpt-oss add a bias."""

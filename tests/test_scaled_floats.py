@@ -22,8 +22,9 @@ from llm_magic.backends.accelerate.packed import packing, scaled_floats
 from llm_magic.backends.accelerate.packed.packed_stack import PackedStack
 from llm_magic.backends.accelerate.packed.prepacked_stacks import PackedStacks
 from llm_magic.backends.accelerate.packed.scaled_floats import Form, ScaledFloats, ScaledLinear, product
-from llm_magic.backends.accelerate.quantizing import quantize
-from llm_magic.backends.accelerate.quantizing.quantize import is_packed
+from llm_magic.backends.accelerate.packed.templates import bind
+from llm_magic.backends.accelerate.quantizing import libraries
+from llm_magic.backends.accelerate.quantizing.library_layers import is_packed
 from llm_magic.errors import EngineError, OptionError, PlanError, SourceError
 from llm_magic.machine import Device
 from llm_magic.model import ModelSpec
@@ -415,7 +416,7 @@ def test_plain_weights_are_what_they_are(tiny_model: Callable[[str], Path]) -> N
 
 
 def test_a_device_that_has_no_such_floats_is_refused() -> None:
-    from llm_magic.backends.accelerate.quantizing.quantize import refuse_devices
+    from llm_magic.backends.accelerate.quantizing.methods import refuse_devices
 
     with pytest.raises(PlanError, match="fp8 weights cannot be computed on mps"):
         refuse_devices("fp8", {"cpu", "mps"})
@@ -607,9 +608,9 @@ def test_a_weight_without_bytes_keeps_its_form() -> None:
     layer = ScaledLinear(torch.nn.Linear(128, 48, bias=False, device="meta"), "mxfp4", 32)
     layer._parameters["weight"] = weight_of(layer.form)
     found = packing.parts(layer, "weight")
-    packing.bind(packing.template(layer, "weight").empty())
+    bind(packing.template(layer, "weight").empty())
     assert layer.weight.is_meta
-    packing.bind(packing.template(layer, "weight").bindings(found))
+    bind(packing.template(layer, "weight").bindings(found))
     assert layer.weight.form == layer.form
     assert torch.equal(layer.weight.entries, found[""])
 
@@ -636,7 +637,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., Any]
             asked.append("once")
             return kernel(*args)
 
-        quantize.import_library("bitsandbytes")
+        libraries.import_library("bitsandbytes")
         monkeypatch.setattr(scaled_floats, "_TABLES", {})
         monkeypatch.setattr(scaled_floats, "_KIND", "cpu")
         operators = SimpleNamespace(gemv_4bit=SimpleNamespace(default=multiply))
@@ -707,5 +708,5 @@ def test_a_plan_says_that_16_bits_fit_a_gpu_and_are_quicker(tmp_path: Path) -> N
 def test_a_plan_names_the_kernel_that_a_gpu_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = save_mxfp4(tmp_path / "model")
     assert not any("for every token" in warning for warning in on_gpu(folder, 8).warnings)
-    monkeypatch.setattr(quantize, "_installed", lambda library: library != "bitsandbytes")
+    monkeypatch.setattr(libraries, "installed", lambda library: library != "bitsandbytes")
     assert any("pip install bitsandbytes" in warning for warning in on_gpu(folder, 8).warnings)

@@ -170,6 +170,7 @@ def _share_of_cpu(name: str, table: Mapping[str, Speeds], cpu: Device) -> float:
     if not read:
         return by_a_thread / _BY_A_THREAD
     measured, like = dict(cpu.packed), _LIKE.get(name, "")
+    like = "mxfp4" if like == "int4" and like not in measured else like
     if table is ON_CPU and measured.get(like):
         speed = by_a_thread / table[like][column] * measured[like]
     else:
@@ -180,7 +181,8 @@ def _share_of_cpu(name: str, table: Mapping[str, Speeds], cpu: Device) -> float:
 
 def numbers_per_s(kernel: Kernel, cpu: Device) -> float:
     """Packed bytes that a CPU makes numbers of in a second, for a prompt; 0 when nobody knows, or for a GPU."""
-    return dict(cpu.unpacked).get(_LIKE.get(kernel.name, ""), 0.0) if kernel.is_compiled else 0.0
+    name = kernel.name if kernel.name in ON_CPU else kernel.name.removesuffix(" unpacked")
+    return dict(cpu.unpacked).get(_LIKE.get(name, ""), 0.0) if kernel.is_compiled else 0.0
 
 
 def slow_on_cpu(layout: ModelLayout, cpu: Device) -> bool:

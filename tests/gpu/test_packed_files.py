@@ -15,7 +15,7 @@ pytestmark = pytest.mark.gpu
 
 from safetensors.torch import load_file  # noqa: E402
 
-from llm_magic.backends.accelerate.packed import packing  # noqa: E402
+from llm_magic.backends.accelerate.packed import weights  # noqa: E402
 from llm_magic.backends.accelerate.packed.scaled_floats import Form, ScaledFloats, product  # noqa: E402
 from llm_magic.model import ModelSpec  # noqa: E402
 from tests import tiny  # noqa: E402
@@ -142,7 +142,7 @@ def test_what_others_have_packed_by_the_kernel_for_4_bits(
     numbers = load_file(tmp_path / "mixture-plain" / "model.safetensors")
     name = "model.layers.1.self_attn.q_proj"
     weight = engine_of(layers(RESIDENT), folder, dtype="bfloat16").model.get_submodule(name).weight
-    held = packing._numbers(weight).float().cpu()
+    held = weights.numbers(weight).float().cpu()
     torch.testing.assert_close(held, numbers[f"{name}.weight"], rtol=2e-2, atol=2**-7)
 
 

@@ -13,7 +13,7 @@ pytest.importorskip("bitsandbytes")
 pytest.importorskip("optimum.quanto")
 pytestmark = pytest.mark.gpu
 
-from llm_magic.backends.accelerate.packed import int4_orders, packing  # noqa: E402
+from llm_magic.backends.accelerate.packed import int4_orders, tinygemm  # noqa: E402
 from llm_magic.errors import EngineError  # noqa: E402
 from llm_magic.machine import Device  # noqa: E402
 from llm_magic.model import ModelSpec  # noqa: E402
@@ -145,7 +145,7 @@ def test_a_block_needs_no_room_on_the_gpu_that_it_leaves(
 ) -> None:
     """That is where memory has run out when blocks are moved away to make room."""
     folder = tiny.save_llama(tmp_path / "wide", layers=2, hidden_size=1024, intermediate_size=2048)
-    for module in (packing, int4_orders):
+    for module in (tinygemm, int4_orders):
         monkeypatch.setattr(module, "_AT_A_TIME", 1 << 14)
     engine = loaded(folder, method, RESIDENT)
     try:

@@ -18,14 +18,12 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_leaves  # noqa: E402
 from transformers import LlamaConfig  # noqa: E402
 
-from llm_magic.backends.accelerate.packed.packing import (  # noqa: E402
-    arrange,
-    bind,
-    parameters,
-    parts,
-    template,
-)
-from llm_magic.backends.accelerate.quantizing.quantize import METHODS, pack_block, packed_bytes, prepare  # noqa: E402
+from llm_magic.backends.accelerate.packed.packing import arrange, parameters, parts, template  # noqa: E402
+from llm_magic.backends.accelerate.packed.templates import bind  # noqa: E402
+from llm_magic.backends.accelerate.quantizing.methods import METHODS  # noqa: E402
+from llm_magic.backends.accelerate.quantizing.pack import pack_block  # noqa: E402
+from llm_magic.backends.accelerate.quantizing.prepare import prepare  # noqa: E402
+from llm_magic.backends.accelerate.quantizing.sizes import packed_bytes  # noqa: E402
 from llm_magic.backends.accelerate.source.skeleton import build_skeleton  # noqa: E402
 
 DEVICE = "cuda:0"

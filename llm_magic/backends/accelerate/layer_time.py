@@ -27,10 +27,9 @@ _PROMPT = 509  # tokens: for about so many products are as quick as for more, bu
 _PROMPT_LAYERS = 5  # that read them
 _UNLIKE_THE_REST = 3  # sweeps: they compile kernels, and find out which layers follow which
 _TOO_LONG = 8  # times the budget, for a first sweep: the device is busy with something else
-_PROMPTS_S = 4.0  # for all prompts that are timed, at most
 _BUSY_S = 10e-3  # so is one that takes longer for a layer
 _OWN_SHARE = 0.9  # of a second that one thread works: less, and others have the processor
-_PROMPTS = 3  # that are, at the least
+_PROMPTS, _PROMPTS_S = 3, 4.0  # that are timed at the least, and seconds for all of them at most
 _ALL_THREADS = 0.6  # of a second of all threads, in prompts, which keep them at work
 _LEAST_STATE_S = 1e-12  # where products were slower a moment before than they are in the prompt: next to nothing, but known
 

@@ -29,7 +29,7 @@ from llm_magic.backends.accelerate.packed_load import PackedLoad
 from llm_magic.backends.accelerate.placement.device_map import accelerate_device_map
 from llm_magic.backends.accelerate.placement.hooks import weights_loader
 from llm_magic.backends.accelerate.placement.placed import Fill, PlacedModel
-from llm_magic.backends.accelerate.quantizing.quantize import refuse_devices
+from llm_magic.backends.accelerate.quantizing.methods import refuse_devices
 from llm_magic.backends.accelerate.quiet import bars_into, quiet
 from llm_magic.backends.accelerate.served_model import serve_plain_modules
 from llm_magic.backends.accelerate.source.large_files import large_files_opened

@@ -19,17 +19,13 @@ from llm_magic.backends.accelerate.memory_errors import trim
 from llm_magic.backends.accelerate.packed import packing
 from llm_magic.backends.accelerate.packed.packed_stack import PackedStack
 from llm_magic.backends.accelerate.packed.prepacked_stacks import PackedStacks
+from llm_magic.backends.accelerate.packed.templates import bind
 from llm_magic.backends.accelerate.placement.blocks import raw
 from llm_magic.backends.accelerate.placement.hooks import strip, weights_loader
 from llm_magic.backends.accelerate.placement.placed import Fill
+from llm_magic.backends.accelerate.quantizing.pack import leave_stack, pack_block, pack_stack
 from llm_magic.backends.accelerate.quantizing.packed_head import untie_head
-from llm_magic.backends.accelerate.quantizing.quantize import (
-    Choice,
-    leave_stack,
-    pack_block,
-    pack_stack,
-    prepare,
-)
+from llm_magic.backends.accelerate.quantizing.prepare import Choice, prepare
 from llm_magic.backends.accelerate.source.packed_checkpoint import find_packed
 from llm_magic.backends.accelerate.source.packed_model import PackedModel, choice_for
 from llm_magic.backends.accelerate.source.skeleton import build_skeleton
@@ -235,7 +231,7 @@ class PackedLoad:
         for number, (owner, leaf) in enumerate(_parameters(module)):
             for part, tensor in packing.parts(owner, leaf).items():
                 yield f"{name}.{number}.{part}", raw(tensor).cpu()
-            packing.bind(packing.template(owner, leaf).empty())
+            bind(packing.template(owner, leaf).empty())
         self._written.add(name)
 
     def _take(self, name: str, model: Any, loader: Any, device: str) -> None:
@@ -253,7 +249,7 @@ class PackedLoad:
             for part, (shape, dtype) in template.tensors.items():
                 held[part] = torch.empty(shape, dtype=dtype, device=device)
                 raw(held[part]).copy_(loader[f"{name}.{number}.{part}"])
-            packing.bind(template.bindings(held))
+            bind(template.bindings(held))
 
     def _place_of(self, name: str) -> Placement:
         return next(place for place in self._plan.placements if name.startswith(f"{place.block.name}."))

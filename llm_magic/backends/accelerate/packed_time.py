@@ -13,9 +13,8 @@ from llm_magic.machine import PACKED_KINDS
 from llm_magic.units import MIB
 
 _COLUMNS, _GROUP = 4096, 32
-_MATRIX_BYTES = (
-    8 * MIB
-)  # as layers have them: in larger ones rows that are read at the same time lie further apart
+_MATRIX_BYTES = 8 * MIB
+"""As layers have them: in larger ones rows that are read at the same time lie further apart."""
 
 Speeds = tuple[tuple[str, float], ...]
 

@@ -12,7 +12,7 @@ from llm_magic.backends.accelerate.served.recurrent_steps import serve_recurrent
 
 
 def serve_plain_modules(model: Any) -> None:
-    """Let what is in 16 bits compute by our kernels with as many tokens as they are quicker with than torch."""
+    """Let what is in 16 bits, and routers, compute by our kernels with as many tokens as they are quicker with than torch."""
     import torch
 
     for module in model.modules():

@@ -17,6 +17,8 @@ import torch
 from llm_magic.backends.accelerate.kernels import cpu_products
 from llm_magic.backends.accelerate.kernels.cpu_products import PackedWeights
 from llm_magic.backends.accelerate.packed import packing
+from llm_magic.backends.accelerate.packed.templates import Parts, Template, bind
+from llm_magic.backends.accelerate.packed.weights import multiplied, packed_weights
 from llm_magic.planning.packed import UNPACKED_EXPERTS_BYTES
 from llm_magic.units import MIB
 
@@ -56,7 +58,7 @@ class PackedStack(torch.nn.Module):
         self.__dict__["linear"] = linear  # no submodule: its weight is not among the model's
         self.shape, self.is_transposed, self.dtype = tuple(shape), is_transposed, linear.weight.dtype
         self._names: dict[str, str] = {}  # of a part -> of its parameter
-        self.template: packing.Template | None = None
+        self.template: Template | None = None
         self.known: dict[int, PackedMatrix] | None = None
 
     @property
@@ -73,16 +75,16 @@ class PackedStack(torch.nn.Module):
         """One expert of an unpacked stack, as ``(out, in)``."""
         return stack[expert].T if self.is_transposed else stack[expert]
 
-    def fill(self, packed: Iterable[packing.Parts]) -> None:
+    def fill(self, packed: Iterable[Parts]) -> None:
         """Hold these experts, one after the other; ``linear`` holds the last of them just then."""
-        stacks: packing.Parts = {}
+        stacks: Parts = {}
         for index, parts in enumerate(packed):
             for part, tensor in parts.items():
                 if index == 0:
                     stacks[part] = tensor.new_empty((self.experts, *tensor.shape))
                 stacks[part][index] = tensor
         self.template, self.known = packing.template(self.linear, "weight"), None
-        packing.bind(self.template.empty())
+        bind(self.template.empty())
         self._names = {part: part.replace(".", "_").strip("_") or "weight" for part in stacks}
         self._parameters.clear()  # another order may have other parts
         for part, name in self._names.items():
@@ -95,12 +97,12 @@ class PackedStack(torch.nn.Module):
         if first.keys() != now.keys() or any(first[p].data_ptr() != now[p].data_ptr() for p in now):
             self.fill(itertools.chain([first], arranged))
         else:
-            packing.bind(packing.template(self.linear, "weight").empty())
+            bind(packing.template(self.linear, "weight").empty())
 
-    def _arranged(self, device: Any) -> Iterator[packing.Parts]:
+    def _arranged(self, device: Any) -> Iterator[Parts]:
         assert self.template is not None
         for index in range(self.experts):
-            packing.bind(self.template.bindings(self._entry(index)))
+            bind(self.template.bindings(self._entry(index)))
             packing.arrange(self.linear, device)
             yield packing.parts(self.linear, "weight")
 
@@ -175,7 +177,7 @@ class PackedStack(torch.nn.Module):
         """The plain tensors of one matrix, its data the first."""
         return tuple(self._entry(expert).values())
 
-    def _entry(self, expert: int) -> packing.Parts:
+    def _entry(self, expert: int) -> Parts:
         held: Mapping[str, Any] = self._parameters
         return {part: held[name][expert] for part, name in self._names.items()}
 
@@ -183,7 +185,7 @@ class PackedStack(torch.nn.Module):
 class PackedMatrix:
     """The packed matrix of one expert: called with ``[tokens, in]``, it answers ``[tokens, out]``."""
 
-    def __init__(self, template: packing.Template, parts: packing.Parts) -> None:
+    def __init__(self, template: Template, parts: Parts) -> None:
         self._template, self._parts = template, parts
 
     def __call__(self, tokens: Any) -> Any:
@@ -191,12 +193,12 @@ class PackedMatrix:
             outputs = cpu_products.multiplied(tokens, weights)
             if outputs is not None:
                 return outputs
-        return packing.multiplied(tokens, self._weight)
+        return multiplied(tokens, self._weight)
 
     @cached_property
     def in_ram(self) -> PackedWeights | None:
         """The matrix as kernels for the CPU take it, if they know its kind."""
-        return packing.packed_weights(self._weight)
+        return packed_weights(self._weight)
 
     def unpacked(self, dtype: Any) -> Any:
         """Its numbers ``[out, in]``."""

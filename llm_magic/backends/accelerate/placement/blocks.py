@@ -23,6 +23,8 @@ from typing import Any, Protocol
 from llm_magic.backends.accelerate.files.extents import Extent, FileImage, file_image
 from llm_magic.backends.accelerate.files.reader import FileReader, page_buffer
 from llm_magic.backends.accelerate.packed import packing
+from llm_magic.backends.accelerate.packed.kinds import Stacked
+from llm_magic.backends.accelerate.packed.templates import Assignment, bind
 from llm_magic.units import MIB
 
 ALIGNMENT = 256
@@ -36,7 +38,7 @@ _FOR_ALL_GPUS = 1
 _registered: dict[int, weakref.finalize[Any, Any]] = {}
 """What is pinned, by its address."""
 
-Binding = list[packing.Assignment]
+Binding = list[Assignment]
 """Assignments ``mapping[key] = value`` that put tensors into modules."""
 
 
@@ -149,11 +151,11 @@ class BlockTensors:
 
     def bind(self, tensors: Sequence[Any]) -> None:
         """Put these tensors into the module."""
-        packing.bind(self.binding(tensors))
+        bind(self.binding(tensors))
 
     def clear(self) -> None:
         """Leave tensors without bytes in the module."""
-        packing.bind(self._empty)
+        bind(self._empty)
 
     def share_empty(self, name: str, lender: BlockTensors, module: Any, leaf: str) -> None:
         """Leave, as parameter ``name``, the very one that ``lender`` leaves: so others see what is tied."""
@@ -218,7 +220,7 @@ class BlockTensors:
         """The same parameters, once their modules hold them in another form."""
         owners = {name: _owner(self.module, name) for name, _ in self.module.named_parameters()}
         mine = {(id(owner), leaf) for owner, leaf in self._owners.values()}
-        stacks = {id(owner) for owner, _ in self._owners.values() if isinstance(owner, packing.Stacked)}
+        stacks = {id(owner) for owner, _ in self._owners.values() if isinstance(owner, Stacked)}
         others = {n for n, (o, leaf) in owners.items() if (id(o), leaf) not in mine and id(o) not in stacks}
         fresh = BlockTensors(self.module, without=others)
         fresh._known -= {
@@ -243,7 +245,7 @@ class BlockTensors:
 
     def _is_known(self, name: str) -> bool:
         owner, leaf = _owner(self.module, name)
-        return (id(owner), leaf) in self._known or isinstance(owner, packing.Stacked)
+        return (id(owner), leaf) in self._known or isinstance(owner, Stacked)
 
     def _laid_out(self) -> Iterator[Piece]:
         at = 0

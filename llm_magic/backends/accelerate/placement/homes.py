@@ -28,7 +28,7 @@ from llm_magic.backends.accelerate.placement.blocks import (
 from llm_magic.backends.accelerate.placement.checkpoint import Checkpoint
 from llm_magic.backends.accelerate.placement.placed_block import PlacedBlock, PlacedBlocks, kind_of
 from llm_magic.errors import EngineError
-from llm_magic.plan import Placement
+from llm_magic.plan import Placement, Plan
 
 
 class Homes:
@@ -76,7 +76,7 @@ class Homes:
         self.mapped = MappedFiles()
         self.pins_no_more = False
 
-    def check_files(self) -> None:
+    def check_files(self, plan: Plan) -> None:
         """Refuse to go on with blocks in files that changed: what is mapped would be gone, or another's.
 
         A block in RAM may be mapped, too: safetensors does not copy what it loads there.
@@ -86,8 +86,8 @@ class Homes:
         EngineError
             With the file.
         """
-        blocks = self._placed.blocks.values()
-        if any(block.is_lent_by_files or block.planned.home == "disk" for block in blocks):
+        are_lent = any(block.is_lent_by_files for block in self._placed.blocks.values())
+        if are_lent or any(place.home == "disk" for place in plan.placements):
             used = self._used_files() if self._are_some_lent else set(self._files)
             for file in self._opened:
                 if file.path in used:

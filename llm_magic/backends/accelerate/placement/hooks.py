@@ -13,7 +13,7 @@ from typing import Any
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
 from accelerate.utils import send_to_device
 
-from llm_magic.backends.accelerate.packed.packing import bind
+from llm_magic.backends.accelerate.packed.templates import bind
 from llm_magic.backends.accelerate.placement.blocks import Binding, BlockTensors
 from llm_magic.backends.accelerate.placement.stream import Lane
 

@@ -217,7 +217,7 @@ class PlacedModel:
         EngineError
             With the file.
         """
-        self._homes.check_files()
+        self._homes.check_files(self.plan)
 
     def watch(self, watch: Watch | None) -> None:
         """Tell ``watch`` of every wait for weights from now on; ``None``: nobody."""

@@ -17,7 +17,7 @@ from accelerate.hooks import AlignDevicesHook
 from accelerate.utils import send_to_device
 
 from llm_magic.backends.accelerate.layer_cache import find_cache, find_layers, layer_indices
-from llm_magic.backends.accelerate.packed.packing import bind
+from llm_magic.backends.accelerate.packed.templates import bind
 from llm_magic.backends.accelerate.placement.blocks import Binding, BlockTensors
 from llm_magic.backends.accelerate.placement.cache_lane import CacheLane
 from llm_magic.backends.accelerate.placement.hooks import InputHook

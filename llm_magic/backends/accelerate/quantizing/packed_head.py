@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from llm_magic.backends.accelerate.packed.packing import packed_weights
+from llm_magic.backends.accelerate.packed.weights import packed_weights
 from llm_magic.backends.accelerate.served.cpu_linear import linear_by_kernels
 from llm_magic.backends.accelerate.served.served_class import serve
 from llm_magic.planning.packed import UNPACKED_HEAD_BYTES

@@ -19,7 +19,8 @@ from weakref import WeakMethod, ref
 
 from llm_magic.backends.accelerate.packed.packed_stack import PackedStack
 from llm_magic.backends.accelerate.packed.prepacked import STATE
-from llm_magic.backends.accelerate.quantizing.quantize import BLOCK, is_packed
+from llm_magic.backends.accelerate.quantizing.library_layers import is_packed
+from llm_magic.backends.accelerate.quantizing.methods import BLOCK
 from llm_magic.errors import OptionError
 from llm_magic.options import PUBLISHED
 from llm_magic.units import GIB

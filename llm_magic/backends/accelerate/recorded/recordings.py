@@ -109,10 +109,8 @@ class Recordings:
             if program is None:
                 program = self._programs[recording] = Program(recording)
             return program if program.rehearse(layer, rehearsal) else None
-        except (
-            Exception,
-            CannotRecordError,
-        ) as error:  # a layer's code may do anything, and it runs as it is without this
+        except (Exception, CannotRecordError) as error:
+            # A layer's code may do anything, and it runs as it is without this.
             _LOG.debug("not recorded: %s: %s", type(layer).__name__, error)
             return None
 

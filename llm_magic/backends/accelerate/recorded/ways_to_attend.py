@@ -97,7 +97,7 @@ class ToKeys:
 
 
 class ToLatents:
-    """Attention to latents, and to the part of the keys that all heads share; see `placement.latent_attention`.
+    """Attention to latents, and to the part of the keys that all heads share; see `served.latent_attention`.
 
     Attributes
     ----------

@@ -6,7 +6,7 @@ from typing import Any
 
 from llm_magic.backends.accelerate.kernels import cpu_products
 from llm_magic.backends.accelerate.kernels.cpu_products import PackedWeights
-from llm_magic.backends.accelerate.packed.packing import packed_weights
+from llm_magic.backends.accelerate.packed.weights import packed_weights
 from llm_magic.backends.accelerate.served.served_class import serve, served_by, served_class
 
 
@@ -33,7 +33,10 @@ def served_weights(layer: Any, dtype: Any) -> PackedWeights | None:
         return None
     if bias is not None and (bias.dtype != dtype or not bias.is_cpu):
         return None
-    weights = plain_matrix(weight, dtype) if type(weight) is torch.nn.Parameter else packed_weights(weight)
+    if type(weight) is not torch.nn.Parameter:
+        weights = packed_weights(weight)
+    else:  # of 32 bits torch is quick with it, and sums in another order
+        weights = plain_matrix(weight, dtype) if cpu_products.few_plain_tokens(dtype) else None
     parts = () if weights is None else (weights.data, weights.scales, weights.shifts)
     return weights if all(part is None or part.is_cpu for part in parts) else None
 

@@ -10,15 +10,10 @@ from typing import Any
 
 from llm_magic.backends.accelerate.architecture import path_of_head
 from llm_magic.backends.accelerate.kernels import cpu_products
+from llm_magic.backends.accelerate.quantizing.kept_layers import reads_head
+from llm_magic.backends.accelerate.quantizing.methods import Method, find_method, has_gpu_kernel, method_of
 from llm_magic.backends.accelerate.quantizing.packed_head import untie_head
-from llm_magic.backends.accelerate.quantizing.quantize import (
-    Choice,
-    Method,
-    find_method,
-    has_gpu_kernel,
-    method_of,
-    reads_head,
-)
+from llm_magic.backends.accelerate.quantizing.prepare import Choice
 from llm_magic.backends.accelerate.source import gguf_model
 from llm_magic.backends.accelerate.source.config_values import whole_number
 from llm_magic.backends.accelerate.source.expert_bytes import are_apart

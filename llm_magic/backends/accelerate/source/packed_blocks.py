@@ -6,7 +6,9 @@ from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
-from llm_magic.backends.accelerate.quantizing.quantize import Choice, Method, packed_bytes, prepare
+from llm_magic.backends.accelerate.quantizing.methods import Method
+from llm_magic.backends.accelerate.quantizing.prepare import Choice, prepare
+from llm_magic.backends.accelerate.quantizing.sizes import packed_bytes
 from llm_magic.backends.accelerate.source.expert_bytes import with_experts
 from llm_magic.model import Block, TensorInfo
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from llm_magic.backends.accelerate.files.extents import StoredTensor, file_extents
 from llm_magic.backends.accelerate.packed.prepacked import FOUR_BIT_PARTS, STATE
-from llm_magic.backends.accelerate.quantizing.quantize import require
+from llm_magic.backends.accelerate.quantizing.libraries import require
 from llm_magic.backends.accelerate.source.large_files import open_safetensors
 from llm_magic.backends.accelerate.source.packed_formats import PackedFormat, as_auto_fp8, find_format
 from llm_magic.backends.accelerate.source.sources import ModelFiles, read_json

@@ -13,7 +13,8 @@ from llm_magic.backends.accelerate.architecture import path_of_head
 from llm_magic.backends.accelerate.packed.prepacked import PackedByBitsAndBytes, Prepacked
 from llm_magic.backends.accelerate.packed.prepacked_groups import PackedInGroups
 from llm_magic.backends.accelerate.packed.prepacked_stacks import PackedStacks
-from llm_magic.backends.accelerate.quantizing.quantize import BLOCK, Choice, method_of
+from llm_magic.backends.accelerate.quantizing.methods import BLOCK, method_of
+from llm_magic.backends.accelerate.quantizing.prepare import Choice
 from llm_magic.backends.accelerate.source.packed_checkpoint import PackedCheckpoint
 from llm_magic.errors import SourceError
 
