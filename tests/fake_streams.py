@@ -13,8 +13,6 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-
 from llm_magic.backends.accelerate.placement.moments import StreamMoment, Trip
 
 
@@ -97,8 +95,8 @@ class FakeStreams:
         begin = self.copies.record()
         for source, target in pairs:
             if self._poison:
-                self.copies.enqueue(lambda target=target: written(target.fill_, 255))
-            self.copies.enqueue(lambda source=source, target=target: written(target.copy_, source))
+                self.copies.enqueue(lambda target=target: target.fill_(255))
+            self.copies.enqueue(lambda source=source, target=target: target.copy_(source))
         self.copied += 1
         return FakeArrival(begin, self.copies.record(), self.compute)
 
@@ -108,12 +106,6 @@ class FakeStreams:
     def close(self) -> None:
         self.compute.close()
         self.copies.close()
-
-
-def written(write: Callable[[Any], object], numbers: Any) -> None:
-    """A device writes wherever it is told to; of tensors of inference mode torch lets a thread outside of it write none."""
-    with torch.inference_mode():
-        write(numbers)
 
 
 class FakeArrival:

@@ -44,6 +44,8 @@ class Interrupting:
             return None  # one that is dropped is entered once more, and nobody hears what it raises
         if frame.f_code.co_filename.endswith("_weakrefset.py"):
             return None  # nor of what is called when something is gone
+        if frame.f_code.co_name == "__exit__" and not self._is_ours(frame):
+            return None  # what torch has switched would stay so, for all tests that follow
         if self._is_ours(frame) or (frame.f_back is not None and self._is_ours(frame.f_back)):
             self._count()
         return self._line if self._is_ours(frame) else None

@@ -41,6 +41,14 @@ VISITING = ("visiting", "kept, visiting")
 SHORT = PROMPT[:, : LONG - 1]
 
 
+@pytest.fixture(autouse=True)
+def _torch_is_as_before() -> Iterator[None]:
+    """What an interrupt leaves switched, later tests would run into."""
+    yield
+    assert not torch.is_inference_mode_enabled()
+    assert torch.is_grad_enabled()
+
+
 class Fault(Exception):
     pass
 
